@@ -1,0 +1,392 @@
+"""How the Dice of trained nnU-Net models falls under attack: ours or stock ones, on validation cases or raw files.
+
+What is attacked is what nnU-Net predicts with: the preprocessed image goes in, padding and overlapping tiles are part
+of the attacked function, and the loss is that of the stitched logits. In 2D a sample is a slice, in 3D a case. There
+is no test-time mirroring.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from adv_nnunet.objective import SampleTerms, inference_loss
+from adv_nnunet.trainer import STATE, segmentation_counts
+from common.attacks import GradientAttack
+from common.evaluation import EvaluationBatch, LoadedBatch
+from common.metrics import Counts, adi, dice_per_sample, tvdi
+from common.report import Example, Metric, View
+
+Case = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""Loads a preprocessed case: image (C, z, y, x) and segmentation (1, z, y, x)."""
+
+
+class SlidingWindow(nn.Module):
+    """nnU-Net's prediction of a whole image, differentiable: padding, overlapping tiles, Gaussian weights, stitching.
+
+    Args:
+        network: the network, without deep supervision.
+        patch_size: of the plans.
+        tile_step_size: as nnU-Net's ``-step_size``, a fraction of the patch.
+    """
+
+    def __init__(self, network: nn.Module, patch_size: Sequence[int], tile_step_size: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.patch_size = tuple(int(n) for n in patch_size)
+        self.tile_step_size = tile_step_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (B, heads, *spatial) for images of shape (B, C, *spatial), of any size."""
+        size = images.shape[2:]
+        missing = [max(0, p - n) for p, n in zip(self.patch_size, size, strict=True)]
+        before = [m // 2 for m in missing]
+        pads = [(b, m - b) for b, m in zip(before, missing, strict=True)]
+        padded = functional.pad(images, [n for pair in reversed(pads) for n in pair])
+        steps = compute_steps_for_sliding_window(tuple(padded.shape[2:]), self.patch_size, self.tile_step_size)
+        tiles = [
+            tuple(slice(low, low + n) for low, n in zip(corner, self.patch_size, strict=True))
+            for corner in itertools.product(*steps)
+        ]
+        logits = self.network(padded) if len(tiles) == 1 else self._stitched(padded, tiles)
+        return logits[(..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))]
+
+    def _stitched(self, padded: Tensor, tiles: list[tuple[slice, ...]]) -> Tensor:
+        # Every tile's activations at once would not fit for large cases: they are computed again when the gradient
+        # needs them, so that the memory is that of one tile.
+        recompute = len(tiles) > 2 and torch.is_grad_enabled() and padded.requires_grad
+        weight = compute_gaussian(
+            self.patch_size, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32, device=padded.device
+        )
+        total, weights = None, torch.zeros(padded.shape[2:], device=padded.device)
+        for tile in tiles:
+            patch = padded[(..., *tile)]
+            logits = checkpoint(self.network, patch, use_reentrant=False) if recompute else self.network(patch)
+            if total is None:
+                total = logits.new_zeros((*logits.shape[:2], *padded.shape[2:]), dtype=torch.float32)
+            total[(..., *tile)] += logits * weight
+            weights[tile] += weight
+        assert total is not None
+        return total / weights
+
+
+class InferenceObjective:
+    """The loss terms of a batch of whole images under a :class:`SlidingWindow`: ``images -> (B, 2)``."""
+
+    names = ("ce", "dice")
+
+    def __init__(self, window: SlidingWindow, terms: SampleTerms, target: Tensor) -> None:
+        self.model, self.terms, self.target = window, terms, target
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Cross-entropy and negative Dice of every image, (B, 2)."""
+        return self.terms.at_full_resolution(self.model(images), self.target)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained nnU-Net model folder, loaded.
+
+    Attributes:
+        name: as shown in the report.
+        checkpoint: the file it was loaded from.
+        window: its network as a whole-image predictor, in evaluation mode, on the device.
+        predictor: the host's predictor, for plans and labels.
+        margins: the margins that its training ended with, or None.
+    """
+
+    name: str
+    checkpoint: Path
+    window: SlidingWindow
+    predictor: Any
+    margins: np.ndarray | None
+
+    @property
+    def terms(self) -> SampleTerms:
+        """The loss that is attacked, split by sample."""
+        return SampleTerms(inference_loss(self.labels), "separate")
+
+    @property
+    def planar(self) -> bool:
+        """Whether the network sees slices (2D) rather than volumes."""
+        return len(self.window.patch_size) == 2
+
+    @property
+    def labels(self) -> Any:
+        """The host's label manager."""
+        return self.predictor.label_manager
+
+
+def load_model(
+    name: str, folder: Path, fold: int | str, device: torch.device, *, file: str, tile_step_size: float = 0.5
+) -> TrainedModel:
+    """Loads a model folder as nnU-Net writes it (``trainer__plans__configuration``), with one fold.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+    """
+    path = folder / f"fold_{fold}" / file
+    for needed in (folder, folder / "plans.json", folder / "dataset.json", path):
+        if not needed.exists():
+            raise FileNotFoundError(
+                f"model {name!r}: there is no {needed}. Expected a folder that nnUNetv2_train wrote, with fold {fold} "
+                f"finished; -chk names another checkpoint file."
+            )
+    predictor = nnUNetPredictor(device=device, verbose=False, allow_tqdm=False)
+    with redirect_stdout(io.StringIO()):  # where it looked for the trainer, printed once per file
+        predictor.initialize_from_trained_model_folder(str(folder), (fold,), file)
+    network = predictor.network.to(device).eval()
+    window = SlidingWindow(network, predictor.configuration_manager.patch_size, tile_step_size).eval()
+    state = torch.load(path, map_location="cpu", weights_only=False).get(STATE)
+    margins = state["method"].get("margins", {}).get("values") if state else None
+    return TrainedModel(name, path, window, predictor, np.asarray(margins) if margins else None)
+
+
+def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
+    """The validation cases of the model's fold, as preprocessed for its plans.
+
+    Raises:
+        FileNotFoundError: if they are not preprocessed, or the split is unknown.
+        ValueError: if the split has no such fold.
+    """
+    base = Path(os.environ["nnUNet_preprocessed"]) / model.predictor.plans_manager.dataset_name
+    folder = base / model.predictor.configuration_manager.data_identifier
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no {folder}: preprocess the data set with nnUNetv2_plan_and_preprocess, or give raw files with "
+            f"-i and -l"
+        )
+    kind = infer_dataset_class(str(folder))
+    if fold == "all":
+        names = list(kind.get_identifiers(str(folder)))
+    else:
+        splits = base / "splits_final.json"
+        if not splits.is_file():
+            raise FileNotFoundError(f"there is no {splits}, which says what fold {fold} validates on")
+        folds = json.loads(splits.read_text())
+        if int(fold) >= len(folds):
+            raise ValueError(f"{splits} has {len(folds)} fold(s), there is no fold {fold}")
+        names = list(folds[int(fold)]["val"])
+    dataset = kind(str(folder), names)
+
+    def load(name: str) -> tuple[np.ndarray, np.ndarray]:
+        image, segmentation, _, _ = dataset.load_case(name)
+        return np.asarray(image[:]), np.asarray(segmentation[:])
+
+    return {name: (lambda name=name: load(name)) for name in names}  # type: ignore[misc]
+
+
+def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case]:
+    """Raw files in nnU-Net's naming (``case_0000.nii.gz`` and ``case.nii.gz``), preprocessed for the model's plans.
+
+    Raises:
+        FileNotFoundError: if a folder is missing or holds nothing, or an image has no label file.
+    """
+    ending = model.predictor.dataset_json["file_ending"]
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+    lists = create_lists_from_splitted_dataset_folder(str(images), ending, num_processes=1)
+    if not lists:
+        raise FileNotFoundError(f"{images} holds no image that ends with _0000{ending}")
+    cases = {Path(files[0]).name.removesuffix(f"_0000{ending}"): files for files in lists}
+    missing = [name for name in cases if not (labels / f"{name}{ending}").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} image(s) have no label file in {labels}: {', '.join(missing[:10])}")
+    plans, config = model.predictor.plans_manager, model.predictor.configuration_manager
+    preprocessor = config.preprocessor_class(verbose=False)
+
+    def load(name: str) -> tuple[np.ndarray, np.ndarray]:
+        data, segmentation, _ = preprocessor.run_case(
+            cases[name], str(labels / f"{name}{ending}"), plans, config, model.predictor.dataset_json
+        )
+        return data, segmentation
+
+    return {name: (lambda name=name: load(name)) for name in cases}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing the network predicts: a slice of a case, or the whole case (``index`` None)."""
+
+    case: str
+    index: int | None
+
+    @property
+    def id(self) -> str:
+        """``case:slice``, or the case."""
+        return self.case if self.index is None else f"{self.case}:{self.index}"
+
+
+def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None = None) -> list[Sample]:
+    """The samples of the cases, or ``limit`` of them at even distances."""
+    samples = [
+        Sample(name, index)
+        for name, load in cases.items()
+        for index in (range(load()[0].shape[1]) if model.planar else [None])
+    ]
+    if limit is not None and limit < len(samples):
+        samples = [samples[int(i)] for i in np.linspace(0, len(samples) - 1, limit)]
+    return samples
+
+
+def make_batches(
+    model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample], batch_size: int
+) -> list[EvaluationBatch]:
+    """Batches of samples of one case each, because only they have the same shape."""
+    batches = []
+    for case, group in itertools.groupby(samples, key=lambda sample: sample.case):
+        members = list(group)
+        size = batch_size if model.planar else 1
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            batches.append(EvaluationBatch([s.id for s in part], partial(_load, model, cases[case], part)))
+    return batches
+
+
+def _load(model: TrainedModel, case: Case, samples: Sequence[Sample]) -> LoadedBatch:
+    image, segmentation = case()
+    device = next(model.window.parameters()).device
+    if samples[0].index is None:
+        images, truth = torch.from_numpy(image)[None], torch.from_numpy(segmentation)[None]
+    else:  # (C, z, y, x) -> (slices, C, y, x)
+        indices = [s.index for s in samples]
+        images = torch.from_numpy(np.ascontiguousarray(image[:, indices].swapaxes(0, 1)))
+        truth = torch.from_numpy(np.ascontiguousarray(segmentation[:, indices].swapaxes(0, 1)))
+    images = images.float().to(device)
+    # -1 marks what preprocessing found outside of the body; the training reads it as background, too.
+    target = _target(model.labels, truth.to(device).long().clamp_min(0))
+    objective = InferenceObjective(model.window, model.terms, target)
+
+    def score(inputs: Tensor) -> dict[str, Tensor]:
+        return segmentation_counts(model.labels, model.window(inputs), target)._asdict()
+
+    return LoadedBatch(images, objective, score)
+
+
+def _target(labels: Any, truth: Tensor) -> Tensor:
+    """The target in the form of the training: the label map, or regions with the ignore mask last."""
+    if not labels.has_regions:
+        return truth
+    regions = [r if isinstance(r, tuple) else (r,) for r in labels.foreground_regions]
+    masks = [torch.isin(truth, torch.tensor(region, device=truth.device)) for region in regions]
+    if labels.has_ignore_label:
+        masks.append(truth == labels.ignore_label)
+    return torch.cat(masks, 1)
+
+
+def metrics(planar: bool) -> list[Metric]:
+    """Dice as the paper has it: ADI over slices and TVDI in 2D, Dice over cases in 3D."""
+    sample = "slice" if planar else "case"
+    mean = Metric(
+        "ADI" if planar else "Dice",
+        lambda scores: adi(Counts.of(scores)),
+        description=f"Dice of every {sample}, averaged over the classes that occur in truth or prediction, then over "
+        f"{sample}s (arXiv 2206.01736, eq. 3).",
+        per_sample=lambda scores: dice_per_sample(Counts.of(scores)).numpy(),
+    )
+    total = Metric(
+        "TVDI",
+        lambda scores: tvdi(Counts.of(scores)),
+        description="Dice of the voxels of all samples together, per class, then averaged (eq. 5).",
+    )
+    return [mean, total] if planar else [mean]
+
+
+def make_examples(
+    models: Sequence[TrainedModel],
+    cases: dict[str, dict[str, Case]],
+    samples: Sequence[Sample],
+    attack: tuple[str, GradientAttack],
+    levels: Sequence[float],
+    *,
+    number: int = 3,
+    seed: int = 0,
+) -> list[Example]:
+    """Samples with much foreground, clean and attacked, with every model's predictions.
+
+    The pictures are of an attack of their own with the settings of the evaluation, not of its very noise.
+
+    Args:
+        models: the models.
+        cases: the cases as preprocessed for each model, by the model's name.
+        samples: to choose from.
+        attack: name and attack.
+        levels: noise levels > 0 to show.
+        number: of samples.
+        seed: of the random starts.
+    """
+    first = models[0]
+    if first.labels.has_regions:
+        return []  # overlapping regions are no label map
+    chosen = _largest(cases[first.name], samples, number)
+    views: dict[str, list[View]] = {sample.id: [] for sample in chosen}
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    name, method = attack
+    for model in models:
+        for sample in chosen:
+            loaded = _load(model, cases[model.name][sample.case], [sample])
+            _, segmentation = cases[model.name][sample.case]()
+            middle = _middle(segmentation) if sample.index is None else None
+            truth = segmentation[0, sample.index if middle is None else middle]
+            pictures.setdefault(sample.id, (_plane(loaded.images, middle), np.maximum(truth, 0)))
+            generator = torch.Generator().manual_seed(seed)
+            for level in (0.0, *levels):
+                images = loaded.images
+                if level > 0:
+                    images = method(loaded.objective, images, level, generator=generator).images
+                with torch.no_grad():
+                    labels = model.window(images).argmax(1)[0].cpu().numpy()
+                    dice = float(dice_per_sample(Counts.of(loaded.score(images)))[0])
+                views[sample.id].append(
+                    View(
+                        model.name,
+                        name if level > 0 else "",
+                        level,
+                        _plane(images, middle),
+                        labels if middle is None else labels[middle],
+                        f"Dice {dice:.2f}",
+                    )
+                )
+    return [Example(sample, *pictures[sample], views=shown) for sample, shown in views.items()]
+
+
+def _largest(cases: dict[str, Case], samples: Sequence[Sample], number: int) -> list[Sample]:
+    """The sample with most foreground of each case, from ``number`` cases at even distances."""
+    names = list(dict.fromkeys(sample.case for sample in samples))
+    names = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(number, len(names)))]
+    chosen = []
+    for name in names:
+        foreground = (cases[name]()[1][0] > 0).sum((1, 2))
+        members = [sample for sample in samples if sample.case == name]
+        chosen.append(max(members, key=lambda s: 0 if s.index is None else int(foreground[s.index])))
+    return chosen
+
+
+def _middle(segmentation: np.ndarray) -> int:
+    """The slice of a case with most foreground."""
+    return int((segmentation[0] > 0).sum((1, 2)).argmax())
+
+
+def _plane(images: Tensor, middle: int | None) -> np.ndarray:
+    """The first channel of the first image, (H, W): a slice, or the given slice of a volume."""
+    image = images[0, 0].cpu().numpy()
+    return image if middle is None else image[middle]

@@ -1,0 +1,84 @@
+"""Where sample ids come from: nnU-Net's own data loader, which also says which slice or patch it cut.
+
+A margin belongs to a sample that comes back. nnU-Net draws random crops, augments them, and reports the case only:
+
+- 2D: a slice is what the paper calls a sample, and slices of one case differ as much as cases do; so case and slice.
+- 3D: a patch of random position never comes back exactly, while most patches of a case show the same structures; so
+  the case. Where cases are much larger than patches, ``cell`` is finer: case and the cell, of a grid as fine as the
+  patch, that the patch's centre lies in.
+
+The random crop within a slice and the augmentation share their sample's margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import numpy as np
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+_HOST_NAME = "nnUNetDataLoader"
+
+
+class SliceLoader(nnUNetDataLoader):
+    """Adds ``ids`` to every batch: ``case:slice``, the slice's index in the preprocessed case."""
+
+    def get_bbox(self, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
+        """Called by the host once per sample, in the order of the batch."""
+        low, high = super().get_bbox(*args, **kwargs)
+        self._corners.append(low)
+        return low, high
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """The host's batch, with ``ids``."""
+        self._corners: list[list[int]] = []
+        batch: dict[str, Any] = super().generate_train_batch()
+        batch["ids"] = [self._id(case, corner) for case, corner in zip(batch["keys"], self._corners, strict=True)]
+        return batch
+
+    def _id(self, case: str, corner: list[int]) -> str:
+        return f"{case}:{corner[0]}"
+
+
+class CellLoader(SliceLoader):
+    """Adds ``ids`` to every batch: ``case:i,j,k``, the grid cell (as large as the patch) of the patch's centre."""
+
+    def _id(self, case: str, corner: list[int]) -> str:
+        # The loader's patch may be larger than the network's, with room for rotations; the centre is the same.
+        centre = np.asarray(corner) + np.asarray(self.patch_size) // 2
+        cell = np.maximum(centre, 0) // np.asarray(self.final_patch_size)
+        return f"{case}:{','.join(str(int(i)) for i in cell)}"
+
+
+def with_loader(get_dataloaders: MethodType, loader: type[nnUNetDataLoader]) -> Any:
+    """Runs a trainer's own ``get_dataloaders`` with ``loader`` in the place of nnU-Net's loader class.
+
+    nnU-Net has no hook for the class: ``get_dataloaders`` looks it up as a global name of its module. The method is
+    run with a namespace in which that one name means our class; the host's module and method stay as they are, and
+    whatever else a release does in there still happens.
+
+    Raises:
+        RuntimeError: if the method does not use that name: then slice ids are not to be had from it.
+    """
+    function = cast(FunctionType, get_dataloaders.__func__)
+    if _HOST_NAME not in function.__code__.co_names:
+        raise RuntimeError(
+            f"{function.__qualname__} does not build its loaders from {_HOST_NAME}, so the slices of a batch are not "
+            f"known. Set 'sample_id: case' in adversarial.yaml, which needs no change of the loader."
+        )
+    namespace = {**function.__globals__, _HOST_NAME: loader}
+    rebound = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound(get_dataloaders.__self__)
+
+
+def slice_ids(cases: Iterable[tuple[str, int]]) -> list[str]:
+    """Every id that :class:`SliceLoader` can give, from (case, number of slices) pairs."""
+    return [f"{case}:{index}" for case, slices in cases for index in range(slices)]
+
+
+def case_of(sample: str) -> str:
+    """The case that a sample id belongs to."""
+    return sample.rsplit(":", 1)[0] if ":" in sample else sample

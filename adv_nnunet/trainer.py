@@ -1,0 +1,547 @@
+"""Our trainers: nnU-Net's own, whose training step asks a method for its loss.
+
+:class:`AdversarialTraining` is a mixin, so that it can be put before any trainer that keeps nnU-Net's loss::
+
+    class MyTrainer(AdversarialTraining, nnUNetTrainerNoMirroring):
+        method_name = "AMAT"
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from adv_nnunet import thresholds as standard
+from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
+from adv_nnunet.objective import SampleTerms, SegmentationObjective
+from adv_nnunet.settings import FILE, find_settings
+from common.methods import AMAT, STD, AdversarialMethod, Method
+from common.metrics import Counts, confusion_counts, dice_per_sample, region_confusion_counts
+from common.settings import settings_text
+from common.thresholds import RunningThresholds, Thresholds
+
+STATE = "advmed"
+"""Key of our state in a checkpoint; the stock host ignores it."""
+LOG_KEYS = (
+    "adv_loss_clean",
+    "adv_loss_adversarial",
+    "adv_expanded",
+    "adv_nonfinite",
+    "adv_attack_seconds",
+    "adv_margin_q05",
+    "adv_margin_q50",
+    "adv_margin_q95",
+)
+"""What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
+
+
+class AdversarialTraining:
+    """Puts a training method of :mod:`common.methods` into an nnU-Net trainer; to be listed before it as a base class.
+
+    Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
+    clipping, validation, logs, checkpoints, distributed training. Checkpoints name the stock trainer, so they predict
+    where this package is not installed.
+    """
+
+    method_name: ClassVar[str]
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - the host's signature
+    ) -> None:
+        require_environment()
+        dataset_folder = Path(os.environ["nnUNet_preprocessed"]) / plans["dataset_name"]
+        settings, self.settings_origin = find_settings(dataset_folder)
+        self._resuming = bool(plans.get("continue_training"))
+        stock = stock_class(type(self))
+        self.stock_name = stock.__name__
+        if settings.tag:  # the host names its output folder after the class
+            self.__class__ = type(f"{type(self).__name__}_{settings.tag}", (type(self),), {})
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_cascaded:
+            raise RuntimeError(
+                f"{type(self).__name__} does not train the second stage of a cascade ({configuration}): the first "
+                f"stage's segmentation is part of the input and no image noise. Train 3d_lowres or 3d_fullres with it, "
+                f"and the cascade with the stock trainer."
+            )
+        self.settings = settings.resolved(_channels(self), self.configuration_manager.patch_size)
+        if self.settings.sample_id == "slice" and len(self.configuration_manager.patch_size) != 2:
+            raise ValueError(f"sample_id: slice is for 2d; {configuration} is 3D, use 'case' or 'cell'")
+        for ours, host in (
+            ("epochs", "num_epochs"),
+            ("iterations_per_epoch", "num_iterations_per_epoch"),
+            ("val_iterations_per_epoch", "num_val_iterations_per_epoch"),
+            ("initial_lr", "initial_lr"),
+            ("save_every", "save_every"),
+        ):
+            if (value := getattr(self.settings, ours)) is not None:
+                setattr(self, host, value)
+        self.method: Method = STD()
+        self.warmup_epochs = 0
+        self.terms: SampleTerms | None = None
+        self._saved_state: dict[str, Any] | None = None
+        self._datasets: tuple[Any, Any] | None = None
+        self._logs: dict[str, Tensor] = {}
+        self._log_counts: dict[str, int] = {}
+
+    # Before training: everything that can go wrong goes wrong here.
+
+    def initialize(self) -> None:
+        """Builds network, optimizer and loss, and the per-sample form of the loss."""
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed)
+        super().initialize()
+        self.terms = SampleTerms(self.loss, self.settings.terms, self.settings.absent_classes)
+
+    def on_train_start(self) -> None:
+        """Checks output folder, data and thresholds, sets the method up, and starts as the host does."""
+        self._check_output_folder()
+        if not self.was_initialized:
+            self.initialize()
+        if self.settings.check_data:
+            self._check_data()
+        self._set_up_method()
+        super().on_train_start()
+        if self.local_rank == 0:
+            resolved = settings_text(
+                self.settings,
+                method=self.method_name,
+                read_from=self.settings_origin,
+                thresholds=getattr(self.method, "thresholds", None),
+            )
+            (Path(self.output_folder) / FILE).write_text(resolved, encoding="utf-8")
+
+    def _check_output_folder(self) -> None:
+        checkpoints = sorted(p.name for p in Path(self.output_folder).glob("checkpoint_*.pth"))
+        if checkpoints and not self._resuming and not self.settings.overwrite:
+            raise FileExistsError(
+                f"{self.output_folder} holds {', '.join(checkpoints)} of an earlier training. Continue it with --c, "
+                f"move it away, give this run a 'tag' in the settings, or set 'overwrite: true' to lose it."
+            )
+
+    def _check_data(self) -> None:
+        """Stops at an image that is not finite, and says which cases have no foreground."""
+        broken, empty = [], []
+        if self.local_rank == 0:
+            for dataset in self.get_tr_and_val_datasets():
+                for case in dataset.identifiers:
+                    image, segmentation, _, _ = dataset.load_case(case)
+                    if not np.isfinite(image[:]).all():
+                        broken.append(case)
+                    labels = np.unique(segmentation[:])
+                    if not np.any((labels > 0) & (labels != self.label_manager.ignore_label)):
+                        empty.append(case)
+        broken = self._from_first_rank(broken)
+        if broken:
+            raise ValueError(
+                f"{len(broken)} preprocessed case(s) hold NaN or infinite values: {', '.join(broken[:10])}. Mend the "
+                f"raw images and preprocess them again (nnUNetv2_plan_and_preprocess), or take the cases out of "
+                f"splits_final.json."
+            )
+        if empty:
+            self.print_to_log_file(
+                f"{len(empty)} case(s) have no foreground: {', '.join(empty[:10])}. They are trained on as the stock "
+                f"trainer does; check their labels if this is not meant."
+            )
+
+    def _set_up_method(self) -> None:
+        settings, state = self.settings, self._saved_state
+        thresholds = None
+        if self.method_name == "AMAT":
+            thresholds = self._thresholds_of(state) if state else self._resolve_thresholds()
+        if state is None:
+            self.warmup_epochs = self._warmup(thresholds)
+        self.method = settings.method(self.method_name, thresholds)
+        if state is not None:
+            self._load_method(state)
+        self._announce(thresholds)
+
+    def _resolve_thresholds(self) -> Thresholds | RunningThresholds:
+        """From a file, from a finished standard training, or by self-calibration; and says which."""
+        assert self.terms is not None
+        settings = self.settings
+        if settings.thresholds != "auto":
+            found = Thresholds.load(settings.thresholds)
+            found.require(self.terms.names, f"the thresholds in {settings.thresholds}")
+            self.print_to_log_file(f"Thresholds from the file {settings.thresholds}: {found}")
+            return found
+        if (path := standard.find_file(self)) is not None:
+            found = Thresholds.load(path)
+            found.require(self.terms.names, f"the thresholds in {path}")
+            self.print_to_log_file(f"Thresholds from the file {path} (found beside the standard training): {found}")
+            return found
+        if (checkpoint := standard.find_checkpoint(self)) is not None:
+            measured = None
+            if self.local_rank == 0:
+                self.print_to_log_file(f"Thresholds are measured on the standard training {checkpoint} ...")
+                measured = standard.measure(self, checkpoint)
+                measured.save(checkpoint.parent / standard.FILE)
+                self.print_to_log_file(
+                    f"... {measured}; mean Dice of that network on clean training samples "
+                    f"{measured.notes['training_dice']}; written to {checkpoint.parent / standard.FILE}"
+                )
+            return self._from_first_rank(measured)
+        if settings.warmup_epochs == 0:
+            searched = " or ".join(str(folder) for folder in standard.standard_folders(self))
+            raise ValueError(
+                f"AMAT has no thresholds. There is no {standard.FILE} and no finished standard training "
+                f"({standard.CHECKPOINT}) in {searched}, and 'warmup_epochs: 0' rules out self-calibration. Train the "
+                f"fold with the stock trainer first, name a file with 'thresholds: PATH' in the settings, or remove "
+                f"'warmup_epochs'."
+            )
+        self.print_to_log_file(
+            "Thresholds are self-calibrated: a clean warm-up first, then the statistics of the clean training loss."
+        )
+        return RunningThresholds(self.terms.names, settings.rule, memory=self._samples_per_epoch())
+
+    def _warmup(self, thresholds: Thresholds | RunningThresholds | None) -> int:
+        if self.method_name == "STD":
+            return 0
+        if self.settings.warmup_epochs is not None:
+            warmup = self.settings.warmup_epochs
+        else:
+            warmup = max(1, self.num_epochs // 10) if isinstance(thresholds, RunningThresholds) else 0
+        if warmup >= self.num_epochs:
+            raise ValueError(
+                f"warmup_epochs ({warmup}) leaves no adversarial epoch of {self.num_epochs}; lower it or raise 'epochs'"
+            )
+        return warmup
+
+    def _announce(self, thresholds: Thresholds | RunningThresholds | None) -> None:
+        settings = self.settings
+        self.print_to_log_file(
+            f"Adversarial training: {self.method_name}, settings from {self.settings_origin}; "
+            f"{self.warmup_epochs} epoch(s) of clean warm-up"
+        )
+        if not isinstance(self.method, AMAT):
+            return
+        samples = self.sample_ids()
+        if samples is None:
+            return
+        visits = (self.num_epochs - self.warmup_epochs) * self._samples_per_epoch() / max(1, len(samples))
+        reach = max(1.0, visits) * self.method.delta
+        self.print_to_log_file(
+            f"{len(samples)} samples ({settings.sample_id}), each met about {visits:.1f} times in this run: margins "
+            f"can reach about {reach:.2f} (L{settings.norm:g} norm, delta {settings.delta:g}, eps {settings.eps:g})"
+        )
+        if settings.eps is not None and reach < settings.eps:
+            self.print_to_log_file(
+                f"WARNING: margins cannot reach the noise levels of interest (about eps = {settings.eps:g}) in so "
+                f"short a run, because a margin grows by at most delta a visit. Raise delta to about "
+                f"{settings.eps / max(visits, 1.0):.2g}, or train longer."
+            )
+
+    # Data
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """The host's data sets; split once, because we look at them more often than the host does."""
+        if self._datasets is None:
+            self._datasets = super().get_tr_and_val_datasets()
+        return self._datasets
+
+    def get_dataloaders(self) -> Any:
+        """The host's loaders, which also say what they cut where ids need it."""
+        own = super().get_dataloaders
+        if self.method_name != "AMAT" or self.settings.sample_id == "case":
+            return own()
+        return with_loader(own, SliceLoader if self.settings.sample_id == "slice" else CellLoader)
+
+    def sample_ids(self) -> list[str] | None:
+        """Every id a training sample can have; None where they are not countable (``cell``)."""
+        if self.settings.sample_id == "cell":
+            return None
+        training, _ = self.get_tr_and_val_datasets()
+        if self.settings.sample_id == "case":
+            return list(training.identifiers)
+        return slice_ids((case, training.load_case(case)[0].shape[1]) for case in training.identifiers)
+
+    def _samples_per_epoch(self) -> int:
+        return int(self.configuration_manager.batch_size * self.num_iterations_per_epoch)
+
+    def to_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """Images and targets of a batch on the device."""
+        images, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        if isinstance(target, list):
+            return images, [t.to(self.device, non_blocking=True) for t in target]
+        return images, target.to(self.device, non_blocking=True)
+
+    # Training
+
+    def _do_i_compile(self) -> bool:
+        if self.settings.compile:
+            return bool(super()._do_i_compile())
+        return False
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The host's precision: float16 autocast on CUDA, none elsewhere."""
+        return torch.autocast("cuda", enabled=True) if self.device.type == "cuda" else nullcontext()
+
+    def _attack_precision(self) -> AbstractContextManager[object]:
+        if self.settings.attack_precision == "float32":
+            return torch.autocast(self.device.type, enabled=False)
+        if self.settings.attack_precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def on_train_epoch_start(self) -> None:
+        """Ends the warm-up when it is over."""
+        super().on_train_epoch_start()
+        thresholds = getattr(self.method, "thresholds", None)
+        if self.current_epoch == self.warmup_epochs and isinstance(thresholds, RunningThresholds):
+            thresholds.begin()
+            self.print_to_log_file(f"Warm-up done. Thresholds: {thresholds}")
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The host's training step with the method's loss."""
+        images, target = self.to_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        assert self.terms is not None
+        objective = SegmentationObjective(
+            self.network, _bare(self.network), self.loss, self.terms, target, self._attack_precision
+        )
+        warming_up = self.current_epoch < self.warmup_epochs
+        method = STD() if warming_up else self.method
+        scaled = self._backward if self.settings.backward == "sequential" else None
+        with self.autocast():
+            step = method.step(objective, images, batch.get("ids", batch["keys"]), scaled)
+        if scaled is None:
+            self._backward(step.loss)
+        if warming_up and isinstance(thresholds := getattr(self.method, "thresholds", None), RunningThresholds):
+            assert step.terms is not None
+            thresholds.update(step.terms)
+
+        # From here on as in nnUNetTrainer.train_step.
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+        for key, value in step.logs.items():
+            self._logs[key] = self._logs[key] + value if key in self._logs else value
+            self._log_counts[key] = self._log_counts.get(key, 0) + 1
+        return {"loss": step.loss.detach().cpu().numpy()}
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Makes the ranks' margins equal, and adds our values to the host's log."""
+        super().on_train_epoch_end(train_outputs)
+        losses = [float(output["loss"]) for output in train_outputs]
+        if not np.isfinite(losses).any():
+            raise FloatingPointError(
+                f"the training loss was not finite in any step of epoch {self.current_epoch}. The checkpoints on disk "
+                f"are of earlier epochs. Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
+            )
+        self.method.merge()
+        values = {f"adv_{key}": float(value) / self._log_counts[key] for key, value in self._logs.items()}
+        if "nonfinite" in self._logs:
+            values["adv_nonfinite"] = float(self._logs["nonfinite"])  # a number of steps, not a mean
+        if isinstance(self.method, AdversarialMethod):
+            values["adv_attack_seconds"] = self.method.clock.drain()
+        if isinstance(self.method, AMAT):
+            low, median, high = self.method.margins.quantiles()
+            values |= {"adv_margin_q05": low, "adv_margin_q50": median, "adv_margin_q95": high}
+        self._logs, self._log_counts = {}, {}
+        _open_log(self.logger, self.current_epoch)
+        for key in LOG_KEYS:
+            self.logger.log(key, values.get(key, float("nan")), self.current_epoch)
+        self.print_to_log_file(
+            self.method_name, ", ".join(f"{k.removeprefix('adv_')} {v:.4g}" for k, v in values.items() if k in LOG_KEYS)
+        )
+        if values.get("adv_nonfinite"):
+            self.print_to_log_file(
+                f"{int(values['adv_nonfinite'])} attack step(s) were skipped because a gradient was not finite. A few "
+                f"are harmless; if they persist, set 'attack_precision: float32' in the settings."
+            )
+
+    # Checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """The host's checkpoint, with our state added and the stock trainer's name; replaced in one go."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        # Prediction looks the class up by this name; ours may not be installed there, and the network is the same.
+        checkpoint["trainer_name"] = self.stock_name
+        checkpoint[STATE] = self._state()
+        temporary = f"{filename}.tmp"
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, filename)  # a kill in the middle of writing leaves the old checkpoint
+        if isinstance(self.method, AMAT):
+            self.method.margins.to_csv(Path(self.output_folder) / "margins.csv")
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """The host's checkpoint, and our state in it."""
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+        self._saved_state = checkpoint.get(STATE)
+        if self._saved_state is None and self._resuming:
+            raise ValueError(
+                f"{filename_or_checkpoint} is not a checkpoint of {type(self).__name__}: it holds no margins or "
+                f"counters. To start from its weights, train without --c and with -pretrained_weights "
+                f"{filename_or_checkpoint}."
+            )
+
+    def _state(self) -> dict[str, Any]:
+        thresholds = getattr(self.method, "thresholds", None)
+        return {
+            "version": 1,
+            "method": self.method.state_dict(),
+            "settings": {k: str(v) for k, v in vars(self.settings).items()},
+            "thresholds": vars(thresholds) if isinstance(thresholds, Thresholds) else None,
+            "warmup_epochs": self.warmup_epochs,
+        }
+
+    def _thresholds_of(self, state: dict[str, Any]) -> Thresholds | RunningThresholds:
+        assert self.terms is not None
+        if state["thresholds"] is not None:
+            saved = Thresholds(**state["thresholds"])
+            saved.require(self.terms.names, "the thresholds in the checkpoint")
+            self.print_to_log_file(f"Thresholds from the checkpoint: {saved}")
+            return saved
+        return RunningThresholds(self.terms.names, self.settings.rule, memory=self._samples_per_epoch())
+
+    def _load_method(self, state: dict[str, Any]) -> None:
+        self.warmup_epochs = state["warmup_epochs"]
+        self.method.load_state_dict(state["method"])
+        changed = [
+            f"{name} {state['settings'].get(name)} -> {value}"
+            for name, value in vars(self.settings).items()
+            if str(value) != state["settings"].get(name)
+        ]
+        if changed:
+            self.print_to_log_file(f"WARNING: settings changed since the checkpoint: {', '.join(changed)}")
+        if isinstance(self.method, AMAT):
+            training, _ = self.get_tr_and_val_datasets()
+            cases = set(training.identifiers)
+            known = (sample for sample in self.method.margins.ids() if case_of(sample) in cases)
+            self.method.margins.require_known(
+                self.sample_ids() or known,
+                "The checkpoint was trained on other cases (another data set, fold or splits_final.json): restore "
+                "them, or start a new training without --c.",
+            )
+
+    def _from_first_rank(self, value: Any) -> Any:
+        if not self.is_ddp:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def hard_dice(self, outputs: Tensor | list[Tensor], targets: Tensor | list[Tensor]) -> float:
+        """Mean Dice of the predictions of a batch at full resolution, over samples and classes that occur."""
+        output = outputs if isinstance(outputs, Tensor) else outputs[0]
+        target = targets if isinstance(targets, Tensor) else targets[0]
+        counts = segmentation_counts(self.label_manager, output, target)
+        return float(torch.as_tensor(dice_per_sample(counts)).nanmean())
+
+
+class nnUNetTrainerSTD(AdversarialTraining, nnUNetTrainer):
+    """Standard training, as nnUNetTrainer does it, with the schedule of the settings: the baseline of a comparison."""
+
+    method_name = "STD"
+
+
+class nnUNetTrainerAT(AdversarialTraining, nnUNetTrainer):
+    """Adversarial training (Madry et al. 2018): only attacked images, one noise level."""
+
+    method_name = "AT"
+
+
+class nnUNetTrainerSAT(AdversarialTraining, nnUNetTrainer):
+    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1)."""
+
+    method_name = "SAT"
+
+
+class nnUNetTrainerAMAT(AdversarialTraining, nnUNetTrainer):
+    """Adaptive-margin adversarial training: a noise level for every sample (arXiv 2206.01736, Algorithm 1)."""
+
+    method_name = "AMAT"
+
+
+def stock_class(kind: type) -> type:
+    """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))
+
+
+def segmentation_counts(label_manager: Any, output: Tensor, target: Tensor) -> Counts:
+    """TP, FP, FN of the hard prediction, per sample and foreground class or region.
+
+    Args:
+        label_manager: the host's.
+        output: logits, (B, heads, *spatial).
+        target: label map (B, 1, *spatial), or regions (B, regions (+ 1), *spatial).
+    """
+    if label_manager.has_regions:
+        ignore = None
+        if label_manager.has_ignore_label:
+            ignore, target = target[:, -1] > 0, target[:, :-1]
+        return region_confusion_counts(output > 0, target > 0, ignore=ignore)
+    truth = target[:, 0].long()
+    ignore = truth == label_manager.ignore_label if label_manager.has_ignore_label else None
+    return confusion_counts(output.argmax(1), truth, label_manager.foreground_labels, ignore=ignore)
+
+
+def _bare(network: torch.nn.Module) -> torch.nn.Module:
+    """The network without DistributedDataParallel, compiled or not."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def _channels(trainer: Any) -> int:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    return int(determine_num_input_channels(trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json))
+
+
+def _open_log(logger: Any, epoch: int) -> None:
+    """Gives the host's log our keys; epochs before ours began (a stock checkpoint continued) are NaN."""
+    lists = logger.local_logger.my_fantastic_logging
+    for key in LOG_KEYS:
+        lists.setdefault(key, [float("nan")] * epoch)
+
+
+def require_environment(raw: bool = True) -> None:
+    """Raises RuntimeError if a variable that nnU-Net needs is not set.
+
+    Args:
+        raw: whether nnUNet_raw and nnUNet_preprocessed and nnUNet_results are needed, or only the last two.
+    """
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")[0 if raw else 1 :]
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise RuntimeError(
+            f"nnU-Net does not know where its data is: the environment variable(s) {', '.join(missing)} are not set. "
+            f"Set them to folders (export NAME=FOLDER), as nnU-Net's installation asks."
+        )
+
+
+__all__ = [
+    "AdversarialTraining",
+    "nnUNetTrainerAMAT",
+    "nnUNetTrainerAT",
+    "nnUNetTrainerSAT",
+    "nnUNetTrainerSTD",
+]

@@ -1,0 +1,34 @@
+"""AT: adversarial training (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from common.methods.base import AdversarialMethod, Backward, MixedLoss, Step, check_positive
+from common.objective import Objective
+
+
+class AT(AdversarialMethod):
+    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all.
+
+    Args:
+        eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
+        **attack: see :class:`AdversarialMethod`.
+    """
+
+    name = "AT"
+
+    def __init__(self, eps: float, **attack: Any) -> None:
+        super().__init__(**attack)
+        self.eps = check_positive("eps", eps, zero=True)
+
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """See :meth:`Method.step`; the ids are not used."""
+        attacked = self._attack(objective, images, self.eps)
+        mixed = MixedLoss(objective, backward)
+        loss, _ = mixed.add(attacked.images, 1.0)
+        logs = {"loss_adversarial": loss, "nonfinite": attacked.nonfinite.sum()}
+        return Step(mixed.total(), logs, adversarial=attacked.images)

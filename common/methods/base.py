@@ -1,0 +1,182 @@
+"""What every training method is: a step from (objective, images, ids) to a loss, and a state that can be resumed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from common.attacks.gradient import AttackResult, Bounds, GradientAttack, check_bounds
+from common.clock import Clock
+from common.objective import Objective, training_pass
+
+Backward = Callable[[Tensor], None]
+"""Back-propagates a scalar; a host's own scaler belongs in here."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method makes of one batch.
+
+    Attributes:
+        loss: the training loss, a scalar. Back-propagate it, unless the step was given ``backward``: then it is
+            detached, and all its gradients are in place already.
+        logs: values worth logging, detached scalars on the device.
+        terms: the clean loss terms, (B, K), detached; None where the method makes no clean pass.
+        adversarial: the adversarial images, None where there are none.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+    terms: Tensor | None = None
+    adversarial: Tensor | None = field(default=None, repr=False)
+
+
+class Method(ABC):
+    """A training method. It knows objectives, radii and ids, and no framework."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """Computes the training loss of a batch, and updates what the method knows about its samples.
+
+        Args:
+            objective: images -> (B, K) loss terms, closed over model and targets.
+            images: shape (B, C, *spatial).
+            ids: B stable sample ids.
+            backward: with it, each part of the loss is back-propagated as soon as it is known, so that the graphs of
+                the clean and of the adversarial pass never live at the same time: the peak memory of a standard step.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        return {"method": self.name}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run.
+
+        Raises:
+            ValueError: if it is the state of another method.
+        """
+        if state.get("method") != self.name:
+            raise ValueError(f"the saved state is of the method {state.get('method')!r}, this run trains {self.name!r}")
+
+    def merge(self) -> None:  # noqa: B027 - most methods have nothing to exchange
+        """Makes the state of all processes equal; at the end of an epoch, on all of them."""
+
+
+class AdversarialMethod(Method):
+    """A method that trains on attacked images.
+
+    Args:
+        steps: gradient steps of the training attack (the papers: 20).
+        step_scale: a in alpha = a * radius / steps. Default 4, the authors' released setting; the papers give none.
+        norm: 2 or inf.
+        random_start: fraction of the radius from whose ball an attack starts. Default 0: the path then begins at the
+            clean image, which "crossing" needs, and a step is repeatable.
+        bounds: lowest and highest value of an input, "sample", or None.
+        seed: seed of the random starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 20,
+        step_scale: float = 4.0,
+        norm: float = 2,
+        random_start: float = 0.0,
+        bounds: Bounds = None,
+        seed: int = 0,
+    ) -> None:
+        self.attack = GradientAttack(steps, step_scale, norm, random_start)
+        check_bounds(bounds)
+        self.bounds = bounds
+        self.seed = seed
+        self.steps_done = 0
+        self.clock = Clock()
+
+    def _attack(
+        self, objective: Objective, images: Tensor, radius: float | Tensor, thresholds: Tensor | None = None
+    ) -> AttackResult:
+        """x~ = PGD(x, y, radius), without the terms of x~: the training pass on x~ computes them anyway."""
+        generator = None
+        if self.attack.random_start:
+            # A seed for each step and process: a resumed run needs to know only how many steps were made.
+            rank = torch.distributed.get_rank() if _distributed() else 0
+            generator = torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done)) & (2**63 - 1))
+        self.steps_done += 1
+        with self.clock(images.device):
+            return self.attack(
+                objective,
+                images,
+                radius,
+                bounds=self.bounds,
+                thresholds=thresholds,
+                generator=generator,
+                final_pass=False,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        return {**super().state_dict(), "steps_done": self.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        self.steps_done = int(state["steps_done"])
+
+
+@dataclass
+class MixedLoss:
+    """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`."""
+
+    objective: Objective
+    backward: Backward | None
+    loss: Tensor | None = None
+
+    def add(self, images: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Adds weight * L(images).
+
+        Returns:
+            The loss L(images), detached, and its terms, (B, K), detached.
+        """
+        loss, terms = training_pass(self.objective, images)
+        part = loss * weight
+        if self.backward is not None:
+            self.backward(part)
+            part = part.detach()
+        self.loss = part if self.loss is None else self.loss + part
+        return loss.detach(), terms
+
+    def total(self) -> Tensor:
+        """The sum of the parts."""
+        assert self.loss is not None
+        return self.loss
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> float:
+    """Returns ``value`` as a float.
+
+    Raises:
+        ValueError: if it is not a finite number > 0 (>= 0 with ``zero``).
+    """
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+    return number
+
+
+def check_ids(ids: Sequence[str], images: Tensor) -> None:
+    """Raises ValueError if there is not one id for each image."""
+    if len(ids) != images.shape[0]:
+        raise ValueError(f"{len(ids)} sample ids for a batch of {images.shape[0]} images")
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,73 @@
+"""The objective: the one thing a host hands to attacks and methods.
+
+An objective is any callable ``images -> terms`` closed over model and targets: images of shape (B, C, *spatial) as the
+network receives them, terms of shape (B, K), the host's own training loss split into its K terms, one row per sample,
+gradients attached. Three attributes are optional:
+
+- ``model``: the ``torch.nn.Module`` that is held still while it is attacked (:mod:`common.guard`);
+- ``names``: the K names of the terms;
+- ``loss(images) -> (loss, terms)``: the host's own batch loss (a scalar to back-propagate) and the terms of the same
+  forward pass, for hosts whose loss is not the mean of its per-sample terms (batch Dice, batch-wide normalisers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A callable ``images (B, C, *spatial) -> terms (B, K)``."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Returns the loss terms, shape (B, K), with gradients."""
+        ...
+
+
+def model_of(objective: Objective) -> torch.nn.Module | None:
+    """The objective's model, or None if it names none."""
+    model = getattr(objective, "model", None)
+    return model if isinstance(model, torch.nn.Module) else None
+
+
+def names_of(objective: Objective, count: int) -> tuple[str, ...]:
+    """The names of the objective's K terms; ``loss`` or ``term_0, ...`` where it gives none."""
+    names: Sequence[str] | None = getattr(objective, "names", None)
+    if names is not None:
+        return tuple(names)
+    return ("loss",) if count == 1 else tuple(f"term_{k}" for k in range(count))
+
+
+def check_terms(terms: Tensor, images: Tensor) -> Tensor:
+    """Returns ``terms`` if their shape is (B, K).
+
+    Raises:
+        ValueError: otherwise; the usual mistake is a loss already averaged over the batch.
+    """
+    if not isinstance(terms, Tensor) or terms.ndim != 2 or terms.shape[0] != images.shape[0]:
+        got = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
+        raise ValueError(
+            f"the objective must return loss terms of shape (B, K) = ({images.shape[0]}, K), one row per sample and "
+            f"not averaged over the batch, got {got}"
+        )
+    return terms
+
+
+def training_pass(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward pass for training: the loss to back-propagate, and the terms it is made of.
+
+    Returns:
+        loss: scalar; the host's own batch loss where the objective has ``loss``, else the batch mean of the summed
+            terms.
+        terms: shape (B, K), detached.
+    """
+    own = getattr(objective, "loss", None)
+    if own is not None:
+        loss, terms = own(images)
+        return loss, check_terms(terms, images).detach()
+    terms = check_terms(objective(images), images)
+    return terms.sum(1).mean(), terms.detach()

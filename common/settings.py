@@ -1,0 +1,218 @@
+"""Settings: dataclasses whose every value is checked before anything runs.
+
+A host derives its own settings from :class:`MethodSettings`, reads them with :func:`read_settings`, and writes what
+they resolved to with :func:`settings_text`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from common.attacks.gradient import GradientAttack, check_bounds
+from common.methods import AMAT, AT, SAT, STD, Method
+from common.methods.base import check_positive
+from common.norms import check_norm
+from common.thresholds import RunningThresholds, Thresholds, std_factor
+
+METHODS: tuple[str, ...] = ("STD", "AT", "SAT", "AMAT")
+
+S = TypeVar("S", bound="MethodSettings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What a training method needs to know, on every host.
+
+    Attributes:
+        eps: radius of the noise of SAT and AT, >= 0; None: the host's default.
+        delta: first margin and expansion step of AMAT, > 0; None: the host's default.
+        refinement: AMAT's rule for a margin that was too large, "paper" or "crossing".
+        margin_min: lowest margin of AMAT, or None.
+        margin_max: highest margin of AMAT, or None.
+        steps: gradient steps of the training attack (both papers: 20).
+        step_scale: a in alpha = a * radius / steps.
+        norm: 2 or inf.
+        random_start: fraction of the radius from whose ball an attack starts.
+        bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
+        thresholds: "auto", or the path of a thresholds file (AMAT).
+        rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std".
+        warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
+        backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
+            other, at the peak memory of a standard step.
+        seed: seed of the network's weights and of random starts; None: unseeded weights, as the host has them.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    eps: float | None = None
+    delta: float | None = None
+    refinement: Literal["paper", "crossing"] = "paper"
+    margin_min: float | None = None
+    margin_max: float | None = None
+    steps: int = 20
+    step_scale: float = 4.0
+    norm: float = 2.0
+    random_start: float = 0.0
+    bounds: tuple[float, float] | Literal["sample"] | None = None
+    thresholds: str = "auto"
+    rule: str = "mean"
+    warmup_epochs: int | None = None
+    backward: Literal["together", "sequential"] = "together"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        GradientAttack(self.steps, self.step_scale, self.norm, self.random_start)
+        check_bounds(self.bounds)
+        std_factor(self.rule)
+        for name, zero in (("eps", True), ("delta", False), ("margin_min", True), ("margin_max", False)):
+            value = getattr(self, name)
+            if value is not None:
+                check_positive(name, value, zero=zero)
+        if self.margin_min is not None and self.margin_max is not None and self.margin_min > self.margin_max:
+            raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
+        if self.warmup_epochs is not None and self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
+
+    def method(self, name: str, thresholds: Thresholds | RunningThresholds | None = None) -> Method:
+        """The training method of that name with these settings.
+
+        Raises:
+            ValueError: if the method is unknown, or a number that it needs is None.
+        """
+        attack: dict[str, Any] = {
+            "steps": self.steps,
+            "step_scale": self.step_scale,
+            "norm": self.norm,
+            "random_start": self.random_start,
+            "bounds": self.bounds,
+            "seed": self.seed or 0,
+        }
+        if name == "STD":
+            return STD()
+        if name in ("SAT", "AT"):
+            if self.eps is None:
+                raise ValueError(f"{name} needs eps, the radius of its noise")
+            return (SAT if name == "SAT" else AT)(self.eps, **attack)
+        if name == "AMAT":
+            if self.delta is None or thresholds is None:
+                raise ValueError("AMAT needs delta and thresholds")
+            return AMAT(
+                self.delta,
+                thresholds,
+                refinement=self.refinement,
+                margin_min=self.margin_min,
+                margin_max=self.margin_max,
+                **attack,
+            )
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+
+
+def read_settings(kind: type[S], path: str | Path) -> S:
+    """Reads settings from a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: one message for everything that is wrong in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no settings file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold 'name: value' lines, got a {type(content).__name__}")
+    return make_settings(kind, content, str(path))
+
+
+def make_settings(kind: type[S], values: Mapping[str, Any], origin: str) -> S:
+    """Settings from plain values, each checked against the type of its field.
+
+    Raises:
+        ValueError: naming ``origin`` and every value that is wrong, with the nearest name for an unknown one.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    problems, accepted = [], {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            problems.append(f"unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            continue
+        try:
+            accepted[name] = _converted(value, hints[name])
+        except TypeError:
+            problems.append(f"{name} must be {_describe(hints[name])}, got {value!r}")
+    if not problems:
+        try:
+            return kind(**accepted)
+        except ValueError as error:
+            problems.append(str(error))
+    more = "" if all(name in known for name in values) else f"\nThe settings are: {', '.join(known)}."
+    raise ValueError(f"{origin}: " + "; ".join(problems) + more)
+
+
+def settings_text(settings: MethodSettings, **notes: Any) -> str:
+    """Settings with every default filled in, as YAML that :func:`read_settings` reads.
+
+    Args:
+        settings: what to write.
+        **notes: written above them as comments.
+    """
+    content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    comments = "".join(f"# {name}: {value}\n" for name, value in notes.items())
+    return comments + str(yaml.safe_dump(content, sort_keys=False))
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """``value`` as the type says, or TypeError. Whole numbers serve as floats; nothing else is converted."""
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in get_args(hint):
+            try:
+                return _converted(value, option)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise TypeError
+    if origin is tuple:
+        parts = get_args(hint)
+        if isinstance(value, (list, tuple)) and len(value) == len(parts):
+            return tuple(_converted(v, part) for v, part in zip(value, parts, strict=True))
+        raise TypeError
+    if hint is float and value in ("inf", ".inf"):
+        return float("inf")
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None) and value is None:
+        return None
+    if hint in (int, str, bool) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    if origin is tuple:
+        return "a pair of numbers"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, "null")

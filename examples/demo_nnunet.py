@@ -1,0 +1,180 @@
+"""From raw MRI to a robustness report, through the same console commands that a user types. `make demo` runs this.
+
+python examples/demo_nnunet.py [--work build/demo]
+
+Prepares the embedded hippocampus data, trains the same small 2D network three times (standard, fixed noise, adaptive
+margins), attacks all three, and writes a report. Steps that are finished are skipped when it is called again; a step
+is done again when its command or the settings below have changed. `rm -r build/demo` starts from nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# --- what one may want to change -------------------------------------------------------------------------------------
+
+# adversarial.yaml, read by all three trainers. A short schedule: enough to see the difference, not to compare methods.
+SETTINGS: dict[str, int | float | str] = {
+    "epochs": 12,
+    "iterations_per_epoch": 25,
+    "val_iterations_per_epoch": 2,
+    "eps": 5.0,  # radius of SAT, L2 over one slice in z-score units
+    "delta": 2.0,  # first margin and growth per visit of AMAT; the paper's 0.5 needs the paper's length
+    "steps": 3,  # PGD steps in training; the paper: 20
+    "step_scale": 2.4,  # step length = step_scale * radius / steps
+    "norm": 2,
+}
+# The network, smaller than nnU-Net plans it for this data.
+BATCH_SIZE = 16
+FEATURES = (12, 24, 48, 96)  # one per stage; deeper stages repeat the last
+LEVELS = ("0", "2", "6", "10")  # noise levels of the evaluation, the paper's for this data set
+EVALUATE_FLAGS: tuple[str, ...] = ()
+
+TRAINERS = ("nnUNetTrainerSTD", "nnUNetTrainerSAT", "nnUNetTrainerAMAT")
+DATASET, NAME, CONFIGURATION, FOLD = "4", "Dataset004_Hippocampus", "2d", "0"
+PLANS = "nnUNetPlans_small"
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOURCE = Path(__file__).resolve().parent / "data" / NAME
+
+
+class Demo:
+    """The steps, each with its title, log and stamp, in one working folder."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.raw, self.preprocessed, self.results = (work / f"nnUNet_{n}" for n in ("raw", "preprocessed", "results"))
+        self.logs, self.stamps = work / "logs", work / "done"
+        for folder in (self.raw, self.preprocessed, self.results, self.logs, self.stamps):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.environment = os.environ | {
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_def_n_proc": os.environ.get("nnUNet_def_n_proc", "2"),
+            # One worker process for augmentation. 0 is no choice: planning would set its threads to 0 and fail.
+            "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "1"),
+            "nnUNet_compile": "f",  # slower than no compilation on a CPU
+        }
+
+    def step(self, name: str, title: str, action: Callable[[], None], depends_on: str) -> None:
+        """Run `action` unless a stamp says that it succeeded before with the same `depends_on`."""
+        stamp = self.stamps / name
+        print(f"{title} ... ", end="", flush=True)
+        if stamp.exists() and stamp.read_text() == depends_on:
+            print("done before")
+            return
+        stamp.unlink(missing_ok=True)
+        start = time.monotonic()
+        action()
+        stamp.write_text(depends_on)
+        print(f"{time.monotonic() - start:.0f} s")
+
+    def command(
+        self, name: str, title: str, arguments: list[str], depends_on: str = "", output: Path | None = None
+    ) -> None:
+        """A step that is one console command of the installed environment; its output goes to a log.
+
+        `output` is the folder that the command makes; what an unfinished or older call left there goes first.
+        """
+
+        def action() -> None:
+            if output is not None and output.exists():
+                shutil.rmtree(output)
+            log = self.logs / f"{name}.log"
+            line = shlex.join(arguments)
+            executable = Path(sysconfig.get_path("scripts")) / arguments[0]
+            if not executable.exists():
+                sys.exit(
+                    f"\nexpected the command {arguments[0]} in {executable.parent}, found none; "
+                    "call this script by `make demo`, which installs it"
+                )
+            with log.open("w") as out:
+                code = subprocess.call(
+                    [str(executable), *arguments[1:]], env=self.environment, stdout=out, stderr=subprocess.STDOUT
+                )
+            if code != 0:
+                tail = "\n".join("    " + text for text in log.read_text(errors="replace").splitlines()[-25:])
+                sys.exit(
+                    f"failed with exit status {code}\n\n  {line}\n\nThe end of its log, {log}:\n{tail}\n\n"
+                    "Once the cause is mended, call the demo again: finished steps are kept."
+                )
+
+        self.step(name, title, action, json.dumps([arguments, depends_on]))
+
+    def link_data(self) -> None:
+        """Put the embedded data where nnU-Net looks; a link where the file system has links, else a copy."""
+        target = self.raw / NAME
+        if target.is_symlink():
+            target.unlink()
+        elif target.exists():
+            shutil.rmtree(target)
+        try:
+            target.symlink_to(SOURCE, target_is_directory=True)
+        except OSError:
+            shutil.copytree(SOURCE, target)
+
+    def write_small_plans(self) -> None:
+        """A copy of nnU-Net's plans with a smaller batch and network; the preprocessed data stays the same."""
+        folder = self.preprocessed / NAME
+        plans = json.loads((folder / "nnUNetPlans.json").read_text())
+        plans["plans_name"] = PLANS
+        configuration = plans["configurations"][CONFIGURATION]
+        configuration["batch_size"] = BATCH_SIZE
+        network = configuration["architecture"]["arch_kwargs"]
+        network["features_per_stage"] = [FEATURES[min(i, len(FEATURES) - 1)] for i in range(network["n_stages"])]
+        (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=4) + "\n")
+
+    def prepare_training(self) -> None:
+        """Split, small plans and settings, in the preprocessed data set's folder."""
+        shutil.copyfile(SOURCE / "splits_final.json", self.preprocessed / NAME / "splits_final.json")
+        self.write_small_plans()
+        lines = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
+        (self.preprocessed / NAME / "adversarial.yaml").write_text(lines)
+
+    def run(self) -> Path:
+        """All steps in their order; the folder of the report."""
+        self.step("data", "1/7 hippocampus MRI, 74 volumes", self.link_data, str(SOURCE))
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", CONFIGURATION, "--verify_dataset_integrity"]
+        self.command("preprocess", "2/7 plan and preprocess", [*plan, "-np", "2"])
+        # What decides about a training: part of every later stamp, so that a change here never mixes with old results.
+        choices = json.dumps([SETTINGS, BATCH_SIZE, FEATURES])
+        self.step("prepare", "3/7 split, small plans, settings", self.prepare_training, choices)
+        common = ["-p", PLANS, "-tr"]
+        for number, trainer in enumerate(TRAINERS, start=4):
+            train = ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *common, trainer, "-device", "cpu"]
+            output = self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
+            self.command(trainer, f"{number}/7 train {trainer}", train, choices, output)
+        report = self.work / "report"
+        evaluate = ["adv-nnunet", "evaluate", "-d", DATASET, "-c", CONFIGURATION, "-f", FOLD, *common, *TRAINERS]
+        evaluate += ["--levels", *LEVELS, *EVALUATE_FLAGS, "-o", str(report)]
+        self.command("evaluate", "7/7 attack all three", evaluate, choices, report)
+        return report
+
+
+def main() -> None:
+    """Read the command line, run the demo, and say where the report is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="working folder (default: build/demo)")
+    start = time.monotonic()
+    demo = Demo(parser.parse_args().work.resolve())
+    report = demo.run()
+    table = (demo.logs / "evaluate.log").read_text(errors="replace").rstrip()
+    print(f"\n{table}\n\n{time.monotonic() - start:.0f} s in all. The report:")
+    for path in sorted(report.glob("*.html")) or [report]:
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Tiny models and objectives that the tests of the core share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Affine:
+    """terms = <x, slopes_k> + offsets_k: the maximum over a ball is offset + <x, slope> + radius * dual norm."""
+
+    def __init__(self, slopes: Tensor, offsets: Tensor) -> None:
+        self.slopes, self.offsets = slopes, offsets  # (K, *shape), (K,)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.slopes.flatten(1).T + self.offsets
+
+
+class Logistic:
+    """K logistic losses of one linear model: terms_k = softplus(-y (c_k w.x + b_k)).
+
+    All terms point along w, so the ball's worst point is the same for each, and is known in closed form.
+    """
+
+    def __init__(self, weight: Tensor, labels: Tensor, scales: Tensor, offsets: Tensor) -> None:
+        self.model = nn.Linear(weight.numel(), 1, bias=False, dtype=weight.dtype)
+        self.model.weight.data.copy_(weight.reshape(1, -1))
+        self.labels, self.scales, self.offsets = labels, scales, offsets
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return F.softplus(-self.labels[:, None] * (self.model(images.flatten(1)) * self.scales + self.offsets))
+
+    def largest_radius(self, images: Tensor, thresholds: Tensor, p: float) -> Tensor:
+        """Per sample and term, the largest eps with term < threshold anywhere in the ball, (B, K)."""
+        weight = self.model.weight.detach().flatten()
+        dual = weight.norm(2) if p == 2 else weight.abs().sum()
+        clean = self.labels[:, None] * ((images.flatten(1) @ weight)[:, None] * self.scales + self.offsets)
+        return (thresholds.expm1().log() + clean) / (self.scales * dual)
+
+
+class Classifier:
+    """Cross-entropy of a small CNN, one term per sample; counts its passes."""
+
+    names = ("ce",)
+
+    def __init__(self, model: nn.Module, labels: Tensor) -> None:
+        self.model, self.labels, self.calls = model, labels, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(self.model(images), self.labels, reduction="none")[:, None]
+
+
+def cnn(
+    channels: int = 3, classes: int = 4, *, normalise: bool = False, dropout: float = 0.0, seed: int = 0
+) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(channels, 6, 3, padding=1),
+            nn.BatchNorm2d(6) if normalise else nn.Identity(),
+            nn.Tanh(),
+            nn.Dropout(dropout) if dropout else nn.Identity(),
+            nn.Conv2d(6, 8, 3, stride=2),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, classes),
+        )
+
+
+@pytest.fixture
+def tiny() -> SimpleNamespace:
+    return SimpleNamespace(Affine=Affine, Logistic=Logistic, Classifier=Classifier, cnn=cnn)

@@ -1,0 +1,57 @@
+"""The embedded data: unchanged bytes, images and labels that fit, a split without overlap, and within its size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parents[1] / "examples" / "data" / "Dataset004_Hippocampus"
+SUMS = [line.split(maxsplit=1) for line in (DATA / "sha256sums.txt").read_text().splitlines()]
+CASES = sorted(p.name.removesuffix(".nii.gz") for p in (DATA / "labelsTr").glob("*.nii.gz"))
+
+
+def test_every_file_is_the_one_that_was_recorded() -> None:
+    found = {p.relative_to(DATA).as_posix() for p in DATA.glob("*Tr/*")}
+    assert found == {name for _, name in SUMS}
+    for expected, name in SUMS:
+        assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == expected, name
+
+
+def test_the_folder_stays_small() -> None:
+    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 7_500_000
+
+
+def test_description_and_split_fit_the_files() -> None:
+    description = json.loads((DATA / "dataset.json").read_text())
+    (fold,) = json.loads((DATA / "splits_final.json").read_text())
+    assert description["numTraining"] == len(CASES) == 74
+    assert sorted(fold["train"] + fold["val"]) == CASES
+    assert not set(fold["train"]) & set(fold["val"])
+    assert (len(fold["train"]), len(fold["val"])) == (60, 14)
+
+
+def test_licence_and_attribution_are_beside_the_data() -> None:
+    licence = (DATA / "LICENSE").read_text()
+    for needed in ("CC BY-SA 4.0", "creativecommons.org/licenses/by-sa/4.0/legalcode", "Vanderbilt", "Changes", "cite"):
+        assert needed in licence
+
+
+def test_images_and_labels_fit() -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    kinds = set()
+    for case in CASES:
+        image = sitk.ReadImage(DATA / "imagesTr" / f"{case}_0000.nii.gz")
+        label = sitk.ReadImage(DATA / "labelsTr" / f"{case}.nii.gz")
+        assert image.GetSize() == label.GetSize(), case
+        assert image.GetSpacing() == label.GetSpacing() == (1.0, 1.0, 1.0), case
+        assert image.GetDirection() == label.GetDirection(), case
+        pixels, classes = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(label)
+        kinds.add(pixels.dtype.name)
+        assert np.isfinite(pixels).all(), case
+        assert pixels.std() > 0, case
+        assert set(np.unique(classes)) == {0, 1, 2}, case
+    assert kinds == {"uint8", "float32"}, "both kinds of source are meant to be in the subset"
