@@ -201,7 +201,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     entries = []
     for model in models:
         batches = host.make_batches(model, cases[model.name], samples[model.name], args.batch_size)
-        with tqdm(total=len(batches) * (1 + len(attacks) * (len(levels) - 1)), desc=model.name, unit="pass") as bar:
+        passes = len(batches) * (1 + len(attacks) * (len(levels) - 1))
+        with tqdm(total=passes, desc=model.name, unit="pass", disable=None) as bar:  # no bar in a log file
 
             def progress(done: int, total: int, text: str, bar: Any = bar) -> None:
                 bar.set_postfix_str(text, refresh=False)

@@ -370,15 +370,12 @@ def make_examples(
 
 
 def _largest(cases: dict[str, Case], samples: Sequence[Sample], number: int) -> list[Sample]:
-    """The sample with most foreground of each case, from ``number`` cases at even distances."""
+    """The slice with most foreground (3D: the case) of ``number`` cases at even distances."""
     names = list(dict.fromkeys(sample.case for sample in samples))
     names = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(number, len(names)))]
-    chosen = []
-    for name in names:
-        foreground = (cases[name]()[1][0] > 0).sum((1, 2))
-        members = [sample for sample in samples if sample.case == name]
-        chosen.append(max(members, key=lambda s: 0 if s.index is None else int(foreground[s.index])))
-    return chosen
+    if samples[0].index is None:
+        return [Sample(name, None) for name in names]
+    return [Sample(name, _middle(cases[name]()[1])) for name in names]
 
 
 def _middle(segmentation: np.ndarray) -> int:

@@ -42,6 +42,8 @@ class Settings(MethodSettings):
             centre); "auto": slice in 2D, case in 3D.
         std_trainer: name of the trainer of the standard training that thresholds are made of; None: the stock trainer
             that ours derives from, then nnUNetTrainerSTD.
+        start_from: "standard": begin with the weights of that standard training, all of them (nnU-Net's
+            -pretrained_weights leaves out the segmentation layers); or the path of a checkpoint; None: as the host.
         threshold_samples: number of clean training samples that thresholds are made of; None: by size of the data set.
         attack_precision: "host": as the host trains (float16 autocast on CUDA, float32 elsewhere); "float32";
             "bfloat16": autocast, for the attack's passes only.
@@ -60,6 +62,7 @@ class Settings(MethodSettings):
     absent_classes: Literal["auto", "count", "skip"] = "auto"
     sample_id: Literal["auto", "case", "slice", "cell"] = "auto"
     std_trainer: str | None = None
+    start_from: str | None = None
     threshold_samples: int | None = None
     attack_precision: Literal["host", "float32", "bfloat16"] = "host"
     epochs: int | None = None

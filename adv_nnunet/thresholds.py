@@ -90,7 +90,7 @@ def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) ->
     global_state = np.random.get_state()
     np.random.seed(seed)  # the host's loader draws from numpy's global generator
     try:
-        with torch.no_grad(), tqdm(total=samples, desc="thresholds", unit="sample") as bar:
+        with torch.no_grad(), tqdm(total=samples, desc="thresholds", unit="sample", disable=None) as bar:
             while bar.n < samples:
                 batch = loader.generate_train_batch()
                 images, targets = trainer.to_device(batch)

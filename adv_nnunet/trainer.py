@@ -111,6 +111,8 @@ class AdversarialTraining:
         self._check_output_folder()
         if not self.was_initialized:
             self.initialize()
+        if self.settings.start_from is not None and not self._resuming:
+            self._load_weights(self.settings.start_from)
         if self.settings.check_data:
             self._check_data()
         self._set_up_method()
@@ -131,6 +133,24 @@ class AdversarialTraining:
                 f"{self.output_folder} holds {', '.join(checkpoints)} of an earlier training. Continue it with --c, "
                 f"move it away, give this run a 'tag' in the settings, or set 'overwrite: true' to lose it."
             )
+
+    def _load_weights(self, source: str) -> None:
+        path = standard.find_checkpoint(self) if source == "standard" else Path(source)
+        if path is None or not path.is_file():
+            searched = " or ".join(str(folder) for folder in standard.standard_folders(self))
+            raise FileNotFoundError(
+                f"'start_from: {source}' found no checkpoint: there is no "
+                + (
+                    f"{standard.CHECKPOINT} in {searched}. Train the fold with the stock trainer first"
+                    if source == "standard"
+                    else f"{path}. Name a checkpoint file"
+                )
+                + ", or remove 'start_from'."
+            )
+        weights = torch.load(path, map_location=self.device, weights_only=False)["network_weights"]
+        network = _bare(self.network)
+        getattr(network, "_orig_mod", network).load_state_dict(weights)
+        self.print_to_log_file(f"Starting from the weights of {path}")
 
     def _check_data(self) -> None:
         """Stops at an image that is not finite, and says which cases have no foreground."""

@@ -151,7 +151,7 @@ def _style(axes: Axes, theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.ink)
     axes.grid(axis="y", color=theme.faint, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, labelcolor=theme.ink)
+    axes.legend(facecolor=theme.background, edgecolor="none", framealpha=0.85, labelcolor=theme.ink)
 
 
 def _png(figure: Figure) -> bytes:
@@ -253,8 +253,9 @@ def _edge(labels: Array, thickness: int) -> Array:
 
 def _round_down(factor: float) -> float:
     """The largest of 1, 2, 5, 10, 20, 50, ... that is not above ``factor``, at least 1."""
-    power = 10.0 ** math.floor(math.log10(max(factor, 1)))
-    return max(step * power for step in (1, 2, 5) if step * power <= max(factor, 1))
+    factor = max(1.0, factor * (1 + 1e-6))  # 50 must not become 20 for an error of rounding
+    power = 10.0 ** math.floor(math.log10(factor))
+    return max(step * power for step in (1, 2, 5) if step * power <= factor)
 
 
 def _encode(pixels: Array) -> bytes:

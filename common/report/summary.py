@@ -58,6 +58,10 @@ class Entry:
     evaluation: Evaluation
     margins: Array | None = None
 
+    def __post_init__(self) -> None:
+        if self.margins is not None and (self.margins.size == 0 or not np.isfinite(self.margins).all()):
+            raise ValueError(f"margins of {self.name} must be one or more finite numbers, got {self.margins}")
+
 
 @dataclass(frozen=True)
 class Table:

@@ -230,6 +230,12 @@ def _page(
     themes = (figures.LIGHT, figures.DARK)
     labels = figures.foreground_labels(examples, class_names)
     colours = [figures.CLASS_COLOURS[k % len(figures.CLASS_COLOURS)] for k in range(len(labels))]
+    legend = [
+        (class_names.get(label, f"class {label}"), "#{:02x}{:02x}{:02x}".format(*colour))
+        for label, colour in zip(labels, colours, strict=True)
+    ]
+    if any(example.truth is not None for example in examples):
+        legend.append(("white line: outline of the truth", "#ffffff"))
     levels = tables[0].levels
     source = files("common.report").joinpath("template.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -244,10 +250,7 @@ def _page(
         ],
         histogram=[_uri(figures.margin_histogram(entries, levels, t)) for t in themes] if record["margins"] else [],
         examples=[_example(example, labels) for example in examples],
-        legend=[
-            (class_names.get(label, f"class {label}"), "#{:02x}{:02x}{:02x}".format(*colour))
-            for label, colour in zip(labels, colours, strict=True)
-        ],
+        legend=legend,
     )
 
 

@@ -104,12 +104,13 @@ def test_closed_form_of_a_linear_model() -> None:
     result = evaluate(batches(kind=Logistic), parse_attacks(["pgd40", "ifgsm4"]), LEVELS)
     clean = torch.cat([load(n, kind=Logistic).score(load(n, kind=Logistic).images)["margin"] for n in range(4)])
     np.testing.assert_array_equal(result.clean.scores["margin"], clean.numpy())
-    for attack in ("pgd40", "ifgsm4"):
+    # From a random start PGD approaches the closed form, from the image I-FGSM walks straight to it.
+    for attack, tolerance in (("pgd40", 5e-3), ("ifgsm4", 1e-5)):
         for level in LEVELS:
             worst = clean - level * WEIGHT.norm()
             condition = result.at(attack, level)
-            np.testing.assert_allclose(condition.scores["margin"], worst, atol=1e-4)
-            np.testing.assert_allclose(condition.loss, nn.functional.softplus(-worst), atol=1e-4)
+            np.testing.assert_allclose(condition.scores["margin"], worst, atol=tolerance)
+            np.testing.assert_allclose(condition.loss, nn.functional.softplus(-worst), atol=tolerance)
             np.testing.assert_allclose(condition.norm, level, rtol=1e-5)
             assert condition.nonfinite.tolist() == [0] * 12
             assert condition.seconds > 0
@@ -144,6 +145,11 @@ def test_random_starts_follow_the_seed_the_level_and_the_batch() -> None:
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
     assert first[0] != first[1]
+
+    # Without a gradient an attack stays where it starts: another direction at every level, not one scaled.
+    flat = LoadedBatch(torch.zeros(1, 1, 3, 4), lambda x: 0 * x.flatten(1).sum(1, keepdim=True), lambda x: {"x": x})
+    low, high = (attack_batch(flat, ATTACKS, "pgd3", level, number=0).images.flatten() for level in (1, 2))
+    assert torch.cosine_similarity(low, high, dim=0) < 0.9
 
 
 def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,266 @@
+"""STD, SAT and AMAT on the hippocampus data of the AMAT paper, 2d, fold 0: training, attack, report.
+
+    python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset cpu --jobs 2
+    python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset paper --device cuda
+
+FOLDER of --data holds the data set in nnU-Net's raw layout with splits_final.json. Everything goes through the
+installed commands (nnUNetv2_plan_and_preprocess, nnUNetv2_train, adv-nnunet). A training that is finished is not done
+again, one that was cut off goes on with --c, and the evaluation resumes; so the script can be called until it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME, CONFIGURATION, FOLD = "Dataset004_Hippocampus", "2d", "0"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What distinguishes a run that fits on a CPU from the paper's."""
+
+    training_cases: int  # take every n-th
+    batch_size: int | None  # None: as nnU-Net plans it
+    features: tuple[int, ...] | None
+    standard: dict[str, Any]  # settings of the standard training
+    adversarial: dict[str, Any]  # settings of all others
+    runs: dict[str, tuple[str, dict[str, Any]]]  # name: trainer, further settings
+    evaluate: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ("0", "2", "6", "10")
+
+
+_SAT = {f"SAT{eps}": ("nnUNetTrainerSAT", {"eps": eps}) for eps in (1, 5, 10)}
+
+PRESETS = {
+    # The paper's schedule and plan (arXiv 2206.01736, section 3.5): 100 epochs of 50 iterations, nnU-Net's own plan,
+    # PGD-20, delta 0.5, xi = mean, from scratch.
+    "paper": Preset(
+        training_cases=1,
+        batch_size=None,
+        features=None,
+        standard={"epochs": 100, "iterations_per_epoch": 50, "seed": 0},
+        adversarial={"epochs": 100, "iterations_per_epoch": 50, "seed": 0, "steps": 20, "delta": 0.5},
+        runs=_SAT
+        | {
+            "AMAT.paper": ("nnUNetTrainerAMAT", {"refinement": "paper"}),
+            "AMAT.crossing": ("nnUNetTrainerAMAT", {"refinement": "crossing"}),
+        },
+    ),
+    # A quarter of the training cases, a small network, and fine-tuning from the standard training. delta is raised,
+    # because a sample is met a few times only.
+    "cpu": Preset(
+        training_cases=4,
+        batch_size=24,
+        features=(12, 24, 48, 96),
+        standard={"epochs": 10, "iterations_per_epoch": 250, "val_iterations_per_epoch": 5, "seed": 0},
+        adversarial={
+            "epochs": 5,
+            "iterations_per_epoch": 100,
+            "val_iterations_per_epoch": 5,
+            "seed": 0,
+            "start_from": "standard",
+            "steps": 10,
+            "delta": 1.5,
+            "attack_precision": "bfloat16",
+        },
+        runs=_SAT
+        | {
+            "AMAT.paper": ("nnUNetTrainerAMAT", {"refinement": "paper"}),
+            "AMAT.crossing": ("nnUNetTrainerAMAT", {"refinement": "crossing"}),
+            "AMAT.paper.2std": ("nnUNetTrainerAMAT", {"refinement": "paper", "rule": "mean+2std"}),
+            "AMAT.crossing.2std": ("nnUNetTrainerAMAT", {"refinement": "crossing", "rule": "mean+2std"}),
+        },
+        evaluate=("--samples", "150"),
+    ),
+}
+
+
+@dataclass
+class Benchmark:
+    """The steps of one preset in one working folder."""
+
+    preset: Preset
+    data: Path
+    work: Path
+    device: str
+    jobs: int
+    plans: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plans = "nnUNetPlans" if self.preset.batch_size is None else "nnUNetPlans_cpu"
+        self.folders = {n: self.work / n for n in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        for folder in (*self.folders.values(), self.work / "logs", self.work / "settings"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.environment = (
+            {"nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "1"}
+            | dict(os.environ)
+            | {name: str(folder) for name, folder in self.folders.items()}
+        )
+        if self.jobs > 1:
+            self.environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def run(self) -> None:
+        self.prepare()
+        self.train("STD", "nnUNetTrainerSTD", self.preset.standard)
+        runs = [
+            (name, trainer, {**self.preset.adversarial, **own, "tag": name.removeprefix("SAT").removeprefix("AMAT.")})
+            for name, (trainer, own) in self.preset.runs.items()
+        ]
+        for rule in sorted({settings.get("rule", "mean") for _, _, settings in runs}):
+            file = self.thresholds(rule)
+            for _, trainer, settings in runs:
+                if trainer == "nnUNetTrainerAMAT" and settings.get("rule", "mean") == rule:
+                    settings["thresholds"] = str(file)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self.train(*run), runs))
+            list(pool.map(self.evaluate, [["STD"], *([name] for name, _, _ in runs)]))
+        self.evaluate(["STD", *(name for name, _, _ in runs)])
+        self.write_tables()
+
+    def write_tables(self) -> None:
+        """results.md: ADI and AUC_robust of every run, margins over the epochs, time of an epoch."""
+        report = json.loads((self.work / "report" / "report.json").read_text())
+        levels = [float(level) for level in self.preset.levels]
+        lines = []
+        for attack in report["configuration"]["evaluation"]["attacks"]:
+            heads = [f"{level:g}" for level in levels[1:]]
+            lines += [
+                f"| {attack} | clean | {' | '.join(heads)} | mean | AUC_robust |",
+                "|---" * (len(heads) + 4) + "|",
+            ]
+            for name, model in report["results"]["ADI"]["models"].items():
+                found = model["attacks"][attack]
+                cells = [*found["values"], sum(found["values"][1:]) / len(heads), found["auc_robust"]]
+                lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+            lines.append("")
+        logs = {name: self.log(name) for name in ("STD", *self.preset.runs)}
+        margins = {name: log for name, log in logs.items() if name.startswith("AMAT")}
+        epochs = range(max(len(log["adv_margin_q50"]) for log in margins.values()))
+        lines += [
+            "| margins 5 / 50 / 95 % after epoch | " + " | ".join(margins) + " |",
+            "|---" * (len(margins) + 1) + "|",
+        ]
+        for epoch in epochs:
+            cells = [
+                " / ".join(f"{log[f'adv_margin_{q}'][epoch]:.2f}" for q in ("q05", "q50", "q95"))
+                for log in margins.values()
+            ]
+            lines.append(f"| {epoch + 1} | " + " | ".join(cells) + " |")
+        (self.work / "results.md").write_text("\n".join(lines) + "\n")
+        print(f"{self.work / 'results.md'}\n\n" + "\n".join(lines))
+
+    def log(self, name: str) -> dict[str, list[float]]:
+        checkpoint = torch.load(self.folder(name) / f"fold_{FOLD}" / "checkpoint_final.pth", weights_only=False)
+        log: dict[str, list[float]] = checkpoint["logging"]
+        return log
+
+    def prepare(self) -> None:
+        raw, preprocessed = (self.folders[n] / NAME for n in ("nnUNet_raw", "nnUNet_preprocessed"))
+        if not raw.exists():
+            shutil.copytree(self.data, raw)
+        if not (preprocessed / "nnUNetPlans_2d").exists() or not (preprocessed / "splits_final.json").exists():
+            arguments = ["-d", "4", "-c", CONFIGURATION, "-np", "2", "--verify_dataset_integrity"]
+            self.command("preprocess", ["nnUNetv2_plan_and_preprocess", *arguments])
+        splits = json.loads((self.data / "splits_final.json").read_text())
+        splits[0]["train"] = splits[0]["train"][:: self.preset.training_cases]
+        (preprocessed / "splits_final.json").write_text(json.dumps(splits, indent=1))
+        if self.preset.batch_size is not None:
+            plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+            plans["plans_name"] = self.plans
+            plans["configurations"][CONFIGURATION]["batch_size"] = self.preset.batch_size
+            network = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+            network["features_per_stage"] = list(self.preset.features or ())
+            (preprocessed / f"{self.plans}.json").write_text(json.dumps(plans, indent=1))
+
+    def folder(self, name: str) -> Path:
+        trainer = "nnUNetTrainerSTD" if name == "STD" else self.preset.runs[name][0]
+        tag = "" if name == "STD" else "_" + name.removeprefix("SAT").removeprefix("AMAT.")
+        return self.folders["nnUNet_results"] / NAME / f"{trainer}{tag}__{self.plans}__{CONFIGURATION}"
+
+    def train(self, name: str, trainer: str, settings: dict[str, Any]) -> None:
+        fold = self.folder(name) / f"fold_{FOLD}"
+        if (fold / "checkpoint_final.pth").exists():
+            return
+        file = self.work / "settings" / f"{name}.yaml"
+        file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+        arguments = ["4", CONFIGURATION, FOLD, "-p", self.plans, "-tr", trainer, "-device", self.device]
+        if any(fold.glob("checkpoint_*.pth")):
+            arguments.append("--c")
+        self.command(f"train_{name}", ["nnUNetv2_train", *arguments], nnUNet_adversarial=str(file))
+
+    def thresholds(self, rule: str) -> Path:
+        file = self.work / "settings" / f"thresholds_{rule}.json"
+        if not file.exists():
+            arguments = ["-d", "4", "-c", CONFIGURATION, "-f", FOLD, "-p", self.plans, "-tr", "nnUNetTrainerSTD"]
+            arguments += ["--rule", rule, "-device", self.device, "-o", str(file)]
+            self.command(f"thresholds_{rule}", ["adv-nnunet", "thresholds", *arguments])
+        return file
+
+    def evaluate(self, names: list[str]) -> None:
+        """Parts of single models first, so that they can run side by side; the last call puts them together."""
+        alone = len(names) == 1
+        output = self.work / "report" if not alone else self.work / "parts" / names[0]
+        if not alone:
+            for name in names:
+                source = self.work / "parts" / name / name
+                if source.exists():
+                    shutil.copytree(source, output / name, dirs_exist_ok=True)
+        arguments = ["-d", "4", "-c", CONFIGURATION, "-f", FOLD, "-p", self.plans, "-device", self.device]
+        arguments += ["-m", *(f"{name}={self.folder(name)}" for name in names), "--levels", *self.preset.levels]
+        arguments += [*self.preset.evaluate, "-o", str(output)]
+        self.command(f"evaluate_{'all' if not alone else names[0]}", ["adv-nnunet", "evaluate", *arguments])
+
+    def command(self, log: str, arguments: list[str], **variables: str) -> None:
+        start = time.monotonic()
+        module = {
+            "nnUNetv2_train": "from nnunetv2.run.run_training import run_training_entry as main",
+            "nnUNetv2_plan_and_preprocess": "from nnunetv2.experiment_planning."
+            "plan_and_preprocess_entrypoints import plan_and_preprocess_entry as main",
+            "adv-nnunet": "from adv_nnunet.cli import main",
+        }[arguments[0]]
+        # nnU-Net gives every process all cores on a CPU; two side by side would wait for each other.
+        share = (
+            "import multiprocessing, os; multiprocessing.cpu_count = os.cpu_count = lambda: 1; "
+            if self.jobs > 1
+            else ""
+        )
+        code = f"{share}import sys; sys.argv[0] = {arguments[0]!r}; {module}; sys.exit(main())"
+        with (self.work / "logs" / f"{log}.log").open("a") as out:
+            status = subprocess.call(
+                [sys.executable, "-c", code, *arguments[1:]],
+                env=self.environment | variables,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        print(
+            f"{log}: {'failed, see its log' if status else 'done'} after {time.monotonic() - start:.0f} s", flush=True
+        )
+        if status:
+            sys.exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/hippocampus"))
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
+    args = parser.parse_args()
+    Benchmark(PRESETS[args.preset], args.data.resolve(), args.work.resolve(), args.device, args.jobs).run()
+
+
+if __name__ == "__main__":
+    main()
