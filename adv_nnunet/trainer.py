@@ -406,9 +406,12 @@ class AdversarialTraining:
         # Prediction looks the class up by this name; ours may not be installed there, and the network is the same.
         checkpoint["trainer_name"] = self.stock_name
         checkpoint[STATE] = self._state()
-        temporary = f"{filename}.tmp"
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)  # a kill in the middle of writing leaves the old checkpoint
+        temporary = Path(f"{filename}.tmp")
+        try:
+            torch.save(checkpoint, temporary)
+            os.replace(temporary, filename)  # a kill or a full disk in the middle of writing leaves the old checkpoint
+        finally:
+            temporary.unlink(missing_ok=True)
         if isinstance(self.method, AMAT):
             self.method.margins.to_csv(Path(self.output_folder) / "margins.csv")
 

@@ -80,21 +80,22 @@ def project(delta: Tensor, radius: float | Tensor, p: float = 2) -> Tensor:
     return delta * torch.where(outside, bound / torch.where(outside, length, torch.ones_like(length)), 1.0)
 
 
-def steepest(gradient: Tensor, p: float = 2) -> Tensor:
+def steepest(gradient: Tensor, p: float = 2, peak: Tensor | None = None) -> Tensor:
     """The direction of steepest ascent of unit Lp length: g / ||g||_2, or sign(g). A zero gradient gives zero.
 
     Args:
         gradient: shape (B, *any), finite.
         p: 2 or inf.
+        peak: its Linf norm, (B,), where the caller has it already.
     """
     p = check_norm(p)
     if p == math.inf:
         return gradient.sign()
     # Scaling by the largest entry first keeps the squares of tiny gradients from underflowing to a zero length.
-    peak = per_sample(norm(gradient, math.inf), gradient)
-    scaled = gradient / torch.where(peak > 0, peak, torch.ones_like(peak))
+    peak = per_sample(norm(gradient, math.inf) if peak is None else peak, gradient)
+    scaled = gradient / torch.where(peak > 0, peak, 1.0)
     length = per_sample(norm(scaled, 2), gradient)
-    return scaled / torch.where(length > 0, length, torch.ones_like(length))
+    return scaled / torch.where(length > 0, length, 1.0)
 
 
 def random_in_ball(

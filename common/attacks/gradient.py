@@ -177,12 +177,14 @@ class _Run:
                 if best is not None:
                     best.offer(iterate.detach(), terms.detach())
                 # A norm is finite only if every entry is: one reduction finds the broken samples, without a sync.
-                usable = norm(gradient, math.inf).isfinite()
+                peak = norm(gradient, math.inf)
+                usable = peak.isfinite()
                 nonfinite += ~usable
                 if scale is not None:
                     scale = torch.where(usable, scale, scale * _HALF_BACKOFF)
                 gradient = torch.where(_mask(usable, gradient), gradient, 0.0)
-                iterate, delta = self._inside(delta + alpha * steepest(gradient, attack.norm))
+                direction = steepest(gradient, attack.norm, torch.where(usable, peak, 0.0))
+                iterate, delta = self._inside(torch.addcmul(delta, alpha, direction))
 
         final = None
         if final_pass or best is not None or attack.restarts > 1:
@@ -207,7 +209,7 @@ class _Run:
         delta = project(delta, self.radius.flatten(), self.attack.norm)
         iterate = self.images + delta
         if self.box is not None:
-            iterate = torch.minimum(torch.maximum(iterate, self.box[0]), self.box[1])
+            iterate = torch.clamp(iterate, *self.box)
             delta = iterate - self.images
         return iterate, delta
 
@@ -245,7 +247,9 @@ def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
         return None
     if bounds == "sample":
         axes = tuple(range(1, images.ndim))
-        return images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+        low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+        # An image with a NaN has no range; clamping to NaN would spread it over the rest of the image.
+        return torch.where(low.isnan(), -math.inf, low), torch.where(high.isnan(), math.inf, high)
     low, high = (per_sample(bound, images) for bound in bounds)
     return torch.minimum(images, low), torch.maximum(images, high)
 

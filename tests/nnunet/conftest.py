@@ -138,8 +138,10 @@ class World:
             shutil.copy(self.preprocessed / base / "dataset_fingerprint.json", folder)
             shutil.copytree(self.raw / name / "labelsTr", folder / "gt_segmentations")
             plans = json.loads((self.preprocessed / base / f"{PLANS}.json").read_text()) | {"dataset_name": name}
-            for configuration in plans["configurations"].values():
-                if kind == "two_channels" and "normalization_schemes" in configuration:
+            if kind == "two_channels":
+                properties = plans["foreground_intensity_properties_per_channel"]
+                properties["1"] = properties["0"]
+                for configuration in (plans["configurations"][name] for name in CONFIGURATIONS):
                     configuration["normalization_schemes"] *= 2
                     configuration["use_mask_for_norm"] *= 2
             (folder / f"{PLANS}.json").write_text(json.dumps(plans))

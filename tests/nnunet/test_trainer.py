@@ -120,8 +120,9 @@ def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, datas
         assert ignored.any(), "the batch shows nothing of what is tested"
     out = trainer.train_step(batch)
     assert np.isfinite(out["loss"])
-    gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
-    assert len(gradients) >= len(before) // 2
+    parameters = list(trainer.network.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) >= len(parameters) - 4, "only the lowest outputs of deep supervision have no weight"
     assert all(g.isfinite().all() for g in gradients)
     assert sum(float(g.abs().sum()) for g in gradients) > 0
     assert not same(before, weights(trainer))
@@ -492,7 +493,7 @@ def test_the_resolved_settings_can_be_read_back(bench: Any) -> None:
     head = path.read_text().splitlines()[:3]
     assert head[0] == "# method: AMAT"
     assert "environment variable nnUNet_adversarial" in head[1]
-    assert head[2].startswith("# thresholds: ce+dice < ")
+    assert head[2] == "# thresholds: mean of the clean terms, not yet measured"
 
 
 def test_defaults_scale_with_the_input(bench: Any) -> None:
