@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) ->
     np.random.seed(seed)  # the host's loader draws from numpy's global generator
     try:
         with torch.no_grad(), tqdm(total=samples, desc="thresholds", unit="sample", disable=None) as bar:
-            while bar.n < samples:
+            for _ in range(math.ceil(samples / trainer.batch_size)):  # (a bar that is not shown does not count)
                 batch = loader.generate_train_batch()
                 images, targets = trainer.to_device(batch)
                 with trainer.autocast():

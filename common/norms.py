@@ -36,7 +36,10 @@ def per_sample(values: float | Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: if a tensor has neither one element nor shape (B,).
     """
-    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    if isinstance(values, (int, float)):
+        values = torch.full((), values, dtype=like.dtype, device=like.device)  # as_tensor would wait for the device
+    else:
+        values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
     if values.ndim > 1 or (values.ndim == 1 and values.shape[0] not in (1, like.shape[0])):
         raise ValueError(
             f"a per-sample quantity must be a number or have shape ({like.shape[0]},), got {tuple(values.shape)}"

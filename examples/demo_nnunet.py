@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "nnUNetTrainerSAT": {**ATTACK, "eps": 5.0},
     # delta: first margin, and growth per visit. A slice is met once or twice in so short a run and its margin could
     # not grow, so that a margin belongs to a case here, which is met about fifty times.
-    "nnUNetTrainerAMAT": {**ATTACK, "delta": 0.5, "rule": "mean+2std", "sample_id": "case"},
+    "nnUNetTrainerAMAT": {**ATTACK, "delta": 0.5, "rule": "mean+2std", "sample_id": "case", "threshold_samples": 320},
 }
 # The network, smaller than nnU-Net plans it for this data.
 BATCH_SIZE = 16
@@ -167,14 +167,15 @@ class Demo:
         self.step("data", "1/7 hippocampus MRI, 74 volumes", self.link_data, str(SOURCE))
         plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", CONFIGURATION, "--verify_dataset_integrity"]
         self.command("preprocess", "2/7 plan and preprocess", [*plan, "-np", "2"])
-        # What decides about a training: part of every later stamp, so that a change here never mixes with old results.
+        # What decides about a result is part of its stamp, so that a change above never mixes with old results.
         choices = json.dumps([SETTINGS, BATCH_SIZE, FEATURES])
         self.step("prepare", "3/7 split, small plans, settings", self.prepare_training, choices)
         common = ["-p", PLANS, "-device", "cpu", "-tr"]
         for number, trainer in enumerate(TRAINERS, start=4):
             train = ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *common, trainer]
             output = self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
-            self.command(trainer, f"{number}/7 train {trainer}", train, choices, output)
+            decides = json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES])
+            self.command(trainer, f"{number}/7 train {trainer}", train, decides, output)
         report = self.work / "report"
         evaluate = ["adv-nnunet", "evaluate", "-d", DATASET, "-c", CONFIGURATION, "-f", FOLD, *common, *TRAINERS]
         self.command("evaluate", "7/7 attack all three", [*evaluate, *EVALUATE, "-o", str(report)], choices, report)

@@ -554,9 +554,7 @@ def test_the_generator_repeats_a_run_and_no_global_random_state_moves(tiny: Simp
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for objective in (classify(tiny, 2), lambda x: x.flatten(1).sum(1, keepdim=True)):
         settings: dict[str, Any] = {"steps": 2, "step_scale": 0.5, "restarts": 2}
-        first, again, other = (
-            pgd(objective, images, 1.0, generator=seeded(s), **settings).images for s in (1, 1, 2)
-        )
+        first, again, other = (pgd(objective, images, 1.0, generator=seeded(s), **settings).images for s in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         free = [pgd(objective, images, 1.0, **settings).images for _ in range(2)]
@@ -579,12 +577,13 @@ def test_dropout_draws_in_the_attack_do_not_move_the_random_state(tiny: SimpleNa
 
 
 @pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("random_start", [0.0, 1.0])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_runs_where_gradients_are_off(tiny: SimpleNamespace, mode: Any, p: float) -> None:
+def test_runs_where_gradients_are_off(tiny: SimpleNamespace, mode: Any, random_start: float, p: float) -> None:
     objective, images = classify(tiny, 3), uniform(3, 3, 8, 8)
     radius = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     bounds = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
-    settings: dict[str, Any] = {"steps": 4, "step_scale": 2, "norm": p, "keep": "best"}
+    settings: dict[str, Any] = {"steps": 4, "step_scale": 2, "norm": p, "keep": "best", "random_start": random_start}
     expected = pgd(objective, images, radius, bounds=bounds, thresholds=[1.4], generator=seeded(0), **settings)
     with mode():
         # Everything that a caller may have made inside the mode, too.

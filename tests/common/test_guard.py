@@ -45,6 +45,17 @@ class Replaced(nn.Module):
         return images - self.average[:, None, None]
 
 
+class Scaled(nn.Module):
+    """A layer whose buffer the backward pass needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale
+
+
 def conv() -> nn.Conv2d:
     return nn.Conv2d(3, 3, 3, padding=1)
 
@@ -59,6 +70,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm, old": lambda: nn.Sequential(nn.utils.spectral_norm(conv()), nn.Tanh()),
     "dropout": lambda: nn.Sequential(conv(), nn.Dropout2d(0.5), nn.RReLU(), nn.AlphaDropout(0.3)),
     "tied": Tied,
+    "constant buffer": lambda: nn.Sequential(conv(), Scaled()),
     "replaced buffer": lambda: nn.Sequential(conv(), Replaced()),
 }
 

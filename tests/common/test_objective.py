@@ -57,7 +57,9 @@ def test_the_training_loss_is_the_batch_mean_of_the_sums() -> None:
     loss, terms = training_pass(two_terms, images)
     assert not terms.requires_grad
     flat = IMAGES.double().flatten(1)
-    torch.testing.assert_close(loss.double().item(), ((flat.sum(1) + (flat**2).sum(1)).mean()).item(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss.double().item(), ((flat.sum(1) + (flat**2).sum(1)).mean()).item(), rtol=1e-6, atol=0
+    )
     loss.backward()
     torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / 3)
 

@@ -41,6 +41,30 @@ SETTINGS = {
 EVALUATE = ["--attacks", "pgd20", "ifgsm5", "--levels", "0", "2", "6", "--samples", "24", "--batch_size", "4"]
 
 
+ONE_CORE = """
+# The host's commands take a thread for every core. On a busy machine threads of so small a network wait for each other
+# a thousand times longer than they work.
+import os
+
+os.cpu_count = lambda: 1
+"""
+WITHOUT_US = (
+    ONE_CORE
+    + """
+import pathlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("adv_nnunet", "common"):
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Blocker())
+os.environ.pop("nnUNet_extTrainer", None)
+pathlib.Path(os.environ["BLOCKED"]).write_text(str(sorted({m.partition(".")[0] for m in sys.modules})))
+"""
+)
+
+
 def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool], seconds: float = 240) -> None:
     """SIGKILL as soon as ``ready`` says so; then its worker processes, which it cannot end any more itself."""
     deadline = time.monotonic() + seconds
@@ -66,6 +90,8 @@ def shell(world: Any, stock_results: Path, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(stock_results, root / "results")
     shutil.copytree(world.preprocessed / world.main, root / "preprocessed" / world.main)
     (root / "preprocessed" / world.main / "adversarial.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (root / "one_core").mkdir()
+    (root / "one_core" / "sitecustomize.py").write_text(ONE_CORE)
     environment = {k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "nnUNet_adversarial")} | {
         "nnUNet_raw": str(world.raw),
         "nnUNet_preprocessed": str(root / "preprocessed"),
@@ -74,6 +100,7 @@ def shell(world: Any, stock_results: Path, tmp_path_factory: pytest.TempPathFact
         "nnUNet_def_n_proc": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(root / "one_core"),
     }
     return SimpleNamespace(root=root, environment=environment, results=root / "results" / world.main)
 
@@ -91,7 +118,10 @@ def start(shell: SimpleNamespace, command: list[str], log: str, **environment: s
 
 
 def finish(shell: SimpleNamespace, process: subprocess.Popen[bytes], log: str) -> str:
-    status = process.wait(timeout=300)
+    try:
+        status = process.wait(timeout=300)
+    finally:
+        process.kill()
     text = (shell.root / f"{log}.log").read_text(errors="replace")
     assert status == 0, text[-4000:]
     return text
@@ -159,20 +189,6 @@ def test_training_again_does_not_lose_a_finished_training(trained: SimpleNamespa
     assert "FileExistsError" in text
     assert "Continue it with --c" in text
     assert sha256(trained.folder / "checkpoint_final.pth") == before
-
-
-WITHOUT_US = """
-import os, pathlib, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("adv_nnunet", "common"):
-            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
-
-sys.meta_path.insert(0, Blocker())
-os.environ.pop("nnUNet_extTrainer", None)
-pathlib.Path(os.environ["BLOCKED"]).write_text(str(sorted({m.partition(".")[0] for m in sys.modules})))
-"""
 
 
 def test_prediction_where_our_package_is_not_installed(
