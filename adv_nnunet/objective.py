@@ -84,16 +84,24 @@ class SampleTerms:
             labels = target[:, 0].long()
             valid = None if loss.ignore_label is None else target != loss.ignore_label
             per_voxel = functional.cross_entropy(
-                output, labels, loss.ce.weight, reduction="none", ignore_index=loss.ce.ignore_index
+                output,
+                labels,
+                loss.ce.weight,
+                reduction="none",
+                ignore_index=loss.ce.ignore_index,
+                label_smoothing=loss.ce.label_smoothing,
             )
-            weight = None if loss.ce.weight is None else loss.ce.weight[torch.where(labels < 0, 0, labels)]
+            # (a label to ignore is no class, and masked below)
+            weight = None if loss.ce.weight is None else loss.ce.weight[labels.clamp(0, output.shape[1] - 1)]
             ce = _mean(per_voxel.flatten(1), None if valid is None else valid[:, 0].flatten(1), weight)
             truth = target if valid is None else torch.where(valid, target, 0)
             truth = torch.zeros_like(output, dtype=torch.float32).scatter_(1, truth.long(), 1)
         else:
             valid = (target[:, -1:] == 0) if loss.use_ignore_label else None
             truth = (target[:, :-1] if loss.use_ignore_label else target).float()
-            per_voxel = functional.binary_cross_entropy_with_logits(output, truth, reduction="none")
+            per_voxel = functional.binary_cross_entropy_with_logits(
+                output, truth, loss.ce.weight, reduction="none", pos_weight=loss.ce.pos_weight
+            )
             if valid is None:
                 ce = per_voxel.flatten(1).mean(1)
             else:  # the host sums over regions but counts each voxel once

@@ -12,7 +12,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from tqdm import tqdm
 
 from adv_nnunet.objective import SampleTerms
-from common.thresholds import TermStatistics, Thresholds, sha256
+from common.thresholds import TermStatistics, Thresholds, sha256, std_factor
 
 if TYPE_CHECKING:
     from adv_nnunet.trainer import AdversarialTraining
@@ -39,6 +39,17 @@ def find_file(trainer: AdversarialTraining) -> Path | None:
 def find_checkpoint(trainer: AdversarialTraining) -> Path | None:
     """The final checkpoint of the standard training, if it is finished."""
     return next((f / CHECKPOINT for f in standard_folders(trainer) if (f / CHECKPOINT).is_file()), None)
+
+
+def doubts(found: Thresholds, path: Path, rule: str) -> list[str]:
+    """What speaks against a thresholds file found beside a checkpoint: another rule, or a newer checkpoint."""
+    problems = []
+    if found.rule is not None and std_factor(found.rule) != std_factor(rule):
+        problems.append(f"{path} was made by the rule {found.rule!r}, the settings say {rule!r}")
+    checkpoint = path.with_name(CHECKPOINT)
+    if found.source_sha256 and checkpoint.is_file() and sha256(checkpoint) != found.source_sha256:
+        problems.append(f"{path} was made of another checkpoint than the {CHECKPOINT} beside it")
+    return problems
 
 
 def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) -> Thresholds:

@@ -202,6 +202,8 @@ class AdversarialTraining:
             found = Thresholds.load(path)
             found.require(self.terms.names, f"the thresholds in {path}")
             self.print_to_log_file(f"Thresholds from the file {path} (found beside the standard training): {found}")
+            for doubt in standard.doubts(found, path, settings.rule):
+                self.print_to_log_file(f"WARNING: {doubt}. Delete the file to have it made anew.")
             return found
         if (checkpoint := standard.find_checkpoint(self)) is not None:
             measured = None

@@ -27,6 +27,7 @@ import yaml
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -219,12 +220,17 @@ class World:
             sitk.WriteImage(sitk.SmoothingRecursiveGaussian(image, 2.0), folder / "imagesTr" / f"{case}_0001.nii.gz")
 
     def _make_nan(self, folder: Path, cases: Sequence[str]) -> None:
-        def change(image: np.ndarray) -> np.ndarray:
-            image = image.astype(np.float32)
-            image[5, 20, 20] = np.nan
-            return image
+        """As it is; :meth:`spoil` puts the NaN in later, because readers of NIfTI files turn NaN into 0."""
 
-        self._edit(folder / "imagesTr" / f"{cases[1]}_0000.nii.gz", change)
+    def spoil(self, name: str, case: str) -> None:
+        """Puts one NaN into a preprocessed case."""
+        folder = self.preprocessed / name / "nnUNetPlans_2d"
+        image, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
+        image, segmentation = image[:], segmentation[:]
+        image[0, 5, 20, 20] = np.nan
+        for path in folder.glob(f"{case}*.b2nd"):
+            path.unlink()
+        nnUNetDatasetBlosc2.save_case(image, segmentation, properties, str(folder / case))
 
     def _make_empty_case(self, folder: Path, cases: Sequence[str]) -> None:
         self._edit(folder / "labelsTr" / f"{cases[1]}.nii.gz", np.zeros_like)

@@ -1,8 +1,7 @@
-"""The per-sample form of nnU-Net's losses, against the stock losses and against references written out in float64."""
+"""Per-sample terms against the stock loss, and against references in float64 written apart from them."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -11,278 +10,270 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective, inference_loss
-from common.attacks import pgd
 
+SPACES = [(12, 10), (6, 8, 4)]
 CLASSES, IGNORE = 3, 3
-SIZES = {2: (12, 10), 3: (8, 6, 10)}
+SCALES = (1.0, 0.5, 0.0)
 
 
-def stock_loss(
-    kind: str = "ce",
-    *,
-    batch_dice: bool = False,
-    ignore: bool = False,
-    scales: int = 0,
-    dice_class: type[nn.Module] = MemoryEfficientSoftDiceLoss,
-    smooth: float = 1e-5,
-    **ce: Any,
-) -> nn.Module:
-    """A loss as nnUNetTrainer._build_loss makes it; ``scales`` outputs of deep supervision, the last without weight."""
-    dice = {"batch_dice": batch_dice, "smooth": smooth, "ddp": False}
-    if kind == "bce":
-        loss = DC_and_BCE_loss(ce, {**dice, "do_bg": True}, use_ignore_label=ignore, dice_class=dice_class)
+def dice_settings(batch_dice: bool, do_bg: bool = False) -> dict[str, Any]:
+    return {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": do_bg, "ddp": False}
+
+
+def stock(kind: str, batch_dice: bool, deep: bool) -> nn.Module:
+    if kind in ("labels", "labels+ignore"):
+        loss: nn.Module = DC_and_CE_loss(
+            dice_settings(batch_dice),
+            {},
+            ignore_label=IGNORE if kind.endswith("ignore") else None,
+            dice_class=MemoryEfficientSoftDiceLoss,
+        )
     else:
-        ignore_label = IGNORE if ignore else None
-        loss = DC_and_CE_loss({**dice, "do_bg": False}, ce, ignore_label=ignore_label, dice_class=dice_class)
-    if not scales:
-        return loss
-    factors = np.array([1 / 2**i for i in range(scales)])
-    factors[-1] = 0
-    return DeepSupervisionWrapper(loss, factors / factors.sum())
+        loss = DC_and_BCE_loss(
+            {},
+            dice_settings(batch_dice, do_bg=True),
+            use_ignore_label=kind.endswith("ignore"),
+            dice_class=MemoryEfficientSoftDiceLoss,
+        )
+    return DeepSupervisionWrapper(loss, np.array(SCALES) / sum(SCALES)) if deep else loss
 
 
-def batch(
-    kind: str = "ce", *, size: int = 4, dim: int = 2, ignore: bool = False, scales: int = 0, seed: int = 0
-) -> tuple[Any, Any]:
-    """Outputs and targets in the forms of the host's loader; int16 label maps, or bool regions with ignore last."""
-    generator = torch.Generator().manual_seed(seed)
+def batch(kind: str, space: tuple[int, ...], deep: bool, size: int = 4) -> tuple[Any, Any]:
+    """Random logits (leaves with gradients) and targets, a list of three scales with deep supervision."""
+    generator = torch.Generator().manual_seed(7)
     outputs, targets = [], []
-    for scale in range(max(1, scales)):
-        shape = tuple(n // 2**scale for n in SIZES[dim])
-        outputs.append(torch.randn(size, CLASSES, *shape, generator=generator, requires_grad=True))
-        if kind == "bce":
-            targets.append(torch.rand(size, CLASSES + ignore, *shape, generator=generator) > 0.6)
+    for scale in range(3 if deep else 1):
+        shape = tuple(max(2, n // 2**scale) for n in space)
+        channels = CLASSES if kind.startswith("labels") else 2
+        outputs.append(torch.randn(size, channels, *shape, generator=generator).requires_grad_())
+        if kind.startswith("labels"):
+            top = CLASSES + kind.endswith("ignore")
+            targets.append(torch.randint(0, top, (size, 1, *shape), generator=generator))
         else:
-            targets.append(torch.randint(0, CLASSES + ignore, (size, 1, *shape), generator=generator).short())
-    return (outputs, targets) if scales else (outputs[0], targets[0])
+            heads = 2 + kind.endswith("ignore")
+            targets.append(torch.rand(size, heads, *shape, generator=generator) > 0.5)
+    return (outputs, targets) if deep else (outputs[0], targets[0])
 
 
-def part(values: Any, index: slice) -> Any:
-    return [v[index] for v in values] if isinstance(values, list) else values[index]
+def of_sample(tensors: Any, index: int) -> Any:
+    one = slice(index, index + 1)
+    return [t[one] for t in tensors] if isinstance(tensors, list) else tensors[one]
 
 
-ALL = list(itertools.product(("ce", "bce"), (2, 3), (0, 2), (False, True), (False, True)))
+KINDS = ["labels", "labels+ignore", "regions", "regions+ignore"]
 
 
-@pytest.mark.parametrize(("kind", "dim", "scales", "ignore", "batch_dice"), ALL)
-def test_a_row_is_the_stock_loss_of_that_sample_alone(
-    kind: str, dim: int, scales: int, ignore: bool, batch_dice: bool
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_row_is_the_stock_loss_of_the_sample_alone(
+    space: tuple[int, ...], kind: str, batch_dice: bool, deep: bool
 ) -> None:
-    loss = stock_loss(kind, ignore=ignore, scales=scales, batch_dice=batch_dice)
-    outputs, targets = batch(kind, dim=dim, ignore=ignore, scales=scales)
-    rows = SampleTerms(loss, "separate", "count")(outputs, targets)
-    assert rows.shape == (4, 2)
-    assert rows.dtype == torch.float32
-    for i in range(4):
-        alone = loss(part(outputs, slice(i, i + 1)), part(targets, slice(i, i + 1)))
-        assert float(rows[i].sum()) == pytest.approx(float(alone), abs=2e-6)
-        assert float(SampleTerms(loss, "sum", "count")(outputs, targets)[i, 0]) == pytest.approx(float(alone), abs=2e-6)
+    loss = stock(kind, batch_dice, deep)
+    outputs, targets = batch(kind, space, deep)
+    terms = SampleTerms(loss, "separate", "count")(outputs, targets)
+    assert terms.shape == (4, 2)
+    wanted = torch.stack([loss(of_sample(outputs, i), of_sample(targets, i)) for i in range(4)])
+    torch.testing.assert_close(terms.sum(1), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(SampleTerms(loss, "sum", "count")(outputs, targets)[:, 0], wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "dim", "scales"), list(itertools.product(("ce", "bce"), (2, 3), (0, 2))))
-def test_the_mean_of_the_rows_is_the_stock_loss(kind: str, dim: int, scales: int) -> None:
-    """Wherever the stock loss is a mean over samples: no batch Dice, no ignore label. Gradients, too."""
-    loss = stock_loss(kind, scales=scales)
-    outputs, targets = batch(kind, dim=dim, scales=scales)
-    terms = SampleTerms(loss)
-    leaves = outputs if isinstance(outputs, list) else [outputs]
-    mean = terms(outputs, targets).sum(1).mean()
-    stock = loss(outputs, targets)
-    assert float(mean) == pytest.approx(float(stock), abs=2e-6)
-    ours = torch.autograd.grad(mean, leaves, allow_unused=True)
-    theirs = torch.autograd.grad(stock, leaves, allow_unused=True)
-    for mine, reference in zip(ours, theirs, strict=True):
-        assert (mine is None) == (reference is None)
-        if mine is not None:
-            assert torch.allclose(mine, reference, atol=1e-8, rtol=1e-4)
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_their_mean_is_the_stock_batch_loss_where_that_is_a_mean_over_samples(kind: str, deep: bool) -> None:
+    loss = stock(kind, False, deep)
+    outputs, targets = batch(kind, (12, 10), deep)
+    leaves = outputs if deep else [outputs]
+    mean = SampleTerms(loss, "sum")(outputs, targets).mean()
+    ours = torch.autograd.grad(mean, leaves[:2])
+    theirs = torch.autograd.grad(loss(outputs, targets), leaves[:2])
+    torch.testing.assert_close(mean, loss(outputs, targets), rtol=1e-6, atol=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
-def test_rows_do_not_know_each_other() -> None:
-    outputs, targets = batch()
-    terms = SampleTerms(stock_loss(batch_dice=True))
-    rows = terms(outputs, targets)
-    (gradient,) = torch.autograd.grad(rows[1].sum(), outputs)
-    assert gradient[1].abs().sum() > 0
-    assert gradient[[0, 2, 3]].abs().sum() == 0
-    changed = outputs.detach().clone()
-    changed[0] += 5
-    assert torch.equal(terms(changed, targets)[1:], rows[1:])
-
-
-def reference(output: Tensor, target: Tensor, skip: bool) -> tuple[float, float]:
-    """Cross-entropy and Dice term of one sample (classes, *spatial), written out voxel by voxel in float64."""
-    x, labels = output.detach().double().numpy(), target.numpy().astype(int)[0]
-    exponentials = np.exp(x - x.max(0))
-    p = exponentials / exponentials.sum(0)
-    ce = np.mean([-np.log(p[labels[v]][v]) for v in np.ndindex(labels.shape)])
-    dice = []
-    for c in range(1, len(x)):
-        truth = labels == c
-        if skip and not truth.any():
+def reference_dice(logits: Tensor, labels: Tensor, classes: list[int], skip: bool) -> float:
+    """Soft Dice of one sample in float64, class by class."""
+    probability = torch.softmax(logits.double(), 0)
+    values = []
+    for c in classes:
+        truth = (labels == c).double()
+        if skip and truth.sum() == 0:
             continue
-        dice.append((2 * (p[c] * truth).sum() + 1e-5) / (truth.sum() + p[c].sum() + 1e-5))
-    return float(ce), -float(np.mean(dice)) if dice else -1.0
+        values.append(float((2 * (probability[c] * truth).sum() + 1e-5) / (truth.sum() + probability[c].sum() + 1e-5)))
+    return sum(values) / len(values) if values else 1.0
 
 
-@pytest.mark.parametrize(
-    ("absent_classes", "batch_dice", "skip"),
-    [("count", True, False), ("skip", False, True), ("auto", False, False), ("auto", True, True)],
-)
-def test_absent_classes(absent_classes: Any, batch_dice: bool, skip: bool) -> None:
-    outputs, targets = batch(size=4)
-    targets[1][targets[1] == 2] = 1  # without class 2
-    targets[2][:] = 0  # nothing at all
-    targets[3][:] = 1
-    rows = SampleTerms(stock_loss(batch_dice=batch_dice), "separate", absent_classes)(outputs, targets)
+def test_classes_that_a_sample_does_not_contain() -> None:
+    outputs, targets = batch("labels", (12, 10), False)
+    outputs = outputs.detach()
+    targets[0][targets[0] == 2] = 1  # one class left
+    targets[1].zero_()  # none
+    terms = {way: SampleTerms(stock("labels", True, False), "separate", way) for way in ("count", "skip", "auto")}
+    for way, skip in (("count", False), ("skip", True), ("auto", True)):
+        found = terms[way](outputs, targets)[:, 1]
+        wanted = [-reference_dice(outputs[i], targets[i, 0], [1, 2], skip) for i in range(4)]
+        assert found.tolist() == pytest.approx(wanted, abs=1e-6), way
+    averaged = SampleTerms(stock("labels", False, False), "separate", "auto")
+    torch.testing.assert_close(averaged(outputs, targets), terms["count"](outputs, targets))
+    empty = terms["skip"](outputs, targets)[1]
+    assert empty[1] == -1
+    assert empty[0] > 0  # its cross-entropy decides
+
+
+def test_class_weights_of_the_cross_entropy() -> None:
+    weights = torch.tensor([0.2, 1.0, 3.0])
+    loss = DC_and_CE_loss(
+        dice_settings(False), {"weight": weights}, ignore_label=IGNORE, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    outputs, targets = batch("labels+ignore", (12, 10), False)
+    found = SampleTerms(loss, "separate")(outputs, targets)[:, 0]
     for i in range(4):
-        assert rows[i].tolist() == pytest.approx(reference(outputs[i], targets[i], skip), abs=1e-5)
-    if skip:
-        assert float(rows[2, 1]) == -1.0
-        assert torch.autograd.grad(rows[2, 1], outputs)[0].abs().sum() == 0
+        log = torch.log_softmax(outputs[i].double(), 0)
+        labels = targets[i, 0]
+        valid = labels != IGNORE
+        w = weights.double()[labels[valid]]
+        picked = log.movedim(0, -1)[valid].gather(1, labels[valid][:, None])[:, 0]
+        assert found[i].item() == pytest.approx(float(-(w * picked).sum() / w.sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["labels+ignore", "regions+ignore"])
+def test_a_sample_of_which_nothing_counts_costs_nothing(kind: str) -> None:
+    outputs, targets = batch(kind, (12, 10), False)
+    if kind.startswith("labels"):
+        targets[2] = IGNORE
     else:
-        assert float(rows[2, 1]) == pytest.approx(0, abs=1e-4)
+        targets[2, -1] = True
+    terms = SampleTerms(stock(kind, False, False), "separate")(outputs, targets)
+    assert terms.isfinite().all()
+    assert terms[2, 0] == 0
+    (gradient,) = torch.autograd.grad(terms[2].sum(), outputs)
+    assert gradient.abs().max() == 0
 
 
-def test_absent_regions_are_counted_behind_the_ignore_mask() -> None:
-    outputs, targets = batch("bce", size=2, ignore=True)
-    targets[0, 0] = targets[0, -1]  # region 0 only where it is ignored
-    rows = SampleTerms(stock_loss("bce", ignore=True), "separate", "skip")(outputs, targets)
-    p, valid = outputs[0].detach().double().sigmoid(), ~targets[0, -1]
-    dice = [
-        float((2 * (p[c] * valid)[targets[0, c]].sum() + 1e-5) / ((p[c] + targets[0, c]) * valid).sum())
-        for c in range(1, CLASSES)
-    ]
-    assert float(rows[0, 1]) == pytest.approx(-np.mean(dice), abs=1e-5)
+def test_names_follow_the_number_of_terms() -> None:
+    loss = stock("labels", False, False)
+    assert SampleTerms(loss, "sum").names == ("ce+dice",)
+    assert SampleTerms(loss, "separate").names == ("ce", "dice")
 
 
-def test_a_sample_that_is_ignored_as_a_whole_has_no_loss() -> None:
-    outputs, targets = batch(size=2, ignore=True)
-    targets[0] = IGNORE
-    rows = SampleTerms(stock_loss(ignore=True), "separate", "count")(outputs, targets)
-    assert rows[0].tolist() == [0.0, -1.0]
-    assert rows.isfinite().all()
-    gradient = torch.autograd.grad(rows.sum(), outputs)[0]
-    assert gradient.isfinite().all()
-    assert gradient[0].abs().sum() == 0
+def test_a_loss_that_cannot_be_split_is_refused() -> None:
+    topk = DC_and_topk_loss(dice_settings(False), {"k": 10})
+    with pytest.raises(TypeError, match=r"DC_and_CE_loss and DC_and_BCE_loss; this trainer's loss is DC_and_topk_loss"):
+        SampleTerms(topk)
+    with pytest.raises(TypeError, match="this trainer's loss is CrossEntropyLoss"):
+        SampleTerms(DeepSupervisionWrapper(nn.CrossEntropyLoss(), [1.0]))
+
+
+class Labels:
+    """The two things that inference_loss asks nnU-Net's label manager."""
+
+    def __init__(self, regions: bool, ignore: int | None) -> None:
+        self.has_regions, self.ignore_label = regions, ignore
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_an_evaluation_is_the_stock_one_without_deep_supervision(kind: str) -> None:
+    labels = Labels(kind.startswith("regions"), IGNORE if kind.endswith("ignore") else None)
+    outputs, targets = batch(kind, (12, 10), False)
+    ours, theirs = inference_loss(labels), stock(kind, False, False)
+    torch.testing.assert_close(ours(outputs, targets), theirs(outputs, targets))
+    split = SampleTerms(ours).at_full_resolution(outputs, targets)
+    assert split.shape == (4, 2)
+
+
+def test_the_objective_attacks_the_bare_network_and_trains_the_wrapped_one() -> None:
+    network = nn.Conv2d(1, CLASSES, 1)
+    calls = []
+
+    class Wrapper(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append("wrapper")
+            result: Tensor = network(images)
+            return result
+
+    loss = stock("labels", True, False)
+    _, targets = batch("labels", (12, 10), False)
+    objective = SegmentationObjective(Wrapper(), network, loss, SampleTerms(loss, "sum"), targets)
+    images = torch.randn(4, 1, 12, 10)
+    attacked = objective(images)
+    assert calls == []
+    batch_loss, terms = objective.loss(images)
+    assert calls == ["wrapper"]
+    torch.testing.assert_close(batch_loss, loss(network(images), targets))
+    torch.testing.assert_close(terms, attacked)
+    assert not terms.requires_grad
+    assert objective.names == ("ce+dice",)
+    assert objective.model is network
 
 
 @pytest.mark.parametrize(
-    ("kind", "ce"),
+    ("kind", "options"),
     [
-        ("ce", {"weight": torch.tensor([0.2, 3.0, 1.0])}),
-        ("ce", {"label_smoothing": 0.1}),
-        ("ce", {"label_smoothing": 0.1, "weight": torch.tensor([0.2, 3.0, 1.0])}),
-        ("bce", {"pos_weight": torch.tensor([2.0, 1.0, 0.5]).reshape(3, 1, 1)}),
+        ("labels", {"label_smoothing": 0.1}),
+        ("labels", {"label_smoothing": 0.1, "weight": torch.tensor([0.2, 3.0, 1.0])}),
+        ("regions", {"pos_weight": torch.tensor([2.0, 0.5]).reshape(2, 1, 1)}),
+        ("regions", {"weight": torch.tensor([2.0, 0.5]).reshape(2, 1, 1)}),
     ],
-    ids=str,
+    ids=["smoothed", "smoothed and weighted", "weighted positives", "weighted regions"],
 )
 @pytest.mark.parametrize("ignore", [False, True])
-def test_options_of_the_stock_cross_entropy(kind: str, ce: dict[str, Any], ignore: bool) -> None:
+def test_options_of_the_stock_cross_entropy(kind: str, options: dict[str, Any], ignore: bool) -> None:
     """Trainers that users derive set them; a row must still be the loss of its sample."""
-    loss = stock_loss(kind, ignore=ignore, **ce)
-    outputs, targets = batch(kind, ignore=ignore)
-    rows = SampleTerms(loss, "sum", "count")(outputs, targets)
-    for i in range(4):
-        assert float(rows[i]) == pytest.approx(float(loss(outputs[i : i + 1], targets[i : i + 1])), abs=2e-6)
+    if kind == "labels":
+        ignored = IGNORE if ignore else None
+        loss: nn.Module = DC_and_CE_loss(dice_settings(False), dict(options), ignore_label=ignored)
+    else:
+        loss = DC_and_BCE_loss(dict(options), dice_settings(False, do_bg=True), use_ignore_label=ignore)
+    outputs, targets = batch(kind + "+ignore" * ignore, (12, 10), False)
+    rows = SampleTerms(loss, "sum", "count")(outputs, targets)[:, 0]
+    wanted = torch.stack([loss(of_sample(outputs, i), of_sample(targets, i)) for i in range(4)])
+    torch.testing.assert_close(rows, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dice_class", [SoftDiceLoss, MemoryEfficientSoftDiceLoss])
 @pytest.mark.parametrize("smooth", [0.0, 1.0])
 def test_both_dice_classes_of_the_host(dice_class: type[nn.Module], smooth: float) -> None:
-    loss = stock_loss(dice_class=dice_class, smooth=smooth)
-    outputs, targets = batch()
-    rows = SampleTerms(loss)(outputs, targets)
-    assert float(rows.sum(1).mean()) == pytest.approx(float(loss(outputs, targets)), abs=2e-6)
+    loss = DC_and_CE_loss({**dice_settings(False), "smooth": smooth}, {}, dice_class=dice_class)
+    outputs, targets = batch("labels", (12, 10), False)
+    torch.testing.assert_close(SampleTerms(loss)(outputs, targets).sum(1).mean(), loss(outputs, targets))
 
 
 def test_weights_of_the_parts() -> None:
-    loss = stock_loss()
+    loss = stock("labels", False, False)
+    outputs, targets = batch("labels", (12, 10), False)
+    plain = SampleTerms(loss)(outputs, targets)
     loss.weight_ce, loss.weight_dice = 0.5, 2.0
-    outputs, targets = batch()
-    plain = SampleTerms(stock_loss())(outputs, targets)
-    assert torch.allclose(SampleTerms(loss)(outputs, targets), plain * torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(SampleTerms(loss)(outputs, targets), plain * torch.tensor([0.5, 2.0]))
 
 
-def test_names_and_sum() -> None:
-    outputs, targets = batch(scales=2)
-    loss = stock_loss(scales=2)
-    separate, summed = SampleTerms(loss, "separate"), SampleTerms(loss, "sum")
-    assert separate.names == ("ce", "dice")
-    assert summed.names == ("ce+dice",)
-    assert torch.allclose(summed(outputs, targets)[:, 0], separate(outputs, targets).sum(1))
-    at_full = SampleTerms(stock_loss(), "separate")(outputs[0], targets[0])
-    assert torch.equal(separate.at_full_resolution(outputs[0], targets[0]), at_full)
+def test_rows_do_not_know_each_other() -> None:
+    outputs, targets = batch("labels", (12, 10), False)
+    rows = SampleTerms(stock("labels", True, False))(outputs, targets)
+    (gradient,) = torch.autograd.grad(rows[1].sum(), outputs)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[[0, 2, 3]].abs().sum() == 0
 
 
-def test_a_list_of_one_for_a_loss_without_deep_supervision() -> None:
-    outputs, targets = batch()
-    terms = SampleTerms(stock_loss())
-    assert torch.equal(terms([outputs], [targets]), terms(outputs, targets))
+def test_absent_regions_are_looked_for_behind_the_ignore_mask() -> None:
+    outputs, targets = batch("regions+ignore", (12, 10), False)
+    targets[0, 0] = targets[0, -1]  # region 0 only where it is ignored
+    row = SampleTerms(stock("regions+ignore", False, False), "separate", "skip")(outputs, targets)[0]
+    p, valid = outputs[0, 1].double().sigmoid(), ~targets[0, -1]
+    truth = targets[0, 1] & valid
+    dice = (2 * p[truth].sum() + 1e-5) / (truth.sum() + p[valid].sum() + 1e-5)
+    assert float(row[1]) == pytest.approx(-float(dice), abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", [DC_and_topk_loss({}, {}), nn.MSELoss(), DeepSupervisionWrapper(nn.MSELoss(), [1.0])])
-def test_a_loss_that_cannot_be_split(loss: nn.Module) -> None:
-    inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-    with pytest.raises(TypeError, match=r"needs the loss of each sample.*this trainer's loss is") as caught:
-        SampleTerms(loss)
-    assert type(inner).__name__ in str(caught.value)
-
-
-def test_half_precision_outputs_are_summed_in_float32() -> None:
-    """Under autocast outputs are float16: 70 000 voxels of one class overflow it."""
-    output = torch.zeros(1, 2, 300, 300, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """Under autocast outputs are in half precision, whose sums overflow above 65 504 voxels or lose them."""
+    output = torch.zeros(1, 2, 300, 300, dtype=dtype)
     output[:, 1] = 8
-    target = torch.ones(1, 1, 300, 300, dtype=torch.int16)
-    rows = SampleTerms(stock_loss(), "separate")(output, target)
+    rows = SampleTerms(stock("labels", False, False))(output, torch.ones(1, 1, 300, 300, dtype=torch.int16))
     assert rows.dtype == torch.float32
-    assert float(rows[0, 1]) == pytest.approx(-1, abs=2e-3)
-    half = SampleTerms(stock_loss(), "separate")(output.half(), target)
-    assert half.isfinite().all()
-    assert float(half[0, 1]) == pytest.approx(-1, abs=2e-3)
-
-
-@pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("ignore", [False, True])
-def test_inference_loss(regions: bool, ignore: bool) -> None:
-    description: dict[str, Any] = {"background": 0, "whole": [1, 2], "core": 2} if regions else {"background": 0, "a": 1}
-    if ignore:
-        description["ignore"] = 3
-    labels = LabelManager(description, [1, 2] if regions else None)
-    loss = inference_loss(labels)
-    assert isinstance(loss, DC_and_BCE_loss if regions else DC_and_CE_loss)
-    assert not loss.dc.batch_dice
-    terms = SampleTerms(loss)
-    assert not terms.skip_absent
-    output = torch.randn(2, labels.num_segmentation_heads, 6, 6)
-    target = (
-        torch.rand(2, 2 + ignore, 6, 6) > 0.5
-        if regions
-        else torch.randint(0, 2, (2, 1, 6, 6)).masked_fill(torch.rand(2, 1, 6, 6) < 0.3, 3 if ignore else 0)
-    )
-    rows = terms(output, target)
-    alone = [float(loss(output[i : i + 1], target[i : i + 1])) for i in range(2)]
-    assert rows.sum(1).tolist() == pytest.approx(alone, abs=2e-6)
-
-
-def test_the_objective_attacks_the_bare_model_and_trains_through_the_wrapper() -> None:
-    model = nn.Conv2d(1, CLASSES, 3, padding=1)
-    calls = []
-    wrapper = nn.Sequential(model)
-    wrapper.register_forward_hook(lambda *_: calls.append("wrapper"))
-    loss = stock_loss(batch_dice=True)
-    target = torch.randint(0, CLASSES, (2, 1, 8, 8)).short()
-    objective = SegmentationObjective(wrapper, model, loss, SampleTerms(loss, "sum"), target)
-    images = torch.randn(2, 1, 8, 8)
-    result = pgd(objective, images, 1.0, steps=3, step_scale=2.0)
-    assert calls == []
-    assert objective.model is model
-    assert objective.names == ("ce+dice",)
-    value, rows = objective.loss(result.images)
-    assert calls == ["wrapper"]
-    assert float(value) == float(loss(model(result.images), target))
-    assert not rows.requires_grad
-    assert torch.allclose(rows, result.terms, atol=1e-5)
+    assert rows[0].tolist() == pytest.approx([0, -1], abs=3e-3)

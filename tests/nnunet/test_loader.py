@@ -1,0 +1,138 @@
+"""Sample ids name what the loader really cut; and what we rely on in the host, in tests that say so."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from nnunetv2.training.dataloading import data_loader as host_module
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host_trainer_module
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
+
+
+def contains(slice_: np.ndarray, patch: np.ndarray) -> bool:
+    """Whether a patch, which may reach over the border into padding (0), was cut from this slice."""
+    height, width = patch.shape
+    padded = np.pad(slice_, ((height, height), (width, width)))
+    rows, columns = np.nonzero(patch)
+    if not len(rows):
+        return True
+    top, left = rows[0], columns[0]
+    for y, x in zip(*np.nonzero(padded == patch[top, left]), strict=True):
+        window = padded[y - top : y - top + height, x - left : x - left + width]
+        if window.shape == patch.shape and np.array_equal(window, patch):
+            return True
+    return False
+
+
+def test_slice_ids_name_the_stored_slices(bench: Any) -> None:
+    trainer = bench.make()
+    training = trainer.get_tr_and_val_datasets()[0] if trainer.was_initialized else None
+    batches = bench.batches(trainer, 6)
+    training, _ = trainer.get_tr_and_val_datasets()
+    seen = set()
+    for batch in batches:
+        assert [case_of(sample) for sample in batch["ids"]] == list(batch["keys"])
+        for sample, image in zip(batch["ids"], batch["data"][:, 0].numpy(), strict=True):
+            case, index = sample.split(":")
+            stored = np.asarray(training.load_case(case)[0][0, int(index)])
+            assert contains(stored, image), sample
+            neighbour = np.asarray(training.load_case(case)[0][0, max(0, int(index) - 3)])
+            assert int(index) < 3 or not contains(neighbour, image)
+            seen.add(sample)
+    assert len(seen) > 12
+    assert seen <= set(trainer.sample_ids())
+
+
+def test_ids_come_through_a_worker_process(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = bench.make()
+    trainer.initialize()
+    training, validation = trainer.get_dataloaders()
+    try:
+        batch = next(training)
+        assert len(batch["ids"]) == trainer.batch_size
+        assert [case_of(sample) for sample in batch["ids"]] == list(batch["keys"])
+        assert set(batch["ids"]) <= set(trainer.sample_ids())
+    finally:
+        training._finish()
+        validation._finish()
+
+
+def test_cells_are_those_of_the_centre_of_the_patch() -> None:
+    loader = CellLoader.__new__(CellLoader)
+    loader.patch_size, loader.final_patch_size = (10, 14, 10), (8, 8, 8)
+    assert loader._id("case", [0, 0, 0]) == "case:0,0,0"  # centre 5, 7, 5
+    assert loader._id("case", [3, 1, 3]) == "case:1,1,1"  # 8, 8, 8
+    assert loader._id("case", [-9, -9, 12]) == "case:0,0,2"  # outside below: the first cell; 17
+    assert case_of("case:0,0,2") == "case"
+
+
+def test_cell_ids_in_3d(bench: Any) -> None:
+    trainer = bench.make(configuration="3d_fullres", sample_id="cell")
+    trainer.initialize()
+    batch = next(trainer.get_dataloaders()[0])
+    assert all(sample.count(",") == 2 for sample in batch["ids"])
+    assert trainer.sample_ids() is None
+
+
+def test_a_case_is_the_sample_in_3d(bench: Any) -> None:
+    trainer = bench.make(configuration="3d_fullres")
+    trainer.initialize()
+    batch = next(trainer.get_dataloaders()[0])
+    assert "ids" not in batch
+    assert set(batch["keys"]) <= set(trainer.sample_ids())
+
+
+def test_all_slice_ids() -> None:
+    assert slice_ids([("a", 2), ("b", 1)]) == ["a:0", "a:1", "b:0"]
+
+
+# What we rely on in nnU-Net
+
+
+def test_the_host_builds_its_loaders_from_a_global_name() -> None:
+    assert "nnUNetDataLoader" in nnUNetTrainer.get_dataloaders.__code__.co_names
+    assert host_trainer_module.nnUNetDataLoader is host_module.nnUNetDataLoader
+
+
+def test_the_host_asks_for_one_box_per_sample() -> None:
+    source = inspect.getsource(host_module.nnUNetDataLoader.generate_train_batch)
+    assert source.count("self.get_bbox(") == 1
+    assert "'keys': selected_keys" in source
+
+
+def test_the_hosts_module_and_method_stay_as_they_are(bench: Any) -> None:
+    before, code = host_trainer_module.nnUNetDataLoader, nnUNetTrainer.get_dataloaders
+    trainer = bench.make()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert host_trainer_module.nnUNetDataLoader is before
+    assert nnUNetTrainer.get_dataloaders is code
+
+
+def test_a_trainer_with_loaders_of_its_own_is_told_what_to_do() -> None:
+    class Own:
+        def get_dataloaders(self) -> None:
+            """Loaders from somewhere else."""
+
+    with pytest.raises(RuntimeError, match=r"Own\.get_dataloaders does not build .* Set 'sample_id: case'"):
+        with_loader(Own().get_dataloaders, SliceLoader)  # type: ignore[arg-type]
+
+
+def test_defaults_and_closures_of_the_method_survive() -> None:
+    marker = object()
+
+    def make(own: object) -> Any:
+        def get_dataloaders(self: Any, first: int = 3, *, second: int = 4) -> Any:
+            return nnUNetDataLoader, own, first, second  # type: ignore[name-defined]  # noqa: F821
+
+        return get_dataloaders
+
+    bound = types.MethodType(make(marker), object())
+    assert with_loader(bound, SliceLoader) == (SliceLoader, marker, 3, 4)
