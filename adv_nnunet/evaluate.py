@@ -150,7 +150,8 @@ def load_model(
                 f"model {name!r}: there is no {needed}. Expected a folder that nnUNetv2_train wrote, with fold {fold} "
                 f"finished; -chk names another checkpoint file."
             )
-    predictor = nnUNetPredictor(device=device, verbose=False, allow_tqdm=False)
+    on_device = device.type == "cuda"
+    predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_device, allow_tqdm=False)
     with redirect_stdout(io.StringIO()):  # where it looked for the trainer, printed once per file
         predictor.initialize_from_trained_model_folder(str(folder), (fold,), file)
     network = predictor.network.to(device).eval()

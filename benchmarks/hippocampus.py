@@ -80,7 +80,6 @@ PRESETS = {
             "AMAT.paper": ("nnUNetTrainerAMAT", {"refinement": "paper"}),
             "AMAT.crossing": ("nnUNetTrainerAMAT", {"refinement": "crossing"}),
             "AMAT.paper.2std": ("nnUNetTrainerAMAT", {"refinement": "paper", "rule": "mean+2std"}),
-            "AMAT.crossing.2std": ("nnUNetTrainerAMAT", {"refinement": "crossing", "rule": "mean+2std"}),
         },
         evaluate=("--samples", "150"),
     ),
