@@ -22,8 +22,9 @@ def still(model: nn.Module) -> Iterator[nn.Module]:
     Inside, BatchNorm layers in training mode normalise with the statistics of the batch, as the training pass does
     (running statistics lag behind early in training and make a weak attack), and move no running statistic; layers in
     evaluation mode stay in it (and are trusted to write no buffers). Parameters ask for no gradient, so that a pass
-    neither computes nor stores anything for weight gradients. On the way out, also after an exception, the state_dict, training flags, ``requires_grad``
-    flags and the random state of the CPU and of the model's CUDA devices are bit-identical to before.
+    neither computes nor stores anything for weight gradients. On the way out, also after an exception, the
+    state_dict, training flags, ``requires_grad`` flags and the random state of the CPU and of the model's CUDA devices
+    are bit-identical to before.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modules = list(model.modules())
