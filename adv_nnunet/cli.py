@@ -240,7 +240,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         metrics,
         title=f"Robustness of {', '.join(model.name for model in models)} on "
         f"{first.predictor.plans_manager.dataset_name}",
-        level_unit=f"{norm} norm of the noise over a whole {sample} as nnU-Net preprocessed it, in units of the "
+        level_unit=f"{norm} norm of the noise over a whole {sample} as the network receives it, in units of the "
         f"normalised intensities",
         examples=examples,
         class_names={
@@ -252,7 +252,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             "fold": str(fold),
             "samples": f"{len(samples[first.name])} {sample}s of "
             + ("raw files" if args.i else f"the fold's {len(cases[first.name])} validation cases"),
-            "prediction": f"padding and tiles (step {args.step_size:g}) inside the attacked function, no mirroring",
+            "prediction": f"tiles (step {args.step_size:g}) inside the attacked function, no mirroring",
             "checkpoints": {model.name: _short(model.checkpoint) for model in models},
         },
         overwrite=args.overwrite,

@@ -1,8 +1,9 @@
 """How the Dice of trained nnU-Net models falls under attack: ours or stock ones, on validation cases or raw files.
 
-What is attacked is what nnU-Net predicts with: the preprocessed image goes in, padding and overlapping tiles are part
-of the attacked function, and the loss is that of the stitched logits. In 2D a sample is a slice, in 3D a case. There
-is no test-time mirroring.
+What is attacked is what nnU-Net predicts with: the preprocessed image, padded to the patch where it is smaller, goes
+in; overlapping tiles are part of the attacked function, and the loss is that of the stitched logits. In 2D a sample is
+a slice, in 3D a case. As in training, the noise may use the padding; scores do not count it. There is no test-time
+mirroring.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from common.metrics import Counts, adi, dice_per_sample, tvdi
 from common.report import Example, Metric, View
 
 Case = Callable[[], tuple[np.ndarray, np.ndarray]]
-"""Loads a preprocessed case: image (C, z, y, x) and segmentation (1, z, y, x)."""
+"""Loads a case as the network receives it, preprocessed and padded: image (C, z, y, x), segmentation (1, z, y, x)."""
+
+PADDING = -2
+"""Marks padding in a segmentation; -1 is nnU-Net's mark for what preprocessing found outside of the body."""
 
 
 class SlidingWindow(nn.Module):
-    """nnU-Net's prediction of a whole image, differentiable: padding, overlapping tiles, Gaussian weights, stitching.
+    """nnU-Net's prediction of a whole image, differentiable: overlapping tiles, Gaussian weights, stitching.
 
     Args:
         network: the network, without deep supervision.
@@ -57,9 +61,7 @@ class SlidingWindow(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (B, heads, *spatial) for images of shape (B, C, *spatial), of any size."""
         size = images.shape[2:]
-        missing = [max(0, p - n) for p, n in zip(self.patch_size, size, strict=True)]
-        before = [m // 2 for m in missing]
-        pads = [(b, m - b) for b, m in zip(before, missing, strict=True)]
+        pads = _pads(size, self.patch_size)
         padded = functional.pad(images, [n for pair in reversed(pads) for n in pair])
         steps = compute_steps_for_sliding_window(tuple(padded.shape[2:]), self.patch_size, self.tile_step_size)
         tiles = [
@@ -67,7 +69,7 @@ class SlidingWindow(nn.Module):
             for corner in itertools.product(*steps)
         ]
         logits = self.network(padded) if len(tiles) == 1 else self._stitched(padded, tiles)
-        return logits[(..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))]
+        return logits[(..., *(slice(low, low + n) for (low, _), n in zip(pads, size, strict=True)))]
 
     def _stitched(self, padded: Tensor, tiles: list[tuple[slice, ...]]) -> Tensor:
         # Every tile's activations at once would not fit for large cases: they are computed again when the gradient
@@ -190,7 +192,7 @@ def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray]:
         image, segmentation, _, _ = dataset.load_case(name)
-        return np.asarray(image[:]), np.asarray(segmentation[:])
+        return _padded(model, np.asarray(image[:]), np.asarray(segmentation[:]))
 
     return {name: (lambda name=name: load(name)) for name in names}  # type: ignore[misc]
 
@@ -219,17 +221,31 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
         data, segmentation, _ = preprocessor.run_case(
             cases[name], str(labels / f"{name}{ending}"), plans, config, model.predictor.dataset_json
         )
-        return data, segmentation
+        return _padded(model, data, segmentation)
 
     return {name: (lambda name=name: load(name)) for name in cases}  # type: ignore[misc]
 
 
+def _pads(size: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:
+    """How many voxels nnU-Net puts before and behind, so that an image is no smaller than a patch."""
+    missing = [max(0, p - n) for p, n in zip(patch_size, size, strict=True)]
+    return [(m // 2, m - m // 2) for m in missing]
+
+
+def _padded(model: TrainedModel, image: np.ndarray, segmentation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image and segmentation padded to the patch, in the plane only for a 2D network."""
+    patch = model.window.patch_size
+    widths = [(0, 0)] * (4 - len(patch)) + _pads(image.shape[-len(patch) :], patch)
+    return np.pad(image, widths), np.pad(segmentation.astype(np.int16), widths, constant_values=PADDING)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One thing the network predicts: a slice of a case, or the whole case (``index`` None)."""
+    """One thing the network predicts: a slice of a case, or the whole case (``index`` None); ``size`` when padded."""
 
     case: str
     index: int | None
+    size: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -239,10 +255,11 @@ class Sample:
 
 def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None = None) -> list[Sample]:
     """The samples of the cases, or ``limit`` of them at even distances."""
+    sizes = {name: load()[0].shape[1:] for name, load in cases.items()}
     samples = [
-        Sample(name, index)
-        for name, load in cases.items()
-        for index in (range(load()[0].shape[1]) if model.planar else [None])
+        Sample(name, index, size[1:] if model.planar else size)
+        for name, size in sizes.items()
+        for index in (range(size[0]) if model.planar else [None])
     ]
     if limit is not None and limit < len(samples):
         samples = [samples[int(i)] for i in np.linspace(0, len(samples) - 1, limit)]
@@ -252,33 +269,35 @@ def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None 
 def make_batches(
     model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample], batch_size: int
 ) -> list[EvaluationBatch]:
-    """Batches of samples of one case each, because only they have the same shape."""
+    """Batches of neighbouring slices of one size (once padded, most have the patch's); a case is a batch in 3D.
+
+    The order of the samples stays, so that models with other patches are evaluated on the same list.
+    """
     batches = []
-    for case, group in itertools.groupby(samples, key=lambda sample: sample.case):
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.size):
         members = list(group)
-        size = batch_size if model.planar else 1
-        for start in range(0, len(members), size):
-            part = members[start : start + size]
-            batches.append(EvaluationBatch([s.id for s in part], partial(_load, model, cases[case], part)))
+        number = batch_size if model.planar else 1
+        for start in range(0, len(members), number):
+            part = members[start : start + number]
+            batches.append(EvaluationBatch([s.id for s in part], partial(_load, model, cases, part)))
     return batches
 
 
-def _load(model: TrainedModel, case: Case, samples: Sequence[Sample]) -> LoadedBatch:
-    image, segmentation = case()
+def _load(model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample]) -> LoadedBatch:
     device = next(model.window.parameters()).device
-    if samples[0].index is None:
-        images, truth = torch.from_numpy(image)[None], torch.from_numpy(segmentation)[None]
-    else:  # (C, z, y, x) -> (slices, C, y, x)
-        indices = [s.index for s in samples]
-        images = torch.from_numpy(np.ascontiguousarray(image[:, indices].swapaxes(0, 1)))
-        truth = torch.from_numpy(np.ascontiguousarray(segmentation[:, indices].swapaxes(0, 1)))
-    images = images.float().to(device)
-    # -1 marks what preprocessing found outside of the body; the training reads it as background, too.
-    target = _target(model.labels, truth.to(device).long().clamp_min(0))
+    pieces = []
+    for case, group in itertools.groupby(samples, key=lambda sample: sample.case):
+        image, segmentation = cases[case]()
+        for sample in group:
+            part = slice(None) if sample.index is None else sample.index
+            pieces.append((image[:, part], segmentation[:, part]))
+    images, truth = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*pieces, strict=True))
+    images, padding = images.float(), (truth == PADDING)[:, 0]
+    target = _target(model.labels, truth.long().clamp_min(0))  # the training reads -1 as background, too
     objective = InferenceObjective(model.window, model.terms, target)
 
     def score(inputs: Tensor) -> dict[str, Tensor]:
-        return segmentation_counts(model.labels, model.window(inputs), target)._asdict()
+        return segmentation_counts(model.labels, model.window(inputs), target, padding)._asdict()
 
     return LoadedBatch(images, objective, score)
 
@@ -344,7 +363,7 @@ def make_examples(
     name, method = attack
     for model in models:
         for sample in chosen:
-            loaded = _load(model, cases[model.name][sample.case], [sample])
+            loaded = _load(model, cases[model.name], [sample])
             _, segmentation = cases[model.name][sample.case]()
             middle = _middle(segmentation) if sample.index is None else None
             truth = segmentation[0, sample.index if middle is None else middle]

@@ -111,7 +111,7 @@ class AdversarialTraining:
         self._check_output_folder()
         if not self.was_initialized:
             self.initialize()
-        if self.settings.start_from is not None and not self._resuming:
+        if self.settings.start_from is not None and self._saved_state is None:  # (--c may have found nothing)
             self._load_weights(self.settings.start_from)
         if self.settings.check_data:
             self._check_data()
@@ -512,22 +512,24 @@ def stock_class(kind: type) -> type:
     return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))
 
 
-def segmentation_counts(label_manager: Any, output: Tensor, target: Tensor) -> Counts:
+def segmentation_counts(label_manager: Any, output: Tensor, target: Tensor, padding: Tensor | None = None) -> Counts:
     """TP, FP, FN of the hard prediction, per sample and foreground class or region.
 
     Args:
         label_manager: the host's.
         output: logits, (B, heads, *spatial).
         target: label map (B, 1, *spatial), or regions (B, regions (+ 1), *spatial).
+        padding: what does not count, (B, *spatial), bool; besides the ignore label.
     """
+    ignore = padding
+    if label_manager.has_ignore_label:
+        last = target[:, -1]
+        ignored = last > 0 if label_manager.has_regions else last == label_manager.ignore_label
+        ignore = ignored if padding is None else ignored | padding
     if label_manager.has_regions:
-        ignore = None
-        if label_manager.has_ignore_label:
-            ignore, target = target[:, -1] > 0, target[:, :-1]
-        return region_confusion_counts(output > 0, target > 0, ignore=ignore)
-    truth = target[:, 0].long()
-    ignore = truth == label_manager.ignore_label if label_manager.has_ignore_label else None
-    return confusion_counts(output.argmax(1), truth, label_manager.foreground_labels, ignore=ignore)
+        regions = target[:, :-1] if label_manager.has_ignore_label else target
+        return region_confusion_counts(output > 0, regions > 0, ignore=ignore)
+    return confusion_counts(output.argmax(1), target[:, 0].long(), label_manager.foreground_labels, ignore=ignore)
 
 
 def _bare(network: torch.nn.Module) -> torch.nn.Module:

@@ -81,7 +81,7 @@ PRESETS = {
             "AMAT.crossing": ("nnUNetTrainerAMAT", {"refinement": "crossing"}),
             "AMAT.paper.2std": ("nnUNetTrainerAMAT", {"refinement": "paper", "rule": "mean+2std"}),
         },
-        evaluate=("--samples", "150"),
+        evaluate=("--samples", "100"),
     ),
 }
 

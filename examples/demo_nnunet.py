@@ -193,7 +193,7 @@ def main() -> None:
     table = "\n".join(line for line in lines if not line.startswith("perform_everything_on_device")).strip()
     first, then = (int(str(s["epochs"])) * int(str(s["iterations_per_epoch"])) for s in (SETTINGS[TRAINERS[0]], ATTACK))
     print(
-        f"\n{table}\n\nA demonstration, no comparison of methods: STD was trained for {first} short steps, SAT and AMAT "
+        f"\n{table}\n\nA demonstration, no comparison of methods: STD was trained for {first} steps, SAT and AMAT "
         f"started from it and were trained for {then} more.\n{time.monotonic() - start:.0f} s in all. The report:"
     )
     for path in sorted(report.glob("*.html")) or [report]:

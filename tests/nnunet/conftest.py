@@ -222,6 +222,8 @@ class World:
     def _make_nan(self, folder: Path, cases: Sequence[str]) -> None:
         """As it is; :meth:`spoil` puts the NaN in later, because readers of NIfTI files turn NaN into 0."""
 
+    _make_nan_in_validation = _make_nan
+
     def spoil(self, name: str, case: str) -> None:
         """Puts one NaN into a preprocessed case."""
         folder = self.preprocessed / name / "nnUNetPlans_2d"

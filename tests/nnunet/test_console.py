@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -76,10 +77,8 @@ def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool], secon
         process.kill()
         assert process.wait() == -signal.SIGKILL
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

@@ -212,3 +212,36 @@ def test_a_found_file_of_an_older_standard_training_is_not_taken_silently(bench:
     trainer = bench.make("AMAT")
     trainer.on_train_start()
     assert "was made of another checkpoint than the checkpoint_final.pth beside it. Delete" in bench.log(trainer)
+
+
+# --- training that starts from the standard weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["standard", "path"])
+def test_start_from_the_standard_training(bench: Any, with_stock: Path, how: str) -> None:
+    source = with_stock / standard.CHECKPOINT
+    write(with_stock / standard.FILE, 0.25)
+    trainer = bench.make("AMAT", start_from="standard" if how == "standard" else str(source))
+    trainer.on_train_start()
+    weights = torch.load(source, weights_only=False)["network_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in _weights(trainer))
+    assert f"Starting from the weights of {source}" in bench.log(trainer)
+
+
+def test_a_resumed_training_starts_from_its_own_weights(bench: Any, with_stock: Path) -> None:
+    first = bench.make("AMAT", start_from="standard", threshold_samples=4)
+    first.run_training()
+    path = Path(first.output_folder) / "checkpoint_final.pth"
+    again = bench.make("AMAT", start_from="standard", resume=True)
+    again.load_checkpoint(str(path))
+    again.on_train_start()
+    weights = torch.load(path, weights_only=False)["network_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in _weights(again))
+
+
+def test_continue_without_a_checkpoint_starts_from_the_standard_weights(bench: Any, with_stock: Path) -> None:
+    """nnUNetv2_train --c with nothing to continue warns and trains from the start, which is where the settings say."""
+    trainer = bench.make("AMAT", start_from="standard", threshold_samples=4, resume=True)
+    trainer.on_train_start()
+    weights = torch.load(with_stock / standard.CHECKPOINT, weights_only=False)["network_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in _weights(trainer))
