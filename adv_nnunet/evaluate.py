@@ -152,9 +152,9 @@ def load_model(
                 f"model {name!r}: there is no {needed}. Expected a folder that nnUNetv2_train wrote, with fold {fold} "
                 f"finished; -chk names another checkpoint file."
             )
-    on_device = device.type == "cuda"
-    predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_device, allow_tqdm=False)
-    with redirect_stdout(io.StringIO()):  # where it looked for the trainer, printed once per file
+    with redirect_stdout(io.StringIO()):  # what it prints of devices and of where it looked for the trainer
+        on_device = device.type == "cuda"
+        predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(folder), (fold,), file)
     network = predictor.network.to(device).eval()
     window = SlidingWindow(network, predictor.configuration_manager.patch_size, tile_step_size).eval()

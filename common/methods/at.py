@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from common.methods.base import AdversarialMethod, Backward, MixedLoss, Step, check_positive
+from common.methods.base import Backward, FixedRadiusMethod, MixedLoss, Step
 from common.objective import Objective
 
 
-class AT(AdversarialMethod):
-    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all.
-
-    Args:
-        eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
-        **attack: see :class:`AdversarialMethod`.
-    """
+class AT(FixedRadiusMethod):
+    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all."""
 
     name = "AT"
-
-    def __init__(self, eps: float, **attack: Any) -> None:
-        super().__init__(**attack)
-        self.eps = check_positive("eps", eps, zero=True)
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`; the ids are not used."""

@@ -132,6 +132,19 @@ class AdversarialMethod(Method):
         self.steps_done = int(state["steps_done"])
 
 
+class FixedRadiusMethod(AdversarialMethod):
+    """A method with one noise level for all samples.
+
+    Args:
+        eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
+        **attack: see :class:`AdversarialMethod`.
+    """
+
+    def __init__(self, eps: float, **attack: Any) -> None:
+        super().__init__(**attack)
+        self.eps = check_positive("eps", eps, zero=True)
+
+
 @dataclass
 class MixedLoss:
     """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`."""

@@ -4,27 +4,17 @@ Adversarial Examples"; arXiv 2206.01736, eq. 1), the baseline of the AMAT paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from common.methods.base import AdversarialMethod, Backward, MixedLoss, Step, check_positive
+from common.methods.base import Backward, FixedRadiusMethod, MixedLoss, Step
 from common.objective import Objective
 
 
-class SAT(AdversarialMethod):
-    """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all.
-
-    Args:
-        eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
-        **attack: see :class:`AdversarialMethod`.
-    """
+class SAT(FixedRadiusMethod):
+    """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all."""
 
     name = "SAT"
-
-    def __init__(self, eps: float, **attack: Any) -> None:
-        super().__init__(**attack)
-        self.eps = check_positive("eps", eps, zero=True)
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`; the ids are not used."""

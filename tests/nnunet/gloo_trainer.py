@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ def make(name: str, folder: Path, data: Path) -> Any:
     kind, changes = RUNS[name]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(SETTINGS | changes | {"tag": name}))
-    import os
-
     os.environ["nnUNet_adversarial"] = str(path)
     plans = json.loads((data / "tiny.json").read_text()) | {"continue_training": False}
     description = json.loads((data / "dataset.json").read_text())
