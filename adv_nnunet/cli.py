@@ -150,7 +150,7 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 
     from adv_nnunet.trainer import nnUNetTrainerAMAT
 
-    name = maybe_convert_to_dataset_name(args.d if args.d.startswith("Dataset") else int(args.d))
+    name = maybe_convert_to_dataset_name(args.d)
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     for needed in (folder / f"{args.p}.json", folder / "dataset.json"):
         if not needed.is_file():
@@ -277,7 +277,7 @@ def _model_folders(args: argparse.Namespace) -> dict[str, Path]:
     else:
         if not os.environ.get("nnUNet_results"):
             raise RuntimeError("the environment variable nnUNet_results is not set; set it, or name folders with -m")
-        name = maybe_convert_to_dataset_name(args.d if args.d.startswith("Dataset") else int(args.d))
+        name = maybe_convert_to_dataset_name(args.d)
         given = args.tr or ["nnUNetTrainerAMAT"]
         for trainer in given:
             short = trainer.removeprefix("nnUNetTrainer") or "STD"

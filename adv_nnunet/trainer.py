@@ -156,14 +156,15 @@ class AdversarialTraining:
         """Stops at an image that is not finite, and says which cases have no foreground."""
         broken, empty = [], []
         if self.local_rank == 0:
-            for dataset in self.get_tr_and_val_datasets():
-                for case in dataset.identifiers:
-                    image, segmentation, _, _ = dataset.load_case(case)
-                    if not np.isfinite(image[:]).all():
-                        broken.append(case)
-                    labels = np.unique(segmentation[:])
-                    if not np.any((labels > 0) & (labels != self.label_manager.ignore_label)):
-                        empty.append(case)
+            # With fold "all", a case is in both data sets.
+            cases = {case: dataset for dataset in self.get_tr_and_val_datasets() for case in dataset.identifiers}
+            for case, dataset in cases.items():
+                image, segmentation, _, _ = dataset.load_case(case)
+                if not np.isfinite(image[:]).all():
+                    broken.append(case)
+                labels = np.unique(segmentation[:])
+                if not np.any((labels > 0) & (labels != self.label_manager.ignore_label)):
+                    empty.append(case)
         broken = self._from_first_rank(broken)
         if broken:
             raise ValueError(
@@ -464,8 +465,8 @@ class AdversarialTraining:
             known = (sample for sample in self.method.margins.ids() if case_of(sample) in cases)
             self.method.margins.require_known(
                 self.sample_ids() or known,
-                "The checkpoint was trained on other cases (another data set, fold or splits_final.json): restore "
-                "them, or start a new training without --c.",
+                "The checkpoint was trained on other samples (another data set, fold, splits_final.json or sample_id): "
+                "restore them, or start a new training without --c.",
             )
 
     def _from_first_rank(self, value: Any) -> Any:

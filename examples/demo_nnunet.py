@@ -35,7 +35,7 @@ ATTACK: dict[str, object] = {
     "norm": 2,
 }
 SETTINGS: dict[str, dict[str, object]] = {
-    "nnUNetTrainerSTD": {"epochs": 30, "iterations_per_epoch": 50, "val_iterations_per_epoch": 2},
+    "nnUNetTrainerSTD": {"epochs": 20, "iterations_per_epoch": 50, "val_iterations_per_epoch": 2},
     # eps: radius of the noise, L2 over one slice in z-score units.
     "nnUNetTrainerSAT": {**ATTACK, "eps": 5.0},
     # delta: first margin, and growth per visit. A slice is met once or twice in so short a run and its margin could

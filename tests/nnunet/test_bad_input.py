@@ -84,6 +84,16 @@ def test_margins_of_another_data_set(bench: Any) -> None:
         again.on_train_start()
 
 
+def test_margins_of_other_sample_ids(bench: Any) -> None:
+    first = bench.make(thresholds=_file(bench, 100.0))
+    first.run_training()
+    again = bench.make(resume=True, thresholds=_file(bench, 100.0), sample_id="case")
+    again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    with pytest.raises(ValueError, match=r"splits_final\.json or sample_id\): restore them, or start a new training"):
+        again.on_train_start()
+    assert "settings changed since the checkpoint: sample_id slice -> case" in bench.log(again)
+
+
 def test_continuing_a_stock_training(bench: Any, with_stock: Path) -> None:
     trainer = bench.make(resume=True)
     with pytest.raises(ValueError, match=r"holds no margins or counters\. .* -pretrained_weights"):
@@ -104,6 +114,12 @@ def test_a_case_without_foreground_is_named_and_trained_on(bench: Any) -> None:
     assert f"1 case(s) have no foreground: {bench.world.cases[1]}." in bench.log(trainer)
     (batch,) = bench.batches(trainer, 1)
     assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
+def test_a_case_of_both_data_sets_is_named_once(bench: Any) -> None:
+    """Fold "all" validates on what it trains on."""
+    trainer = bench.ready("SAT", dataset="empty_case", fold="all")
+    assert f"1 case(s) have no foreground: {bench.world.cases[1]}." in bench.log(trainer)
 
 
 def test_the_second_stage_of_a_cascade(bench: Any) -> None:
@@ -257,3 +273,8 @@ def test_thresholds_without_a_standard_training(capsys: pytest.CaptureFixture[st
 def test_thresholds_of_a_data_set_that_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["thresholds", "-d", "4", "-c", "2d", "-p", "other", "-device", "cpu"]) == 1
     assert "other.json: run nnUNetv2_plan_and_preprocess -d 4 first" in capsys.readouterr().err
+
+
+def test_a_data_set_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["thresholds", "-d", "hippocampus", "-c", "2d", "-p", "tiny", "-device", "cpu"]) == 1
+    assert "give an integer number ('1', '2', etc) or a correct dataset name" in capsys.readouterr().err

@@ -28,18 +28,20 @@ from adv_nnunet.trainer import STATE
 from common.settings import read_settings
 from common.thresholds import Thresholds, sha256
 
-EPOCHS, WARM_UP, ITERATIONS, BATCH = 4, 1, 25, 4
+pytestmark = pytest.mark.slow
+
+EPOCHS, WARM_UP, ITERATIONS, BATCH = 4, 1, 20, 4
 SETTINGS = {
     "epochs": EPOCHS,
     "iterations_per_epoch": ITERATIONS,
     "val_iterations_per_epoch": 1,
     "save_every": 1,
-    "steps": 5,
+    "steps": 3,
     "delta": 0.5,
     "warmup_epochs": WARM_UP,
     "refinement": "crossing",
 }
-EVALUATE = ["--attacks", "pgd20", "ifgsm5", "--levels", "0", "2", "6", "--samples", "24", "--batch_size", "4"]
+EVALUATE = ["--attacks", "pgd10", "ifgsm3", "--levels", "0", "2", "6", "--samples", "20", "--batch_size", "4"]
 
 
 ONE_CORE = """
@@ -148,7 +150,7 @@ def trained(shell: SimpleNamespace, console: SimpleNamespace, world: Any) -> Sim
     finally:
         hidden.rename(shell.results / f"nnUNetTrainer__{world.plans}__2d")
     return SimpleNamespace(
-        folder=folder, killed_log=killed_log, latest=latest, remains=remains, resumed_log=resumed_log, command=command
+        folder=folder, killed_log=killed_log, latest=latest, remains=remains, resumed_log=resumed_log
     )
 
 
@@ -178,16 +180,6 @@ def test_a_killed_training_continues_and_ends(trained: SimpleNamespace) -> None:
     rows = list(csv.DictReader((trained.folder / "margins.csv").open()))
     assert [float(row["margin"]) for row in rows] == pytest.approx(state["margins"]["values"])
     assert "Mean Validation Dice" in trained.resumed_log
-
-
-def test_training_again_does_not_lose_a_finished_training(trained: SimpleNamespace, shell: SimpleNamespace) -> None:
-    before = sha256(trained.folder / "checkpoint_final.pth")
-    process = start(shell, trained.command, "again")
-    assert process.wait(timeout=300) != 0
-    text = (shell.root / "again.log").read_text()
-    assert "FileExistsError" in text
-    assert "Continue it with --c" in text
-    assert sha256(trained.folder / "checkpoint_final.pth") == before
 
 
 def test_prediction_where_our_package_is_not_installed(
@@ -221,13 +213,26 @@ def test_prediction_where_our_package_is_not_installed(
     assert "is not installed here" in refused.stderr, "the hook hides nothing"
 
 
-def test_thresholds_from_the_stock_training(shell: SimpleNamespace, console: SimpleNamespace, world: Any) -> None:
+def here(shell: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's shell for a command that runs in this process, to save an import of PyTorch."""
+    for name, value in shell.environment.items():
+        if name.startswith("nnUNet_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+def test_thresholds_from_the_stock_training(
+    shell: SimpleNamespace, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(shell, monkeypatch)
     before = {path.relative_to(shell.results) for path in shell.results.rglob("*")}
-    command = [*console.ours, "thresholds", "-d", "4", "-c", "2d", "-f", "0", "-p", world.plans, "-device", "cpu"]
-    text = finish(shell, start(shell, [*command, "--samples", "60"], "thresholds"), "thresholds")
+    command = ["thresholds", "-d", "4", "-c", "2d", "-f", "0", "-p", world.plans, "-device", "cpu", "--samples", "60"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
     fold = shell.results / f"nnUNetTrainer__{world.plans}__2d" / "fold_0"
     new = {path.relative_to(shell.results) for path in shell.results.rglob("*")} - before
     assert new == {(fold / "thresholds.json").relative_to(shell.results)}, "it left something else behind"
+    assert os.environ["nnUNet_results"] == shell.environment["nnUNet_results"]
     found = Thresholds.load(fold / "thresholds.json")
     assert found.names == ("ce+dice",)
     assert found.rule == "mean"
@@ -247,9 +252,7 @@ def test_evaluate_is_killed_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stock model and ours in one report; the numbers are those of an evaluation in one go."""
-    for name, value in shell.environment.items():
-        if name.startswith("nnUNet_"):
-            monkeypatch.setenv(name, value)
+    here(shell, monkeypatch)
     report = shell.root / "report"
     command = ["evaluate", "-d", "4", "-c", "2d", "-f", "0", "-p", world.plans, "-device", "cpu", *EVALUATE]
     command += ["-tr", "nnUNetTrainer", "nnUNetTrainerAMAT", "-o"]
@@ -260,10 +263,9 @@ def test_evaluate_is_killed_and_goes_on(
     text = finish(shell, start(shell, [*console.ours, *command, str(report)], "evaluate2"), "evaluate2")
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done
     assert f"Report: {report / 'report.html'}" in text
-    for name in ("STD", "AMAT", "pgd20", "ifgsm5", "ADI", "TVDI", "AUC"):
+    for name in ("STD", "AMAT", "pgd10", "ifgsm3", "ADI", "TVDI", "AUC"):
         assert name in text, name
 
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     whole = shell.root / "whole"
     assert main([*command, str(whole)]) == 0
     assert (whole / "table.csv").read_text() == (report / "table.csv").read_text()
@@ -279,10 +281,7 @@ def test_evaluate_raw_files(
     shell: SimpleNamespace, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Raw files of the validation cases give the numbers of the validation cases."""
-    for name, value in shell.environment.items():
-        if name.startswith("nnUNet_"):
-            monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    here(shell, monkeypatch)
     images, labels = shell.root / "raw_images", shell.root / "raw_labels"
     for folder, part, ending in ((images, "imagesTr", "_0000.nii.gz"), (labels, "labelsTr", ".nii.gz")):
         folder.mkdir()

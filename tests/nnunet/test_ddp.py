@@ -18,6 +18,8 @@ from adv_nnunet.thresholds import FILE
 from adv_nnunet.trainer import STATE
 from common.thresholds import Thresholds
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("gloo_trainer.py")
 RUNS = ("self-calibrated", "measured", "together", "sequential", "standard")
 

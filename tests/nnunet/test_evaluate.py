@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
@@ -206,6 +207,38 @@ def test_the_attack_hurts_and_stays_within_its_level(stock_model: Any) -> None:
             assert not measured.at(attack, level).nonfinite.any()
     assert all(torch.equal(value, before[name]) for name, value in stock_model.window.state_dict().items())
     assert not stock_model.window.training
+
+
+def test_padding_is_not_scored(stock_model: Any, world: Any) -> None:
+    """A network that sees class 1 everywhere: what it predicts outside of the image is no false positive."""
+    cases = host.validation_cases(stock_model, 0)
+    samples = host.list_samples(stock_model, cases, 4)
+    with torch.no_grad():
+        stock_model.window.network.decoder.seg_layers[-1].bias[1] += 1000
+    (batch,) = host.make_batches(stock_model, cases, samples, 32)
+    loaded = batch.load()
+    assert loaded.images.shape[2:] == (56, 40)
+    counts = loaded.score(loaded.images)
+    for sample, tp, fp in zip(samples, counts["tp"][:, 0], counts["fp"][:, 0], strict=True):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(world.raw / world.main / "labelsTr" / f"{sample.case}.nii.gz"))
+        assert label[0].size < 56 * 40
+        assert int(tp) == (label[sample.index] == 1).sum()
+        assert int(tp + fp) == label[0].size
+
+
+def test_slices_of_different_sizes_do_not_share_a_batch(stock_model: Any) -> None:
+    shapes = {"a": (2, 56, 40), "b": (1, 56, 40), "c": (3, 60, 40)}
+    cases = {
+        name: lambda shape=shape: (np.full((1, *shape), len(shape), np.float32), np.zeros((1, *shape), np.int16))
+        for name, shape in shapes.items()
+    }
+    samples = host.list_samples(stock_model, cases)
+    batches = host.make_batches(stock_model, cases, samples, 2)
+    assert [list(batch.ids) for batch in batches] == [["a:0", "a:1"], ["b:0"], ["c:0", "c:1"], ["c:2"]]
+    assert [tuple(batch.load().images.shape) for batch in batches] == [
+        *((2, 1, 56, 40), (1, 1, 56, 40)),
+        *((2, 1, 60, 40), (1, 1, 60, 40)),
+    ]
 
 
 def test_samples_at_even_distances(stock_model: Any) -> None:

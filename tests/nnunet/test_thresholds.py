@@ -136,6 +136,8 @@ def test_the_warm_up_measures_the_clean_terms(bench: Any) -> None:
     assert f"Warm-up done. Thresholds: ce+dice < {ceiling[0]:.6g}" in bench.log(trainer)
     assert trainer.method.thresholds.current().values[0] <= ceiling[0]
     assert sum(trainer.method.margins.visits().tolist()) == 3 * 2 * 4  # not in the warm-up
+    # Every batch of warm-up and training is taken in once.
+    assert trainer.method.thresholds.statistics.n == pytest.approx(4 * sum(weight**k for k in range(8)))
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------
