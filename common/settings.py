@@ -196,8 +196,11 @@ def _converted(value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == len(parts):
             return tuple(_converted(v, part) for v, part in zip(value, parts, strict=True))
         raise TypeError
-    if hint is float and value in ("inf", ".inf"):
-        return float("inf")
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as a text
+        try:
+            return float(value)
+        except ValueError:
+            raise TypeError from None
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is type(None) and value is None:

@@ -91,6 +91,12 @@ def test_a_file_that_is_no_settings_file(tmp_path: Path, text: str, message: str
         read_settings(Settings, path)
 
 
+def test_a_number_that_yaml_takes_for_a_text(tmp_path: Path) -> None:
+    (tmp_path / "adversarial.yaml").write_text("initial_lr: 1e-3\nnorm: inf\n")
+    settings = read_settings(Settings, tmp_path / "adversarial.yaml")
+    assert (settings.initial_lr, settings.norm) == (0.001, math.inf)
+
+
 def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
     (tmp_path / "adversarial.yaml").write_text("# nothing yet\n")
     assert read_settings(Settings, tmp_path / "adversarial.yaml") == Settings()
