@@ -194,7 +194,7 @@ def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
         image, segmentation, _, _ = dataset.load_case(name)
         return _padded(model, np.asarray(image[:]), np.asarray(segmentation[:]))
 
-    return {name: (lambda name=name: load(name)) for name in names}  # type: ignore[misc]
+    return {name: partial(load, name) for name in names}
 
 
 def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case]:
@@ -223,7 +223,7 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
         )
         return _padded(model, data, segmentation)
 
-    return {name: (lambda name=name: load(name)) for name in cases}  # type: ignore[misc]
+    return {name: partial(load, name) for name in cases}
 
 
 def _pads(size: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:

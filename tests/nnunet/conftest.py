@@ -52,14 +52,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def environment(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's variables; every test has a results folder of its own, and no settings but those it writes."""
     for name, value in variables(world, tmp_path / "results").items():
