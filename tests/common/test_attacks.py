@@ -121,7 +121,8 @@ def test_below_step_scale_one_the_sphere_is_out_of_reach(tiny: SimpleNamespace) 
 def test_pgd_equals_torchattacks_from_the_same_start(
     tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, p: float, start: str, steps: int, scale: float
 ) -> None:
-    torchattacks = pytest.importorskip("torchattacks")
+    import torchattacks
+
     objective, images = classify(tiny, 8), uniform(8, 3, 8, 8)
     eps = 1.5 if p == 2 else 0.1
     settings = {"eps": eps, "alpha": scale * eps / steps, "steps": steps, "random_start": start == "random"}
@@ -158,7 +159,8 @@ def test_pgd_equals_torchattacks_from_the_same_start(
 
 
 def test_linf_ifgsm_equals_torchattacks_bim(tiny: SimpleNamespace) -> None:
-    torchattacks = pytest.importorskip("torchattacks")
+    import torchattacks
+
     objective, images = classify(tiny, 8), uniform(8, 3, 8, 8)
     expected = torchattacks.BIM(objective.model, eps=0.08, alpha=0.008, steps=10)(images, objective.labels)
     ours = ifgsm(objective, images, 0.08, steps=10, norm=math.inf, bounds=(0, 1))
