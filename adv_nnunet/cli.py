@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _dataset_arguments(t)
     t.add_argument("-tr", default=None, help="trainer of the standard training (default: nnUNetTrainer)")
-    t.add_argument("--rule", default=None, help="mean or mean+2std (default: of the settings, else mean)")
+    t.add_argument("--rule", default=None, help="mean or mean+2std (default: that of the settings, else mean)")
     t.add_argument("--terms", default=None, choices=["sum", "separate"], help="one threshold, or one per loss term")
     t.add_argument("--samples", type=int, default=None, help="number of training samples to measure")
     t.add_argument("-o", default=None, metavar="FILE", help="write this file instead")
@@ -308,8 +308,6 @@ def _device(name: str) -> Any:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device here; choose another with -device cpu")
-    if name == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
     return torch.device(name)
 
 

@@ -12,7 +12,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from tqdm import tqdm
 
 from adv_nnunet.objective import SampleTerms
-from common.thresholds import TermStatistics, Thresholds, sha256, std_factor
+from common.thresholds import DEFAULT_RULE, TermStatistics, Thresholds, sha256
 
 if TYPE_CHECKING:
     from adv_nnunet.trainer import AdversarialTraining
@@ -41,15 +41,10 @@ def find_checkpoint(trainer: AdversarialTraining) -> Path | None:
     return next((f / CHECKPOINT for f in standard_folders(trainer) if (f / CHECKPOINT).is_file()), None)
 
 
-def doubts(found: Thresholds, path: Path, rule: str) -> list[str]:
-    """What speaks against a thresholds file found beside a checkpoint: another rule, or a newer checkpoint."""
-    problems = []
-    if found.rule is not None and std_factor(found.rule) != std_factor(rule):
-        problems.append(f"{path} was made by the rule {found.rule!r}, the settings say {rule!r}")
+def is_outdated(found: Thresholds, path: Path) -> bool:
+    """Whether the checkpoint beside a thresholds file is not the one that was measured."""
     checkpoint = path.with_name(CHECKPOINT)
-    if found.source_sha256 and checkpoint.is_file() and sha256(checkpoint) != found.source_sha256:
-        problems.append(f"{path} was made of another checkpoint than the {CHECKPOINT} beside it")
-    return problems
+    return bool(found.source_sha256) and checkpoint.is_file() and sha256(checkpoint) != found.source_sha256
 
 
 def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) -> Thresholds:
@@ -97,6 +92,7 @@ def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) ->
         oversample_foreground_percent=trainer.oversample_foreground_percent,
         transforms=transforms,
     )
+    rule = settings.rule or DEFAULT_RULE
     samples = settings.threshold_samples or min(10_000, max(500, len(trainer.sample_ids() or training.identifiers)))
     dice: list[float] = []
     global_state = np.random.get_state()
@@ -121,4 +117,4 @@ def measure(trainer: AdversarialTraining, checkpoint: Path, *, seed: int = 0) ->
         "absent_classes": "skip" if terms.skip_absent else "count",
         "training_dice": round(float(np.nanmean(dice)), 4),
     }
-    return statistics.thresholds(settings.rule, source=str(checkpoint), source_sha256=sha256(checkpoint), notes=notes)
+    return statistics.thresholds(rule, source=str(checkpoint), source_sha256=sha256(checkpoint), notes=notes)

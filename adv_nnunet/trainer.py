@@ -27,7 +27,7 @@ from adv_nnunet.settings import FILE, find_settings
 from common.methods import AMAT, STD, AdversarialMethod, Method
 from common.metrics import Counts, confusion_counts, dice_per_sample, region_confusion_counts
 from common.settings import settings_text
-from common.thresholds import RunningThresholds, Thresholds
+from common.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 
 STATE = "advmed"
 """Key of our state in a checkpoint; the stock host ignores it."""
@@ -195,18 +195,18 @@ class AdversarialTraining:
         assert self.terms is not None
         settings = self.settings
         if settings.thresholds != "auto":
-            found = Thresholds.load(settings.thresholds)
-            found.require(self.terms.names, f"the thresholds in {settings.thresholds}")
-            self.print_to_log_file(f"Thresholds from the file {settings.thresholds}: {found}")
+            return self._load_thresholds(Path(settings.thresholds))
+        # The first rank looks for all: another could look later, and find what the first has just written.
+        path, checkpoint = self._from_first_rank((standard.find_file(self), standard.find_checkpoint(self)))
+        if path is not None:
+            found = self._load_thresholds(path, " (found beside the standard training)")
+            if standard.is_outdated(found, path):
+                self.print_to_log_file(
+                    f"WARNING: {path} was made of another checkpoint than the {standard.CHECKPOINT} beside it. Delete "
+                    f"the file to have it made anew."
+                )
             return found
-        if (path := standard.find_file(self)) is not None:
-            found = Thresholds.load(path)
-            found.require(self.terms.names, f"the thresholds in {path}")
-            self.print_to_log_file(f"Thresholds from the file {path} (found beside the standard training): {found}")
-            for doubt in standard.doubts(found, path, settings.rule):
-                self.print_to_log_file(f"WARNING: {doubt}. Delete the file to have it made anew.")
-            return found
-        if (checkpoint := standard.find_checkpoint(self)) is not None:
+        if checkpoint is not None:
             measured = None
             if self.local_rank == 0:
                 self.print_to_log_file(f"Thresholds are measured on the standard training {checkpoint} ...")
@@ -228,7 +228,16 @@ class AdversarialTraining:
         self.print_to_log_file(
             "Thresholds are self-calibrated: a clean warm-up first, then the statistics of the clean training loss."
         )
-        return RunningThresholds(self.terms.names, settings.rule, memory=self._samples_per_epoch())
+        return RunningThresholds(self.terms.names, settings.rule or DEFAULT_RULE, memory=self._samples_per_epoch())
+
+    def _load_thresholds(self, path: Path, remark: str = "") -> Thresholds:
+        assert self.terms is not None
+        found = Thresholds.load(path)
+        found.require(self.terms.names, f"the thresholds in {path}")
+        taken = found.by_rule(self.settings.rule, f"the thresholds in {path}")
+        changed = "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+        self.print_to_log_file(f"Thresholds from the file {path}{remark}{changed}: {taken}")
+        return taken
 
     def _warmup(self, thresholds: Thresholds | RunningThresholds | None) -> int:
         if self.method_name == "STD":
@@ -447,7 +456,7 @@ class AdversarialTraining:
             saved.require(self.terms.names, "the thresholds in the checkpoint")
             self.print_to_log_file(f"Thresholds from the checkpoint: {saved}")
             return saved
-        return RunningThresholds(self.terms.names, self.settings.rule, memory=self._samples_per_epoch())
+        return RunningThresholds(self.terms.names, self.settings.rule or DEFAULT_RULE, memory=self._samples_per_epoch())
 
     def _load_method(self, state: dict[str, Any]) -> None:
         self.warmup_epochs = state["warmup_epochs"]

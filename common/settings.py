@@ -43,7 +43,8 @@ class MethodSettings:
         random_start: fraction of the radius from whose ball an attack starts.
         bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
         thresholds: "auto", or the path of a thresholds file (AMAT).
-        rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std".
+        rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
+            file was made, and "mean" where there is none.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
@@ -64,7 +65,7 @@ class MethodSettings:
     random_start: float = 0.0
     bounds: tuple[float, float] | Literal["sample"] | None = None
     thresholds: str = "auto"
-    rule: str = "mean"
+    rule: str | None = None
     warmup_epochs: int | None = None
     backward: Literal["together", "sequential"] = "together"
     seed: int | None = None
@@ -73,7 +74,8 @@ class MethodSettings:
         object.__setattr__(self, "norm", check_norm(self.norm))
         GradientAttack(self.steps, self.step_scale, self.norm, self.random_start)
         check_bounds(self.bounds)
-        std_factor(self.rule)
+        if self.rule is not None:
+            std_factor(self.rule)
         for name, zero in (("eps", True), ("delta", False), ("margin_min", True), ("margin_max", False)):
             value = getattr(self, name)
             if value is not None:

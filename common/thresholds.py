@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "advmed.thresholds/1"
+DEFAULT_RULE = "mean"
 _RULE = re.compile(r"mean(?:\+(\d+(?:\.\d+)?)std)?")
 
 
@@ -97,6 +98,23 @@ class Thresholds:
                 f"the model's loss has K = {len(names)} terms {list(names)}. Make thresholds of this model's own "
                 f"standard training, or change the settings so that the terms agree."
             )
+
+    def by_rule(self, rule: str | None, origin: str = "the thresholds") -> Thresholds:
+        """These thresholds, made of the same mean and std by another rule; None changes nothing.
+
+        Raises:
+            ValueError: for an unknown rule, or if mean and std are not known.
+        """
+        if rule is None or (self.rule is not None and std_factor(rule) == std_factor(self.rule)):
+            return self
+        factor = std_factor(rule)
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                f"{origin} hold no mean and std that the rule {rule!r} could be applied to. Remove 'rule' from the "
+                f"settings to use the values as they are, or make the thresholds anew."
+            )
+        values = tuple(m + factor * s for m, s in zip(self.mean, self.std, strict=True))
+        return replace(self, values=values, rule=rule)
 
     def save(self, path: str | Path) -> None:
         """Writes the thresholds as a JSON file."""
@@ -268,7 +286,7 @@ class RunningThresholds:
         memory: number of samples the statistics remember (about an epoch).
     """
 
-    def __init__(self, names: Sequence[str], rule: str = "mean", memory: float | None = None) -> None:
+    def __init__(self, names: Sequence[str], rule: str = DEFAULT_RULE, memory: float | None = None) -> None:
         self.factor = std_factor(rule)
         self.rule = rule
         self.statistics = TermStatistics(names, memory)

@@ -45,7 +45,7 @@ class AMAT(AdversarialMethod):
     def __init__(
         self,
         delta: float,
-        thresholds: Thresholds | RunningThresholds | Tensor | Sequence[float],
+        thresholds: Thresholds | RunningThresholds | Tensor | Sequence[float] | float,
         *,
         refinement: Literal["paper", "crossing"] = "paper",
         margin_min: float | None = None,
@@ -63,7 +63,7 @@ class AMAT(AdversarialMethod):
             raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
         self._named = isinstance(thresholds, (Thresholds, RunningThresholds))
         if not isinstance(thresholds, (Thresholds, RunningThresholds)):
-            values = [float(x) for x in thresholds]
+            values = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1).tolist()
             thresholds = Thresholds(tuple(values), tuple(f"term_{k}" for k in range(len(values))))
         self.thresholds = thresholds
         self._xi: Tensor | None = None

@@ -108,6 +108,11 @@ def test_a_path_that_ends_inside_its_ball_refines_to_the_noise_reached(tiny: Sim
     torch.testing.assert_close(crossing.margins.get(ids).double(), closed * 1.95, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("threshold", [0.7, torch.tensor(0.7), [0.7], (0.7,), torch.tensor([0.7])])
+def test_one_threshold_as_a_plain_number(threshold: Any) -> None:
+    assert AMAT(0.1, threshold).thresholds.values == pytest.approx((0.7,))
+
+
 @pytest.mark.parametrize("terms", [1, 3])
 def test_infinite_thresholds(tiny: SimpleNamespace, terms: int) -> None:
     objective, images, _, _ = linear_task(tiny, 3, (2, 6), 2, terms)

@@ -187,6 +187,20 @@ def test_other_rules_are_refused(rule: Any) -> None:
         RunningThresholds(NAMES, rule)
 
 
+def test_another_rule_for_the_same_statistics() -> None:
+    made = taken_in(batches(1)).thresholds("mean", source="checkpoint.pth")
+    other = made.by_rule("mean+2std")
+    np.testing.assert_allclose(other.values, np.add(made.mean, np.multiply(2, made.std)), rtol=1e-12)
+    assert (other.rule, other.mean, other.std, other.source) == ("mean+2std", made.mean, made.std, "checkpoint.pth")
+    assert other.by_rule("mean").values == pytest.approx(made.values, rel=1e-12)
+    assert made.by_rule(None) is made
+    assert made.by_rule("mean+0std") is made
+    by_hand = Thresholds((0.5,), ("a",))
+    assert by_hand.by_rule(None) is by_hand
+    with pytest.raises(ValueError, match=r"the file x hold no mean and std that the rule 'mean' .* Remove 'rule'"):
+        by_hand.by_rule("mean", "the file x")
+
+
 # Records and files
 
 

@@ -198,13 +198,25 @@ def test_measuring_other_kinds_of_data(bench: Any, dataset: str) -> None:
 # --- a file that does not belong to this training any more -----------------------------------------------------------
 
 
-def test_a_found_file_of_another_rule_is_not_taken_silently(bench: Any, with_stock: Path) -> None:
-    found = Thresholds((0.5,), ("ce+dice",), rule="mean", mean=(0.5,), std=(0.1,), n=10)
+@pytest.mark.parametrize(("rule", "expected"), [("mean", 0.5), ("mean+2std", 0.7), (None, 0.6)])
+def test_the_rule_of_the_settings_is_applied_to_a_found_file(
+    bench: Any, with_stock: Path, rule: str | None, expected: float
+) -> None:
+    """The file keeps mean and std; without a rule in the settings, its own holds."""
+    found = Thresholds((0.6,), ("ce+dice",), rule="mean+1std", mean=(0.5,), std=(0.1,), n=10)
     found.save(with_stock / standard.FILE)
-    trainer = bench.make("AMAT", rule="mean+2std")
+    trainer = bench.make("AMAT", **({"rule": rule} if rule else {}))
     trainer.on_train_start()
-    assert trainer.method.thresholds.values == (0.5,)
-    assert "was made by the rule 'mean', the settings say 'mean+2std'. Delete the file" in bench.log(trainer)
+    assert trainer.method.thresholds.values == pytest.approx((expected,))
+    said = f"by the rule {rule} of the settings instead of the file's" in bench.log(trainer)
+    assert said == (rule is not None)
+
+
+def test_a_rule_for_a_file_of_bare_values(bench: Any, with_stock: Path) -> None:
+    Thresholds((0.5,), ("ce+dice",)).save(with_stock / standard.FILE)
+    trainer = bench.make("AMAT", rule="mean+2std")
+    with pytest.raises(ValueError, match="hold no mean and std that the rule 'mean\\+2std' could be applied to"):
+        trainer.on_train_start()
 
 
 def test_a_found_file_of_an_older_standard_training_is_not_taken_silently(bench: Any, with_stock: Path) -> None:
