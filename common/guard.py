@@ -16,6 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
+def held_statistics(model: nn.Module) -> Iterator[nn.Module]:
+    """BatchNorm layers in training mode normalise with the statistics of the batch, and learn nothing from it."""
+    # With track_running_stats off, a BatchNorm layer in training mode is handed no running statistics at all.
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for batch_norm in tracking:
+        batch_norm.track_running_stats = False
+    try:
+        yield model
+    finally:
+        for batch_norm in tracking:
+            batch_norm.track_running_stats = True
+
+
+@contextmanager
 def still(model: nn.Module) -> Iterator[nn.Module]:
     """Holds ``model`` still: what runs inside leaves no trace in it, nor in torch's random state.
 
@@ -29,8 +43,6 @@ def still(model: nn.Module) -> Iterator[nn.Module]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modules = list(model.modules())
     flags = [module.training for module in modules]
-    # With track_running_stats off, a BatchNorm layer in training mode is handed no running statistics at all.
-    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     # Other layers with buffers (InstanceNorm with running statistics, spectral norm, ...) have no such switch.
     buffers = [
         (module, name, buffer, buffer.clone(), buffer._version)
@@ -41,16 +53,12 @@ def still(model: nn.Module) -> Iterator[nn.Module]:
     ]
     devices = {tensor.device for tensor in model.parameters()} | {tensor.device for tensor in model.buffers()}
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), held_statistics(model):
         for parameter in parameters:
             parameter.requires_grad_(False)
-        for batch_norm in tracking:
-            batch_norm.track_running_stats = False
         try:
             yield model
         finally:
-            for batch_norm in tracking:
-                batch_norm.track_running_stats = True
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for module, flag in zip(modules, flags, strict=True):

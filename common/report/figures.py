@@ -56,6 +56,7 @@ class View:
         image: the input as attacked, the shape of the example's image.
         prediction: label map (H, W) of integers, 0 for background; None where the prediction is no map.
         note: short text under the picture, such as "Dice 0.61" or a predicted class.
+        boxes: detections (n, 5): label > 0, and x1, y1, x2, y2 in pixels of the image; None where there are none.
     """
 
     model: str
@@ -64,6 +65,7 @@ class View:
     image: Array
     prediction: Array | None = None
     note: str = ""
+    boxes: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ class Example:
         image: the clean input, (H, W) grey or (H, W, 3) RGB, in any range.
         truth: label map (H, W) of integers, 0 for background; None for none.
         views: what the models make of it, grouped by model, clean first.
+        boxes: true objects, as the boxes of a view.
     """
 
     sample: str
     image: Array
     truth: Array | None
     views: Sequence[View]
+    boxes: Array | None = None
 
 
 def curves(tables: Sequence[Table]) -> bytes:
@@ -200,18 +204,20 @@ class ExamplePictures:
 
     def truth(self) -> bytes:
         """The image under its true labels."""
-        return self._picture(self.example.image, self.example.truth)
+        return self._picture(self.example.image, self.example.truth, boxes=self.example.boxes)
 
     def prediction(self, view: View) -> bytes:
         """The image as attacked, under its predicted labels, with the outline of the true ones in white."""
-        return self._picture(view.image, view.prediction, outline=self.example.truth)
+        return self._picture(view.image, view.prediction, self.example.truth, view.boxes)
 
     def noise(self, view: View) -> bytes:
         """The perturbation, amplified; middle grey is none."""
         delta = self.amplification * (view.image - self.example.image) / self.window
         return self._picture(self.low + self.window * (0.5 + delta))
 
-    def _picture(self, image: Array, labels: Array | None = None, outline: Array | None = None) -> bytes:
+    def _picture(
+        self, image: Array, labels: Array | None = None, outline: Array | None = None, boxes: Array | None = None
+    ) -> bytes:
         pixels = np.clip((self._resize(image) - self.low) / self.window, 0, 1) * 255
         pixels = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
         if labels is not None:
@@ -224,7 +230,24 @@ class ExamplePictures:
             outline = self._resize(outline)
             for thickness, colour in ((3, (0, 0, 0)), (2, (255, 255, 255))):
                 pixels[_edge(outline, thickness) & (outline > 0)] = colour
+        if boxes is not None:
+            self._draw(pixels, boxes)
         return _encode(pixels.round().astype(np.uint8))
+
+    def _draw(self, pixels: Array, boxes: Array) -> None:
+        """Frames, two pixels wide, in the colours of their labels."""
+        height, width = pixels.shape[:2]
+        for label, *corners in boxes:
+            colour = CLASS_COLOURS[self.labels.index(int(label)) % len(CLASS_COLOURS)]
+            scaled = np.round(np.array(corners) * self.zoom / self.stride).astype(int)
+            x1, y1, x2, y2 = np.clip(scaled, 0, (width, height, width, height))
+            for rows, columns in (
+                (slice(y1, y1 + 2), slice(x1, x2)),
+                (slice(max(y2 - 2, 0), y2), slice(x1, x2)),
+                (slice(y1, y2), slice(x1, x1 + 2)),
+                (slice(y1, y2), slice(max(x2 - 2, 0), x2)),
+            ):
+                pixels[rows, columns] = colour
 
     def _resize(self, image: Array) -> Array:
         """Nearest neighbour: a reader must see the pixels that the model saw."""
@@ -235,7 +258,9 @@ class ExamplePictures:
 def foreground_labels(examples: Sequence[Example], names: Mapping[int, str]) -> list[int]:
     """All foreground labels that have a name or occur in an example, ascending."""
     maps = [m for e in examples for m in (e.truth, *(view.prediction for view in e.views)) if m is not None]
-    return sorted({int(label) for m in maps for label in np.unique(m) if label > 0} | set(names))
+    boxes = [b for e in examples for b in (e.boxes, *(view.boxes for view in e.views)) if b is not None]
+    painted = {int(label) for m in maps for label in np.unique(m) if label > 0}
+    return sorted(painted | {int(row[0]) for rows in boxes for row in rows} | set(names))
 
 
 def _edge(labels: Array, thickness: int) -> Array:

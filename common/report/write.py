@@ -261,7 +261,7 @@ def _example(example: Example, labels: Sequence[int]) -> dict[str, Any]:
     """
     draw = ExamplePictures(example, labels)
     sample = [("Input", "", [(_uri(draw.clean()), f"{example.sample}: the clean input")])]
-    if example.truth is not None:
+    if example.truth is not None or example.boxes is not None:
         sample.append(("Truth", "", [(_uri(draw.truth()), f"{example.sample}: the true labels over the clean input")]))
     strips = {"": sample}
     for view in example.views:

@@ -1,0 +1,131 @@
+"""Attacks on detection models for users who want nothing else: FGSM, PGD and their like on YOLO in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model
+from common.attacks import AttackResult, pgd
+from common.attacks.gradient import Bounds
+
+
+def attack(
+    model: YOLO | nn.Module | str | Path,
+    images: Batch | Tensor,
+    labels: Sequence[Tensor] | None = None,
+    *,
+    radius: float | Tensor,
+    steps: int = 20,
+    step_scale: float = 4.0,
+    norm: float = 2,
+    bounds: Bounds = (0.0, 1.0),
+    random_start: float | bool = False,
+    restarts: int = 1,
+    keep: Literal["last", "best"] = "best",
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """Projected gradient ascent on a detector's own loss.
+
+    The network is attacked as it predicts: in evaluation mode, whatever mode it is in; its weights, modes and running
+    statistics are left as they are, and no facade's ``train()`` or ``eval()`` is called. ``steps=1, step_scale=1,
+    norm=float("inf")`` is FGSM, ``step_scale=1`` I-FGSM.
+
+    Args:
+        model: a ``YOLO``, its ``.model``, or the path of a trained ``.pt``.
+        images: the host's batch (a dict with ``img``, ``batch_idx``, ``cls``, ``bboxes``), or images (B, 3, H, W) in
+            [0, 1], with sides that are multiples of 32.
+        labels: with images: B tensors (n_i, 5), class and normalised x, y, width, height; n_i may be 0.
+        radius: noise level, one number or (B,), in the given norm over all values of an image.
+        steps: number of gradient steps.
+        step_scale: a in alpha = a * radius / steps.
+        norm: 2 or inf.
+        bounds: lowest and highest pixel value, or None.
+        random_start: True, False, or a fraction of the radius.
+        restarts: number of runs, of which the worst for the model is kept per image.
+        keep: "best" (largest loss) or "last" iterate.
+        generator: makes random starts repeatable.
+
+    Returns:
+        ``.images`` (B, 3, H, W), ``.terms`` (B, K), ``.norms`` (B,), ``.nonfinite`` (B,).
+
+    Raises:
+        TypeError: for a model of another task, or images that are no float tensor.
+        ValueError: for images out of [0, 1], labels that do not fit, or attack settings out of range.
+        FileNotFoundError: for a path that does not exist.
+    """
+    network = network_of(model)
+    batch = images if not isinstance(images, Tensor) else make_batch(images, labels)
+    check_batch(batch)
+    parameter = next(network.parameters())
+    batch = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    flags = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        objective = DetectionObjective(network, ImageTerms(network), batch)
+        return pgd(
+            objective,
+            batch["img"],
+            radius,
+            steps=steps,
+            step_scale=step_scale,
+            norm=norm,
+            bounds=bounds,
+            random_start=random_start,
+            restarts=restarts,
+            keep=keep,
+            generator=generator,
+        )
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def network_of(model: YOLO | nn.Module | str | Path) -> nn.Module:
+    """The network in a YOLO object or a checkpoint.
+
+    Raises:
+        TypeError: for anything that is no detection model.
+        FileNotFoundError: for a path that does not exist.
+    """
+    if isinstance(model, (str, Path)):
+        if not Path(model).is_file():
+            raise FileNotFoundError(f"there is no model file {model}; name a trained .pt")
+        model, _ = load_checkpoint(model)
+    elif isinstance(model, YOLO):
+        model = model.model
+    return check_model(model)
+
+
+def make_batch(images: Tensor, labels: Sequence[Tensor] | None) -> dict[str, Any]:
+    """The host's batch from images (B, 3, H, W) in [0, 1] and B label tensors (n_i, 5)."""
+    if labels is None or len(labels) != len(images):
+        raise ValueError(
+            f"{len(images)} images need {len(images)} label tensors (n, 5) with class, x, y, width and height "
+            f"(normalised), got {'none' if labels is None else len(labels)}"
+        )
+    rows = [torch.as_tensor(label, dtype=torch.float32).reshape(-1, 5) for label in labels]
+    index = torch.cat([torch.full((len(row),), float(i)) for i, row in enumerate(rows)])
+    joined = torch.cat(rows)
+    return {"img": images, "batch_idx": index, "cls": joined[:, :1], "bboxes": joined[:, 1:]}
+
+
+def check_batch(batch: Batch) -> None:
+    """Raises for a batch that the loss cannot be computed of."""
+    missing = [key for key in ("img", "batch_idx", "cls", "bboxes") if key not in batch]
+    if missing:
+        raise ValueError(f"the batch has no {', '.join(missing)}; it needs img, batch_idx, cls and bboxes")
+    images = batch["img"]
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255 first")
+    if images.ndim != 4 or any(side % 32 for side in images.shape[2:]):
+        raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of 32, got {tuple(images.shape)}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")

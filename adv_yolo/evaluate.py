@@ -1,0 +1,280 @@
+"""How the detections of trained models suffer under attack: mAP by the host's own validator, and IoU.
+
+What is attacked is the image tensor in [0, 1] that the network receives, padding included; the loss is the host's, of
+the head that predicts. The host's validator does the rest: non-maximum suppression, matching and average precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.metrics import DetMetrics, box_iou
+
+from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
+from adv_yolo.thresholds import CleanBatches, check_classes, clean_batches, on_device
+from adv_yolo.trainer import relative_names
+from common.attacks import GradientAttack
+from common.evaluation import EvaluationBatch, LoadedBatch, Scores
+from common.report import Example, Metric, View
+
+CONFIDENCE = 0.25
+"""A detection counts for the average IoU, and is drawn, above this confidence: the host's default for prediction."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained detection model and the images it is evaluated on.
+
+    Attributes:
+        name: as shown in the report.
+        path: the checkpoint.
+        network: in evaluation mode, on the device.
+        source: the images.
+        validator: the host's, for its post-processing and metrics.
+        margins: the margins that its training ended with, or None.
+    """
+
+    name: str
+    path: Path
+    network: nn.Module
+    source: CleanBatches
+    validator: Any
+    margins: np.ndarray | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.source.device
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(self.network.model[-1].nc)  # type: ignore[index, union-attr]
+
+
+def load_model(
+    name: str, path: str | Path, data: dict[str, Any], arguments: dict[str, Any], device: torch.device, folder: Path
+) -> TrainedModel:
+    """Loads a checkpoint of the host and the images of a split.
+
+    Args:
+        name: as shown in the report.
+        path: ``best.pt`` or the like.
+        data: as the host's ``check_det_dataset`` returns it.
+        arguments: of the host: imgsz, batch, split, conf, iou, max_det, nms.
+        device: where to evaluate.
+        folder: of the report.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError: for a model of another task.
+        ValueError: if model and data do not fit, or the split has no images.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model {name!r}: there is no {path}")
+    network, _ = load_checkpoint(path)
+    check_model(network)
+    check_classes(network, data, path)
+    network = network.to(device).eval()
+    args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "plots": False, "save_json": False, "save_txt": False})
+    network.end2end = args.nms is False  # which head predicts, as the host's validator decides it
+    source = clean_batches(network, data, args, device, args.split)
+    if not any(len(label["cls"]) for label in source.dataset.labels):
+        raise ValueError(f"none of the {len(source.dataset)} images of the split {args.split!r} has an object")
+    validator = DetectionValidator(dataloader=source.loader, save_dir=folder, args=vars(args))
+    validator.device, validator.data, validator.training = device, data, False
+    validator.init_metrics(network)
+    return TrainedModel(name, path, network, source, validator, margins_of(path))
+
+
+def margins_of(path: Path) -> np.ndarray | None:
+    """The margins beside a checkpoint in its run's folder, where our trainer writes them."""
+    file = path.parent.parent / "margins.csv"
+    if not file.is_file():
+        return None
+    rows = np.genfromtxt(file, delimiter=",", names=True, dtype=None, encoding="utf-8", comments=None)
+    values = np.atleast_1d(rows["margin"]).astype(float)
+    return values if values.size and np.isfinite(values).all() else None
+
+
+def make_batches(model: TrainedModel, root: Any, limit: int | None = None) -> list[EvaluationBatch]:
+    """The images in batches, or ``limit`` of them at even distances."""
+    dataset = model.source.dataset
+    names = relative_names(dataset.im_files, root)
+    chosen = list(range(len(names)))
+    if limit is not None and limit < len(chosen):
+        chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, limit)]
+    size = max(1, int(model.validator.args.batch))
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return [EvaluationBatch([names[i] for i in part], partial(load, model, part)) for part in parts]
+
+
+def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
+    """Images of the data set as a batch ready to be attacked."""
+    batch = read(model, indices)
+    objective = DetectionObjective(model.network, ImageTerms(model.network), batch)
+    return LoadedBatch(batch["img"], objective, partial(score, model, batch))
+
+
+def read(model: TrainedModel, indices: Sequence[int]) -> dict[str, Any]:
+    """The host's batch of some images, on the device."""
+    dataset = model.source.dataset
+    return on_device(dataset.collate_fn([dataset[i] for i in indices]), model.device)
+
+
+def score(model: TrainedModel, batch: dict[str, Any], images: Tensor) -> dict[str, Tensor]:
+    """What mAP and IoU are computed from, per image.
+
+    Returns:
+        ``tp`` (B, M, 10) and ``found`` (B, M, 2), confidence and class, of M = max_det detections, of which ``number``
+        (B,) are real; ``truth`` (B, classes), objects per class; ``iou`` (B,), summed best IoU over the objects.
+    """
+    validator, count = model.validator, len(images)
+    places = int(validator.args.max_det)
+    tp = torch.zeros(count, places, validator.niou, dtype=torch.bool)
+    kept = torch.zeros(count, places, 2)
+    number = torch.zeros(count, dtype=torch.int64)
+    truth = torch.zeros(count, model.classes, dtype=torch.int64)
+    iou = torch.zeros(count, dtype=torch.float64)
+    attacked = {**batch, "img": images}
+    for i, detections in enumerate(validator.postprocess(model.network(images))):
+        objects = validator._prepare_batch(i, attacked)
+        found = validator._prepare_pred(detections)
+        n = number[i] = len(found["cls"])
+        tp[i, :n] = torch.from_numpy(validator._process_batch(found, objects)["tp"])
+        kept[i, :n] = torch.stack([found["conf"], found["cls"]], 1).cpu()
+        truth[i] = torch.bincount(objects["cls"].long().cpu(), minlength=model.classes)
+        iou[i] = best_overlaps(objects, found).sum()
+    return {"tp": tp, "found": kept, "number": number, "truth": truth, "iou": iou}
+
+
+def best_overlaps(objects: dict[str, Any], found: dict[str, Tensor], confidence: float = CONFIDENCE) -> Tensor:
+    """For every object the best IoU of a detection of its class above the confidence, 0 without one; (n,)."""
+    sure = found["conf"] >= confidence
+    boxes, classes = found["bboxes"][sure], found["cls"][sure]
+    if not len(objects["cls"]) or not len(classes):
+        return torch.zeros(len(objects["cls"]))
+    overlap = box_iou(objects["bboxes"], boxes) * (objects["cls"][:, None] == classes)
+    return overlap.amax(1).cpu()
+
+
+def metrics(names: dict[int, str]) -> list[Metric]:
+    """mAP50-95 and mAP50 by the host's own code, and the average IoU."""
+    return [
+        Metric(
+            "mAP50-95",
+            lambda scores: mean_average_precision(scores, names)[0],
+            description="Mean average precision over IoU thresholds 0.50 to 0.95, by Ultralytics.",
+        ),
+        Metric(
+            "mAP50",
+            lambda scores: mean_average_precision(scores, names)[1],
+            description="Mean average precision at IoU 0.50, by Ultralytics.",
+        ),
+        Metric(
+            "IoU",
+            average_iou,
+            description=f"Mean over objects of the best IoU of a detection of the same class with a confidence of "
+            f"{CONFIDENCE} or more; 0 where there is none.",
+            per_sample=image_iou,
+        ),
+    ]
+
+
+def mean_average_precision(scores: Scores, names: dict[int, str]) -> tuple[float, float]:
+    """mAP50-95 and mAP50 of stored scores."""
+    host = DetMetrics(names)
+    for i, n in enumerate(scores["number"]):
+        counts = scores["truth"][i]
+        host.stats["tp"].append(scores["tp"][i, :n])
+        host.stats["conf"].append(scores["found"][i, :n, 0])
+        host.stats["pred_cls"].append(scores["found"][i, :n, 1])
+        host.stats["target_cls"].append(np.repeat(np.arange(len(counts)), counts).astype(np.float32))
+        host.stats["target_img"].append(np.flatnonzero(counts).astype(np.float32))
+    host.process()
+    results = host.results_dict
+    return float(results["metrics/mAP50-95(B)"]), float(results["metrics/mAP50(B)"])
+
+
+def average_iou(scores: Scores) -> float:
+    """Mean over all objects."""
+    return float(scores["iou"].sum() / max(1, int(scores["truth"].sum())))
+
+
+def image_iou(scores: Scores) -> np.ndarray:
+    """Mean over the objects of each image, NaN for an image without objects."""
+    objects = scores["truth"].sum(1)
+    return np.where(objects > 0, scores["iou"] / np.maximum(objects, 1), np.nan)
+
+
+def make_examples(
+    models: Sequence[TrainedModel],
+    root: Any,
+    attack: tuple[str, GradientAttack],
+    levels: Sequence[float],
+    *,
+    number: int = 3,
+    seed: int = 0,
+) -> list[Example]:
+    """Images at even distances, clean and attacked, with the true boxes and those of every model.
+
+    The pictures are of an attack of their own with the settings of the evaluation, not of its very noise.
+    """
+    name, method = attack
+    first = models[0]
+    labelled = [i for i, label in enumerate(first.source.dataset.labels) if len(label["cls"])]
+    chosen = [labelled[int(i)] for i in np.linspace(0, len(labelled) - 1, min(number, len(labelled)))]
+    names = relative_names(first.source.dataset.im_files, root)
+    examples = []
+    for index in chosen:
+        views, picture, truth = [], None, None
+        for model in models:
+            loaded, batch = load(model, [index]), read(model, [index])
+            if picture is None:
+                objects = model.validator._prepare_batch(0, batch)
+                picture, truth = _picture(loaded.images), _rows(objects["cls"], objects["bboxes"])
+            generator = torch.Generator().manual_seed(seed)
+            for level in (0.0, *levels):
+                images = loaded.images
+                if level > 0:
+                    images = method(loaded.objective, images, level, bounds=(0.0, 1.0), generator=generator).images
+                with torch.no_grad():
+                    found = model.validator.postprocess(model.network(images))[0]
+                objects = model.validator._prepare_batch(0, batch)
+                overlap = float(best_overlaps(objects, found).mean())
+                sure = found["conf"] >= CONFIDENCE
+                boxes = _rows(found["cls"][sure], found["bboxes"][sure])
+                views.append(
+                    View(
+                        model.name,
+                        name if level > 0 else "",
+                        level,
+                        _picture(images),
+                        note=f"{len(boxes)} boxes, IoU {overlap:.2f}",
+                        boxes=boxes,
+                    )
+                )
+        assert picture is not None
+        examples.append(Example(names[index], picture, None, views, boxes=truth))
+    return examples
+
+
+def _picture(images: Tensor) -> np.ndarray:
+    return images[0].permute(1, 2, 0).cpu().numpy()
+
+
+def _rows(classes: Tensor, boxes: Tensor) -> np.ndarray:
+    """(n, 5): label (class + 1, as 0 is the background of a picture), x1, y1, x2, y2 in pixels."""
+    return torch.cat([classes[:, None].float() + 1, boxes.float()], 1).cpu().numpy()

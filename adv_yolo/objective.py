@@ -1,0 +1,332 @@
+"""Ultralytics' detection loss as per-image terms (B, K), with gradients.
+
+The host's criterion sums over the anchors of the whole batch and divides by the batch's sum of target scores. Here the
+same sums are taken per image. By default an image's sums are divided by its own target scores, so that an image has the
+loss that the host gives it alone: terms then do not depend on what else is in the batch, which is what thresholds and
+attacks need. The training loss stays the host's own.
+
+Models with two heads (YOLO26, YOLOv10) are trained by a weighted sum of a one-to-many and a one-to-one loss whose
+weights move over the epochs, and the one-to-one head is cut off from the backbone (its features are detached). Terms
+and attacks follow one head, the one that predicts: one-to-many with non-maximum suppression, as the host validates by
+default, and one-to-one with ``nms=False``. An attack on the one-to-one head goes through the features that training
+detaches; otherwise there would be no gradient to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from ultralytics import __version__
+from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import bbox2dist
+
+Normalizer = Literal["image", "batch"]
+HEADS = ("Detect", "v10Detect")
+"""Heads whose loss is read here."""
+Batch = Mapping[str, Any]
+
+
+class ImageTerms:
+    """The detection criterion of a model, read per image.
+
+    Args:
+        model: a :class:`ultralytics.nn.tasks.DetectionModel`, YOLOv5u and newer.
+        criterion: the host's criterion to read, made by ``model.init_criterion()``; None makes one.
+        one_to_one: which head of a model with two is followed; None: the one that the model predicts with.
+
+    Attributes:
+        names: the names of the K terms, the criterion's own (``box_loss``, ``cls_loss``, ``dfl_loss`` or ``l1_loss``).
+        criterion: the criterion; its values stay the host's.
+
+    Raises:
+        TypeError: for a model of another task.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Any = None, *, one_to_one: bool | None = None) -> None:
+        check_model(model)
+        self.criterion = make_criterion(model) if criterion is None else criterion
+        head = model.model[-1]  # type: ignore[index, union-attr]
+        self.branch: str | None = None
+        followed = self.criterion
+        if hasattr(self.criterion, "one2one"):
+            self.branch = "one2one" if (head.end2end if one_to_one is None else one_to_one) else "one2many"
+            followed = getattr(self.criterion, self.branch)
+        if type(followed) is not v8DetectionLoss:
+            raise TypeError(
+                f"adv_yolo knows the loss of detection models (v8DetectionLoss), got {type(followed).__name__}; "
+                "oriented boxes, pose, segmentation and classification are not supported"
+            )
+        self._followed = followed
+        self._recorder = _Recorder(followed)
+        self._checked = False
+        self.names: tuple[str, ...] = tuple(followed.loss_names)
+
+    def __call__(self, predictions: Any, batch: Batch, normalizer: Normalizer = "image") -> Tensor:
+        """The loss terms of every image.
+
+        Args:
+            predictions: of the model, in training or evaluation mode.
+            batch: with ``batch_idx``, ``cls`` and ``bboxes`` as the host's loaders give them.
+            normalizer: "image" divides an image's sums by its own target scores: the host's loss of this image alone.
+                "batch" divides by those of the whole batch: the sum over the images is the host's loss of the batch.
+
+        Returns:
+            (B, K), float32, with gradients. An image without objects has only a classification term.
+        """
+        self._recorder.exact = False
+        self._followed.get_assigned_targets_and_loss(self._select(predictions), batch)
+        return self._recorder.terms(normalizer)
+
+    def batch_loss(self, predictions: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The host's own loss of the batch and the terms of the same pass.
+
+        Returns:
+            loss: the host's loss vector, to be summed and back-propagated.
+            items: the host's loss items for its logs, detached.
+            terms: (B, K), detached.
+        """
+        self._recorder.exact = True
+        try:
+            loss, items = self.criterion(predictions, batch)
+        finally:
+            self._recorder.exact = False
+        if not self._checked:
+            self._recorder.check()
+            self._checked = True
+        return loss, items, self._recorder.terms("image").detach()
+
+    def _select(self, predictions: Any) -> Any:
+        parsed = self._followed.parse_output(predictions)
+        return parsed if self.branch is None else parsed[self.branch]
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Lets a gradient pass from the followed head to the image.
+
+        In training mode a one-to-one head detaches its features. Only the flag of the head itself is changed; its
+        layers keep theirs, BatchNorm with batch statistics among them.
+        """
+        head = model.model[-1]  # type: ignore[index, union-attr]
+        training = head.training
+        if self.branch == "one2one":
+            head.training = False
+        try:
+            yield
+        finally:
+            head.training = training
+
+
+class _Recorder:
+    """Listens to the two parts of a v8DetectionLoss that see anchors, and sums what they see per image."""
+
+    def __init__(self, criterion: Any) -> None:
+        self._bce, self._bbox = criterion.bce, criterion.bbox_loss
+        if isinstance(self._bce, _Listener):
+            raise TypeError("this criterion is already read by other ImageTerms; make a criterion of its own")
+        self._gains = [float(getattr(criterion.hyp, name)) for name in ("box", "cls", "dfl")]
+        self.exact = False  # whether the host's own values are handed back, and no gradient of ours is wanted
+        self._totals: tuple[Tensor, Tensor] | None = None
+        criterion.bce = _Listener(self._classification)
+        criterion.bbox_loss = _Listener(self._boxes)
+
+    def _classification(self, scores: Tensor, targets: Tensor) -> Tensor:
+        # Kept, and summed when it is asked for: the host multiplies it by class weights in place.
+        self._cls: Tensor = self._bce(scores, targets)
+        return self._cls
+
+    def _boxes(
+        self,
+        distances: Tensor,
+        boxes: Tensor,
+        anchors: Tensor,
+        target_boxes: Tensor,
+        target_scores: Tensor,
+        target_scores_sum: Tensor,
+        foreground: Tensor,
+        size: Tensor,
+        stride: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.exact):
+            self._scores = target_scores.flatten(1).sum(1).float()
+            index = foreground.nonzero(as_tuple=True)
+            weight = target_scores[index].sum(-1).float()
+            overlap = bbox_iou(boxes[index], target_boxes[index], xywh=False, CIoU=True).squeeze(-1)
+            self._box = _per_image((1 - overlap.float()) * weight, index[0], self._scores)
+            distance = self._distance(distances[index], anchors, target_boxes, index, size, stride)
+            self._dist = _per_image(distance.float() * weight, index[0], self._scores)
+        self._sum = target_scores_sum
+        if self.exact:
+            self._totals = self._bbox(
+                distances,
+                boxes,
+                anchors,
+                target_boxes,
+                target_scores,
+                target_scores_sum,
+                foreground,
+                size,
+                stride,
+            )
+            return self._totals
+        return self._box.sum() / target_scores_sum, self._dist.sum() / target_scores_sum
+
+    def _distance(
+        self,
+        distances: Tensor,
+        anchors: Tensor,
+        targets: Tensor,
+        index: tuple[Tensor, ...],
+        size: Tensor,
+        stride: Tensor,
+    ) -> Tensor:
+        """DFL (Li et al. 2020) of every foreground anchor, or the L1 distance of its sides over the image size."""
+        if self._bbox.dfl_loss is not None:
+            bins = self._bbox.dfl_loss.reg_max
+            sides = bbox2dist(anchors, targets, bins - 1)[index]
+            loss: Tensor = self._bbox.dfl_loss(distances.reshape(-1, bins), sides)
+            return loss.squeeze(-1)
+        scale = (stride / size.flip(0).repeat(2)).expand_as(targets[0])[index[1]]  # left, top, right, bottom
+        sides = bbox2dist(anchors, targets)[index]
+        return ((distances - sides) * scale).abs().mean(-1)
+
+    def terms(self, normalizer: Normalizer) -> Tensor:
+        cls = self._cls.flatten(1).sum(1, dtype=torch.float32)
+        sums = torch.stack(
+            [part * gain for part, gain in zip((self._box, cls, self._dist), self._gains, strict=True)], 1
+        )
+        if normalizer == "image":
+            return sums / self._scores.clamp(min=1)[:, None]
+        return sums * (len(sums) / self._sum.float())
+
+    def check(self) -> None:
+        """Raises RuntimeError if our sums are not the host's: its release computes its loss in another way."""
+        assert self._totals is not None
+        ours = torch.stack([self._box.sum(), self._dist.sum()]) / self._sum
+        host = torch.stack([total.detach() for total in self._totals])
+        if bool(host.isfinite().all()) and not torch.allclose(ours.float(), host.float(), rtol=2e-2, atol=1e-3):
+            raise RuntimeError(
+                f"Ultralytics {__version__} computes its box losses ({host.tolist()}) in another way than adv_yolo "
+                f"({ours.tolist()}). Install the release named in advmed's documentation, and report this."
+            )
+
+
+class _Listener:
+    """A function in the place of one of a criterion's modules."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def _per_image(values: Tensor, image: Tensor, like: Tensor) -> Tensor:
+    """Sums of the anchors' values by image, (B,)."""
+    return torch.zeros_like(like).index_add(0, image, values)
+
+
+class DetectionObjective:
+    """The objective of one batch: ``images (B, 3, H, W) in [0, 1] -> terms (B, K)``.
+
+    Args:
+        model: the network, without a distributed wrapper.
+        terms: its loss per image.
+        batch: the host's batch with the targets.
+        given: predictions for ``batch["img"]`` that the host has made already, for the first training pass on them.
+        hold: makes the context of a training pass on images other than ``batch["img"]``, to keep them out of running
+            statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: ImageTerms,
+        batch: Batch,
+        given: Any = None,
+        hold: Any = nullcontext,
+    ) -> None:
+        self.model, self.terms, self.batch = model, terms, batch
+        self.names = terms.names
+        self._given, self._hold = given, hold
+        self.items: dict[str, Tensor] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The terms, for an attack."""
+        with self.terms.attached(self.model):
+            predictions = self.model(images)
+        return self.terms(predictions, self.batch)
+
+    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The host's own loss of the batch, to back-propagate, and the terms of the same pass.
+
+        The loss items of the first such pass are kept in ``items``: the clean ones where a method makes a clean pass.
+        """
+        if self._given is not None and images is self.batch["img"]:
+            predictions, self._given = self._given, None
+        else:
+            context: AbstractContextManager[object] = self._hold()
+            with context:
+                predictions = self.model(images)
+        loss, items, terms = self.terms.batch_loss(predictions, self.batch)
+        if self.items is None:
+            self.items = items
+        return loss.sum(), terms
+
+
+def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer = "image") -> Tensor:
+    """The loss of every image of a batch, split into the K terms of the model's own criterion.
+
+    Args:
+        model: a detection model (``YOLO(...).model``), in training or evaluation mode, which decides about BatchNorm.
+        batch: the host's batch: ``img`` (B, 3, H, W) in [0, 1], ``batch_idx`` (n,), ``cls`` (n, 1) and ``bboxes``
+            (n, 4), normalised xywh.
+        normalizer: see :meth:`ImageTerms.__call__`.
+
+    Returns:
+        (B, K), with gradients; the names of the terms are ``ImageTerms(model).names``.
+
+    Raises:
+        TypeError: for a model of another task.
+    """
+    terms = ImageTerms(model)
+    with terms.attached(model):
+        predictions = model(batch["img"])
+    return terms(predictions, batch, normalizer)
+
+
+def make_criterion(model: nn.Module) -> Any:
+    """The model's criterion, a new one; also for a model loaded from a file, whose arguments are a plain dict."""
+    arguments = model.args
+    if isinstance(arguments, SimpleNamespace):
+        return model.init_criterion()  # type: ignore[operator]
+    model.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **dict(arguments)})  # type: ignore[arg-type]
+    try:
+        return model.init_criterion()  # type: ignore[operator]
+    finally:
+        model.args = arguments
+
+
+def check_model(model: Any) -> DetectionModel:
+    """Returns ``model`` if it is a detection model.
+
+    Raises:
+        TypeError: otherwise, naming what was expected.
+    """
+    head = type(model.model[-1]).__name__ if isinstance(model, DetectionModel) else "none"
+    if type(model) is DetectionModel and head in HEADS:
+        if getattr(model.model[-1], "cv2", None) is None:
+            raise TypeError("this model was fused, which removed the head that its loss needs; load the .pt file again")
+        return model
+    raise TypeError(
+        f"adv_yolo works on detection models (ultralytics DetectionModel with a Detect head, YOLOv5u and newer), got "
+        f"{type(model).__name__} with the head {head}. Oriented boxes, pose, segmentation and classification models "
+        f"are not supported; of a YOLO object pass its .model"
+    )

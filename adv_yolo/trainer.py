@@ -1,0 +1,382 @@
+"""Our trainers: Ultralytics' detection trainer, whose loss is asked of a method.
+
+The host's loop calls ``model(batch)``: a forward pass on the clean images, then ``model.criterion(predictions,
+batch)``. Our :class:`MethodCriterion` stands in the criterion's place and hands the predictions to the method as its
+clean pass; the attack and the adversarial pass happen there, inside the host's autocast and distributed wrapper. (AT,
+which has no clean pass, pays for that one forward pass and keeps it out of the running statistics.) The network's
+class is untouched, and the criterion is left out of every copy and checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import check_dict_alignment
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
+from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import unwrap_model
+
+from adv_yolo import thresholds as standard
+from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
+from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, settings_of, split_arguments
+from common.guard import held_statistics
+from common.methods import AMAT, AT
+from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from common.settings import settings_text
+from common.thresholds import RunningThresholds, Thresholds
+
+STATE = "advmed"
+"""Attribute of the network in ``last.pt`` that holds our state, in plain types; the stock host ignores it."""
+FILE = "adversarial.yaml"
+"""The resolved settings, in the run's folder."""
+MARGINS = "margins.csv"
+COLUMNS = {key: f"train/adv_{key}" for key in LOG_KEYS}
+"""What we add to results.csv and the loggers; the host plots those with ``loss`` in their name."""
+MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
+"""Augmentations that put several images into one."""
+
+
+class AdversarialTraining:
+    """Puts a training method of :mod:`common.methods` into an Ultralytics detection trainer; a base class before it.
+
+    Data, augmentation, schedule, optimizer, gradient accumulation, precision, EMA, validation, logs, plots and
+    checkpoints stay the host's. Our arguments (:class:`adv_yolo.settings.Settings`) are passed as the host's are.
+    """
+
+    method_name: ClassVar[str]
+
+    def __init__(
+        self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
+    ) -> None:
+        given = dict(overrides or {})
+        check_dict_alignment({**DEFAULT_CFG_DICT, "session": None, **dict.fromkeys(argument_names())}, given)
+        host, own = split_arguments(given)
+        self.settings = settings_of(own)
+        check_early(self.settings, host)
+        if host.get("resume") and own:
+            LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
+        if self.method_name == "AMAT" and not host.get("resume"):
+            separate_images(host)
+        self.run: MethodRun | None = None
+        self.terms: ImageTerms | None = None
+        self._held = ExitStack()
+        self._ids: dict[str, str] = {}
+        self._epoch_values: dict[str, float] = {}
+        super().__init__(cfg, host, _callbacks)  # type: ignore[call-arg]
+        if self.settings.backward == "sequential" and self.world_size > 1:
+            raise ValueError("backward=sequential works in a single process; use backward=together on several GPUs")
+
+    def train(self) -> None:
+        """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
+        if self.ddp:
+            vars(self.args).update(arguments_of(self.settings))
+        super().train()  # type: ignore[misc]
+
+    # Before training: everything that can go wrong goes wrong here.
+
+    def get_model(self, *arguments: Any, **named: Any) -> Any:
+        """The host's model, if it is one for detection."""
+        return check_model(super().get_model(*arguments, **named))  # type: ignore[misc]
+
+    def _build_train_pipeline(self) -> None:
+        super()._build_train_pipeline()  # type: ignore[misc]
+        dataset = self.train_loader.dataset
+        if not any(len(label["cls"]) for label in dataset.labels):
+            raise ValueError(
+                f"none of the {len(dataset.labels)} training images has an object in its labels. Check that the "
+                f"labels lie beside the images (images/a.jpg, labels/a.txt) and are not empty."
+            )
+        self._ids = dict(zip(dataset.im_files, relative_names(dataset.im_files, self.data.get("path")), strict=True))
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """Resumes as the host does, and sets the method up: the last thing before the first epoch."""
+        super().resume_training(ckpt)  # type: ignore[misc]
+        model = unwrap_model(self.model)
+        self.terms = ImageTerms(model, getattr(model, "criterion", None), one_to_one=self.args.nms is False)
+        state = None
+        if ckpt is not None and self.resume:
+            state = getattr(ckpt.get("ema") or ckpt.get("model"), STATE, None)
+            if state is None or state["method"]["method"] != self.method_name:
+                raise ValueError(
+                    f"{self.args.model} is no unfinished training of {type(self).__name__}: it holds "
+                    + ("no margins or counters" if state is None else f"a run of {state['method']['method']}")
+                    + ". To start from its weights, train without resume."
+                )
+            self.settings = settings_of(state["arguments"])
+        channels = int(self.data.get("channels", 3))
+        self.settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
+        self.run = MethodRun(self.method_name, self.settings, self._thresholds(state), epochs=self.epochs)
+        if state is not None:
+            self._check_images(state)
+            for line in self.run.load_state_dict(state):
+                _log(line)
+        model.criterion = MethodCriterion(self)
+        for line in self.run.outlook(len(self._ids), len(self._ids)):
+            _log(line)
+        if RANK in {-1, 0}:
+            text = settings_text(self.settings, method=self.method_name, thresholds=self.run.thresholds)
+            (self.save_dir / FILE).write_text(text, encoding="utf-8")
+
+    def _thresholds(self, state: dict[str, Any] | None) -> Thresholds | RunningThresholds | None:
+        """From the checkpoint, from a file, from a trained model, or by self-calibration; and says which."""
+        if self.method_name != "AMAT":
+            return None
+        assert self.terms is not None
+        names, settings = self.terms.names, self.settings
+        running = partial(self_calibrated, names, settings, len(self._ids), RULE)
+        if state is not None:
+            found = saved_thresholds(state, names, running)
+            _log(f"thresholds from the checkpoint: {found}")
+            return found
+        path = settings.thresholds
+        if path == "auto":
+            if settings.warmup_epochs == 0:
+                raise ValueError(
+                    "AMAT has no thresholds: clean_epochs=0 rules out self-calibration. Name a file of 'adv-yolo "
+                    "thresholds' or a trained model with thresholds=PATH, or remove clean_epochs."
+                )
+            _log("thresholds are self-calibrated: clean epochs first, then the statistics of the clean loss")
+            return running()
+        if path.endswith(".pt"):
+            measured: list[Any] = [None]
+            if RANK in {-1, 0}:
+                measured = [
+                    standard.measure(path, self.data, self.args, rule=settings.rule or RULE, device=self.device)
+                ]
+            if RANK != -1:
+                torch.distributed.broadcast_object_list(measured)
+            measured[0].require(names, f"the thresholds of {path}")
+            _log(f"thresholds measured on {path}: {measured[0]}")
+            return measured[0]  # type: ignore[no-any-return]
+        taken, remark = load_thresholds(settings, path, names)
+        _log(f"thresholds from the file {path}{remark}: {taken}")
+        return taken
+
+    def _check_images(self, state: dict[str, Any]) -> None:
+        now = fingerprint(self._ids.values())
+        if now == state["images"]:
+            return
+        hint = (
+            f"The training images have changed since the checkpoint ({state['images']['count']} then, {now['count']} "
+            f"now): restore them, or start a new training without resume."
+        )
+        assert self.run is not None
+        if isinstance(self.run.method, AMAT):
+            self.run.method.margins.load_state_dict(state["method"]["margins"])
+            self.run.method.margins.require_known(self._ids.values(), hint)
+        raise ValueError(hint)
+
+    # Training
+
+    def run_callbacks(self, event: str) -> None:
+        """The host's callbacks, with ours at the beginning and the end of an epoch."""
+        if self.run is not None and event == "on_train_epoch_start":
+            for line in self.run.begin_epoch(self.epoch):
+                _log(line)
+        if self.run is not None and event == "on_train_epoch_end":
+            self._epoch_values = self.run.end_epoch()
+            if self._epoch_values["nonfinite"] > 0:
+                _log(
+                    f"WARNING: {int(self._epoch_values['nonfinite'])} attack step(s) were skipped because a gradient "
+                    f"was not finite. A few are harmless; if they persist, train with amp=False."
+                )
+        super().run_callbacks(event)  # type: ignore[misc]
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The host's batch; what the host's forward pass on it may teach BatchNorm is decided here."""
+        batch = super().preprocess_batch(batch)  # type: ignore[misc]
+        self._held.close()
+        if self.run is not None and not self.run.warming_up:
+            adversarial_only = isinstance(self.run.method, AT) or self.settings.bn == "adversarial"
+            if adversarial_only:
+                self._held.enter_context(held_statistics(unwrap_model(self.model)))
+        return batch
+
+    def method_loss(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's loss of a batch and the host's loss items, in place of the host's loss.
+
+        Args:
+            predictions: of the host's forward pass on the batch.
+            batch: the host's, on the device.
+        """
+        self._held.close()
+        assert self.run is not None
+        assert self.terms is not None
+        model = unwrap_model(self.model)
+        hold = partial(held_statistics, model) if self._only_clean() else ExitStack
+        objective = DetectionObjective(model, self.terms, batch, predictions, hold)
+        sequential = self.settings.backward == "sequential"
+        ids = [self._ids.get(name, name) for name in batch["im_file"]]
+        step = self.run.step(objective, batch["img"], ids, self._backward if sequential else None)
+        loss = step.loss
+        if sequential:  # its gradients are in place; the host's backward pass finds nothing more
+            loss = loss + torch.zeros((), device=loss.device, requires_grad=True)
+        assert objective.items is not None
+        return loss, objective.items
+
+    def _only_clean(self) -> bool:
+        return self.settings.bn == "clean" and self.run is not None and not isinstance(self.run.method, AT)
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            self.scaler.scale(loss).backward()
+
+    # Logs and checkpoints
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
+        ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
+        self.metrics = {key: value for key, value in self.metrics.items() if key not in ours} | ours
+        super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)  # type: ignore[misc]
+
+    def save_model(self) -> bool:
+        """The host's checkpoints, in which our state rides as an attribute of the network: one write, one state."""
+        assert self.run is not None
+        state = self.run.state_dict() | {
+            "arguments": arguments_of(self.settings),
+            "images": fingerprint(self._ids.values()),
+        }
+        setattr(self.ema.ema, STATE, state)
+        try:
+            return bool(super().save_model())  # type: ignore[misc]
+        finally:
+            delattr(self.ema.ema, STATE)
+            if isinstance(self.run.method, AMAT):
+                self.run.method.margins.to_csv(self.save_dir / MARGINS)
+
+    def final_eval(self) -> None:
+        """The host's final evaluation; then our state leaves the finished checkpoints, as the optimizer has."""
+        super().final_eval()  # type: ignore[misc]
+        if RANK in {-1, 0}:
+            for path in (self.last, self.best):
+                if path.exists():
+                    strip_state(path)
+
+    def get_validator(self) -> Any:
+        """The host's validator, which knows the host's arguments only."""
+        arguments = self.args
+        try:
+            self.args = copy(arguments)
+            for name in argument_names():
+                vars(self.args).pop(name, None)
+            return super().get_validator()  # type: ignore[misc]
+        finally:
+            self.args = arguments
+
+
+class MethodCriterion:
+    """Stands in the place of ``model.criterion`` during training; copies and pickles of it are None."""
+
+    def __init__(self, trainer: AdversarialTraining) -> None:
+        self._trainer = trainer
+
+    def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's loss and the host's loss items."""
+        return self._trainer.method_loss(predictions, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        terms = self._trainer.terms  # such as ``update``, which moves the weights of two heads
+        return getattr(None if terms is None else terms.criterion, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+    """Adaptive-margin adversarial training: a noise level for every image (arXiv 2206.01736, Algorithm 1)."""
+
+    method_name = "AMAT"
+
+
+class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1)."""
+
+    method_name = "SAT"
+
+
+class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+    """Adversarial training (Madry et al. 2018): only attacked images, one noise level."""
+
+    method_name = "AT"
+
+
+TRAINERS = {"amat": AMATDetectionTrainer, "sat": SATDetectionTrainer, "at": ATDetectionTrainer}
+"""The trainers by the values of ``method=``."""
+
+
+def check_early(settings: Settings, arguments: dict[str, Any]) -> None:
+    """Raises for what can be seen to be impossible before anything is loaded."""
+    task = arguments.get("task") or "detect"
+    if task != "detect":
+        raise TypeError(
+            f"adv_yolo trains detection models, not task={task}; train it with the stock trainer, or choose a "
+            f"detection model such as yolov8n.yaml"
+        )
+    if arguments.get("distill_model") is not None:
+        raise ValueError("distill_model and adversarial training do not go together; train without distillation")
+    path = settings.thresholds
+    if path != "auto" and not arguments.get("resume") and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"thresholds={path}: there is no such file. Make one with 'adv-yolo thresholds model=std_best.pt "
+            f"data=...', or leave the argument out for self-calibration."
+        )
+
+
+def separate_images(arguments: dict[str, Any]) -> None:
+    """Switches mosaic off unless the user set it, and warns of augmentations that mix images."""
+    if "mosaic" not in arguments:
+        arguments["mosaic"] = 0.0
+        LOGGER.info(f"{colorstr('AMAT:')} mosaic=0.0, so that a margin belongs to one image (mosaic=1.0 turns it on)")
+    mixing = [f"{name}={arguments[name]}" for name in MIXING if arguments.get(name)]
+    if mixing:
+        LOGGER.warning(
+            f"AMAT with {', '.join(mixing)}: several images become one, and its margin is kept under the name of the "
+            f"first. Margins mean less so; set them to 0 for margins of single images."
+        )
+
+
+def relative_names(files: Sequence[str], root: Any) -> list[str]:
+    """Sample ids: image files relative to the data set's folder, so that a moved data set keeps its margins."""
+    if root is None:
+        return list(files)
+    start = os.path.join(os.path.abspath(root), "")
+    return [Path(os.path.abspath(f)).as_posix().removeprefix(Path(start).as_posix() + "/") for f in files]
+
+
+def fingerprint(ids: Iterable[str]) -> dict[str, Any]:
+    """Tells one set of images from another."""
+    names = sorted(ids)
+    return {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
+def strip_state(path: Path) -> None:
+    """Takes our state, with the names of the training images in it, out of a finished checkpoint."""
+    checkpoint = torch_load(path, map_location="cpu")
+    networks = [m for m in (checkpoint.get("model"), checkpoint.get("ema")) if isinstance(m, nn.Module)]
+    if any(hasattr(network, STATE) for network in networks):
+        for network in networks:
+            vars(network).pop(STATE, None)
+        temporary = path.with_suffix(".tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+
+
+def _log(line: str) -> None:
+    if RANK in {-1, 0}:
+        if line.startswith("WARNING: "):
+            LOGGER.warning(line.removeprefix("WARNING: "))
+        else:
+            LOGGER.info(f"{colorstr('advmed:')} {line}")
+
+
+__all__ = ["TRAINERS", "AMATDetectionTrainer", "ATDetectionTrainer", "AdversarialTraining", "SATDetectionTrainer"]
