@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,23 +25,16 @@ from adv_nnunet import thresholds as standard
 from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from adv_nnunet.settings import FILE, find_settings
-from common.methods import AMAT, STD, AdversarialMethod, Method
+from common.methods import AMAT, Method
 from common.metrics import Counts, confusion_counts, dice_per_sample, region_confusion_counts
+from common.run import LOG_KEYS as RUN_KEYS
+from common.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from common.settings import settings_text
-from common.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
+from common.thresholds import RunningThresholds, Thresholds
 
 STATE = "advmed"
 """Key of our state in a checkpoint; the stock host ignores it."""
-LOG_KEYS = (
-    "adv_loss_clean",
-    "adv_loss_adversarial",
-    "adv_expanded",
-    "adv_nonfinite",
-    "adv_attack_seconds",
-    "adv_margin_q05",
-    "adv_margin_q50",
-    "adv_margin_q95",
-)
+LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
@@ -89,13 +83,15 @@ class AdversarialTraining:
         ):
             if (value := getattr(self.settings, ours)) is not None:
                 setattr(self, host, value)
-        self.method: Method = STD()
-        self.warmup_epochs = 0
+        self.run = MethodRun("STD", self.settings, epochs=self.num_epochs)  # until on_train_start
         self.terms: SampleTerms | None = None
         self._saved_state: dict[str, Any] | None = None
         self._datasets: tuple[Any, Any] | None = None
-        self._logs: dict[str, Tensor] = {}
-        self._log_counts: dict[str, int] = {}
+
+    @property
+    def method(self) -> Method:
+        """The training method."""
+        return self.run.method
 
     # Before training: everything that can go wrong goes wrong here.
 
@@ -183,12 +179,10 @@ class AdversarialTraining:
         thresholds = None
         if self.method_name == "AMAT":
             thresholds = self._thresholds_of(state) if state else self._resolve_thresholds()
-        if state is None:
-            self.warmup_epochs = self._warmup(thresholds)
-        self.method = settings.method(self.method_name, thresholds)
+        self.run = MethodRun(self.method_name, settings, thresholds, epochs=self.num_epochs)
         if state is not None:
             self._load_method(state)
-        self._announce(thresholds)
+        self._announce()
 
     def _resolve_thresholds(self) -> Thresholds | RunningThresholds:
         """From a file, from a finished standard training, or by self-calibration; and says which."""
@@ -228,53 +222,28 @@ class AdversarialTraining:
         self.print_to_log_file(
             "Thresholds are self-calibrated: a clean warm-up first, then the statistics of the clean training loss."
         )
-        return RunningThresholds(self.terms.names, settings.rule or DEFAULT_RULE, memory=self._samples_per_epoch())
+        return self._self_calibrated()
 
     def _load_thresholds(self, path: Path, remark: str = "") -> Thresholds:
         assert self.terms is not None
-        found = Thresholds.load(path)
-        found.require(self.terms.names, f"the thresholds in {path}")
-        taken = found.by_rule(self.settings.rule, f"the thresholds in {path}")
-        changed = "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+        taken, changed = load_thresholds(self.settings, str(path), self.terms.names)
         self.print_to_log_file(f"Thresholds from the file {path}{remark}{changed}: {taken}")
         return taken
 
-    def _warmup(self, thresholds: Thresholds | RunningThresholds | None) -> int:
-        if self.method_name == "STD":
-            return 0
-        if self.settings.warmup_epochs is not None:
-            warmup = self.settings.warmup_epochs
-        else:
-            warmup = max(1, self.num_epochs // 10) if isinstance(thresholds, RunningThresholds) else 0
-        if warmup >= self.num_epochs:
-            raise ValueError(
-                f"warmup_epochs ({warmup}) leaves no adversarial epoch of {self.num_epochs}; lower it or raise 'epochs'"
-            )
-        return warmup
+    def _self_calibrated(self) -> RunningThresholds:
+        assert self.terms is not None
+        return self_calibrated(self.terms.names, self.settings, self._samples_per_epoch())
 
-    def _announce(self, thresholds: Thresholds | RunningThresholds | None) -> None:
-        settings = self.settings
+    def _announce(self) -> None:
         self.print_to_log_file(
             f"Adversarial training: {self.method_name}, settings from {self.settings_origin}; "
-            f"{self.warmup_epochs} epoch(s) of clean warm-up"
+            f"{self.run.warmup_epochs} epoch(s) of clean warm-up"
         )
-        if not isinstance(self.method, AMAT):
-            return
-        samples = self.sample_ids()
-        if samples is None:
-            return
-        visits = (self.num_epochs - self.warmup_epochs) * self._samples_per_epoch() / max(1, len(samples))
-        reach = max(1.0, visits) * self.method.delta
-        self.print_to_log_file(
-            f"{len(samples)} samples ({settings.sample_id}), each met about {visits:.1f} times in this run: margins "
-            f"can reach about {reach:.2f} (L{settings.norm:g} norm, delta {settings.delta:g}, eps {settings.eps:g})"
-        )
-        if settings.eps is not None and reach < settings.eps:
-            self.print_to_log_file(
-                f"WARNING: margins cannot reach the noise levels of interest (about eps = {settings.eps:g}) in so "
-                f"short a run, because a margin grows by at most delta a visit. Raise delta to about "
-                f"{settings.eps / max(visits, 1.0):.2g}, or train longer."
-            )
+        samples = self.sample_ids() if isinstance(self.method, AMAT) else None
+        if samples is not None:
+            what = f"samples ({self.settings.sample_id})"
+            for line in self.run.outlook(len(samples), self._samples_per_epoch(), what):
+                self.print_to_log_file(line)
 
     # Data
 
@@ -331,10 +300,8 @@ class AdversarialTraining:
     def on_train_epoch_start(self) -> None:
         """Ends the warm-up when it is over."""
         super().on_train_epoch_start()
-        thresholds = getattr(self.method, "thresholds", None)
-        if self.current_epoch == self.warmup_epochs and isinstance(thresholds, RunningThresholds):
-            thresholds.begin()
-            self.print_to_log_file(f"Warm-up done. Thresholds: {thresholds}")
+        for line in self.run.begin_epoch(self.current_epoch):
+            self.print_to_log_file(line)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's training step with the method's loss."""
@@ -344,16 +311,11 @@ class AdversarialTraining:
         objective = SegmentationObjective(
             self.network, _bare(self.network), self.loss, self.terms, target, self._attack_precision
         )
-        warming_up = self.current_epoch < self.warmup_epochs
-        method = STD() if warming_up else self.method
         scaled = self._backward if self.settings.backward == "sequential" else None
         with self.autocast():
-            step = method.step(objective, images, batch.get("ids", batch["keys"]), scaled)
+            step = self.run.step(objective, images, batch.get("ids", batch["keys"]), scaled)
         if scaled is None:
             self._backward(step.loss)
-        if warming_up and isinstance(thresholds := getattr(self.method, "thresholds", None), RunningThresholds):
-            assert step.terms is not None
-            thresholds.update(step.terms)
 
         # From here on as in nnUNetTrainer.train_step.
         if self.grad_scaler is not None:
@@ -364,9 +326,6 @@ class AdversarialTraining:
             self.grad_scaler.update()
         else:
             self.optimizer.step()
-        for key, value in step.logs.items():
-            self._logs[key] = self._logs[key] + value if key in self._logs else value
-            self._log_counts[key] = self._log_counts.get(key, 0) + 1
         return {"loss": step.loss.detach().cpu().numpy()}
 
     def _backward(self, loss: Tensor) -> None:
@@ -382,23 +341,13 @@ class AdversarialTraining:
                 f"the training loss was not finite in any step of epoch {self.current_epoch}. The checkpoints on disk "
                 f"are of earlier epochs. Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
             )
-        self.method.merge()
-        values = {f"adv_{key}": float(value) / self._log_counts[key] for key, value in self._logs.items()}
-        if "nonfinite" in self._logs:
-            values["adv_nonfinite"] = float(self._logs["nonfinite"])  # a number of steps, not a mean
-        if isinstance(self.method, AdversarialMethod):
-            values["adv_attack_seconds"] = self.method.clock.drain()
-        if isinstance(self.method, AMAT):
-            low, median, high = self.method.margins.quantiles()
-            values |= {"adv_margin_q05": low, "adv_margin_q50": median, "adv_margin_q95": high}
-        self._logs, self._log_counts = {}, {}
+        values = {f"adv_{key}": value for key, value in self.run.end_epoch().items()}
         _open_log(self.logger, self.current_epoch)
         for key in LOG_KEYS:
-            self.logger.log(key, values.get(key, float("nan")), self.current_epoch)
-        self.print_to_log_file(
-            self.method_name, ", ".join(f"{k.removeprefix('adv_')} {v:.4g}" for k, v in values.items() if k in LOG_KEYS)
-        )
-        if values.get("adv_nonfinite"):
+            self.logger.log(key, values[key], self.current_epoch)
+        shown = {key.removeprefix("adv_"): value for key, value in values.items() if not math.isnan(value)}
+        self.print_to_log_file(self.method_name, ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+        if values["adv_nonfinite"] > 0:
             self.print_to_log_file(
                 f"{int(values['adv_nonfinite'])} attack step(s) were skipped because a gradient was not finite. A few "
                 f"are harmless; if they persist, set 'attack_precision: float32' in the settings."
@@ -417,7 +366,7 @@ class AdversarialTraining:
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
         # Prediction looks the class up by this name; ours may not be installed there, and the network is the same.
         checkpoint["trainer_name"] = self.stock_name
-        checkpoint[STATE] = self._state()
+        checkpoint[STATE] = self.run.state_dict()
         temporary = Path(f"{filename}.tmp")
         try:
             torch.save(checkpoint, temporary)
@@ -439,35 +388,16 @@ class AdversarialTraining:
                 f"{filename_or_checkpoint}."
             )
 
-    def _state(self) -> dict[str, Any]:
-        thresholds = getattr(self.method, "thresholds", None)
-        return {
-            "version": 1,
-            "method": self.method.state_dict(),
-            "settings": {k: str(v) for k, v in vars(self.settings).items()},
-            "thresholds": vars(thresholds) if isinstance(thresholds, Thresholds) else None,
-            "warmup_epochs": self.warmup_epochs,
-        }
-
     def _thresholds_of(self, state: dict[str, Any]) -> Thresholds | RunningThresholds:
         assert self.terms is not None
-        if state["thresholds"] is not None:
-            saved = Thresholds(**state["thresholds"])
-            saved.require(self.terms.names, "the thresholds in the checkpoint")
+        saved = saved_thresholds(state, self.terms.names, self._self_calibrated)
+        if isinstance(saved, Thresholds):
             self.print_to_log_file(f"Thresholds from the checkpoint: {saved}")
-            return saved
-        return RunningThresholds(self.terms.names, self.settings.rule or DEFAULT_RULE, memory=self._samples_per_epoch())
+        return saved
 
     def _load_method(self, state: dict[str, Any]) -> None:
-        self.warmup_epochs = state["warmup_epochs"]
-        self.method.load_state_dict(state["method"])
-        changed = [
-            f"{name} {state['settings'].get(name)} -> {value}"
-            for name, value in vars(self.settings).items()
-            if str(value) != state["settings"].get(name)
-        ]
-        if changed:
-            self.print_to_log_file(f"WARNING: settings changed since the checkpoint: {', '.join(changed)}")
+        for line in self.run.load_state_dict(state):
+            self.print_to_log_file(line)
         if isinstance(self.method, AMAT):
             training, _ = self.get_tr_and_val_datasets()
             cases = set(training.identifiers)

@@ -120,8 +120,10 @@ class AdversarialTraining:
             self._check_images(state)
             for line in self.run.load_state_dict(state):
                 _log(line)
+            if self.run.thresholds is not None:
+                _log(f"thresholds from the checkpoint: {self.run.thresholds}")
         model.criterion = MethodCriterion(self)
-        for line in self.run.outlook(len(self._ids), len(self._ids)):
+        for line in self.run.outlook(len(self._ids), len(self._ids), "images"):
             _log(line)
         if RANK in {-1, 0}:
             text = settings_text(self.settings, method=self.method_name, thresholds=self.run.thresholds)
@@ -135,9 +137,7 @@ class AdversarialTraining:
         names, settings = self.terms.names, self.settings
         running = partial(self_calibrated, names, settings, len(self._ids), RULE)
         if state is not None:
-            found = saved_thresholds(state, names, running)
-            _log(f"thresholds from the checkpoint: {found}")
-            return found
+            return saved_thresholds(state, names, running)
         path = settings.thresholds
         if path == "auto":
             if settings.warmup_epochs == 0:

@@ -129,27 +129,28 @@ class MethodRun:
         self._totals, self._counts = {}, {}
         return values
 
-    def outlook(self, samples: int, visits_per_epoch: float) -> list[str]:
+    def outlook(self, samples: int, visits_per_epoch: float, what: str = "samples") -> list[str]:
         """How far margins can grow in this run, with a warning where that is not far enough.
 
         Args:
             samples: number of samples that have a margin.
             visits_per_epoch: samples drawn in an epoch.
+            what: what they are.
         """
         if not isinstance(self.method, AMAT):
             return []
         settings, delta = self.settings, self.method.delta
-        visits = max(1.0, (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples))
-        reach, eps = visits * delta, settings.eps
+        visits = (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples)
+        reach, eps = max(1.0, visits) * delta, settings.eps
         lines = [
-            f"{samples} samples, each met about {visits:.1f} times in this run: margins can reach about {reach:.2f} "
+            f"{samples} {what}, each met about {visits:.1f} times in this run: margins can reach about {reach:.2f} "
             f"(L{settings.norm:g} norm, delta {delta:g}" + (")" if eps is None else f", eps {eps:g})")
         ]
         if eps is not None and reach < eps:
             lines.append(
                 f"WARNING: margins cannot reach the noise levels of interest (about eps = {eps:g}) in so short a run, "
-                f"because a margin grows by at most delta a visit. Raise delta to about {eps / visits:.2g}, or train "
-                f"longer."
+                f"because a margin grows by at most delta a visit. Raise delta to about {eps / max(1.0, visits):.2g}, "
+                f"or train longer."
             )
         return lines
 

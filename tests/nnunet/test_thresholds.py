@@ -31,7 +31,7 @@ def test_a_file_that_the_settings_name(bench: Any, with_stock: Path) -> None:
     trainer.on_train_start()
     assert trainer.method.thresholds.values == (0.125,)
     assert f"Thresholds from the file {path}: ce+dice < 0.125" in bench.log(trainer)
-    assert trainer.warmup_epochs == 0
+    assert trainer.run.warmup_epochs == 0
 
 
 def test_a_file_beside_the_standard_training(bench: Any, with_stock: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_file_beside_the_standard_training(bench: Any, with_stock: Path) -> No
     trainer.on_train_start()
     assert trainer.method.thresholds.values == (0.25,)
     assert f"Thresholds from the file {path} (found beside the standard training)" in bench.log(trainer)
-    assert trainer.warmup_epochs == 0
+    assert trainer.run.warmup_epochs == 0
 
 
 def test_made_from_the_finished_standard_training(bench: Any, with_stock: Path) -> None:
@@ -70,7 +70,7 @@ def test_self_calibrated(bench: Any) -> None:
     trainer.on_train_start()
     assert isinstance(trainer.method.thresholds, RunningThresholds)
     assert "Thresholds are self-calibrated: a clean warm-up first" in bench.log(trainer)
-    assert trainer.warmup_epochs == 2  # a tenth
+    assert trainer.run.warmup_epochs == 2  # a tenth
     assert "2 epoch(s) of clean warm-up" in bench.log(trainer)
 
 

@@ -192,7 +192,7 @@ def test_the_loss_is_the_mean_of_the_stock_loss_on_clean_and_attacked_images(ben
     with torch.no_grad():
         clean = float(trainer.loss(trainer.network(batch["data"]), batch["target"]))
     loss = float(trainer.train_step(batch)["loss"])
-    logs = {name: float(value) for name, value in trainer._logs.items()}
+    logs = trainer.run.end_epoch()
     assert logs["loss_clean"] == pytest.approx(clean, rel=1e-6)
     assert loss == pytest.approx((logs["loss_clean"] + logs["loss_adversarial"]) / 2, rel=1e-6)
     assert logs["loss_adversarial"] > logs["loss_clean"]
@@ -279,7 +279,7 @@ def test_killed_and_resumed_is_uninterrupted(bench: Any, stop: int, settings: di
 
     assert same(weights(whole), weights(resumed))
     assert resumed.method.state_dict() == whole.method.state_dict()
-    assert resumed.warmup_epochs == whole.warmup_epochs
+    assert resumed.run.warmup_epochs == whole.run.warmup_epochs
     ends = [
         torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=False, map_location="cpu")
         for t in (whole, resumed)
@@ -306,7 +306,7 @@ def test_everything_comes_back_exactly(bench: Any) -> None:
     second.on_train_start()
     assert second.method.state_dict() == state
     assert second.method.thresholds.current() == first.method.thresholds.current()
-    assert second.warmup_epochs == 1
+    assert second.run.warmup_epochs == 1
     assert second.current_epoch == 3
     assert same(weights(first), weights(second))
 
