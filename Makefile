@@ -30,10 +30,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean env
+.PHONY: help demo demo-yolo test lint format docs clean env
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
+	@echo 'make demo-yolo  the same with YOLO on real images of blood cells'
 	@echo 'make test    environment, installation, lint, then the whole test suite'
 	@echo 'make lint    formatting, style, and types of common'
 	@echo 'make format  let ruff rewrite formatting and what it can mend by itself'
@@ -44,6 +45,9 @@ help:
 
 demo: $(VENV)/.installed
 	@$(PY) examples/demo_nnunet.py
+
+demo-yolo: $(VENV)/.installed-yolo
+	@$(PY) examples/demo_yolo.py
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
@@ -96,10 +100,15 @@ $(VENV)/.installed: $(PACKAGING) $(VENV)/.torch
 	@$(PIP) -e '.[nnunet]'
 	@touch $@
 
+$(VENV)/.installed-yolo: $(PACKAGING) $(VENV)/.torch
+	@echo 'Installing advmed with Ultralytics'
+	@$(PIP) -e '.[yolo]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(PACKAGING) $(VENV)/.torch
-	@echo 'Installing advmed with nnU-Net and what the tests need'
-	@$(PIP) -e '.[nnunet,eval,dev]'
-	@touch $(VENV)/.installed $@
+	@echo 'Installing advmed with nnU-Net, Ultralytics and what the tests need'
+	@$(PIP) -e '.[nnunet,yolo,eval,dev]'
+	@touch $(VENV)/.installed $(VENV)/.installed-yolo $@
 
 $(DOCS_VENV)/.made:
 	$(call make-venv,$(DOCS_VENV))

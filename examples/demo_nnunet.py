@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
-import subprocess
-import sys
-import sysconfig
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from steps import Steps
 
 # --- what one may want to change -------------------------------------------------------------------------------------
 
@@ -67,16 +64,14 @@ PLANS = "nnUNetPlans_small"
 SOURCE = Path(__file__).resolve().parent / "data" / NAME
 
 
-class Demo:
-    """The steps, each with its title, log and stamp, in one working folder."""
+class Demo(Steps):
+    """The steps of this demo."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
         self.raw, self.preprocessed, self.results = (work / f"nnUNet_{n}" for n in ("raw", "preprocessed", "results"))
-        self.logs, self.stamps = work / "logs", work / "done"
-        for folder in (self.raw, self.preprocessed, self.results, self.logs, self.stamps):
+        for folder in (self.raw, self.preprocessed, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {
+        environment = {
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
@@ -84,58 +79,8 @@ class Demo:
             # One worker process for augmentation. 0 is no choice: planning would set its threads to 0 and fail.
             "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "1"),
             "nnUNet_compile": "f",  # slower than no compilation on a CPU
-            # nnU-Net takes all cores on a CPU. Beside its data workers, threads that spin while they wait for each
-            # other were measured to be many times slower than threads that sleep.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
-
-    def step(self, name: str, title: str, action: Callable[[], None], depends_on: str) -> None:
-        """Run `action` unless a stamp says that it succeeded before with the same `depends_on`."""
-        stamp = self.stamps / name
-        print(f"{title} ... ", end="", flush=True)
-        if stamp.exists() and stamp.read_text() == depends_on:
-            print("done before")
-            return
-        stamp.unlink(missing_ok=True)
-        start = time.monotonic()
-        action()
-        stamp.write_text(depends_on)
-        print(f"{time.monotonic() - start:.0f} s")
-
-    def command(
-        self, name: str, title: str, arguments: list[str], depends_on: str = "", output: Path | None = None
-    ) -> None:
-        """A step that is one console command of the installed environment; its output goes to a log.
-
-        `output` is the folder that the command makes; what an unfinished or older call left there goes first.
-        """
-
-        def action() -> None:
-            if output is not None and output.exists():
-                shutil.rmtree(output)
-            log = self.logs / f"{name}.log"
-            executable = Path(sysconfig.get_path("scripts")) / arguments[0]
-            if not executable.exists():
-                sys.exit(
-                    f"\nexpected the command {arguments[0]} in {executable.parent}, found none; "
-                    "call this script by `make demo`, which installs it"
-                )
-            environment = self.environment
-            if name in SETTINGS:
-                environment = environment | {"nnUNet_adversarial": str(self.settings_file(name))}
-            with log.open("w") as out:
-                code = subprocess.call(
-                    [str(executable), *arguments[1:]], env=environment, stdout=out, stderr=subprocess.STDOUT
-                )
-            if code != 0:
-                tail = "\n".join("    " + text for text in log.read_text(errors="replace").splitlines()[-25:])
-                sys.exit(
-                    f"failed with exit status {code}\n\n  {shlex.join(arguments)}\n\n"
-                    f"The end of its log, {log}:\n{tail}\n\n"
-                    "Once the cause is mended, call the demo again: finished steps are kept."
-                )
-
-        self.step(name, title, action, json.dumps([arguments, depends_on]))
+        super().__init__(work, environment)
 
     def link_data(self) -> None:
         """Put the embedded data where nnU-Net looks; a link where the file system has links, else a copy."""
@@ -187,7 +132,8 @@ class Demo:
             train = ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *common, trainer]
             output = self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
             decides = json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES, VALIDATION_STEP])
-            self.command(trainer, f"{number}/7 train {trainer}", train, decides, output)
+            settings = {"nnUNet_adversarial": str(self.settings_file(trainer))}
+            self.command(trainer, f"{number}/7 train {trainer}", train, decides, output, settings)
         report = self.work / "report"
         evaluate = ["adv-nnunet", "evaluate", "-d", DATASET, "-c", CONFIGURATION, "-f", FOLD, *common, *TRAINERS]
         self.command("evaluate", "7/7 attack all three", [*evaluate, *EVALUATE, "-o", str(report)], choices, report)

@@ -100,6 +100,7 @@ def shell(world: Any, stock_results: Path, tmp_path_factory: pytest.TempPathFact
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "1",
         "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": str(root / "one_core"),
     }
