@@ -60,31 +60,37 @@ def attack(
         ValueError: for images out of [0, 1], labels that do not fit, or attack settings out of range.
         FileNotFoundError: for a path that does not exist.
     """
-    network = network_of(model)
-    batch = images if not isinstance(images, Tensor) else make_batch(images, labels)
-    check_batch(batch)
-    parameter = next(network.parameters())
-    batch = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    flags = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        objective = DetectionObjective(network, ImageTerms(network), batch)
-        return pgd(
-            objective,
-            batch["img"],
-            radius,
-            steps=steps,
-            step_scale=step_scale,
-            norm=norm,
-            bounds=bounds,
-            random_start=random_start,
-            restarts=restarts,
-            keep=keep,
-            generator=generator,
-        )
-    finally:
-        for module, training in flags:
-            module.training = training
+    with torch.inference_mode(False):
+        network = network_of(model)
+        batch = images if not isinstance(images, Tensor) else make_batch(images, labels)
+        check_batch(batch, network)
+        device = next(network.parameters()).device
+        batch = {k: _usable(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        flags = [(module, module.training) for module in network.modules()]
+        network.eval()
+        try:
+            objective = DetectionObjective(network, ImageTerms(network), batch)
+            return pgd(
+                objective,
+                batch["img"],
+                radius,
+                steps=steps,
+                step_scale=step_scale,
+                norm=norm,
+                bounds=bounds,
+                random_start=random_start,
+                restarts=restarts,
+                keep=keep,
+                generator=generator,
+            )
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _usable(value: Tensor, device: torch.device) -> Tensor:
+    """On the device, and no inference tensor, which cannot take part in autograd."""
+    return (value.clone() if value.is_inference() else value).to(device)
 
 
 def network_of(model: YOLO | nn.Module | str | Path) -> nn.Module:
@@ -110,13 +116,17 @@ def make_batch(images: Tensor, labels: Sequence[Tensor] | None) -> dict[str, Any
             f"{len(images)} images need {len(images)} label tensors (n, 5) with class, x, y, width and height "
             f"(normalised), got {'none' if labels is None else len(labels)}"
         )
-    rows = [torch.as_tensor(label, dtype=torch.float32).reshape(-1, 5) for label in labels]
+    rows = [torch.as_tensor(label, dtype=torch.float32) for label in labels]
+    wrong = [tuple(row.shape) for row in rows if row.numel() and (row.ndim != 2 or row.shape[1] != 5)]
+    if wrong:
+        raise ValueError(f"label tensors must be (n, 5): class, x, y, width and height; got {wrong[0]}")
+    rows = [row.reshape(-1, 5) for row in rows]
     index = torch.cat([torch.full((len(row),), float(i)) for i, row in enumerate(rows)])
     joined = torch.cat(rows)
     return {"img": images, "batch_idx": index, "cls": joined[:, :1], "bboxes": joined[:, 1:]}
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Batch, network: nn.Module) -> None:
     """Raises for a batch that the loss cannot be computed of."""
     missing = [key for key in ("img", "batch_idx", "cls", "bboxes") if key not in batch]
     if missing:
@@ -129,3 +139,7 @@ def check_batch(batch: Batch) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")
+    count = int(network.model[-1].nc)  # type: ignore[index, union-attr]
+    classes = batch["cls"]
+    if classes.numel() and not (classes.min() >= 0 and classes.max() < count):
+        raise ValueError(f"labels have the class {int(classes.max())}, the model's {count} classes begin at 0")

@@ -168,6 +168,8 @@ def _train(argv: Sequence[str]) -> bool:
     found.pop("mode", None)
     task = found.pop("task", None)
     model = found.pop("model", None)
+    if model is None and isinstance(found.get("resume"), str):
+        model = found["resume"]
     if model is None:
         raise SyntaxError("train needs model=..., for example model=yolov8n.yaml or a .pt file")
     if not found.get("data") and not found.get("resume"):
@@ -193,7 +195,7 @@ def _method_of(found: dict[str, Any]) -> str | None:
 # Thresholds and evaluation
 
 
-def _data(name: str, split: str) -> dict[str, Any]:
+def _data(name: str, split: str, single_class: bool = False) -> dict[str, Any]:
     from ultralytics.data.utils import check_det_dataset
 
     path = Path(name)
@@ -202,6 +204,8 @@ def _data(name: str, split: str) -> dict[str, Any]:
     data: dict[str, Any] = check_det_dataset(name, autodownload=False)
     if not data.get(split):
         raise ValueError(f"{name} has no split {split!r}")
+    if single_class:  # as the host's trainer has it
+        data["names"], data["nc"] = {0: "item"}, 1
     return data
 
 
@@ -239,7 +243,7 @@ def _thresholds(found: dict[str, Any]) -> None:
     std_factor(rule)
     arguments = _arguments(found, _network_arguments(found["model"]))
     device = _device(found, arguments)
-    data = _data(found["data"], found["split"])
+    data = _data(found["data"], found["split"], bool(found.get("single_cls")))
     args = get_cfg(DEFAULT_CFG_DICT, arguments)
     measured = standard.measure(found["model"], data, args, rule=rule, device=device, split=found["split"])
     path = Path(found["out"] or Path(found["model"]).with_name(standard.FILE))
@@ -275,7 +279,7 @@ def _evaluate(found: dict[str, Any]) -> None:
         levels = [0, 2 / 255, 4 / 255, 8 / 255] if float(found["norm"]) == float("inf") else [0, 5, 10, 15]
         levels = [round(level * scale, 6) for level in levels]
     levels = list(check_levels(levels))
-    data = _data(found["data"], found["split"])
+    data = _data(found["data"], found["split"], bool(found.get("single_cls")))
     folder = Path(found["out"])
     models = [
         host.load_model(name, path, data, arguments, device, folder) for name, path in zip(names, paths, strict=True)

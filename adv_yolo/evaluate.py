@@ -6,6 +6,7 @@ the head that predicts. The host's validator does the rest: non-maximum suppress
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +105,8 @@ def margins_of(path: Path) -> np.ndarray | None:
     file = path.parent.parent / "margins.csv"
     if not file.is_file():
         return None
-    rows = np.genfromtxt(file, delimiter=",", names=True, dtype=None, encoding="utf-8", comments=None)
-    values = np.atleast_1d(rows["margin"]).astype(float)
+    with file.open(newline="", encoding="utf-8") as lines:
+        values = np.array([float(row["margin"]) for row in csv.DictReader(lines)])
     return values if values.size and np.isfinite(values).all() else None
 
 

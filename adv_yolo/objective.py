@@ -116,6 +116,8 @@ class ImageTerms:
         """
         head = model.model[-1]  # type: ignore[index, union-attr]
         training = head.training
+        if head.anchors.is_inference():  # kept from a prediction of the host; no gradient passes through them
+            head.shape = None
         if self.branch == "one2one":
             head.training = False
         try:

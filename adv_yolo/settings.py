@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -78,11 +79,24 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: naming every value that is wrong.
     """
-    return make_settings(
-        Settings,
-        {_RENAMED.get(name, name): value for name, value in arguments.items()},
-        "adversarial training arguments",
-    )
+    with our_names():
+        return make_settings(
+            Settings,
+            {_RENAMED.get(name, name): value for name, value in arguments.items()},
+            "adversarial training arguments",
+        )
+
+
+@contextmanager
+def our_names() -> Iterator[None]:
+    """Errors of the core speak of the arguments by the names that a user types."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, field in _RENAMED.items():
+            text = text.replace(field, name)
+        raise ValueError(text) from error
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:

