@@ -79,8 +79,6 @@ class Benchmark:
 
     def run(self) -> None:
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
-        if not (self.work / "bccd").exists():  # Ultralytics writes a cache beside the labels
-            shutil.copytree(self.data, self.work / "bccd")
         self.train("STD", self.model, self.preset.standard)
         self.thresholds()
         start = str(self.checkpoint("STD")) if self.preset.from_standard else self.model
@@ -97,10 +95,11 @@ class Benchmark:
     def checkpoint(self, name: str) -> Path:
         return self.folder(name) / "weights" / "last.pt"
 
-    @property
-    def common(self) -> list[str]:
-        data = self.work / "bccd" / "bccd.yaml"
-        return [f"data={data}", f"imgsz={self.preset.imgsz}", f"device={self.device}"]
+    def common(self, name: str) -> list[str]:
+        data = self.work / "data" / name
+        if not data.exists():  # one each: Ultralytics writes a cache beside the labels, and two runs would collide
+            shutil.copytree(self.data, data)
+        return [f"data={data / 'bccd.yaml'}", f"imgsz={self.preset.imgsz}", f"device={self.device}"]
 
     def train(self, name: str, model: str, arguments: tuple[str, ...]) -> None:
         done = self.work / "logs" / f"{name}.done"
@@ -113,7 +112,7 @@ class Benchmark:
             thresholds = self.work / "thresholds.json"
             own = [f"thresholds={thresholds}"] if "method=amat" in arguments else []
             place = [f"project={self.work / 'runs'}", f"name={name}", "exist_ok=True"]
-            command = ["detect", "train", f"model={model}", *self.common, *HOST, *arguments, *own, *place]
+            command = ["detect", "train", f"model={model}", *self.common(name), *HOST, *arguments, *own, *place]
         self.command(f"train_{name}", command)
         done.touch()
 
@@ -121,7 +120,7 @@ class Benchmark:
         file = self.work / "thresholds.json"
         if not file.exists():
             model = f"model={self.checkpoint('STD')}"
-            self.command("thresholds", ["thresholds", model, *self.common, f"out={file}"])
+            self.command("thresholds", ["thresholds", model, *self.common("STD"), f"out={file}"])
 
     def evaluate(self, names: list[str]) -> None:
         """Single models first, so that they can run side by side; the last call puts their parts together."""
@@ -131,7 +130,7 @@ class Benchmark:
             for name in names:
                 shutil.copytree(self.work / "parts" / name / name, output / name, dirs_exist_ok=True)
         models = ",".join(str(self.checkpoint(name)) for name in names)
-        command = ["evaluate", f"model={models}", *self.common, f"levels={self.preset.levels}", "batch=11"]
+        command = ["evaluate", f"model={models}", *self.common(names[-1]), f"levels={self.preset.levels}", "batch=11"]
         command += [*self.preset.evaluate, f"names={','.join(names)}", f"out={output}", "overwrite=False"]
         if alone and (output / "report.json").exists():
             return
