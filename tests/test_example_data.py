@@ -55,3 +55,43 @@ def test_images_and_labels_fit() -> None:
         assert pixels.std() > 0, case
         assert set(np.unique(classes)) == {0, 1, 2}, case
     assert kinds == {"uint8", "float32"}, "both kinds of source are meant to be in the subset"
+
+
+# --- blood cells -----------------------------------------------------------------------------------------------------
+
+CELLS = DATA.with_name("bccd")
+PARTS = {part: (CELLS / f"{part}.txt").read_text().split() for part in ("train", "val")}
+
+
+def test_the_blood_cells_are_the_ones_that_were_recorded() -> None:
+    sums = [line.split(maxsplit=1) for line in (CELLS / "sha256sums.txt").read_text().splitlines()]
+    found = {p.relative_to(CELLS).as_posix() for p in CELLS.glob("*/*") if p.suffix != ".cache"}
+    assert found == {name for _, name in sums}
+    for expected, name in sums:
+        assert hashlib.sha256((CELLS / name).read_bytes()).hexdigest() == expected, name
+    assert sum(p.stat().st_size for p in CELLS.rglob("*") if p.is_file()) <= 3_000_000
+
+
+def test_the_lists_of_blood_cells_fit_the_images() -> None:
+    assert {part: len(names) for part, names in PARTS.items()} == {"train": 96, "val": 24}
+    assert not set(PARTS["train"]) & set(PARTS["val"])
+    listed = sorted(Path(name).name for names in PARTS.values() for name in names)
+    assert listed == sorted(p.name for p in (CELLS / "images").iterdir())
+
+
+def test_every_blood_cell_has_a_class_and_a_box_inside_its_image() -> None:
+    classes = set()
+    for path in (CELLS / "labels").glob("*.txt"):
+        rows = np.loadtxt(path, ndmin=2)
+        assert rows.shape[1] == 5, path.name
+        classes |= set(rows[:, 0].astype(int).tolist())
+        low, high = rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2
+        assert (rows[:, 3:] > 0).all(), path.name
+        assert (low > -1e-3).all(), path.name
+        assert (high < 1 + 1e-3).all(), path.name
+    assert classes == {0, 1, 2}
+
+
+def test_the_licence_of_the_blood_cells_is_beside_them() -> None:
+    assert "Copyright (c) 2017 shenggan" in (CELLS / "LICENSE").read_text()
+    assert "MIT" in (CELLS / "README.md").read_text()

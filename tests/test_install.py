@@ -113,10 +113,33 @@ def test_the_distribution_is_complete(tmp_path: Path) -> None:
     installed = distribution("advmed")
     scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
     assert scripts["adv-nnunet"] == "adv_nnunet.cli:main"
+    assert scripts["adv-yolo"] == "adv_yolo.cli:main"
     assert installed.metadata["License-Expression"] == "Apache-2.0"
-    for package, name in (("common", "py.typed"), ("adv_nnunet", "py.typed"), ("common.report", "template.html")):
+    for package, name in (
+        ("common", "py.typed"),
+        ("adv_nnunet", "py.typed"),
+        ("adv_yolo", "py.typed"),
+        ("common.report", "template.html"),
+    ):
         code = f"from importlib.resources import files; print(files({package!r}).joinpath({name!r}).is_file())"
         assert python(code, cwd=tmp_path) == "True", f"{package}/{name} is missing from the installed package"
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("common.run, common.evaluation, common.report, common.settings", ["nnunetv2", "ultralytics", "torchattacks"]),
+        ("adv_nnunet.trainer, adv_nnunet.evaluate, adv_nnunet.cli", ["ultralytics", "adv_yolo", "torchattacks"]),
+        ("adv_yolo.trainer, adv_yolo.evaluate, adv_yolo.cli", ["nnunetv2", "adv_nnunet.trainer", "torchattacks"]),
+    ],
+    ids=["core", "nnunet", "yolo"],
+)
+def test_nobody_needs_another_host(modules: str, absent: list[str], tmp_path: Path) -> None:
+    """All hosts are installed here, so that what a package imports has to be looked at."""
+    code = f"import sys\nimport {modules}\nprint([name for name in {absent!r} if name in sys.modules])"
+    env = os.environ | {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 # --- the hook by itself ----------------------------------------------------------------------------------------------
