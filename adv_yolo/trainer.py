@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 from ultralytics.cfg import check_dict_alignment
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -32,7 +33,6 @@ from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_
 from common.guard import held_statistics
 from common.methods import AMAT, AT
 from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
-from common.settings import settings_text
 from common.thresholds import RunningThresholds, Thresholds
 
 STATE = "advmed"
@@ -128,8 +128,9 @@ class AdversarialTraining:
         for line in self.run.outlook(len(self._ids), len(self._ids), "images"):
             _log(line)
         if RANK in {-1, 0}:
-            text = settings_text(self.settings, method=self.method_name, thresholds=self.run.thresholds)
-            (self.save_dir / FILE).write_text(text, encoding="utf-8")
+            notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
+            text = yaml.safe_dump(arguments_of(self.settings), sort_keys=False)
+            (self.save_dir / FILE).write_text(notes + text, encoding="utf-8")
 
     def _thresholds(self, state: dict[str, Any] | None) -> Thresholds | RunningThresholds | None:
         """From the checkpoint, from a file, from a trained model, or by self-calibration; and says which."""

@@ -307,6 +307,7 @@ def test_settings_are_written_down(finished: Any) -> None:
     assert found["eps"] == pytest.approx(10 * 64 / 320)  # the default, for 64 pixels instead of 320
     assert found["steps"] == 1
     assert "# method: AMAT" in text
+    assert set(found) == set(argument_names()), "it can be passed on as cfg=adversarial.yaml"
     arguments = yaml.safe_load((finished.save_dir / "args.yaml").read_text())
     assert not set(arguments) & set(argument_names())
 
