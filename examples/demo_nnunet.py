@@ -24,7 +24,7 @@ from steps import Steps
 # which shows the difference in minutes. To compare methods, train each from nothing and for long (benchmarks/).
 ATTACK: dict[str, object] = {
     "start_from": "standard",
-    "epochs": 8,
+    "epochs": 10,
     "iterations_per_epoch": 25,
     "val_iterations_per_epoch": 2,
     "initial_lr": 0.03,
@@ -35,7 +35,7 @@ ATTACK: dict[str, object] = {
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "nnUNetTrainerSTD": {
-        "epochs": 12,
+        "epochs": 20,
         "iterations_per_epoch": 50,
         "val_iterations_per_epoch": 2,
         "initial_lr": 0.1,  # ten times nnU-Net's, which would need twice as long to a useful network
@@ -53,7 +53,7 @@ FEATURES = (12, 24, 48, 96)  # one per stage; deeper stages repeat the last
 # Of the 14 validation cases, every second one: nnU-Net predicts them all after each training.
 VALIDATION_STEP = 2
 # The evaluation: the paper's noise levels for this data set, fewer attack steps (the paper: pgd100), some slices only.
-EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "--samples", "80"]
+EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "--samples", "64"]
 
 TRAINERS = tuple(SETTINGS)
 DATASET, NAME, CONFIGURATION, FOLD = "4", "Dataset004_Hippocampus", "2d", "0"
