@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -269,17 +268,6 @@ class AdversarialTraining:
             for path in (self.last, self.best):
                 if path.exists():
                     strip_state(path)
-
-    def get_validator(self) -> Any:
-        """The host's validator, which knows the host's arguments only."""
-        arguments = self.args
-        try:
-            self.args = copy(arguments)
-            for name in argument_names():
-                vars(self.args).pop(name, None)
-            return super().get_validator()  # type: ignore[misc]
-        finally:
-            self.args = arguments
 
 
 class MethodCriterion:

@@ -81,7 +81,6 @@ def test_what_we_override_has_the_signature_that_ours_has() -> None:
         "save_metrics",
         "save_model",
         "final_eval",
-        "get_validator",
     ):
         host, ours = (inspect.signature(getattr(kind, name)) for kind in (DetectionTrainer, AdversarialTraining))
         assert list(host.parameters) == list(ours.parameters), name
