@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -165,10 +164,8 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from adv_nnunet import evaluate as host
-    from common.evaluation import evaluate, parse_attacks
+    from common.evaluation import evaluate_with_bar, parse_attacks
     from common.metrics import check_levels
     from common.report import Entry, format_table, tabulate, write_report
     from common.thresholds import sha256
@@ -196,30 +193,20 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
         samples[model.name] = host.list_samples(model, cases[model.name], args.samples)
     folder = Path(args.o)
-    if args.overwrite:
-        _remove_parts(folder, [model.name for model in models])
     entries = []
     for model in models:
         batches = host.make_batches(model, cases[model.name], samples[model.name], args.batch_size)
-        passes = len(batches) * (1 + len(attacks) * (len(levels) - 1))
-        with tqdm(total=passes, desc=model.name, unit="pass", disable=None) as bar:  # no bar in a log file
-
-            def progress(done: int, total: int, text: str, bar: Any = bar) -> None:
-                bar.set_postfix_str(text, refresh=False)
-                bar.update(done - bar.n)
-
-            fingerprint = json.dumps(
-                {"checkpoint": sha256(model.checkpoint), "step_size": args.step_size, "images": args.i or "validation"}
-            )
-            measured = evaluate(
-                batches,
-                attacks,
-                levels,
-                seed=args.seed,
-                folder=folder / model.name,
-                fingerprint=fingerprint,
-                progress=progress,
-            )
+        fingerprint = {"checkpoint": sha256(model.checkpoint), "step_size": args.step_size}
+        measured = evaluate_with_bar(
+            model.name,
+            batches,
+            attacks,
+            levels,
+            folder=folder,
+            overwrite=args.overwrite,
+            seed=args.seed,
+            fingerprint=json.dumps(fingerprint | {"images": args.i or "validation"}),
+        )
         entries.append(Entry(model.name, measured, model.margins))
     strongest = next(iter(attacks))
     examples = host.make_examples(
@@ -291,11 +278,6 @@ def _default_levels(model: Any, norm: str) -> list[float]:
     """The paper's levels for hippocampus (2, 6, 10 on 56 x 40 pixels), scaled to the patch."""
     size = 1.0 if norm == "inf" else math.sqrt(math.prod(model.window.patch_size))
     return [0.0, *(float(f"{factor * size:.2g}") for factor in (0.04, 0.12, 0.2))]
-
-
-def _remove_parts(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        shutil.rmtree(folder / name / "parts", ignore_errors=True)
 
 
 def _short(checkpoint: Path) -> str:

@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model
 from common.attacks import AttackResult, pgd
 from common.attacks.gradient import Bounds
+from common.guard import still
 
 
 def attack(
@@ -66,9 +67,8 @@ def attack(
         check_batch(batch, network)
         device = next(network.parameters()).device
         batch = {k: _usable(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        flags = [(module, module.training) for module in network.modules()]
-        network.eval()
-        try:
+        with still(network):  # training flags among what it restores
+            network.eval()
             objective = DetectionObjective(network, ImageTerms(network), batch)
             return pgd(
                 objective,
@@ -83,9 +83,6 @@ def attack(
                 keep=keep,
                 generator=generator,
             )
-        finally:
-            for module, training in flags:
-                module.training = training
 
 
 def _usable(value: Tensor, device: torch.device) -> Tensor:
@@ -139,7 +136,7 @@ def check_batch(batch: Batch, network: nn.Module) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")
-    count = int(network.model[-1].nc)  # type: ignore[index, union-attr]
+    count = int(network.model[-1].nc)
     classes = batch["cls"]
     if classes.numel() and not (classes.min() >= 0 and classes.max() < count):
         raise ValueError(f"labels have the class {int(classes.max())}, the model's {count} classes begin at 0")

@@ -257,11 +257,10 @@ def _thresholds(found: dict[str, Any]) -> None:
 
 
 def _evaluate(found: dict[str, Any]) -> None:
-    from tqdm import tqdm
     from ultralytics.utils import LOGGER
 
     from adv_yolo import evaluate as host
-    from common.evaluation import evaluate, parse_attacks
+    from common.evaluation import evaluate_with_bar, parse_attacks
     from common.metrics import check_levels
     from common.report import Entry, format_table, tabulate, write_report
     from common.thresholds import sha256
@@ -289,27 +288,17 @@ def _evaluate(found: dict[str, Any]) -> None:
     entries = []
     for model in models:
         batches = host.make_batches(model, root, samples)
-        if found["overwrite"]:
-            import shutil
-
-            shutil.rmtree(folder / model.name / "parts", ignore_errors=True)
-        passes = len(batches) * (1 + len(attacks) * (len(levels) - 1))
-        with tqdm(total=passes, desc=model.name, unit="pass", disable=None) as bar:
-
-            def progress(done: int, total: int, text: str, bar: Any = bar) -> None:
-                bar.set_postfix_str(text, refresh=False)
-                bar.update(done - bar.n)
-
-            measured = evaluate(
-                batches,
-                attacks,
-                levels,
-                bounds=(0.0, 1.0),
-                seed=int(found["seed"]),
-                folder=folder / model.name,
-                fingerprint=json.dumps({"checkpoint": sha256(model.path), "arguments": arguments}, default=str),
-                progress=progress,
-            )
+        measured = evaluate_with_bar(
+            model.name,
+            batches,
+            attacks,
+            levels,
+            folder=folder,
+            overwrite=bool(found["overwrite"]),
+            bounds=(0.0, 1.0),
+            seed=int(found["seed"]),
+            fingerprint=json.dumps({"checkpoint": sha256(model.path), "arguments": arguments}, default=str),
+        )
         entries.append(Entry(model.name, measured, model.margins))
     strongest = next(iter(attacks))
     examples = host.make_examples(

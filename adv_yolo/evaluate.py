@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
-from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
-from adv_yolo.thresholds import CleanBatches, check_classes, clean_batches, on_device
+from adv_yolo.objective import DetectionObjective, ImageTerms
+from adv_yolo.thresholds import CleanBatches, load_network, on_device
 from adv_yolo.trainer import relative_names
 from common.attacks import GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores
@@ -61,7 +60,7 @@ class TrainedModel:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return int(self.network.model[-1].nc)  # type: ignore[index, union-attr]
+        return int(self.network.model[-1].nc)
 
 
 def load_model(
@@ -83,15 +82,10 @@ def load_model(
         ValueError: if model and data do not fit, or the split has no images.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model {name!r}: there is no {path}")
-    network, _ = load_checkpoint(path)
-    check_model(network)
-    check_classes(network, data, path)
-    network = network.to(device).eval()
+    network = load_network(path, data, device)
     args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "plots": False, "save_json": False, "save_txt": False})
     network.end2end = args.nms is False  # which head predicts, as the host's validator decides it
-    source = clean_batches(network, data, args, device, args.split)
+    source = CleanBatches(network, data, args, device, args.split)
     if not any(len(label["cls"]) for label in source.dataset.labels):
         raise ValueError(f"none of the {len(source.dataset)} images of the split {args.split!r} has an object")
     validator = DetectionValidator(dataloader=source.loader, save_dir=folder, args=vars(args))

@@ -53,7 +53,7 @@ class ImageTerms:
     def __init__(self, model: nn.Module, criterion: Any = None, *, one_to_one: bool | None = None) -> None:
         check_model(model)
         self.criterion = make_criterion(model) if criterion is None else criterion
-        head = model.model[-1]  # type: ignore[index, union-attr]
+        head = model.model[-1]
         self.branch: str | None = None
         followed = self.criterion
         if hasattr(self.criterion, "one2one"):
@@ -114,7 +114,7 @@ class ImageTerms:
         In training mode a one-to-one head detaches its features. Only the flag of the head itself is changed; its
         layers keep theirs, BatchNorm with batch statistics among them.
         """
-        head = model.model[-1]  # type: ignore[index, union-attr]
+        head = model.model[-1]
         training = head.training
         if head.anchors.is_inference():  # kept from a prediction of the host; no gradient passes through them
             head.shape = None
@@ -308,10 +308,10 @@ def make_criterion(model: nn.Module) -> Any:
     """The model's criterion, a new one; also for a model loaded from a file, whose arguments are a plain dict."""
     arguments = model.args
     if isinstance(arguments, SimpleNamespace):
-        return model.init_criterion()  # type: ignore[operator]
-    model.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **dict(arguments)})  # type: ignore[arg-type]
+        return model.init_criterion()
+    model.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **dict(arguments)})
     try:
-        return model.init_criterion()  # type: ignore[operator]
+        return model.init_criterion()
     finally:
         model.args = arguments
 

@@ -14,6 +14,7 @@ from ultralytics.utils import TQDM
 from adv_yolo.objective import ImageTerms, check_model
 from common.thresholds import TermStatistics, Thresholds, sha256
 
+SPLITS = ("train", "val", "test")
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""
 
@@ -39,25 +40,20 @@ def measure(
         ValueError: if model and data do not have the same number of classes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model {path}")
-    model, _ = load_checkpoint(path)
-    check_model(model)
-    check_classes(model, data, path)
-    model = model.to(device).eval()
+    model = load_network(path, data, device)
     terms = ImageTerms(model, one_to_one=args.nms is False)
     statistics = TermStatistics(terms.names)
     with torch.no_grad():
-        for batch in TQDM(clean_batches(model, data, args, device, split), desc="thresholds"):
+        for batch in TQDM(CleanBatches(model, data, args, device, split), desc="thresholds"):
             statistics.update(terms(model(batch["img"]), batch))
     notes = {"data": str(data.get("yaml_file", "")), "split": split, "imgsz": int(args.imgsz)}
     return statistics.thresholds(rule, source=str(path), source_sha256=sha256(path), notes=notes)
 
 
 class CleanBatches:
-    """The images of a split without augmentation, in their order, on the device, in [0, 1]."""
+    """The images of a split without augmentation, in their order, padded to one size, on the device, in [0, 1]."""
 
-    def __init__(self, model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str) -> None:
+    def __init__(self, model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str = "train") -> None:
         settings = copy(args)
         settings.rect, settings.fraction, settings.task = False, 1.0, "detect"
         if not data.get(split):
@@ -81,21 +77,26 @@ class CleanBatches:
             yield on_device(batch, self.device)
 
 
-SPLITS = ("train", "val", "test")
-
-
-def clean_batches(
-    model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str = "train"
-) -> CleanBatches:
-    """The images of a split as the host validates on them, all padded to one size."""
-    return CleanBatches(model, data, args, device, split)
-
-
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch of the host's loader on a device, its images in [0, 1]."""
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     moved["img"] = moved["img"].float() / 255
     return moved
+
+
+def load_network(path: Path, data: dict[str, Any], device: torch.device) -> Any:
+    """A trained detection model that fits a data set, in evaluation mode, on the device.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError: for a model of another task.
+        ValueError: if it does not predict the classes of the data set.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model {path}")
+    model, _ = load_checkpoint(path)
+    check_classes(check_model(model), data, path)
+    return model.to(device).eval()
 
 
 def check_classes(model: Any, data: dict[str, Any], path: str | Path) -> None:

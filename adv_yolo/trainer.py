@@ -71,7 +71,7 @@ class AdversarialTraining:
         self._held = ExitStack()
         self._ids: dict[str, str] = {}
         self._epoch_values: dict[str, float] = {}
-        super().__init__(cfg, host, _callbacks)  # type: ignore[call-arg]
+        super().__init__(cfg, host, _callbacks)
         if self.settings.backward == "sequential" and self.world_size > 1:
             raise ValueError("backward=sequential works in a single process; use backward=together on several GPUs")
 
@@ -79,16 +79,16 @@ class AdversarialTraining:
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
         if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
             vars(self.args).update(arguments_of(self.settings))
-        super().train()  # type: ignore[misc]
+        super().train()
 
     # Before training: everything that can go wrong goes wrong here.
 
     def get_model(self, *arguments: Any, **named: Any) -> Any:
         """The host's model, if it is one for detection."""
-        return check_model(super().get_model(*arguments, **named))  # type: ignore[misc]
+        return check_model(super().get_model(*arguments, **named))
 
     def _build_train_pipeline(self) -> None:
-        super()._build_train_pipeline()  # type: ignore[misc]
+        super()._build_train_pipeline()
         dataset = self.train_loader.dataset
         if not any(len(label["cls"]) for label in dataset.labels):
             raise ValueError(
@@ -99,7 +99,7 @@ class AdversarialTraining:
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resumes as the host does, and sets the method up: the last thing before the first epoch."""
-        super().resume_training(ckpt)  # type: ignore[misc]
+        super().resume_training(ckpt)
         model = unwrap_model(self.model)
         self.terms = ImageTerms(model, getattr(model, "criterion", None), one_to_one=self.args.nms is False)
         state = None
@@ -159,7 +159,7 @@ class AdversarialTraining:
                 torch.distributed.broadcast_object_list(measured)
             measured[0].require(names, f"the thresholds of {path}")
             _log(f"thresholds measured on {path}: {measured[0]}")
-            return measured[0]  # type: ignore[no-any-return]
+            return measured[0]
         taken, remark = load_thresholds(settings, path, names)
         _log(f"thresholds from the file {path}{remark}: {taken}")
         return taken
@@ -197,11 +197,11 @@ class AdversarialTraining:
                     f"WARNING: {int(self._epoch_values['nonfinite'])} attack step(s) were skipped because a gradient "
                     f"was not finite. A few are harmless; if they persist, train with amp=False."
                 )
-        super().run_callbacks(event)  # type: ignore[misc]
+        super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's batch; what the host's forward pass on it may teach BatchNorm is decided here."""
-        batch = super().preprocess_batch(batch)  # type: ignore[misc]
+        batch = super().preprocess_batch(batch)
         self._held.close()
         if self.run is not None and not self.run.warming_up:
             adversarial_only = isinstance(self.run.method, AT) or self.settings.bn == "adversarial"
@@ -244,7 +244,7 @@ class AdversarialTraining:
         """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
         ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
         self.metrics = {key: value for key, value in self.metrics.items() if key not in ours} | ours
-        super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)  # type: ignore[misc]
+        super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)
 
     def save_model(self) -> bool:
         """The host's checkpoints, in which our state rides as an attribute of the network: one write, one state."""
@@ -255,7 +255,7 @@ class AdversarialTraining:
         }
         setattr(self.ema.ema, STATE, state)
         try:
-            return bool(super().save_model())  # type: ignore[misc]
+            return bool(super().save_model())
         finally:
             delattr(self.ema.ema, STATE)
             if isinstance(self.run.method, AMAT):
@@ -263,7 +263,7 @@ class AdversarialTraining:
 
     def final_eval(self) -> None:
         """The host's final evaluation; then our state leaves the finished checkpoints, as the optimizer has."""
-        super().final_eval()  # type: ignore[misc]
+        super().final_eval()
         if RANK in {-1, 0}:
             for path in (self.last, self.best):
                 if path.exists():
@@ -288,19 +288,19 @@ class MethodCriterion:
         return type(None), ()
 
 
-class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Adaptive-margin adversarial training: a noise level for every image (arXiv 2206.01736, Algorithm 1)."""
 
     method_name = "AMAT"
 
 
-class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1)."""
 
     method_name = "SAT"
 
 
-class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):  # type: ignore[misc]
+class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Adversarial training (Madry et al. 2018): only attacked images, one noise level."""
 
     method_name = "AT"

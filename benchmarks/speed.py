@@ -49,7 +49,7 @@ def against_torchattacks(repeats: int, device: torch.device) -> dict[str, float]
     def objective(x: Tensor) -> Tensor:
         return nn.functional.cross_entropy(model(x), labels, reduction="none")[:, None]
 
-    objective.model = model  # type: ignore[attr-defined]  # a function takes attributes
+    objective.model = model
 
     scale = alpha * STEPS / eps
     attack = GradientAttack(STEPS, scale, random_start=True)

@@ -26,7 +26,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 
 from adv_yolo.objective import DetectionObjective, ImageTerms, make_criterion
-from adv_yolo.thresholds import clean_batches
+from adv_yolo.thresholds import CleanBatches
 from common.guard import still
 from common.methods import AMAT, SAT
 
@@ -40,7 +40,7 @@ class Detector:
         torch.manual_seed(0)
         self.network = YOLO(model).model.to(device).train()
         arguments = get_cfg(overrides={"imgsz": imgsz, "batch": batch, "task": "detect"})
-        source = clean_batches(self.network, check_det_dataset(str(DATA)), arguments, device)
+        source = CleanBatches(self.network, check_det_dataset(str(DATA)), arguments, device)
         self.batch: dict[str, Any] = next(iter(source))
         self.images: Tensor = self.batch["img"]
         self.criterion = make_criterion(self.network)

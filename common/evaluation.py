@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from common.attacks import AttackResult, GradientAttack
 from common.attacks.gradient import total
@@ -251,6 +253,39 @@ def evaluate(
         clean=joined.pop(_CLEAN),
         attacked=joined,
     )
+
+
+def evaluate_with_bar(
+    name: str,
+    batches: Sequence[EvaluationBatch],
+    attacks: Mapping[str, GradientAttack],
+    levels: Sequence[float],
+    *,
+    folder: Path,
+    overwrite: bool = False,
+    **how: Any,
+) -> Evaluation:
+    """:func:`evaluate` as a command runs it: with a progress bar, and the finished batches in ``folder/name``.
+
+    Args:
+        name: of the model.
+        batches: as in :func:`evaluate`, like all other arguments.
+        attacks: attacks by name.
+        levels: noise levels, 0 first.
+        folder: of the report.
+        overwrite: forget the batches that an earlier run has finished.
+        **how: ``bounds``, ``seed`` and ``fingerprint`` of :func:`evaluate`.
+    """
+    if overwrite:
+        shutil.rmtree(folder / name / "parts", ignore_errors=True)
+    passes = len(batches) * (1 + len(attacks) * (len(levels) - 1))
+    with tqdm(total=passes, desc=name, unit="pass", disable=None) as bar:  # no bar in a log file
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+
+        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, **how)
 
 
 def attack_batch(

@@ -206,7 +206,7 @@ def test_a_damaged_part_is_measured_again(
 def test_attacks_in_another_order_are_the_same_configuration(tmp_path: Path) -> None:
     first = evaluate(batches(), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
     turned = dict(reversed(ATTACKS.items()))
-    second = evaluate(batches(on_load=pytest.fail), turned, LEVELS, folder=tmp_path, fingerprint="model")  # type: ignore[arg-type]
+    second = evaluate(batches(on_load=pytest.fail), turned, LEVELS, folder=tmp_path, fingerprint="model")
     for key, condition in first.attacked.items():
         np.testing.assert_array_equal(condition.loss, second.attacked[key].loss)
 
@@ -260,7 +260,7 @@ def test_bounds_hold() -> None:
 @pytest.mark.parametrize("levels", [(), (0,), (1, 2), (0, 2, 1), (0, -1), (0, math.nan)])
 def test_bad_levels(levels: Sequence[float], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start at 0"):
-        evaluate(batches(on_load=pytest.fail), ATTACKS, levels, folder=tmp_path, fingerprint="model")  # type: ignore[arg-type]
+        evaluate(batches(on_load=pytest.fail), ATTACKS, levels, folder=tmp_path, fingerprint="model")
     assert not list(tmp_path.iterdir())
 
 

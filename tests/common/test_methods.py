@@ -230,7 +230,7 @@ class Coupled:
 class Mean(Coupled):
     """The same without a loss of its own."""
 
-    loss = None  # type: ignore[assignment]
+    loss = None
 
 
 def cnn_task(tiny: SimpleNamespace, kind: type[Coupled], **settings: Any) -> tuple[Coupled, Tensor]:

@@ -43,7 +43,7 @@ def test_model_is_optional(tiny: SimpleNamespace) -> None:
     model = nn.Linear(2, 2)
     assert model_of(tiny.Classifier(model, torch.zeros(1))) is model
     assert model_of(two_terms) is None
-    assert model_of(SimpleNamespace(model="resnet18")) is None  # type: ignore[arg-type]
+    assert model_of(SimpleNamespace(model="resnet18")) is None
 
 
 def test_names() -> None:

@@ -205,7 +205,7 @@ def test_another_rule_for_the_same_statistics() -> None:
 
 
 def test_a_record_takes_tensors_and_numbers() -> None:
-    record = Thresholds(torch.tensor([0.5, 2.0]), ["a", "b"], mean=np.array([1, 2]))  # type: ignore[arg-type]
+    record = Thresholds(torch.tensor([0.5, 2.0]), ["a", "b"], mean=np.array([1, 2]))
     assert record.values == (0.5, 2.0)
     assert record.names == ("a", "b")
     assert record.mean == (1.0, 2.0)

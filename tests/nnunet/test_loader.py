@@ -122,7 +122,7 @@ def test_a_trainer_with_loaders_of_its_own_is_told_what_to_do() -> None:
             """Loaders from somewhere else."""
 
     with pytest.raises(RuntimeError, match=r"Own\.get_dataloaders does not build .* Set 'sample_id: case'"):
-        with_loader(Own().get_dataloaders, SliceLoader)  # type: ignore[arg-type]
+        with_loader(Own().get_dataloaders, SliceLoader)
 
 
 def test_defaults_and_closures_of_the_method_survive() -> None:
@@ -130,7 +130,7 @@ def test_defaults_and_closures_of_the_method_survive() -> None:
 
     def make(own: object) -> Any:
         def get_dataloaders(self: Any, first: int = 3, *, second: int = 4) -> Any:
-            return nnUNetDataLoader, own, first, second  # type: ignore[name-defined]  # noqa: F821
+            return nnUNetDataLoader, own, first, second  # noqa: F821 - a global of the host's module
 
         return get_dataloaders
 

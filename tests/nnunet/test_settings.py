@@ -117,7 +117,7 @@ def test_the_method_gets_the_settings() -> None:
     assert isinstance(sat, SAT)
     assert isinstance(at, AT)
     assert (sat.eps, sat.attack.steps, sat.attack.step_scale, sat.attack.norm) == (2.0, 7, 2.0, math.inf)
-    amat = settings.method("AMAT", Thresholds([0.1], ["ce+dice"]))  # type: ignore[arg-type]
+    amat = settings.method("AMAT", Thresholds([0.1], ["ce+dice"]))
     assert isinstance(amat, AMAT)
     assert (amat.delta, amat.refinement, amat.attack.steps) == (0.3, "crossing", 7)
     with pytest.raises(ValueError, match="AMAT needs delta and thresholds"):

@@ -182,7 +182,7 @@ def test_torchattacks_finds_the_same_noise(
     network: Any, batch: dict[str, Any], tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PGDL2 of torchattacks, its cross-entropy replaced by the stock loss."""
-    torchattacks = pytest.importorskip("torchattacks")
+    import torchattacks
 
     class Loss(torch.nn.Module):
         def forward(self, images: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_what_cannot_be_evaluated_is_said(
     trained: Path, networks: Any, make_data: Any, tmp_path: Path, tools: Any
 ) -> None:
     own = make_data()
-    with pytest.raises(FileNotFoundError, match=r"model 'm': there is no .*nothing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model .*nothing.pt"):
         load(tmp_path / "nothing.pt", own, tmp_path)
     with pytest.raises(ValueError, match="no split 'test'; there are train, val"):
         load(trained, own, tmp_path, split="test")
