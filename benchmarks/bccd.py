@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -43,6 +44,23 @@ def runs(scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = 
     return found | {"AMAT": ("method=amat", f"delta={delta:g}")} | (extra or {})
 
 
+# Sides of 128 instead of 320 pixels, so that all L2 levels are 0.4 times the paper's; a fine-tuning of the standard
+# network, few epochs.
+SMALL = Preset(
+    imgsz=128,
+    standard=("epochs=50", "optimizer=AdamW", "lr0=0.002", "warmup_epochs=1", "mosaic=0"),
+    adversarial=("epochs=15", "optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0", "steps=4"),
+    from_standard=True,
+    runs=runs(
+        0.4,
+        1.4,
+        {
+            "AMAT.delta1": ("method=amat", "delta=0.4"),
+            "AMAT.self": ("method=amat", "delta=1.4", "thresholds=auto", "clean_epochs=2"),
+        },
+    ),
+    levels="0,2,4,6",
+)
 PRESETS = {
     "paper": Preset(
         imgsz=320,
@@ -52,30 +70,31 @@ PRESETS = {
         runs=runs(1, 3.5, {"AMAT.crossing": ("method=amat", "delta=3.5", "refinement=crossing")}),
         levels="0,5,10,15",
     ),
-    # A quarter of the pixels, so that all L2 levels are halved; a fine-tuning of the standard network, few epochs, and
-    # a delta with which margins can reach the levels in them.
-    "cpu": Preset(
-        imgsz=160,
-        standard=("epochs=40", "optimizer=AdamW", "lr0=0.002", "warmup_epochs=1", "mosaic=0"),
-        adversarial=("epochs=6", "optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0", "steps=4"),
-        from_standard=True,
-        runs=runs(0.5, 1.25),
-        levels="0,2.5,5,7.5",
+    "cpu": SMALL,
+    # Which passes the running statistics of BatchNorm should learn from; in the working folder of "cpu" it begins with
+    # the same standard network.
+    "batchnorm": replace(
+        SMALL, runs={f"SAT10.{bn}": ("method=sat", "eps=4", f"bn={bn}") for bn in ("both", "clean", "adversarial")}
     ),
 }
-HOST = ("batch=16", "amp=False", "val=False", "plots=False", "seed=0")
+HOST = ("batch=16", "amp=False", "val=False", "plots=False")
 
 
 @dataclass
 class Benchmark:
     """The steps of one preset in one working folder."""
 
-    preset: Preset
+    name: str
     data: Path
     work: Path
     model: str
     device: str
     jobs: int
+    seed: int
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.name]
 
     def run(self) -> None:
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
@@ -110,9 +129,20 @@ class Benchmark:
             command = ["detect", "train", "resume", f"model={self.checkpoint(name)}"]
         else:
             thresholds = self.work / "thresholds.json"
-            own = [f"thresholds={thresholds}"] if "method=amat" in arguments else []
+            measured = "method=amat" in arguments and "thresholds=auto" not in arguments
+            own = [f"thresholds={thresholds}"] if measured else []
             place = [f"project={self.work / 'runs'}", f"name={name}", "exist_ok=True"]
-            command = ["detect", "train", f"model={model}", *self.common(name), *HOST, *arguments, *own, *place]
+            command = [
+                "detect",
+                "train",
+                f"model={model}",
+                *self.common(name),
+                *HOST,
+                f"seed={self.seed}",
+                *arguments,
+                *own,
+                *place,
+            ]
         self.command(f"train_{name}", command)
         done.touch()
 
@@ -125,7 +155,7 @@ class Benchmark:
     def evaluate(self, names: list[str]) -> None:
         """Single models first, so that they can run side by side; the last call puts their parts together."""
         alone = len(names) == 1
-        output = self.work / "parts" / names[0] if alone else self.work / "report"
+        output = self.work / "parts" / names[0] if alone else self.work / f"report_{self.name}"
         if not alone:
             for name in names:
                 shutil.copytree(self.work / "parts" / name / name, output / name, dirs_exist_ok=True)
@@ -138,7 +168,7 @@ class Benchmark:
 
     def write_tables(self) -> None:
         """results.md: every metric of every run, margins over the epochs."""
-        report = json.loads((self.work / "report" / "report.json").read_text())
+        report = json.loads((self.work / f"report_{self.name}" / "report.json").read_text())
         levels = self.preset.levels.split(",")
         lines = []
         for metric in ("mAP50-95", "mAP50", "IoU"):
@@ -156,17 +186,16 @@ class Benchmark:
         for name in (name for name in self.preset.runs if name.startswith("AMAT")):
             with (self.folder(name) / "results.csv").open() as file:
                 margins[name] = list(csv.DictReader(file))
-        lines += [
-            "| margins 5 / 50 / 95 % after epoch | " + " | ".join(margins) + " |",
-            "|---" * (len(margins) + 1) + "|",
-        ]
-        for rows in zip(*margins.values(), strict=True):
-            cells = [
-                " / ".join(f"{float(row[f'train/adv_margin_{q}']):.2f}" for q in ("q05", "q50", "q95")) for row in rows
+        if margins:
+            lines += [
+                "| margins 5 / 50 / 95 %, visits that let one grow; epoch | " + " | ".join(margins) + " |",
+                "|---" * (len(margins) + 1) + "|",
             ]
-            lines.append(f"| {rows[0]['epoch']} | " + " | ".join(cells) + " |")
-        (self.work / "results.md").write_text("\n".join(lines) + "\n")
-        print(f"{self.work / 'results.md'}\n\n" + "\n".join(lines))
+        for rows in zip(*margins.values(), strict=True):
+            lines.append(f"| {rows[0]['epoch']} | " + " | ".join(margin_cell(row) for row in rows) + " |")
+        path = self.work / f"results_{self.name}.md"
+        path.write_text("\n".join(lines) + "\n")
+        print(f"{path}\n\n" + "\n".join(lines))
 
     def command(self, log: str, arguments: list[str]) -> None:
         start = time.monotonic()
@@ -188,6 +217,13 @@ class Benchmark:
             sys.exit(1)
 
 
+def margin_cell(row: dict[str, str]) -> str:
+    """The margins of an epoch, and the share of its visits that let one grow (none in a clean epoch)."""
+    margins = " / ".join(f"{float(row[f'train/adv_margin_{q}']):.2f}" for q in ("q05", "q50", "q95"))
+    grown = float(row["train/adv_expanded"] or "nan")
+    return f"{margins}, clean" if math.isnan(grown) else f"{margins}, {grown:.0%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -195,10 +231,11 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--model", default="yolov8n.yaml", help="yolov8n.yaml (default), yolov5n.yaml, ...")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
     args = parser.parse_args()
-    preset, work = PRESETS[args.preset], args.work.resolve()
-    Benchmark(preset, args.data.resolve(), work, args.model, args.device, args.jobs).run()
+    work = args.work.resolve()
+    Benchmark(args.preset, args.data.resolve(), work, args.model, args.device, args.jobs, args.seed).run()
 
 
 if __name__ == "__main__":
