@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from adv_nnunet.objective import SampleTerms, inference_loss
 from adv_nnunet.trainer import STATE, segmentation_counts
 from common.attacks import GradientAttack
-from common.evaluation import EvaluationBatch, LoadedBatch
+from common.evaluation import EvaluationBatch, LoadedBatch, at_levels
 from common.metrics import Counts, adi, dice_per_sample, tvdi
 from common.report import Example, Metric, View
 
@@ -368,11 +368,7 @@ def make_examples(
             middle = _middle(segmentation) if sample.index is None else None
             truth = segmentation[0, sample.index if middle is None else middle]
             pictures.setdefault(sample.id, (_plane(loaded.images, middle), np.maximum(truth, 0)))
-            generator = torch.Generator().manual_seed(seed)
-            for level in (0.0, *levels):
-                images = loaded.images
-                if level > 0:
-                    images = method(loaded.objective, images, level, generator=generator).images
+            for level, images in at_levels(loaded, method, levels, seed=seed):
                 with torch.no_grad():
                     labels = model.window(images).argmax(1)[0].cpu().numpy()
                     dice = float(dice_per_sample(Counts.of(loaded.score(images)))[0])

@@ -25,7 +25,7 @@ from adv_yolo.objective import DetectionObjective, ImageTerms
 from adv_yolo.thresholds import CleanBatches, load_network, on_device
 from adv_yolo.trainer import relative_names
 from common.attacks import GradientAttack
-from common.evaluation import EvaluationBatch, LoadedBatch, Scores
+from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
 from common.report import Example, Metric, View
 
 CONFIDENCE = 0.25
@@ -240,11 +240,7 @@ def make_examples(
             if picture is None:
                 objects = model.validator._prepare_batch(0, batch)
                 picture, truth = _picture(loaded.images), _rows(objects["cls"], objects["bboxes"])
-            generator = torch.Generator().manual_seed(seed)
-            for level in (0.0, *levels):
-                images = loaded.images
-                if level > 0:
-                    images = method(loaded.objective, images, level, bounds=(0.0, 1.0), generator=generator).images
+            for level, images in at_levels(loaded, method, levels, bounds=(0.0, 1.0), seed=seed):
                 with torch.no_grad():
                     found = model.validator.postprocess(model.network(images))[0]
                 objects = model.validator._prepare_batch(0, batch)

@@ -99,8 +99,7 @@ class ImageTerms:
         finally:
             self._recorder.exact = False
         if not self._checked:
-            self._recorder.check()
-            self._checked = True
+            self._checked = self._recorder.check()
         return loss, items, self._recorder.terms("image").detach()
 
     def _select(self, predictions: Any) -> Any:
@@ -208,8 +207,12 @@ class _Recorder:
             return sums / self._scores.clamp(min=1)[:, None]
         return sums * (len(sums) / self._sum.float())
 
-    def check(self) -> None:
-        """Raises RuntimeError if our sums are not the host's: its release computes its loss in another way."""
+    def check(self) -> bool:
+        """Raises RuntimeError if our sums are not the host's: its release computes its loss in another way.
+
+        Returns:
+            Whether the box loss was large enough to tell; a batch without objects has none.
+        """
         assert self._totals is not None
         ours = torch.stack([self._box.sum(), self._dist.sum()]) / self._sum
         host = torch.stack([total.detach() for total in self._totals])
@@ -218,6 +221,7 @@ class _Recorder:
                 f"Ultralytics {__version__} computes its box losses ({host.tolist()}) in another way than adv_yolo "
                 f"({ours.tolist()}). Install the release named in advmed's documentation, and report this."
             )
+        return bool(host[0] > 0.05)  # far above the tolerance
 
 
 class _Listener:

@@ -305,6 +305,32 @@ def attack_batch(
     return attacks[name](batch.objective, batch.images, level, bounds=bounds, generator=generator)
 
 
+def at_levels(
+    batch: LoadedBatch,
+    attack: GradientAttack,
+    levels: Sequence[float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[float, Tensor]]:
+    """The images of a batch clean and attacked, for pictures: an attack of their own, not the noise of the evaluation.
+
+    Args:
+        batch: the batch.
+        attack: the attack.
+        levels: noise levels > 0.
+        bounds: lowest and highest value of an input, None for none.
+        seed: of the random starts.
+
+    Yields:
+        Level and images, 0 and the clean ones first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    yield 0.0, batch.images
+    for level in levels:
+        yield level, attack(batch.objective, batch.images, level, bounds=bounds, generator=generator).images
+
+
 def _measure(
     number: int,
     batch: EvaluationBatch,

@@ -337,5 +337,7 @@ def test_a_release_that_computes_boxes_otherwise_is_noticed(
 
     monkeypatch.setattr(BboxLoss, "forward", another)
     terms = ImageTerms(model)
+    background = {**batch, **{name: batch[name][:0] for name in ("batch_idx", "cls", "bboxes")}}
+    terms.batch_loss(model(batch["img"]), background)  # without an object nothing can be told, and it is looked again
     with pytest.raises(RuntimeError, match=r"computes its box losses .* in another way"):
         terms.batch_loss(model(batch["img"]), batch)
