@@ -13,6 +13,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.distances import sigmoid_divergence, softmax_divergence
+
 Outputs = Tensor | Sequence[Tensor]
 
 
@@ -77,6 +79,14 @@ class SampleTerms:
         """The terms without deep supervision, as in inference: (B, K)."""
         terms = self._at_one_scale(output, target)
         return terms.sum(1, keepdim=True) if self.summed else terms
+
+    def distance(self, clean: Outputs, other: Outputs) -> Tensor:
+        """KL divergence between two predictions at full resolution, averaged over voxels, (B,).
+
+        Of the softmax for label maps; summed over the regions, each a matter of yes and no, for regions.
+        """
+        divergence = softmax_divergence if isinstance(self.loss, DC_and_CE_loss) else sigmoid_divergence
+        return divergence(_first(clean), _first(other))
 
     def _at_one_scale(self, output: Tensor, target: Tensor) -> Tensor:
         loss, space = self.loss, tuple(range(2, output.ndim))
@@ -178,10 +188,23 @@ class SegmentationObjective:
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The host's own loss of the batch, to back-propagate, and the terms of the same pass."""
+        return self.loss_and_predictions(images)[:2]
+
+    def predictions(self, images: Tensor) -> Outputs:
+        """The network's output, for an attack."""
+        with self.precision():
+            return self.model(images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Outputs]:
+        """The host's own loss, the terms and the output of one training pass."""
         output = self.network(images)
         with torch.no_grad():
             terms = self.terms(output, self.target)
-        return self.batch_loss(output, self.target), terms
+        return self.batch_loss(output, self.target), terms, output
+
+    def distance(self, clean: Outputs, other: Outputs) -> Tensor:
+        """See :meth:`SampleTerms.distance`."""
+        return self.terms.distance(clean, other)
 
 
 def _first(tensors: Outputs) -> Tensor:

@@ -26,7 +26,7 @@ _EPS_PER_VALUE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(MethodSettings):
-    """The settings of ``nnUNetTrainerAMAT``, ``nnUNetTrainerSAT``, ``nnUNetTrainerAT`` and ``nnUNetTrainerSTD``.
+    """The settings of ``nnUNetTrainerAMAT``, ``nnUNetTrainerSAT`` and the other trainers of ours.
 
     Noise is measured in the units of nnU-Net's normalised intensities, over the network's whole input.
 

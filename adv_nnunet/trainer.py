@@ -25,11 +25,11 @@ from adv_nnunet import thresholds as standard
 from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from adv_nnunet.settings import FILE, find_settings
-from common.methods import AMAT, Method
+from common.methods import AdaptiveRadiusMethod, Method
 from common.metrics import Counts, confusion_counts, dice_per_sample, region_confusion_counts
 from common.run import LOG_KEYS as RUN_KEYS
 from common.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
-from common.settings import settings_text
+from common.settings import is_adaptive, settings_text
 from common.thresholds import RunningThresholds, Thresholds
 
 STATE = "advmed"
@@ -239,7 +239,7 @@ class AdversarialTraining:
             f"Adversarial training: {self.method_name}, settings from {self.settings_origin}; "
             f"{self.run.warmup_epochs} epoch(s) of clean warm-up"
         )
-        samples = self.sample_ids() if isinstance(self.method, AMAT) else None
+        samples = self.sample_ids() if is_adaptive(self.method_name) else None
         if samples is not None:
             what = f"samples ({self.settings.sample_id})"
             for line in self.run.outlook(len(samples), self._samples_per_epoch(), what):
@@ -256,7 +256,7 @@ class AdversarialTraining:
     def get_dataloaders(self) -> Any:
         """The host's loaders, which also say what they cut where ids need it."""
         own = super().get_dataloaders
-        if self.method_name != "AMAT" or self.settings.sample_id == "case":
+        if not is_adaptive(self.method_name) or self.settings.sample_id == "case":
             return own()
         return with_loader(own, SliceLoader if self.settings.sample_id == "slice" else CellLoader)
 
@@ -373,8 +373,8 @@ class AdversarialTraining:
             os.replace(temporary, filename)  # a kill or a full disk in the middle of writing leaves the old checkpoint
         finally:
             temporary.unlink(missing_ok=True)
-        if isinstance(self.method, AMAT):
-            self.method.margins.to_csv(Path(self.output_folder) / "margins.csv")
+        if isinstance(self.method, AdaptiveRadiusMethod):
+            self.method.store.to_csv(Path(self.output_folder) / "margins.csv")
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """The host's checkpoint, and our state in it."""
@@ -398,11 +398,11 @@ class AdversarialTraining:
     def _load_method(self, state: dict[str, Any]) -> None:
         for line in self.run.load_state_dict(state):
             self.print_to_log_file(line)
-        if isinstance(self.method, AMAT):
+        if isinstance(self.method, AdaptiveRadiusMethod):
             training, _ = self.get_tr_and_val_datasets()
             cases = set(training.identifiers)
-            known = (sample for sample in self.method.margins.ids() if case_of(sample) in cases)
-            self.method.margins.require_known(
+            known = (sample for sample in self.method.store.ids() if case_of(sample) in cases)
+            self.method.store.require_known(
                 self.sample_ids() or known,
                 "The checkpoint was trained on other samples (another data set, fold, splits_final.json or sample_id): "
                 "restore them, or start a new training without --c.",
@@ -445,6 +445,18 @@ class nnUNetTrainerAMAT(AdversarialTraining, nnUNetTrainer):
     """Adaptive-margin adversarial training: a noise level for every sample (arXiv 2206.01736, Algorithm 1)."""
 
     method_name = "AMAT"
+
+
+class nnUNetTrainerTRADES(AdversarialTraining, nnUNetTrainer):
+    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones."""
+
+    method_name = "TRADES"
+
+
+class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
+    """Dynamic perturbation-adaptive adversarial training: a noise level for every sample (arXiv 2403.06798)."""
+
+    method_name = "DPAAT"
 
 
 def stock_class(kind: type) -> type:
@@ -509,6 +521,8 @@ __all__ = [
     "AdversarialTraining",
     "nnUNetTrainerAMAT",
     "nnUNetTrainerAT",
+    "nnUNetTrainerDPAAT",
     "nnUNetTrainerSAT",
     "nnUNetTrainerSTD",
+    "nnUNetTrainerTRADES",
 ]

@@ -5,13 +5,21 @@
 
 from adv_yolo.api import attack
 from adv_yolo.objective import ImageTerms, per_image_losses
-from adv_yolo.trainer import AMATDetectionTrainer, ATDetectionTrainer, SATDetectionTrainer
+from adv_yolo.trainer import (
+    AMATDetectionTrainer,
+    ATDetectionTrainer,
+    DPAATDetectionTrainer,
+    SATDetectionTrainer,
+    TRADESDetectionTrainer,
+)
 
 __all__ = [
     "AMATDetectionTrainer",
     "ATDetectionTrainer",
+    "DPAATDetectionTrainer",
     "ImageTerms",
     "SATDetectionTrainer",
+    "TRADESDetectionTrainer",
     "attack",
     "per_image_losses",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 HELP = """
     adv-yolo is 'yolo' with adversarial training. Syntax and arguments are those of 'yolo'; it adds:
 
-    1. method=amat|sat|at to train, with arguments of its own (null: a default that fits the image size):
+    1. method=amat|sat|at|trades|dpaat to train, with arguments of its own (null: a default that fits the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
 {arguments}
     2. Thresholds for AMAT from a trained standard model:
@@ -158,7 +158,7 @@ def _train(argv: Sequence[str]) -> bool:
     if method in {"", "std"}:
         _, own = split_arguments(found)
         if own:
-            raise SyntaxError(f"{', '.join(own)}: these arguments need method=amat, method=sat or method=at")
+            raise SyntaxError(f"{', '.join(own)}: these arguments need method=, one of {', '.join(TRAINERS)}")
         if method == "std":
             _host([word for word in argv if not word.startswith("method")])
             return True

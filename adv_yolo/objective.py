@@ -28,6 +28,8 @@ from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import bbox2dist
 
+from common.distances import bernoulli_divergence
+
 Normalizer = Literal["image", "batch"]
 HEADS = ("Detect", "v10Detect")
 """Heads whose loss is read here."""
@@ -105,6 +107,16 @@ class ImageTerms:
     def _select(self, predictions: Any) -> Any:
         parsed = self._followed.parse_output(predictions)
         return parsed if self.branch is None else parsed[self.branch]
+
+    def distance(self, clean: Any, other: Any) -> Tensor:
+        """How far predictions are from those on clean images, (B,); the mean over the heads of a model with two.
+
+        Per anchor, the Bernoulli KL divergence of the class scores, summed over classes, and, weighted by the clean
+        confidence, the distance of the four sides (:func:`side_distance`); summed over anchors and divided by the sum
+        of those weights, as the host divides its loss by the sum of target scores.
+        """
+        heads = zip(_heads(self._followed.parse_output(clean)), _heads(self._followed.parse_output(other)), strict=True)
+        return torch.stack([_head_distance(first, second) for first, second in heads]).mean(0)
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -239,6 +251,34 @@ def _per_image(values: Tensor, image: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).index_add(0, image, values)
 
 
+def _heads(predictions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The raw predictions of each head."""
+    return [predictions] if "scores" in predictions else [predictions[name] for name in sorted(predictions)]
+
+
+def _head_distance(clean: Mapping[str, Any], other: Mapping[str, Any]) -> Tensor:
+    confidence = clean["scores"].detach().float().sigmoid().amax(1)
+    classes = bernoulli_divergence(clean["scores"], other["scores"]).sum(1)
+    sides = side_distance(clean, other)
+    return (classes + confidence * sides).sum(1) / confidence.sum(1).clamp_min(1)
+
+
+def side_distance(clean: Mapping[str, Any], other: Mapping[str, Any]) -> Tensor:
+    """The distance of the four sides of every anchor's box, averaged over them, (B, anchors).
+
+    KL divergence of the distributions where the head predicts those (DFL), else the absolute difference as a fraction
+    of the image's size, which is what the host's ``l1_loss`` measures.
+    """
+    batch, channels, anchors = clean["boxes"].shape
+    first, second = (predictions["boxes"].float().view(batch, 4, -1, anchors) for predictions in (clean, other))
+    if channels > 4:
+        log_p, log_q = first.log_softmax(2), second.log_softmax(2)
+        return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+    cells = [level.shape[2:] for level in clean["feats"]]
+    scale = torch.cat([first.new_tensor([[1 / w], [1 / h]]).expand(2, h * w) for h, w in cells], 1).repeat(2, 1)
+    return ((first - second).squeeze(2).abs() * scale).mean(1)
+
+
 class DetectionObjective:
     """The objective of one batch: ``images (B, 3, H, W) in [0, 1] -> terms (B, K)``.
 
@@ -266,15 +306,22 @@ class DetectionObjective:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The terms, for an attack."""
-        with self.terms.attached(self.model):
-            predictions = self.model(images)
-        return self.terms(predictions, self.batch)
+        return self.terms(self.predictions(images), self.batch)
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The host's own loss of the batch, to back-propagate, and the terms of the same pass.
 
         The loss items of the first such pass are kept in ``items``: the clean ones where a method makes a clean pass.
         """
+        return self.loss_and_predictions(images)[:2]
+
+    def predictions(self, images: Tensor) -> Any:
+        """The raw predictions, for an attack."""
+        with self.terms.attached(self.model):
+            return self.model(images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """As :meth:`loss`, and the raw predictions."""
         if self._given is not None and images is self.batch["img"]:
             predictions, self._given = self._given, None
         else:
@@ -284,7 +331,11 @@ class DetectionObjective:
         loss, items, terms = self.terms.batch_loss(predictions, self.batch)
         if self.items is None:
             self.items = items
-        return loss.sum(), terms
+        return loss.sum(), terms, predictions
+
+    def distance(self, clean: Any, other: Any) -> Tensor:
+        """See :meth:`ImageTerms.distance`."""
+        return self.terms.distance(clean, other)
 
 
 def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer = "image") -> Tensor:

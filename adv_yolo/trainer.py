@@ -30,8 +30,9 @@ from adv_yolo import thresholds as standard
 from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from common.guard import held_statistics
-from common.methods import AMAT, AT
+from common.methods import AdaptiveRadiusMethod
 from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from common.settings import is_adaptive
 from common.thresholds import RunningThresholds, Thresholds
 
 STATE = "advmed"
@@ -64,8 +65,8 @@ class AdversarialTraining:
         check_early(self.settings, host)
         if host.get("resume") and own:
             LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
-        if self.method_name == "AMAT" and not host.get("resume"):
-            separate_images(host)
+        if is_adaptive(self.method_name) and not host.get("resume"):
+            separate_images(host, self.method_name)
         self.run: MethodRun | None = None
         self.terms: ImageTerms | None = None
         self._held = ExitStack()
@@ -173,9 +174,9 @@ class AdversarialTraining:
             f"now): restore them, or start a new training without resume."
         )
         assert self.run is not None
-        if isinstance(self.run.method, AMAT):
-            self.run.method.margins.load_state_dict(state["method"]["margins"])
-            self.run.method.margins.require_known(self._ids.values(), hint)
+        if isinstance(self.run.method, AdaptiveRadiusMethod):
+            self.run.method.store.load_state_dict(state["method"]["margins"])
+            self.run.method.store.require_known(self._ids.values(), hint)
         raise ValueError(hint)
 
     # Training
@@ -187,10 +188,10 @@ class AdversarialTraining:
                 _log(line)
         if self.run is not None and event == "on_train_epoch_end":
             self._epoch_values = self.run.end_epoch()
-            if isinstance(self.run.method, AMAT) and not self.run.warming_up:
+            if isinstance(self.run.method, AdaptiveRadiusMethod) and not self.run.warming_up:
                 _log(
-                    "margins {margin_q05:.2f} / {margin_q50:.2f} / {margin_q95:.2f} (5, 50, 95 %), {expanded:.0%} of "
-                    "the visits let one grow".format(**self._epoch_values)
+                    "noise levels {margin_q05:.2f} / {margin_q50:.2f} / {margin_q95:.2f} (5, 50, 95 %), {expanded:.0%} "
+                    "of the visits let one grow".format(**self._epoch_values)
                 )
             if self._epoch_values["nonfinite"] > 0:
                 _log(
@@ -204,7 +205,7 @@ class AdversarialTraining:
         batch = super().preprocess_batch(batch)
         self._held.close()
         if self.run is not None and not self.run.warming_up:
-            adversarial_only = isinstance(self.run.method, AT) or self.settings.bn == "adversarial"
+            adversarial_only = not self.run.method.learns_from_clean or self.settings.bn == "adversarial"
             if adversarial_only:
                 self._held.enter_context(held_statistics(unwrap_model(self.model)))
         return batch
@@ -232,7 +233,7 @@ class AdversarialTraining:
         return loss, objective.items
 
     def _only_clean(self) -> bool:
-        return self.settings.bn == "clean" and self.run is not None and not isinstance(self.run.method, AT)
+        return self.settings.bn == "clean" and self.run is not None and self.run.method.learns_from_clean
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
@@ -258,8 +259,8 @@ class AdversarialTraining:
             return bool(super().save_model())
         finally:
             delattr(self.ema.ema, STATE)
-            if isinstance(self.run.method, AMAT):
-                self.run.method.margins.to_csv(self.save_dir / MARGINS)
+            if isinstance(self.run.method, AdaptiveRadiusMethod):
+                self.run.method.store.to_csv(self.save_dir / MARGINS)
 
     def final_eval(self) -> None:
         """The host's final evaluation; then our state leaves the finished checkpoints, as the optimizer has."""
@@ -306,7 +307,26 @@ class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     method_name = "AT"
 
 
-TRAINERS = {"amat": AMATDetectionTrainer, "sat": SATDetectionTrainer, "at": ATDetectionTrainer}
+class TRADESDetectionTrainer(AdversarialTraining, DetectionTrainer):
+    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones."""
+
+    method_name = "TRADES"
+
+
+class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
+    """Dynamic perturbation-adaptive adversarial training: a noise level for every image (arXiv 2403.06798)."""
+
+    method_name = "DPAAT"
+
+
+_KINDS: tuple[type[AdversarialTraining], ...] = (
+    AMATDetectionTrainer,
+    SATDetectionTrainer,
+    ATDetectionTrainer,
+    TRADESDetectionTrainer,
+    DPAATDetectionTrainer,
+)
+TRAINERS = {kind.method_name.lower(): kind for kind in _KINDS}
 """The trainers by the values of ``method=``."""
 
 
@@ -328,16 +348,18 @@ def check_early(settings: Settings, arguments: dict[str, Any]) -> None:
         )
 
 
-def separate_images(arguments: dict[str, Any]) -> None:
+def separate_images(arguments: dict[str, Any], method: str) -> None:
     """Switches mosaic off unless the user set it, and warns of augmentations that mix images."""
     if "mosaic" not in arguments:
         arguments["mosaic"] = 0.0
-        LOGGER.info(f"{colorstr('AMAT:')} mosaic=0.0, so that a margin belongs to one image (mosaic=1.0 turns it on)")
+        LOGGER.info(
+            f"{colorstr(method + ':')} mosaic=0.0, so that a noise level belongs to one image (mosaic=1.0 turns it on)"
+        )
     mixing = [f"{name}={arguments[name]}" for name in MIXING if arguments.get(name)]
     if mixing:
         LOGGER.warning(
-            f"AMAT with {', '.join(mixing)}: several images become one, and its margin is kept under the name of the "
-            f"first. Margins mean less so; set them to 0 for margins of single images."
+            f"{method} with {', '.join(mixing)}: several images become one, and its noise level is kept under the name "
+            f"of the first. Levels mean less so; set them to 0 for those of single images."
         )
 
 
@@ -375,4 +397,12 @@ def _log(line: str) -> None:
             LOGGER.info(f"{colorstr('advmed:')} {line}")
 
 
-__all__ = ["TRAINERS", "AMATDetectionTrainer", "ATDetectionTrainer", "AdversarialTraining", "SATDetectionTrainer"]
+__all__ = [
+    "TRAINERS",
+    "AMATDetectionTrainer",
+    "ATDetectionTrainer",
+    "AdversarialTraining",
+    "DPAATDetectionTrainer",
+    "SATDetectionTrainer",
+    "TRADESDetectionTrainer",
+]

@@ -23,15 +23,17 @@ class MarginStore:
     Args:
         initial: value of a sample that was never set (AMAT: delta), finite.
         device: where the table lives; :meth:`to` moves it.
+        additive: values move by steps of a given size, in both directions; see :meth:`merge`.
 
     Raises:
         ValueError: if ``initial`` is not finite.
     """
 
-    def __init__(self, initial: float = 0.0, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, initial: float = 0.0, *, device: torch.device | str = "cpu", additive: bool = False) -> None:
         if not math.isfinite(initial):
             raise ValueError(f"the initial value of a margin must be finite, got {initial!r}")
         self.initial = float(initial)
+        self.additive = additive
         self._rows: dict[str, int] = {}
         # Row 0 stands for every id that was never set; ids begin at row 1.
         self._values = torch.full((1,), self.initial, device=device)
@@ -202,14 +204,15 @@ class MarginStore:
 
         Each process tells what its visits changed since the last merge. For every sample, growth adds up (two
         processes that both enlarged a margin by delta enlarge it by 2 delta, as two visits would) and shrinkage
-        multiplies (so that no margin falls below zero). A sample visited by one process takes that process's value.
+        multiplies (so that no margin falls below zero), unless values are ``additive``. A sample visited by one process
+        takes that process's value.
 
         Args:
             states: for tests and for hosts with an exchange of their own: the :meth:`changes` of all processes, in the
                 order of their ranks. Default: gathered with ``torch.distributed``; nothing happens without it.
         """
         if states is None:
-            if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            if not is_distributed():
                 return
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, self.changes())
@@ -221,7 +224,7 @@ class MarginStore:
             for sample, value, visits in zip(state["ids"], state["values"], state["visits"], strict=True):
                 start = base.get(sample, (self.initial, 0))[0]
                 entry = table.setdefault(sample, [start, 0])
-                shrunk = 0 <= value < start
+                shrunk = 0 <= value < start and not self.additive
                 entry[0] = entry[0] * (value / start) if shrunk else entry[0] + (value - start)
                 entry[1] += visits
         values, visited = zip(*table.values(), strict=True) if table else ((), ())
@@ -245,3 +248,8 @@ class MarginStore:
             "values": self._values[:size].cpu()[rows].tolist(),
             "visits": since[rows].tolist(),
         }
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -10,12 +10,14 @@ autocast belongs around the attack, not only inside the objective. Three attribu
 - ``names``: the K names of the terms;
 - ``loss(images) -> (loss, terms)``: the host's own batch loss (a scalar to back-propagate) and the terms of the same
   forward pass, for hosts whose loss is not the mean of its per-sample terms (batch Dice, batch-wide normalisers).
+
+Methods that compare predictions (DPAAT, TRADES) need a :class:`PredictingObjective`, which has three more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +29,23 @@ class Objective(Protocol):
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Returns the loss terms, shape (B, K), with gradients."""
+        ...
+
+
+@runtime_checkable
+class PredictingObjective(Objective, Protocol):
+    """An objective that also gives predictions, in whatever form its task has them."""
+
+    def predictions(self, images: Tensor, /) -> Any:
+        """The predictions of a pass like that of :meth:`Objective.__call__`, with gradients."""
+        ...
+
+    def loss_and_predictions(self, images: Tensor, /) -> tuple[Tensor, Tensor, Any]:
+        """One pass for training: the loss to back-propagate, the terms (B, K), and the predictions."""
+        ...
+
+    def distance(self, clean: Any, other: Any, /) -> Tensor:
+        """How far other predictions are from those on the clean images, shape (B,), >= 0, 0 where they are equal."""
         ...
 
 
@@ -73,3 +92,22 @@ def training_pass(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor]
         return loss, check_terms(terms, images).detach()
     terms = check_terms(objective(images), images)
     return terms.sum(1).mean(), terms.detach()
+
+
+def predicting(objective: Objective, method: str) -> PredictingObjective:
+    """Returns ``objective`` if it gives predictions.
+
+    Raises:
+        TypeError: otherwise, naming the method that needs them and what is missing.
+    """
+    missing = [
+        name
+        for name in ("predictions", "loss_and_predictions", "distance")
+        if not callable(getattr(objective, name, None))
+    ]
+    if missing:
+        raise TypeError(
+            f"{method} compares predictions on clean and attacked images, and {type(objective).__name__} gives none: "
+            f"it has no {', '.join(missing)} (see common.objective.PredictingObjective)"
+        )
+    return cast(PredictingObjective, objective)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from common.methods import AMAT, STD, Method
-from common.methods.base import AdversarialMethod, Backward, Step
+from common.methods import DPAAT, STD, AdaptiveRadiusMethod, AdversarialMethod, Method
+from common.methods.base import Backward, Step
 from common.objective import Objective
 from common.settings import MethodSettings
 from common.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
@@ -22,6 +22,7 @@ from common.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 LOG_KEYS = (
     "loss_clean",
     "loss_adversarial",
+    "loss_sync",
     "expanded",
     "nonfinite",
     "attack_seconds",
@@ -114,7 +115,8 @@ class MethodRun:
 
         Returns:
             One value for each of :data:`LOG_KEYS`, NaN where the method has none: means over the steps, the number of
-            attack steps lost to a gradient that was not finite, seconds of attacks, and quantiles of the margins.
+            attack steps lost to a gradient that was not finite, seconds of attacks, and quantiles of the margins (AMAT)
+            or perturbation sizes (DPAAT).
         """
         self.method.merge()
         values = dict.fromkeys(LOG_KEYS, math.nan)
@@ -123,8 +125,8 @@ class MethodRun:
             values["nonfinite"] = float(self._totals["nonfinite"])
         if isinstance(self.method, AdversarialMethod):
             values["attack_seconds"] = self.method.clock.drain()
-        if isinstance(self.method, AMAT):
-            low, median, high = self.method.margins.quantiles()
+        if isinstance(self.method, AdaptiveRadiusMethod):
+            low, median, high = self.method.store.quantiles()
             values |= {"margin_q05": low, "margin_q50": median, "margin_q95": high}
         self._totals, self._counts = {}, {}
         return values
@@ -137,22 +139,34 @@ class MethodRun:
             visits_per_epoch: samples drawn in an epoch.
             what: what they are.
         """
-        if not isinstance(self.method, AMAT):
+        if not isinstance(self.method, AdaptiveRadiusMethod):
             return []
-        settings, delta = self.settings, self.method.delta
-        visits = (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples)
-        reach, eps = max(1.0, visits) * delta, settings.eps
+        visits = max(1.0, (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples))
+        met = f"{samples} {what}, each met about {visits:.1f} times in this run"
+        if isinstance(self.method, DPAAT):
+            return [self._outlook_of_sizes(self.method, visits, met)]
+        eps, delta = self.settings.eps, self.method.growth
+        reach = visits * delta
         lines = [
-            f"{samples} {what}, each met about {visits:.1f} times in this run: margins can reach about {reach:.2f} "
-            f"(L{settings.norm:g} norm, delta {delta:g}" + (")" if eps is None else f", eps {eps:g})")
+            f"{met}: margins can reach about {reach:.2f} (L{self.settings.norm:g} norm, delta {delta:g}"
+            + (")" if eps is None else f", eps {eps:g})")
         ]
         if eps is not None and reach < eps:
             lines.append(
                 f"WARNING: margins cannot reach the noise levels of interest (about eps = {eps:g}) in so short a run, "
-                f"because a margin grows by at most delta a visit. Raise delta to about {eps / max(1.0, visits):.2g}, "
+                f"because a margin grows by at most delta a visit. Raise delta to about {eps / visits:.2g}, "
                 f"or train longer."
             )
         return lines
+
+    def _outlook_of_sizes(self, method: DPAAT, visits: float, met: str) -> str:
+        assert method.highest is not None
+        reach = visits * method.step_size
+        low, high = max(method.lowest, method.eps_0 - reach), min(method.highest, method.eps_0 + reach)
+        return (
+            f"{met}: perturbation sizes begin at {method.eps_0:g} and can come to lie between {low:.2f} and {high:.2f} "
+            f"(L{self.settings.norm:g} norm)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain types."""

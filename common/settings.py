@@ -17,12 +17,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from common.attacks.gradient import GradientAttack, check_bounds
-from common.methods import AMAT, AT, SAT, STD, Method
+from common.methods import AMAT, AT, DPAAT, SAT, STD, TRADES, AdaptiveRadiusMethod, Method
 from common.methods.base import check_positive
 from common.norms import check_norm
 from common.thresholds import RunningThresholds, Thresholds, std_factor
 
-METHODS: tuple[str, ...] = ("STD", "AT", "SAT", "AMAT")
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (STD, AT, SAT, AMAT, TRADES, DPAAT)}
+"""The training methods by name."""
 
 S = TypeVar("S", bound="MethodSettings")
 
@@ -32,15 +33,22 @@ class MethodSettings:
     """What a training method needs to know, on every host.
 
     Attributes:
-        eps: radius of the noise of SAT and AT, >= 0; None: the host's default.
+        eps: radius of the noise of AT, SAT and TRADES, and first size of DPAAT, >= 0; None: the host's default.
         delta: first margin and expansion step of AMAT, > 0; None: the host's default.
         refinement: AMAT's rule for a margin that was too large, "paper" or "crossing".
         margin_min: lowest margin of AMAT, or None.
         margin_max: highest margin of AMAT, or None.
+        eps_min: smallest perturbation size of DPAAT; None: 0.
+        eps_max: largest perturbation size of DPAAT; None: 2 * eps.
+        step_size: how far a perturbation size of DPAAT moves a visit, 0 for fixed sizes; None: eps / 10.
+        sync_weight: weight of DPAAT's synchronisation loss, >= 0.
+        average: what DPAAT compares a loss increase with, the mean over the "batch" or over the "epoch" so far.
+        beta: weight of TRADES' distance, > 0.
         steps: gradient steps of the training attack (both papers: 20).
         step_scale: a in alpha = a * radius / steps.
         norm: 2 or inf.
-        random_start: fraction of the radius from whose ball an attack starts.
+        random_start: fraction of the radius from whose ball an attack starts; TRADES, which cannot start on the clean
+            image, takes 0.01 for 0.
         bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
         thresholds: "auto", or the path of a thresholds file (AMAT).
         rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
@@ -59,6 +67,12 @@ class MethodSettings:
     refinement: Literal["paper", "crossing"] = "paper"
     margin_min: float | None = None
     margin_max: float | None = None
+    eps_min: float | None = None
+    eps_max: float | None = None
+    step_size: float | None = None
+    sync_weight: float = 1.0
+    average: Literal["batch", "epoch"] = "batch"
+    beta: float = 6.0
     steps: int = 20
     step_scale: float = 4.0
     norm: float = 2.0
@@ -76,14 +90,19 @@ class MethodSettings:
         check_bounds(self.bounds)
         if self.rule is not None:
             std_factor(self.rule)
-        for name, zero in (("eps", True), ("delta", False), ("margin_min", True), ("margin_max", False)):
-            value = getattr(self, name)
-            if value is not None:
-                check_positive(name, value, zero=zero)
+        for name in ("delta", "margin_max", "beta"):
+            self._check(name)
+        for name in ("eps", "margin_min", "eps_min", "eps_max", "step_size", "sync_weight"):
+            self._check(name, zero=True)
         if self.margin_min is not None and self.margin_max is not None and self.margin_min > self.margin_max:
             raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
+
+    def _check(self, name: str, *, zero: bool = False) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            check_positive(name, value, zero=zero)
 
     def method(self, name: str, thresholds: Thresholds | RunningThresholds | None = None) -> Method:
         """The training method of that name with these settings.
@@ -101,10 +120,10 @@ class MethodSettings:
         }
         if name == "STD":
             return STD()
-        if name in ("SAT", "AT"):
+        if name in ("SAT", "AT", "TRADES", "DPAAT"):
             if self.eps is None:
                 raise ValueError(f"{name} needs eps, the radius of its noise")
-            return (SAT if name == "SAT" else AT)(self.eps, **attack)
+            return self._with_radius(name, self.eps, attack)
         if name == "AMAT":
             if self.delta is None or thresholds is None:
                 raise ValueError("AMAT needs delta and thresholds")
@@ -117,6 +136,31 @@ class MethodSettings:
                 **attack,
             )
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+
+    def _with_radius(self, name: str, eps: float, attack: dict[str, Any]) -> Method:
+        if name in ("SAT", "AT"):
+            return (SAT if name == "SAT" else AT)(eps, **attack)
+        if self.backward == "sequential" and (name == "TRADES" or self.sync_weight > 0):
+            raise ValueError(
+                f"{name} compares the predictions of its two passes, which therefore cannot be back-propagated one "
+                f"after the other: use backward 'together'"
+            )
+        if name == "TRADES":
+            return TRADES(eps, beta=self.beta, **{**attack, "random_start": self.random_start or 0.01})
+        return DPAAT(
+            eps,
+            eps_min=self.eps_min,
+            eps_max=self.eps_max,
+            step_size=self.step_size,
+            sync_weight=self.sync_weight,
+            average=self.average,
+            **attack,
+        )
+
+
+def is_adaptive(name: str) -> bool:
+    """Whether the method of that name keeps a noise level for each sample."""
+    return issubclass(METHODS[name], AdaptiveRadiusMethod)
 
 
 def read_settings(kind: type[S], path: str | Path) -> S:

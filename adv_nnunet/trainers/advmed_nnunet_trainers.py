@@ -3,6 +3,20 @@
 nnU-Net imports every module in this folder and forgets it afterwards, so there must be nothing here but names.
 """
 
-from adv_nnunet.trainer import nnUNetTrainerAMAT, nnUNetTrainerAT, nnUNetTrainerSAT, nnUNetTrainerSTD
+from adv_nnunet.trainer import (
+    nnUNetTrainerAMAT,
+    nnUNetTrainerAT,
+    nnUNetTrainerDPAAT,
+    nnUNetTrainerSAT,
+    nnUNetTrainerSTD,
+    nnUNetTrainerTRADES,
+)
 
-__all__ = ["nnUNetTrainerAMAT", "nnUNetTrainerAT", "nnUNetTrainerSAT", "nnUNetTrainerSTD"]
+__all__ = [
+    "nnUNetTrainerAMAT",
+    "nnUNetTrainerAT",
+    "nnUNetTrainerDPAAT",
+    "nnUNetTrainerSAT",
+    "nnUNetTrainerSTD",
+    "nnUNetTrainerTRADES",
+]

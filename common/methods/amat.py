@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from common.margins import MarginStore
-from common.methods.base import AdversarialMethod, Backward, MixedLoss, Step, check_ids, check_positive
+from common.methods.base import AdaptiveRadiusMethod, Backward, MixedLoss, Step, check_positive
 from common.objective import Objective
 from common.thresholds import RunningThresholds, Thresholds
 
 
-class AMAT(AdversarialMethod):
+class AMAT(AdaptiveRadiusMethod):
     """Every sample has its own noise level, its margin E(i), which grows while the model can bear it.
 
     L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, E(i)). A margin whose attack left every loss term below its threshold
@@ -36,8 +36,6 @@ class AMAT(AdversarialMethod):
         margin_max: highest margin, or None.
         **attack: see :class:`AdversarialMethod`.
 
-    Attributes:
-        margins: the :class:`MarginStore` with E.
     """
 
     name = "AMAT"
@@ -52,22 +50,26 @@ class AMAT(AdversarialMethod):
         margin_max: float | None = None,
         **attack: Any,
     ) -> None:
-        super().__init__(**attack)
         self.delta = check_positive("delta", delta)
+        lowest = 0.0 if margin_min is None else check_positive("margin_min", margin_min, zero=True)
+        highest = margin_max if margin_max is None else check_positive("margin_max", margin_max)
+        if highest is not None and lowest > highest:
+            raise ValueError(f"margin_min {lowest} is above margin_max {highest}")
+        super().__init__(self.delta, self.delta, lowest=lowest, highest=highest, **attack)
         if refinement not in ("paper", "crossing"):
             raise ValueError(f"refinement must be 'paper' or 'crossing', got {refinement!r}")
         self.refinement = refinement
-        self.margin_min = 0.0 if margin_min is None else check_positive("margin_min", margin_min, zero=True)
-        self.margin_max = margin_max if margin_max is None else check_positive("margin_max", margin_max)
-        if self.margin_max is not None and self.margin_min > self.margin_max:
-            raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
         self._named = isinstance(thresholds, (Thresholds, RunningThresholds))
         if not isinstance(thresholds, (Thresholds, RunningThresholds)):
             values = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1).tolist()
             thresholds = Thresholds(tuple(values), tuple(f"term_{k}" for k in range(len(values))))
         self.thresholds = thresholds
         self._xi: Tensor | None = None
-        self.margins = MarginStore(self._bounded(torch.tensor(self.delta)).item())
+
+    @property
+    def margins(self) -> MarginStore:
+        """E, one margin for each sample."""
+        return self.store
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`.
@@ -75,8 +77,7 @@ class AMAT(AdversarialMethod):
         Raises:
             ValueError: if the objective's number of terms (or their names) are not those of the thresholds.
         """
-        check_ids(ids, images)
-        margin = self.margins.to(images.device).get(ids)
+        margin = self._levels(ids, images)
         xi = self._limits(objective, images)
         crossing = self.refinement == "crossing"
         attacked = self._attack(objective, images, margin, xi if crossing else None)  # line 3
@@ -113,12 +114,9 @@ class AMAT(AdversarialMethod):
             self._xi = self.thresholds.tensor(like)
         return self._xi
 
-    def _bounded(self, margin: Tensor) -> Tensor:
-        return margin.clamp(self.margin_min, self.margin_max)
-
     def state_dict(self) -> dict[str, Any]:
         """Margins, self-calibrated thresholds and counters, in plain types."""
-        state = {**super().state_dict(), "margins": self.margins.state_dict()}
+        state = super().state_dict()
         if isinstance(self.thresholds, RunningThresholds):
             state["thresholds"] = self.thresholds.state_dict()
         return state
@@ -126,13 +124,11 @@ class AMAT(AdversarialMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of an earlier run."""
         super().load_state_dict(state)
-        self.margins.load_state_dict(state["margins"])
         if isinstance(self.thresholds, RunningThresholds) and "thresholds" in state:
             self.thresholds.load_state_dict(state["thresholds"])
 
     def merge(self) -> None:
         """Makes margins and running thresholds of all processes equal."""
-        self.margins.merge()
-        self.margins.clamp(self.margin_min, self.margin_max)
+        super().merge()
         if isinstance(self.thresholds, RunningThresholds):
             self.thresholds.merge()

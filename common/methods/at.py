@@ -14,6 +14,7 @@ class AT(FixedRadiusMethod):
     """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all."""
 
     name = "AT"
+    learns_from_clean = False
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`; the ids are not used."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.attacks.gradient import AttackResult, Bounds, GradientAttack, check_bounds
 from common.clock import Clock
+from common.margins import MarginStore, is_distributed
 from common.objective import Objective, training_pass
 
 Backward = Callable[[Tensor], None]
@@ -41,6 +42,8 @@ class Method(ABC):
     """A training method. It knows objectives, radii and ids, and no framework."""
 
     name: ClassVar[str]
+    learns_from_clean = True
+    """Whether clean images are among those that it back-propagates a loss of."""
 
     @abstractmethod
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
@@ -108,7 +111,7 @@ class AdversarialMethod(Method):
         generator = None
         if self.attack.random_start:
             # A seed for each step and process: a resumed run needs to know only how many steps were made.
-            rank = torch.distributed.get_rank() if _distributed() else 0
+            rank = torch.distributed.get_rank() if is_distributed() else 0
             generator = torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done)) & (2**63 - 1))
         self.steps_done += 1
         with self.clock(images.device):
@@ -143,6 +146,58 @@ class FixedRadiusMethod(AdversarialMethod):
     def __init__(self, eps: float, **attack: Any) -> None:
         super().__init__(**attack)
         self.eps = check_positive("eps", eps, zero=True)
+
+
+class AdaptiveRadiusMethod(AdversarialMethod):
+    """A method in which every sample has a noise level of its own, which moves each time the sample is met.
+
+    Args:
+        first: every sample's first level.
+        growth: the most that a level grows a visit.
+        lowest: no level falls below it.
+        highest: no level rises above it; None: no limit.
+        additive: whether levels shrink by steps of a given size, too.
+        **attack: see :class:`AdversarialMethod`.
+
+    Attributes:
+        store: the :class:`MarginStore` with the levels.
+    """
+
+    def __init__(
+        self,
+        first: float,
+        growth: float,
+        *,
+        lowest: float = 0.0,
+        highest: float | None = None,
+        additive: bool = False,
+        **attack: Any,
+    ) -> None:
+        super().__init__(**attack)
+        self.growth, self.lowest, self.highest = growth, lowest, highest
+        self.store = MarginStore(self._bounded(torch.tensor(first)).item(), additive=additive)
+
+    def _levels(self, ids: Sequence[str], images: Tensor) -> Tensor:
+        """The levels of a batch's samples, (B,), on the device of the images."""
+        check_ids(ids, images)
+        return self.store.to(images.device).get(ids)
+
+    def _bounded(self, levels: Tensor) -> Tensor:
+        return levels.clamp(self.lowest, self.highest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Levels and counters, in plain types."""
+        return {**super().state_dict(), "margins": self.store.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        self.store.load_state_dict(state["margins"])
+
+    def merge(self) -> None:
+        """Makes the levels of all processes equal."""
+        self.store.merge()
+        self.store.clamp(self.lowest, self.highest)
 
 
 @dataclass
@@ -189,7 +244,3 @@ def check_ids(ids: Sequence[str], images: Tensor) -> None:
     """Raises ValueError if there is not one id for each image."""
     if len(ids) != images.shape[0]:
         raise ValueError(f"{len(ids)} sample ids for a batch of {images.shape[0]} images")
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -177,8 +177,8 @@ def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor
     ("name", "missing"),
     [
         ("STD", set(LOG_KEYS) - {"loss_clean"}),
-        ("SAT", {"expanded", "margin_q05", "margin_q50", "margin_q95"}),
-        ("AT", {"loss_clean", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("SAT", {"loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("AT", {"loss_clean", "loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
     ],
 )
 def test_what_a_method_does_not_have_is_nan(objective: Any, images: Tensor, name: str, missing: set[str]) -> None:

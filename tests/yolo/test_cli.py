@@ -145,7 +145,7 @@ def test_a_run_is_not_resumed_with_another_method(
     assert "is a run of method=sat, it cannot be resumed with method=amat" in message
 
 
-@pytest.mark.parametrize("method", ["at", "SAT"])
+@pytest.mark.parametrize("method", ["at", "SAT", "trades", "DPAAT"])
 def test_methods_are_trained_by_name(data: Any, tools: Any, tmp_path: Path, method: str) -> None:
     words = [f"model={tools.ONE_HEAD}", f"data={data.yaml}", *QUICK, f"project={tmp_path}", "name=x", "epochs=1"]
     assert main(["train", *words, f"method={method}", "eps=0.5", "steps=1", "norm=inf"]) == 0
@@ -184,9 +184,9 @@ def test_arguments_may_come_from_the_hosts_file(data: Any, tools: Any, tmp_path:
         (["method=amat", "delta=-3"], "delta must be a finite number > 0"),
         (["method=amat", "delta=big"], "delta must be a number or null, got 'big'"),
         (["method=amat", "refinement=papers"], "refinement must be 'paper' or 'crossing'"),
-        (["method=amta"], "method=amta is unknown; there are amat, sat, at and std"),
-        (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=amat, method=sat or method=at"),
-        (["method=std", "eps=3"], "eps: these arguments need method=amat"),
+        (["method=amta"], "method=amta is unknown; there are amat, sat, at, trades, dpaat and std"),
+        (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
+        (["method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
         (["method=sat", "eps"], "'eps' is missing an '=' sign"),
         (["method=amat", "task=segment"], "not task=segment"),
         (["method=amat", "thresholds=no.json"], "thresholds=no.json: there is no such file"),

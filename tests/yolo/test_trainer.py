@@ -455,7 +455,7 @@ def test_thresholds_are_measured_on_a_trained_model(run: Any, networks: Any, too
 def test_mosaic_is_off_for_amat_and_says_so(make: Any, tmp_path: Path, lines: list[str]) -> None:
     trainer = make(AMATDetectionTrainer, tmp_path)
     assert trainer.args.mosaic == 0
-    assert sum("mosaic=0.0, so that a margin belongs to one image" in line for line in lines) == 1
+    assert sum("mosaic=0.0, so that a noise level belongs to one image" in line for line in lines) == 1
     assert not any("WARNING" in line and "mosaic" in line for line in lines)
 
 

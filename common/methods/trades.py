@@ -1,0 +1,85 @@
+"""TRADES (Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy", eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from common.methods.base import Backward, FixedRadiusMethod, Step, check_positive
+from common.objective import Objective, PredictingObjective, model_of, predicting
+
+
+class TRADES(FixedRadiusMethod):
+    """L = L(x) + beta * D(f(x), f(x~)), where x~ maximises D within the ball of radius eps.
+
+    D is the distance of the objective's predictions (classification: KL of the softmax outputs).
+
+    Args:
+        eps: radius of the noise, >= 0.
+        beta: weight of the distance, > 0 (the paper: 1 and 6).
+        random_start: fraction of the radius from whose ball the attack starts, > 0: on the clean image itself the
+            gradient of the distance is zero.
+        **attack: see :class:`common.methods.base.AdversarialMethod`.
+    """
+
+    name = "TRADES"
+
+    def __init__(self, eps: float, *, beta: float = 6.0, random_start: float = 0.01, **attack: Any) -> None:
+        if random_start == 0:
+            raise ValueError(
+                "TRADES needs random_start > 0: on the clean image the gradient of its attack is zero, and the attack "
+                "would never leave it"
+            )
+        super().__init__(eps, random_start=random_start, **attack)
+        self.beta = check_positive("beta", beta)
+
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """See :meth:`Method.step`; the ids are not used. The distance joins the two passes, so that they are
+        back-propagated together, ``backward`` or not.
+
+        Raises:
+            TypeError: if the objective gives no predictions.
+        """
+        predictor = predicting(objective, self.name)
+        clean, terms, reference = predictor.loss_and_predictions(images)
+        attacked = self._attack(Distance(predictor, detached(reference)), images, self.eps)
+        adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
+        sync = predictor.distance(reference, predictions).mean()
+        loss = clean + self.beta * sync
+        if backward is not None:
+            backward(loss)
+            loss = loss.detach()
+        logs = {
+            "loss_clean": clean.detach(),
+            "loss_adversarial": adversarial.detach(),
+            "loss_sync": sync.detach(),
+            "nonfinite": attacked.nonfinite.sum(),
+        }
+        return Step(loss, logs, terms.detach(), attacked.images)
+
+
+class Distance:
+    """The objective of an attack that pushes predictions away from those on the clean images: K = 1."""
+
+    names = ("distance",)
+
+    def __init__(self, objective: PredictingObjective, reference: Any) -> None:
+        self.objective, self.reference = objective, reference
+        self.model = model_of(objective)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The distance, (B, 1)."""
+        return self.objective.distance(self.reference, self.objective.predictions(images))[:, None]
+
+
+def detached(predictions: Any) -> Any:
+    """Predictions without gradients, in whatever nest of lists, tuples and dicts they come."""
+    if isinstance(predictions, Tensor):
+        return predictions.detach()
+    if isinstance(predictions, dict):
+        return {key: detached(value) for key, value in predictions.items()}
+    if isinstance(predictions, (list, tuple)):
+        return type(predictions)(detached(value) for value in predictions)
+    return predictions
