@@ -9,9 +9,8 @@ class is untouched, and the criterion is left out of every copy and checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from common.guard import held_statistics
 from common.methods import AdaptiveRadiusMethod
-from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from common.run import LOG_KEYS, MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from common.settings import is_adaptive
 from common.thresholds import RunningThresholds, Thresholds
 
@@ -369,12 +368,6 @@ def relative_names(files: Sequence[str], root: Any) -> list[str]:
         return list(files)
     start = os.path.join(os.path.abspath(root), "")
     return [Path(os.path.abspath(f)).as_posix().removeprefix(Path(start).as_posix() + "/") for f in files]
-
-
-def fingerprint(ids: Iterable[str]) -> dict[str, Any]:
-    """Tells one set of images from another."""
-    names = sorted(ids)
-    return {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
 def strip_state(path: Path) -> None:

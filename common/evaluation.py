@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,31 @@ Scores = Mapping[str, NDArray[Any]]
 
 Progress = Callable[[int, int, str], None]
 """Called with (passes done, passes in total, what was just done); a pass is a batch at one attack and level."""
+
+
+class Attack(Protocol):
+    """What an evaluation attacks with: a :class:`common.attacks.GradientAttack`, or a dataclass that is called alike.
+
+    Its fields are what an evaluation's numbers depend on.
+    """
+
+    @property
+    def norm(self) -> float:
+        """2 or inf."""
+        ...
+
+    def __call__(
+        self,
+        objective: Any,
+        images: Tensor,
+        radius: float,
+        /,
+        *,
+        bounds: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
+        """Attacks a batch; the result has terms."""
+        ...
 
 
 def parse_attacks(names: Iterable[str], *, norm: float = 2) -> dict[str, GradientAttack]:
@@ -141,7 +166,7 @@ class Evaluation:
     """
 
     configuration: Mapping[str, Any]
-    attacks: Mapping[str, GradientAttack]
+    attacks: Mapping[str, Attack]
     levels: tuple[float, ...]
     ids: tuple[str, ...]
     clean: Condition
@@ -171,7 +196,7 @@ class Evaluation:
 
 def evaluate(
     batches: Sequence[EvaluationBatch],
-    attacks: Mapping[str, GradientAttack],
+    attacks: Mapping[str, Attack],
     levels: Sequence[float],
     *,
     bounds: tuple[float, float] | None = None,
@@ -258,7 +283,7 @@ def evaluate(
 def evaluate_with_bar(
     name: str,
     batches: Sequence[EvaluationBatch],
-    attacks: Mapping[str, GradientAttack],
+    attacks: Mapping[str, Attack],
     levels: Sequence[float],
     *,
     folder: Path,
@@ -290,7 +315,7 @@ def evaluate_with_bar(
 
 def attack_batch(
     batch: LoadedBatch,
-    attacks: Mapping[str, GradientAttack],
+    attacks: Mapping[str, Attack],
     name: str,
     level: float,
     *,
@@ -307,7 +332,7 @@ def attack_batch(
 
 def at_levels(
     batch: LoadedBatch,
-    attack: GradientAttack,
+    attack: Attack,
     levels: Sequence[float],
     *,
     bounds: tuple[float, float] | None = None,
@@ -334,7 +359,7 @@ def at_levels(
 def _measure(
     number: int,
     batch: EvaluationBatch,
-    attacks: Mapping[str, GradientAttack],
+    attacks: Mapping[str, Attack],
     passes: Sequence[tuple[str, float]],
     bounds: tuple[float, float] | None,
     seed: int,
@@ -382,9 +407,9 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.numpy().copy()  # a host may use the memory again
 
 
-def _settings(attack: GradientAttack) -> dict[str, Any]:
+def _settings(attack: Attack) -> dict[str, Any]:
     """The attack's settings for JSON, which has no infinity."""
-    settings = asdict(attack)
+    settings = asdict(cast(Any, attack))
     return {**settings, "norm": "inf" if attack.norm == float("inf") else attack.norm}
 
 

@@ -7,8 +7,9 @@ A host calls, in this order: :meth:`MethodRun.begin_epoch`, :meth:`MethodRun.ste
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -89,6 +90,7 @@ class MethodRun:
             self.method.load_state_dict(self._snapshot[1])
             lines.append(f"Epoch {epoch + 1} begins again: margins and thresholds are back at its start")
         else:
+            self.method.begin_epoch()
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
         self.warming_up = epoch < self.warmup_epochs
@@ -235,6 +237,12 @@ def load_thresholds(settings: MethodSettings, path: str, names: Sequence[str]) -
     found.require(names, origin)
     taken = found.by_rule(settings.rule, origin)
     return taken, "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+
+
+def fingerprint(ids: Iterable[str]) -> dict[str, Any]:
+    """Tells one set of samples from another."""
+    names = sorted(ids)
+    return {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
 def _warmup(name: str, settings: MethodSettings, thresholds: Thresholds | RunningThresholds | None, epochs: int) -> int:

@@ -29,8 +29,36 @@ S = TypeVar("S", bound="MethodSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """What a training method needs to know, on every host.
+class AttackSettings:
+    """The attack of a training.
+
+    Attributes:
+        steps: gradient steps (both papers: 20).
+        step_scale: a in alpha = a * radius / steps.
+        norm: 2 or inf.
+        random_start: fraction of the radius from whose ball an attack starts; TRADES, which cannot start on the clean
+            image, takes 0.01 for 0.
+        bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    steps: int = 20
+    step_scale: float = 4.0
+    norm: float = 2.0
+    random_start: float = 0.0
+    bounds: tuple[float, float] | Literal["sample"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        GradientAttack(self.steps, self.step_scale, self.norm, self.random_start)
+        check_bounds(self.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSettings:
+    """The numbers and choices of the training methods, apart from their attack.
 
     Attributes:
         eps: radius of the noise of AT, SAT and TRADES, and first size of DPAAT, >= 0; None: the host's default.
@@ -44,12 +72,6 @@ class MethodSettings:
         sync_weight: weight of DPAAT's synchronisation loss, >= 0.
         average: what DPAAT compares a loss increase with, the mean over the "batch" or over the "epoch" so far.
         beta: weight of TRADES' distance, > 0.
-        steps: gradient steps of the training attack (both papers: 20).
-        step_scale: a in alpha = a * radius / steps.
-        norm: 2 or inf.
-        random_start: fraction of the radius from whose ball an attack starts; TRADES, which cannot start on the clean
-            image, takes 0.01 for 0.
-        bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
         thresholds: "auto", or the path of a thresholds file (AMAT).
         rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
             file was made, and "mean" where there is none.
@@ -73,11 +95,6 @@ class MethodSettings:
     sync_weight: float = 1.0
     average: Literal["batch", "epoch"] = "batch"
     beta: float = 6.0
-    steps: int = 20
-    step_scale: float = 4.0
-    norm: float = 2.0
-    random_start: float = 0.0
-    bounds: tuple[float, float] | Literal["sample"] | None = None
     thresholds: str = "auto"
     rule: str | None = None
     warmup_epochs: int | None = None
@@ -85,9 +102,6 @@ class MethodSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_norm(self.norm))
-        GradientAttack(self.steps, self.step_scale, self.norm, self.random_start)
-        check_bounds(self.bounds)
         if self.rule is not None:
             std_factor(self.rule)
         for name in ("delta", "margin_max", "beta"):
@@ -103,6 +117,19 @@ class MethodSettings:
         value = getattr(self, name)
         if value is not None:
             check_positive(name, value, zero=zero)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(AttackSettings, RuleSettings):
+    """What a training method needs to know, on every host: the fields of both bases.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        RuleSettings.__post_init__(self)
+        AttackSettings.__post_init__(self)
 
     def method(self, name: str, thresholds: Thresholds | RunningThresholds | None = None) -> Method:
         """The training method of that name with these settings.

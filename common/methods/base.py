@@ -70,8 +70,11 @@ class Method(ABC):
         if state.get("method") != self.name:
             raise ValueError(f"the saved state is of the method {state.get('method')!r}, this run trains {self.name!r}")
 
+    def begin_epoch(self) -> None:  # noqa: B027 - most methods do not know of epochs
+        """Called before the first step of every epoch."""
+
     def merge(self) -> None:  # noqa: B027 - most methods have nothing to exchange
-        """Makes the state of all processes equal; at the end of an epoch, on all of them."""
+        """Makes the state of all processes equal; on all of them, once an epoch and before a state is saved."""
 
 
 class AdversarialMethod(Method):

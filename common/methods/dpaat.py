@@ -36,7 +36,7 @@ class DPAAT(AdaptiveRadiusMethod):
         sync_weight: lambda, weight of the synchronisation loss. 0 leaves it out (an ablation), and any objective will
             do; otherwise it must be a :class:`common.objective.PredictingObjective`.
         average: what dL_i is compared with: the mean of the "batch" (of all processes together), or the running mean
-            over the "epoch", that is since the last :meth:`merge`.
+            over the "epoch" so far.
         **attack: see :class:`common.methods.base.AdversarialMethod`.
 
     Raises:
@@ -128,9 +128,8 @@ class DPAAT(AdaptiveRadiusMethod):
         super().load_state_dict(state)
         self._seen = torch.tensor(state["increases"])
 
-    def merge(self) -> None:
-        """Makes the sizes of all processes equal, and begins a new running mean."""
-        super().merge()
+    def begin_epoch(self) -> None:
+        """Begins a new running mean."""
         self._seen = torch.zeros(2)
 
 

@@ -57,6 +57,7 @@ class View:
         prediction: label map (H, W) of integers, 0 for background; None where the prediction is no map.
         note: short text under the picture, such as "Dice 0.61" or a predicted class.
         boxes: detections (n, 5): label > 0, and x1, y1, x2, y2 in pixels of the image; None where there are none.
+        heat: what the prediction rests on, (H, W) in [0, 1], such as Grad-CAM; None for none.
     """
 
     model: str
@@ -66,6 +67,7 @@ class View:
     prediction: Array | None = None
     note: str = ""
     boxes: Array | None = None
+    heat: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class ExamplePictures:
         if example.image.ndim not in (2, 3) or example.image.shape[2:] not in ((), (3,)):
             raise ValueError(f"the image of {example.sample} must be (H, W) or (H, W, 3), got {example.image.shape}")
         images = [example.image, *(view.image for view in example.views)]
-        maps = [example.truth, *(view.prediction for view in example.views)]
+        maps = [example.truth, *(m for view in example.views for m in (view.prediction, view.heat))]
         shapes = {image.shape for image in images} | {
             (*m.shape, *example.image.shape[2:]) for m in maps if m is not None
         }
@@ -209,6 +211,16 @@ class ExamplePictures:
     def prediction(self, view: View) -> bytes:
         """The image as attacked, under its predicted labels, with the outline of the true ones in white."""
         return self._picture(view.image, view.prediction, self.example.truth, view.boxes)
+
+    def heat(self, view: View) -> bytes:
+        """The image as attacked, under what the prediction rests on: from none (dark blue) to much (yellow)."""
+        from matplotlib import colormaps
+
+        assert view.heat is not None
+        pixels = np.clip((self._resize(view.image) - self.low) / self.window, 0, 1)
+        grey = pixels if pixels.ndim == 2 else pixels.mean(2)
+        colours = colormaps["plasma"](self._resize(np.clip(view.heat, 0, 1)))[..., :3]
+        return _encode(((0.45 * grey[..., None] + 0.55 * colours) * 255).round().astype(np.uint8))
 
     def noise(self, view: View) -> bytes:
         """The perturbation, amplified; middle grey is none."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import common
+from common.attacks import GradientAttack
 from common.evaluation import Condition
 from common.report import figures
 from common.report.figures import Example, ExamplePictures
@@ -162,7 +163,7 @@ def _effort(entry: Entry) -> dict[str, Any]:
     evaluation = entry.evaluation
     return {
         name: {
-            "gradients_per_image": attack.steps * attack.restarts,
+            "gradients_per_image": attack.steps * attack.restarts if isinstance(attack, GradientAttack) else None,
             "seconds": [evaluation.at(name, level).seconds for level in evaluation.levels[1:]],
             "mean_norm": [_number(evaluation.at(name, level).norm.mean()) for level in evaluation.levels[1:]],
             "nonfinite_steps": [int(evaluation.at(name, level).nonfinite.sum()) for level in evaluation.levels[1:]],
@@ -270,6 +271,8 @@ def _example(example: Example, labels: Sequence[int]) -> dict[str, Any]:
         pictures = [(_uri(draw.prediction(view)), f"{about}: {view.note or 'prediction'}")]
         if view.level > 0:
             pictures.append((_uri(draw.noise(view)), f"{about}: the noise, amplified {draw.amplification:g} times"))
+        if view.heat is not None:
+            pictures.append((_uri(draw.heat(view)), f"{about}: what the prediction rests on"))
         strips.setdefault(view.model, []).append((caption, view.note, pictures))
     return {
         "sample": example.sample,

@@ -1,0 +1,217 @@
+"""How the decisions of trained classifiers suffer under attack: accuracy, mAP, and what the decisions rest on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from adv_classify.data import ClassificationData, ImageDataset
+from adv_classify.external import TorchAttack, torch_attack
+from adv_classify.gradcam import GradCam, agreement
+from adv_classify.module import RobustClassifier, mean_average_precision
+from adv_classify.objective import ClassificationObjective
+from common.attacks import GradientAttack
+from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels, parse_attacks
+from common.lightning import MARGINS
+from common.report import Example, Metric, View
+
+Attack = GradientAttack | TorchAttack
+BOUNDS = (0.0, 1.0)
+
+
+@dataclass
+class TrainedModel:
+    """A trained classifier, ready to be attacked."""
+
+    name: str
+    path: Path
+    network: torch.nn.Module
+    dataset: ImageDataset
+    device: torch.device
+    margins: np.ndarray | None
+    cam: GradCam | None
+    batch_size: int
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """Images, labels and ids on the device."""
+        batch = default_collate([self.dataset[i] for i in indices])
+        return batch["image"].to(self.device), batch["label"].to(self.device), batch["id"]
+
+
+def load_model(
+    name: str, path: str | Path, data: ClassificationData, split: str, device: torch.device, *, gradcam: bool = True
+) -> TrainedModel:
+    """A trained model and the images that it is evaluated on.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is no checkpoint of ours, or of other classes or channels than the data.
+    """
+    path = Path(path)
+    model = RobustClassifier.from_checkpoint(path)
+    channels = int(model.hparams["channels"])
+    if model.num_classes != data.num_classes or channels != data.channels:
+        raise ValueError(
+            f"{path} predicts {model.num_classes} classes from {channels} channel(s), the data has {data.num_classes} "
+            f"classes and {data.channels} channel(s)"
+        )
+    network, dataset = model.network.to(device), data.dataset(split)
+    cam = GradCam(network, dataset[0]["image"][None].to(device)) if gradcam else None
+    return TrainedModel(name, path, network, dataset, device, read_margins(path), cam, data.batch_size)
+
+
+def read_margins(path: Path) -> np.ndarray | None:
+    """Noise levels of the training beside a checkpoint, in the run's folder."""
+    file = path.parent.parent / MARGINS
+    if not file.is_file():
+        return None
+    with file.open(newline="", encoding="utf-8") as lines:
+        values = np.array([float(row["margin"]) for row in csv.DictReader(lines)])
+    return values if values.size and np.isfinite(values).all() else None
+
+
+def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
+    """Our attacks and those of torchattacks by their names.
+
+    Raises:
+        ValueError: for a name that is none, or given twice.
+    """
+    attacks: dict[str, Attack] = {}
+    for name in names:
+        if name in attacks:
+            raise ValueError(f"attack {name!r} is given twice")
+        own = name.startswith(("pgd", "ifgsm"))
+        attacks[name] = parse_attacks([name], norm=norm)[name] if own else torch_attack(name, norm)
+    return attacks
+
+
+def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
+    """The images in batches, or ``limit`` of them at even distances."""
+    ids = model.dataset.samples.ids
+    chosen = list(range(len(ids)))
+    if limit is not None and limit < len(chosen):
+        chosen = [int(i) for i in np.linspace(0, len(chosen) - 1, limit)]
+    parts = [chosen[i : i + model.batch_size] for i in range(0, len(chosen), model.batch_size)]
+    return [EvaluationBatch([ids[i] for i in part], partial(load, model, part)) for part in parts]
+
+
+def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
+    """Images of the data set as a batch ready to be attacked."""
+    images, labels, _ = model.read(indices)
+    explained = Explained(model, images)
+    return LoadedBatch(images, ClassificationObjective(model.network, labels), partial(score, model, labels, explained))
+
+
+class Explained:
+    """Grad-CAM of a batch: the class that is predicted on the clean image, and its map there."""
+
+    def __init__(self, model: TrainedModel, images: Tensor) -> None:
+        self.cam = model.cam
+        if self.cam is not None:
+            with torch.no_grad():
+                self.classes = model.network(images).argmax(1)
+            self.clean = self.cam(images, self.classes)
+
+    def agreement(self, images: Tensor) -> Tensor:
+        """How alike the maps of clean and attacked images are, (B,); NaN without Grad-CAM."""
+        if self.cam is None:
+            return torch.full((len(images),), torch.nan, dtype=torch.float64)
+        return agreement(self.clean, self.cam(images, self.classes))
+
+
+def score(model: TrainedModel, labels: Tensor, explained: Explained, images: Tensor) -> dict[str, Tensor]:
+    """``probability`` (B, classes), ``label`` (B,) and ``cam`` (B,), the agreement of the Grad-CAM maps."""
+    probability = model.network(images).float().softmax(1)
+    return {"probability": probability, "label": labels, "cam": explained.agreement(images)}
+
+
+def metrics(gradcam: bool = True) -> list[Metric]:
+    """Accuracy, balanced accuracy, mAP, and the agreement of Grad-CAM."""
+    found = [
+        Metric("mAP", mean_ap, description="Mean over classes of average precision; its mean over levels is mARP."),
+        Metric("accuracy", accuracy, description="Share of images whose class is predicted.", per_sample=correct),
+        Metric("balanced accuracy", balanced_accuracy, description="Mean over classes of the share that is predicted."),
+    ]
+    if gradcam:
+        found.append(
+            Metric(
+                "Grad-CAM agreement",
+                lambda scores: float(np.clip(np.nanmean(scores["cam"]), 0, 1)),
+                description="Mean correlation of the Grad-CAM maps of clean and attacked image, for the class that is "
+                "predicted on the clean one; images whose map is empty are left out.",
+                per_sample=lambda scores: scores["cam"],
+            )
+        )
+    return found
+
+
+def mean_ap(scores: Scores) -> float:
+    """MAP of stored scores."""
+    probability, label = torch.from_numpy(scores["probability"]), torch.from_numpy(scores["label"])
+    return float(mean_average_precision(probability, label))
+
+
+def correct(scores: Scores) -> np.ndarray:
+    """1 where the class is predicted, else 0; (N,)."""
+    return (scores["probability"].argmax(1) == scores["label"]).astype(np.float64)
+
+
+def accuracy(scores: Scores) -> float:
+    """Share of images whose class is predicted."""
+    return float(correct(scores).mean())
+
+
+def balanced_accuracy(scores: Scores) -> float:
+    """Mean over the classes that occur of the share that is predicted."""
+    right, label = correct(scores), scores["label"]
+    return float(np.mean([right[label == k].mean() for k in np.unique(label)]))
+
+
+def make_examples(
+    models: Sequence[TrainedModel],
+    class_names: Sequence[str],
+    attack: tuple[str, Attack],
+    levels: Sequence[float],
+    *,
+    number: int = 3,
+    seed: int = 0,
+) -> list[Example]:
+    """Images at even distances, clean and attacked, with the predicted classes and Grad-CAM of every model."""
+    name, method = attack
+    dataset = models[0].dataset
+    chosen = [int(i) for i in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
+    examples = []
+    for index in chosen:
+        views: list[View] = []
+        for model in models:
+            images, labels, _ = model.read([index])
+            explained, loaded = Explained(model, images), load(model, [index])
+            for level, attacked in at_levels(loaded, method, levels, bounds=BOUNDS, seed=seed):
+                with torch.no_grad():
+                    probability = model.network(attacked).float().softmax(1)[0]
+                best = int(probability.argmax())
+                note = f"{class_names[best]} {float(probability[best]):.0%}"
+                heat = None
+                if model.cam is not None:
+                    found = model.cam(attacked, explained.classes)[0]
+                    heat = (found / found.max().clamp_min(1e-12)).cpu().numpy()
+                views.append(
+                    View(model.name, name if level > 0 else "", level, picture(attacked), note=note, heat=heat)
+                )
+        truth = class_names[int(labels[0])]
+        examples.append(Example(f"{dataset.samples.ids[index]} ({truth})", picture(images), None, views))
+    return examples
+
+
+def picture(images: Tensor) -> np.ndarray:
+    """The first image, (H, W) or (H, W, 3)."""
+    image = images[0].permute(1, 2, 0).cpu().numpy()
+    return image[..., 0] if image.shape[2] == 1 else image

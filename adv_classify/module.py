@@ -1,0 +1,228 @@
+"""The LightningModule: a timm network, trained by a method of the core."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_average_precision
+
+from adv_classify import thresholds as standard
+from adv_classify.network import Network, make_network
+from adv_classify.objective import ClassificationObjective
+from common.attacks import GradientAttack
+from common.lightning import Method, RobustModule, plain
+from common.settings import AttackSettings, MethodSettings
+from common.thresholds import Thresholds
+
+PREDICTIONS = "predictions.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(AttackSettings):
+    """The attack of the training, on images in [0, 1]; see :class:`common.settings.AttackSettings`."""
+
+    bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)
+
+
+# Defaults, per value of an image: a noise that no eye sees. In L2 the norm grows with the square root of the number of
+# values; 4/255 in every value is the level most work on Linf begins with, and 1/255 of it AMAT's step.
+_EPS_PER_VALUE, _DELTA_PER_VALUE = 2 / 255, 0.5 / 255
+_LINF_EPS, _LINF_DELTA = 4 / 255, 1 / 255
+
+
+class RobustClassifier(RobustModule):
+    """A timm network that is trained by a method, on images in [0, 1].
+
+    Args:
+        network: the network.
+        method: the training method. ``eps`` None: 2/255 of every value (4/255 in Linf); ``delta`` None: 0.5/255
+            (1/255 in Linf).
+        attack: its attack.
+        class_weights: "balanced" weighs the loss of every class by its inverse frequency.
+        label_smoothing: of the training loss.
+        lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
+        weight_decay: of the default optimizer.
+        validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
+            none.
+        num_classes: from the data.
+        channels: from the data.
+        class_counts: from the data.
+    """
+
+    def __init__(
+        self,
+        network: Network = Network(),  # noqa: B008 - frozen
+        method: Method = Method(),  # noqa: B008
+        attack: Attack = Attack(),
+        *,
+        class_weights: Literal["none", "balanced"] = "none",
+        label_smoothing: float = 0.0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        validation_steps: int = 0,
+        num_classes: int,
+        channels: int = 3,
+        class_counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(method, attack, ClassificationObjective.names)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if class_weights == "balanced" and class_counts is None:
+            raise ValueError("class_weights 'balanced' needs class_counts, the number of training images of each class")
+        given = {"network": network, "method": method, "attack": attack, "class_weights": class_weights}
+        given |= {"label_smoothing": label_smoothing, "lr": lr, "weight_decay": weight_decay}
+        given |= {"validation_steps": validation_steps, "num_classes": num_classes, "channels": channels}
+        self.save_hyperparameters(plain({**given, "class_counts": None if class_counts is None else [*class_counts]}))
+        self.network = make_network(network, num_classes, channels)
+        self.label_smoothing, self.lr, self.weight_decay = label_smoothing, lr, weight_decay
+        self.validation_steps, self.num_classes = validation_steps, num_classes
+        weight = None
+        if class_weights == "balanced":
+            assert class_counts is not None
+            weight = sum(class_counts) / (num_classes * torch.tensor([float(count) for count in class_counts]))
+        self.register_buffer("class_weight", weight, persistent=False)
+        self._scored: list[dict[str, Tensor]] = []
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> RobustClassifier:
+        """A trained classifier, on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no checkpoint of ours.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+        if "network" not in found or "num_classes" not in found:
+            raise ValueError(f"{path} is no checkpoint of adv-classify")
+        given = {key: value for key, value in found.items() if not key.startswith("_")}
+        attack = dict(given.pop("attack"))
+        if isinstance(attack.get("bounds"), list):
+            attack["bounds"] = tuple(attack["bounds"])
+        network = replace(Network(**given.pop("network")), weights=None)  # they are in the checkpoint
+        model = cls(network, Method(**given.pop("method")), Attack(**attack), **given)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (B, classes), of images (B, C, H, W) in [0, 1]."""
+        return self.network(images)
+
+    # Training
+
+    def objective(self, batch: dict[str, Any]) -> tuple[ClassificationObjective, Tensor, Sequence[str]]:
+        """See :meth:`RobustModule.objective`."""
+        objective = ClassificationObjective(
+            self.network, batch["label"], weight=self.class_weight, label_smoothing=self.label_smoothing
+        )
+        return objective, batch["image"], batch["id"]
+
+    def on_fit_start(self) -> None:
+        """Fills the defaults in that depend on the size of the images."""
+        image = self.trainer.datamodule.dataset("train")[0]["image"]  # type: ignore[attr-defined]
+        self.settings = resolved(self.settings, image.numel())
+        super().on_fit_start()
+
+    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
+        """See :meth:`RobustModule.measure_thresholds`."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return standard.measure(path, data, rule=rule, device=self.device)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a cosine schedule; a configuration may name others."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Validation, test, prediction
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Scores a batch, clean and, with ``validation_steps``, attacked."""
+        scores = {"label": batch["label"], "clean": self(batch["image"]).float().softmax(1)}
+        if self.validation_steps:
+            settings = resolved(self.settings, batch["image"][0].numel())
+            assert settings.eps is not None
+            attack = GradientAttack(self.validation_steps, 2.5, settings.norm)
+            objective = ClassificationObjective(self.network, batch["label"])
+            attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
+            scores["attacked"] = self(attacked).float().softmax(1)
+        self._scored.append(scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs accuracy and mAP."""
+        self._log_scores("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        if not self._scored:
+            return
+        scores = {name: torch.cat([part[name] for part in self._scored]) for name in self._scored[0]}
+        self._scored = []
+        if self.trainer.world_size > 1:
+            scores = {name: torch.cat(_gathered(value)) for name, value in scores.items()}
+        for kind, prefix in (("clean", ""), ("attacked", "robust_")):
+            if kind in scores:
+                label, probabilities = scores["label"], scores[kind]
+                accuracy = (probabilities.argmax(1) == label).float().mean()
+                values = {f"{split}/{prefix}accuracy": accuracy}
+                values[f"{split}/{prefix}mAP"] = mean_average_precision(probabilities, label)
+                self.log_dict(values, prog_bar=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Probabilities and ids."""
+        return {"id": batch["id"], "probability": self(batch["image"]).float().softmax(1)}
+
+
+def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """mAP: the mean over the classes that occur of the average precision of one class against the others."""
+    classes = probabilities.shape[1]
+    present = torch.bincount(labels, minlength=classes) > 0
+    precision = multiclass_average_precision(probabilities, labels, classes, average=None, validate_args=False)
+    return precision[present].mean()
+
+
+def resolved(settings: MethodSettings, values: int) -> MethodSettings:
+    """Settings with the defaults that depend on the number of values of an image filled in."""
+    size = 1.0 if settings.norm == math.inf else math.sqrt(values)
+    eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (_EPS_PER_VALUE, _DELTA_PER_VALUE)
+    return replace(
+        settings,
+        eps=round(eps * size, 4) if settings.eps is None else settings.eps,
+        delta=round(delta * size, 5) if settings.delta is None else settings.delta,
+    )
+
+
+def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Writes the columns id, prediction and one probability for each class."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "prediction", *names))
+        for batch in batches:
+            for sample, row in zip(batch["id"], batch["probability"].tolist(), strict=True):
+                writer.writerow((sample, names[row.index(max(row))], *(f"{value:.6f}" for value in row)))
+
+
+def _gathered(value: Tensor) -> list[Tensor]:
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value.cpu())
+    return parts
+
+
+__all__ = ["Attack", "Method", "Network", "RobustClassifier"]

@@ -1,0 +1,128 @@
+"""A timm network that takes images in [0, 1]: the normalisation is inside, so that noise has the image's own units."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network.
+
+    Attributes:
+        name: any model of timm that classifies, such as resnet18.
+        weights: a file of weights to begin with (.pth, .safetensors, or a .ckpt of ours); its classification layer is
+            left out if it has other classes. Nothing is downloaded.
+        mean: of the normalisation, one number per channel; None: what the model was made for.
+        std: of the normalisation; None: what the model was made for.
+        drop_rate: dropout before the classification layer.
+    """
+
+    name: str = "resnet18"
+    weights: str | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    drop_rate: float = 0.0
+
+
+class NormalizedClassifier(nn.Module):
+    """A classifier of normalised images, made a classifier of images in [0, 1].
+
+    Args:
+        model: the classifier.
+        mean: one number per channel.
+        std: one number per channel, > 0.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(f"mean and std need one number per channel, std > 0, got mean {mean}, std {std}")
+        self.model = model
+        self.register_buffer("mean", torch.tensor([float(x) for x in mean]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor([float(x) for x in std]).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (B, classes), of images (B, C, H, W) in [0, 1]."""
+        return self.model((images - self.mean) / self.std)
+
+
+def make_network(network: Network, classes: int, channels: int) -> NormalizedClassifier:
+    """The network, with its weights if it names some.
+
+    Raises:
+        ValueError: for a name that timm does not know, with the nearest ones, or weights of another network.
+        FileNotFoundError: if there is no file of weights.
+    """
+    if not timm.is_model(network.name):
+        near = difflib.get_close_matches(network.name, timm.list_models(), 5, 0.5)
+        raise ValueError(
+            f"timm has no model {network.name!r}"
+            + (f"; near names are {', '.join(near)}" if near else "; see timm.list_models()")
+        )
+    try:
+        model = timm.create_model(
+            network.name, pretrained=False, num_classes=classes, in_chans=channels, drop_rate=network.drop_rate
+        )
+    except TypeError as error:
+        raise ValueError(f"the model {network.name} cannot be made as a classifier: {error}") from error
+    if network.weights is not None:
+        load_weights(model, network.weights)
+    made_for = model.pretrained_cfg
+    mean = tuple(network.mean or _per_channel(made_for.get("mean"), channels, 0.5))
+    std = tuple(network.std or _per_channel(made_for.get("std"), channels, 0.25))
+    if len(mean) != channels:
+        raise ValueError(f"mean has {len(mean)} number(s) for images of {channels} channel(s)")
+    return NormalizedClassifier(model, mean, std)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads weights from a file of timm, of PyTorch, or a checkpoint of ours.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if they are of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        found: dict[str, Any] = load_file(path)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content.get("state_dict", content)
+    for prefix in ("network.model.", "model.", "module."):
+        if any(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    own = model.state_dict()
+    fitting = {key: value for key, value in found.items() if key in own and value.shape == own[key].shape}
+    head = {key for key in own if key.startswith(tuple(_head_names(model)))}
+    missing = sorted(own.keys() - fitting.keys() - head)
+    if missing:
+        raise ValueError(
+            f"{path} holds weights of another network: {len(missing)} of {len(own)} tensors are missing or have "
+            f"another shape, such as {', '.join(missing[:3])}"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    names = model.pretrained_cfg.get("classifier") or "fc"
+    return [f"{name}." for name in ([names] if isinstance(names, str) else names)]
+
+
+def _per_channel(values: Sequence[float] | None, channels: int, default: float) -> list[float]:
+    """The model's own numbers where the channels fit, their mean for grey images, or a default."""
+    if values is None or channels not in (1, len(values)):
+        return [default] * channels
+    return list(values) if channels == len(values) else [sum(values) / len(values)]

@@ -1,0 +1,216 @@
+"""What the two Lightning hosts share: a module whose loss is asked of a training method.
+
+The one module of ``common`` that imports a host framework, and is imported by nothing else in ``common``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from common.methods import AdaptiveRadiusMethod
+from common.objective import Objective
+from common.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
+from common.settings import AttackSettings, MethodSettings, RuleSettings
+from common.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
+
+STATE = "advmed"
+"""Key of our state in a checkpoint; plain values."""
+FILE = "adversarial.yaml"
+"""The resolved settings, in the run's folder."""
+MARGINS = "margins.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(RuleSettings):
+    """The training method and its numbers.
+
+    Attributes:
+        name: STD, AT, SAT, AMAT, TRADES or DPAAT.
+    """
+
+    name: Literal["STD", "AT", "SAT", "AMAT", "TRADES", "DPAAT"] = "STD"
+
+    def with_attack(self, attack: AttackSettings) -> MethodSettings:
+        """The two sections of a configuration as one."""
+        own = {field.name: getattr(self, field.name) for field in fields(RuleSettings)}
+        return MethodSettings(**own, **{field.name: getattr(attack, field.name) for field in fields(AttackSettings)})
+
+
+class RobustModule(LightningModule):
+    """A LightningModule that trains by a method of :mod:`common.methods`.
+
+    Optimizer, schedule, precision, gradient accumulation, logging, checkpoints and several processes stay Lightning's.
+    A subclass gives :meth:`objective` and calls the hooks of this class where it overrides them.
+
+    Args:
+        method: the training method.
+        attack: its attack.
+        terms: the names of the loss terms.
+        default_rule: how thresholds are made where the settings do not say.
+    """
+
+    run: MethodRun | None
+
+    def __init__(
+        self, method: Method, attack: AttackSettings, terms: Sequence[str], default_rule: str = DEFAULT_RULE
+    ) -> None:
+        super().__init__()
+        self.method_name, self.settings = method.name, method.with_attack(attack)
+        self.terms, self.default_rule = tuple(terms), default_rule
+        if self.settings.backward != "together":
+            raise ValueError(
+                "backward 'sequential' is not to be had with Lightning, which back-propagates one loss a step; use "
+                "'together', and accumulate_grad_batches against a lack of memory"
+            )
+        self.run = None
+        self._state: dict[str, Any] | None = None
+
+    @abstractmethod
+    def objective(self, batch: Any) -> tuple[Objective, Tensor, Sequence[str]]:
+        """The objective of a batch, its images and its sample ids."""
+
+    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
+        """Thresholds from a trained model of the host's, in one process.
+
+        Raises:
+            ValueError: unless a subclass knows how.
+        """
+        raise ValueError(f"{path}: name a thresholds file (.json), or 'auto'")
+
+    # The run
+
+    def on_fit_start(self) -> None:
+        """Sets the method up: whatever is wrong with the settings is said before the first step."""
+        ids = self._sample_ids()
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(f"adversarial training needs to know its length in epochs: set max_epochs, got {epochs}")
+        state = self._state
+        if state is not None:
+            self._check_state(state, ids)
+        self.run = MethodRun(self.method_name, self.settings, self._thresholds(state, len(ids)), epochs=epochs)
+        lines = [] if state is None else self.run.load_state_dict(state)
+        for line in [*lines, *self.run.outlook(len(ids), len(ids), "images")]:
+            say(line)
+        if (folder := self._folder()) is not None:
+            notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
+            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(plain(asdict(self.settings)), sort_keys=False)
+            (folder / FILE).write_text(notes + text, encoding="utf-8")
+
+    def on_train_epoch_start(self) -> None:
+        """Ends the clean warm-up when it is over."""
+        assert self.run is not None
+        for line in self.run.begin_epoch(self.current_epoch):
+            say(line)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The method's loss."""
+        assert self.run is not None
+        objective, images, ids = self.objective(batch)
+        step = self.run.step(objective, images, ids)
+        self.log("train/loss", step.loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
+        return step.loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Makes the ranks' noise levels equal before a checkpoint is written, which happens after validation."""
+        if self.run is not None and not self.trainer.sanity_checking:
+            self.run.method.merge()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs what the epoch was; writes the noise levels down."""
+        assert self.run is not None
+        values = self.run.end_epoch()
+        known = {f"adv/{key}": value for key, value in values.items() if value == value}
+        self.log_dict(known, sync_dist=True, rank_zero_only=False)
+        if values["nonfinite"] > 0:
+            say(
+                f"WARNING: {int(values['nonfinite'])} attack step(s) were skipped because a gradient was not finite. "
+                f"A few are harmless; if they persist, train with precision 32."
+            )
+        if isinstance(self.run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
+            self.run.method.store.to_csv(folder / MARGINS)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Our state rides along, in plain values."""
+        if self.run is not None:
+            checkpoint[STATE] = self.run.state_dict() | {"images": fingerprint(self._sample_ids())}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the state for a resumed run."""
+        self._state = checkpoint.get(STATE)
+
+    def _check_state(self, state: dict[str, Any], ids: Sequence[str]) -> None:
+        made_by = state["method"]["method"]
+        if made_by != self.method_name:
+            raise ValueError(
+                f"the checkpoint is of a run of {made_by}, it cannot be resumed with {self.method_name}. To start from "
+                f"its weights, name it as the network's weights instead"
+            )
+        now = fingerprint(ids)
+        if now != state["images"]:
+            raise ValueError(
+                f"the training images are not those of the checkpoint ({state['images']['count']} then, "
+                f"{now['count']} now): restore them, or start a new training"
+            )
+
+    def _thresholds(self, state: dict[str, Any] | None, samples: int) -> Thresholds | RunningThresholds | None:
+        if self.method_name != "AMAT":
+            return None
+        running = partial(self_calibrated, self.terms, self.settings, samples, self.default_rule)
+        if state is not None:
+            return saved_thresholds(state, self.terms, running)
+        path = self.settings.thresholds
+        if path == "auto":
+            say("thresholds are self-calibrated: clean epochs first, then the statistics of the clean loss")
+            return running()
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no thresholds file {path}")
+        if Path(path).suffix == ".ckpt":
+            measured = self.measure_thresholds(path, self.settings.rule or self.default_rule)
+            measured.require(self.terms, f"the thresholds of {path}")
+            say(f"thresholds measured on {path}: {measured}")
+            return measured
+        taken, remark = load_thresholds(self.settings, path, self.terms)
+        say(f"thresholds from the file {path}{remark}: {taken}")
+        return taken
+
+    def _sample_ids(self) -> list[str]:
+        """The ids of all training samples, from the data module."""
+        return list(self.trainer.datamodule.train_ids)  # type: ignore[attr-defined]  # Lightning's own declares none
+
+    def _folder(self) -> Path | None:
+        """The run's folder, on the first rank."""
+        folder = self.trainer.log_dir  # on all ranks, as it is agreed upon
+        return Path(folder) if folder is not None and self.trainer.is_global_zero else None
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists: what YAML and a checkpoint without our classes can hold."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def say(line: str) -> None:
+    """A line for the log, once for all processes."""
+    if line.startswith("WARNING: "):
+        rank_zero_warn(line.removeprefix("WARNING: "))
+    else:
+        rank_zero_info(line)
