@@ -30,11 +30,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-yolo test lint format docs clean env
+.PHONY: help demo demo-yolo demo-classify test lint format docs clean env
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
 	@echo 'make demo-yolo  the same with YOLO on real images of blood cells'
+	@echo 'make demo-classify  STD, SAT and DPAAT on real chest X-rays'
 	@echo 'make test    environment, installation, lint, then the whole test suite'
 	@echo 'make lint    formatting, style, and types of common'
 	@echo 'make format  let ruff rewrite formatting and what it can mend by itself'
@@ -48,6 +49,9 @@ demo: $(VENV)/.installed
 
 demo-yolo: $(VENV)/.installed-yolo
 	@$(PY) examples/demo_yolo.py
+
+demo-classify: $(VENV)/.installed-classify
+	@$(PY) examples/demo_classify.py
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
@@ -105,10 +109,15 @@ $(VENV)/.installed-yolo: $(PACKAGING) $(VENV)/.torch
 	@$(PIP) -e '.[yolo]'
 	@touch $@
 
+$(VENV)/.installed-classify: $(PACKAGING) $(VENV)/.torch
+	@echo 'Installing advmed with Lightning and timm'
+	@$(PIP) -e '.[classify]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(PACKAGING) $(VENV)/.torch
-	@echo 'Installing advmed with nnU-Net, Ultralytics and what the tests need'
-	@$(PIP) -e '.[nnunet,yolo,eval,dev]'
-	@touch $(VENV)/.installed $(VENV)/.installed-yolo $@
+	@echo 'Installing advmed with all hosts and what the tests need'
+	@$(PIP) -e '.[nnunet,yolo,classify,eval,dev]'
+	@touch $(VENV)/.installed $(VENV)/.installed-yolo $(VENV)/.installed-classify $@
 
 $(DOCS_VENV)/.made:
 	$(call make-venv,$(DOCS_VENV))

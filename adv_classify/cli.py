@@ -26,12 +26,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (_thresholds if argv[0] == "thresholds" else _evaluate)(argv[1:])
         else:
             _lightning(argv)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not isinstance(error, _mistakes()):
             raise
-        print(f"adv-classify: {error}", file=sys.stderr)
+        print(f"adv-classify: {_message(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What a user's mistake is raised as, by us, by timm (AssertionError), by Lightning and by jsonargparse."""
+    from argparse import ArgumentError
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    own = (OSError, ValueError, TypeError, RuntimeError, AssertionError)
+    return (*own, MisconfigurationException, ArgumentError)
+
+
+def _message(error: BaseException) -> str:
+    """The mistake itself, where jsonargparse reports it as one of several types that the value is not."""
+    while "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 def _lightning(argv: list[str]) -> None:
@@ -48,12 +65,25 @@ def _lightning(argv: list[str]) -> None:
                 {
                     "checkpoint.monitor": "val/mAP",
                     "checkpoint.mode": "max",
-                    "checkpoint.save_last": True,
                     "checkpoint.filename": "best",
                 }
             )
             for name in ("num_classes", "channels", "class_counts"):
                 parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+        def after_instantiate_classes(self) -> None:
+            # The option save_last of a callback that monitors writes a file only when there is a new best.
+            if self.trainer.checkpoint_callbacks:
+                folder = self.trainer.checkpoint_callbacks[0].dirpath
+                last = ModelCheckpoint(
+                    folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+                )
+                self.trainer.callbacks.append(last)
+
+        def _parse_ckpt_path(self) -> None:
+            # Of a checkpoint that is resumed, Lightning would put the settings in the place of the user's.
+            if self.config.get("subcommand") != "fit":
+                super()._parse_ckpt_path()
 
         def predict(self, model: Any, datamodule: Any, **how: Any) -> None:
             found = self.trainer.predict(model, datamodule, **how)
@@ -62,6 +92,7 @@ def _lightning(argv: list[str]) -> None:
             write_predictions(path, found or [], datamodule.class_names)
             print(f"Predictions: {path}")
 
+    quiet = {"exit_on_error": False}  # mistakes are for main to report, without a page of usage
     Command(
         RobustClassifier,
         ClassificationData,
@@ -69,7 +100,7 @@ def _lightning(argv: list[str]) -> None:
         args=None if argv == sys.argv[1:] else argv,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "adv-classify"},
+        parser_kwargs={"prog": "adv-classify", **quiet, **dict.fromkeys(LightningCLI.subcommands(), quiet)},
     )
 
 
@@ -81,7 +112,7 @@ def _parser(command: str, description: str) -> Any:
 
     from adv_classify.data import ClassificationData
 
-    parser = ArgumentParser(prog=f"adv-classify {command}", description=description)
+    parser = ArgumentParser(prog=f"adv-classify {command}", description=description, exit_on_error=False)
     parser.add_argument("--config", type=str, default=None, help="a configuration whose data section is used")
     parser.add_subclass_arguments(
         ClassificationData, "data", required=False, help="the data; default: that of the (first) checkpoint's run"

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
@@ -78,12 +80,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _image(self, index: int) -> Tensor:
         image = self.samples.images[index]
         if isinstance(image, Path):
-            with Image.open(image) as opened:
-                array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
+            try:
+                with Image.open(image) as opened:
+                    array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
+            except OSError as error:
+                raise ValueError(f"{image} cannot be read as an image: {error}") from error
         else:
             array = np.asarray(image)
         tensor = torch.from_numpy(np.array(array, copy=True))
         tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+        if len(tensor) > self.channels:
+            return functional.rgb_to_grayscale(tensor)
         return tensor.expand(3, -1, -1) if len(tensor) < self.channels else tensor
 
 
@@ -115,7 +122,7 @@ class ClassificationData(LightningDataModule):
         rotate: float = 0.0,
         zoom: float = 0.0,
         color: float = 0.0,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        transform: Callable[[Tensor], Any] | None = None,  # with Tensor, jsonargparse would ask for a maker of tensors
         sampler: Literal["shuffle", "balanced"] = "shuffle",
         workers: int = 2,
         seed: int = 0,
@@ -127,10 +134,14 @@ class ClassificationData(LightningDataModule):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.batch_size, self.sampler, self.workers, self.seed = batch_size, sampler, workers, seed
         self.size = (size, size) if isinstance(size, int) else None if size is None else (int(size[0]), int(size[1]))
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be >= 1, got {size}")
         self.transform = transform or augmentation(flip, rotate, zoom, color)
         self.class_names, self.splits = self.read()
         check_samples(self.splits, self.class_names, self.size)
         self.channels = channels or count_channels(self.splits["train"])
+        self._generator = torch.Generator().manual_seed(seed)
+        self._resumed: Tensor | None = None
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """The names of the classes and the samples of each split; called once, before anything else."""
@@ -163,14 +174,16 @@ class ClassificationData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Augmented training images."""
-        generator = torch.Generator().manual_seed(self.seed)
+        self._generator = generator = torch.Generator().manual_seed(self.seed)
+        if self._resumed is not None:
+            generator.set_state(self._resumed)
         sampler = None
         if self.sampler == "balanced":
             labels, counts = self.splits["train"].labels, np.array(self.class_counts)
             sampler = WeightedRandomSampler((1 / counts[labels]).tolist(), len(labels), generator=generator)
         return DataLoader(
             self.dataset("train", augment=True),
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=sampler is None,
             sampler=sampler,
             generator=generator,
@@ -180,15 +193,25 @@ class ClassificationData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation images."""
-        return DataLoader(self.dataset("val"), self.batch_size, **self._workers())
+        return DataLoader(self.dataset("val"), batch_size=self.batch_size, **self._workers())
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test images."""
-        return DataLoader(self.dataset("test"), self.batch_size, **self._workers())
+        return DataLoader(self.dataset("test"), batch_size=self.batch_size, **self._workers())
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test images where there are some, else validation images."""
-        return DataLoader(self.dataset("test" if "test" in self.splits else "val"), self.batch_size, **self._workers())
+        split = "test" if "test" in self.splits else "val"
+        return DataLoader(self.dataset(split), batch_size=self.batch_size, **self._workers())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes a resumed run go on with the order, and in this process the augmentation, of the next epoch."""
+        return {"order": self._generator.get_state(), "augmentation": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        self._resumed = state_dict["order"]
+        torch.set_rng_state(state_dict["augmentation"])
 
     def _workers(self) -> dict[str, Any]:
         return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
@@ -229,6 +252,9 @@ class ImageTable(ClassificationData):
         lacking = [name for name in ("image", "label", "split") if name not in columns]
         if lacking:
             raise ValueError(f"{path} has no column {', '.join(lacking)}; there are {', '.join(columns) or 'no rows'}")
+        short = [i for i, row in enumerate(rows, 2) if None in (row["image"], row["label"], row["split"])]
+        if short:
+            raise ValueError(f"{path} has no image, label or split in line(s) {', '.join(map(str, short))}")
         names, labels = self._labels(path, rows, columns)
         files = self._files([row["image"] for row in rows])
         splits = {}
@@ -298,8 +324,10 @@ class MedMNIST(ClassificationData):
             raise FileNotFoundError(f"there is no file {self.file}")
         try:
             archive = np.load(self.file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"{self.file} is no .npz file: {error}") from error
+        if not isinstance(archive, NpzFile):
+            raise ValueError(f"{self.file} is no .npz file, but one array")
         with archive:
             keys = [f"{split}_{part}" for split in ("train", "val") for part in ("images", "labels")]
             lacking = [key for key in keys if key not in archive.files]
@@ -321,9 +349,11 @@ class MedMNIST(ClassificationData):
                             f"{split}_images of {self.file} must be uint8 of shape (N, H, W) or (N, H, W, 3), got "
                             f"{images.dtype} of shape {images.shape} (volumes are not supported)"
                         )
+                    if len(images) != len(labels):
+                        raise ValueError(f"{self.file} has {len(images)} {split}_images and {len(labels)} labels")
                     ids = [f"{split}/{i:06d}" for i in range(len(images))]
                     splits[split] = Samples(images, labels.reshape(-1).astype(np.int64), ids)
-        count = int(max(int(part.labels.max()) for part in splits.values() if len(part))) + 1
+        count = max((int(part.labels.max()) for part in splits.values() if len(part)), default=-1) + 1
         return list(self.classes or map(str, range(count))), splits
 
 

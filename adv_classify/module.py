@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_average_precision
 
 from adv_classify import thresholds as standard
-from adv_classify.network import Network, make_network
+from adv_classify.network import Network, make_network, read_tensors
 from adv_classify.objective import ClassificationObjective
 from common.attacks import GradientAttack
 from common.lightning import Method, RobustModule, plain
@@ -100,8 +100,8 @@ class RobustClassifier(RobustModule):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no checkpoint {path}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+        checkpoint = read_tensors(Path(path))
+        found = checkpoint.get("hyper_parameters", {})
         if "network" not in found or "num_classes" not in found:
             raise ValueError(f"{path} is no checkpoint of adv-classify")
         given = {key: value for key, value in found.items() if not key.startswith("_")}
@@ -140,9 +140,18 @@ class RobustClassifier(RobustModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule; a configuration may name others."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
+            return optimizer
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`RobustModule.on_load_checkpoint`; a checkpoint of another network is refused in one line."""
+        super().on_load_checkpoint(checkpoint)
+        own, found = (_made_of(values) for values in (self.hparams, checkpoint.get("hyper_parameters", {})))
+        if found is not None and found != own:
+            raise ValueError(f"the checkpoint is of {found}, and cannot be loaded into {own}")
 
     # Validation, test, prediction
 
@@ -217,6 +226,13 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequ
         for batch in batches:
             for sample, row in zip(batch["id"], batch["probability"].tolist(), strict=True):
                 writer.writerow((sample, names[row.index(max(row))], *(f"{value:.6f}" for value in row)))
+
+
+def _made_of(values: Mapping[str, Any]) -> str | None:
+    if not {"network", "num_classes", "channels"} <= values.keys():
+        return None
+    name = values["network"]["name"]
+    return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
 
 
 def _gathered(value: Tensor) -> list[Tensor]:

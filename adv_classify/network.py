@@ -89,18 +89,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if they are of another network.
+        ValueError: if they are of another network, or no weights at all.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found: dict[str, Any] = load_file(path)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content.get("state_dict", content)
+    content = read_tensors(path)
+    found = content.get("state_dict", content)
     for prefix in ("network.model.", "model.", "module."):
         if any(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
@@ -114,6 +109,26 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"another shape, such as {', '.join(missing[:3])}"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The content of a file of tensors and plain values; no code in it is run.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every format has its own
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} cannot be read as a file of weights: {type(error).__name__}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no file of weights: it holds a {type(content).__name__}")
+    return content
 
 
 def _head_names(model: nn.Module) -> list[str]:

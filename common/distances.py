@@ -1,6 +1,6 @@
 """Distances between predictions, (B,): how far those on attacked images are from those on clean ones.
 
-All are at least 0, and 0 with a zero gradient where the two are equal. Both arguments get gradients. They are computed
+All are at least 0, and 0 with a zero gradient where the two are equal, up to rounding. Both arguments get gradients. They are computed
 in float32 at least.
 """
 
@@ -41,7 +41,7 @@ def bernoulli_divergence(clean: Tensor, other: Tensor) -> Tensor:
     clean, other = _exact(clean), _exact(other)
     log = functional.logsigmoid
     p = clean.sigmoid()
-    return p * (log(clean) - log(other)) + (1 - p) * (log(-clean) - log(-other))
+    return p * (log(clean) - log(other)) + (-clean).sigmoid() * (log(-clean) - log(-other))
 
 
 def _average(values: Tensor) -> Tensor:

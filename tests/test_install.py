@@ -77,7 +77,7 @@ def test_start_up_imports_nothing_of_ours(tmp_path: Path) -> None:
 
 def test_stock_nnunet_finds_the_trainers(tmp_path: Path) -> None:
     """The stock look-up finds each class, finds the same class again, and it survives pickling (spawned workers)."""
-    names = [f"nnUNetTrainer{method}" for method in ("AMAT", "SAT", "AT", "STD")]
+    names = [f"nnUNetTrainer{method}" for method in ("AMAT", "SAT", "AT", "STD", "TRADES", "DPAAT")]
     code = (
         "import pickle\n"
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"

@@ -36,7 +36,8 @@ class DPAAT(AdaptiveRadiusMethod):
         sync_weight: lambda, weight of the synchronisation loss. 0 leaves it out (an ablation), and any objective will
             do; otherwise it must be a :class:`common.objective.PredictingObjective`.
         average: what dL_i is compared with: the mean of the "batch" (of all processes together), or the running mean
-            over the "epoch" so far.
+            over the "epoch" so far. (With batches of one, a sample is compared with itself, and every size grows: take
+            "epoch" there.)
         **attack: see :class:`common.methods.base.AdversarialMethod`.
 
     Raises:
@@ -82,10 +83,10 @@ class DPAAT(AdaptiveRadiusMethod):
             TypeError: if there is a synchronisation loss and the objective gives no predictions.
         """
         sizes = self._levels(ids, images)
+        predictor = predicting(objective, self.name) if self.sync_weight else None
         attacked = self._attack(objective, images, sizes)
         logs = {"nonfinite": attacked.nonfinite.sum()}
-        if self.sync_weight:
-            predictor = predicting(objective, self.name)
+        if predictor is not None:
             clean, clean_terms, reference = predictor.loss_and_predictions(images)
             adversarial, terms, predictions = predictor.loss_and_predictions(attacked.images)
             sync = predictor.distance(reference, predictions).mean()
@@ -96,7 +97,7 @@ class DPAAT(AdaptiveRadiusMethod):
             loss, terms = training_pass(objective, attacked.images)
             adversarial = loss
             logs["loss_clean"] = total(clean_terms).mean()
-        clean_terms, terms = clean_terms.detach(), terms.detach()
+        clean_terms, terms = (check_terms(found, images).detach() for found in (clean_terms, terms))
         if backward is not None:
             backward(loss)
             loss = loss.detach()
@@ -116,7 +117,7 @@ class DPAAT(AdaptiveRadiusMethod):
         if is_distributed():
             torch.distributed.all_reduce(seen)
         if self.average == "epoch":
-            self._seen = seen = self._seen.to(seen.device) + seen
+            self._seen = seen = self._seen.to(seen) + seen
         return seen[0] / seen[1].clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class DPAAT(AdaptiveRadiusMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of an earlier run."""
         super().load_state_dict(state)
-        self._seen = torch.tensor(state["increases"])
+        self._seen = torch.tensor(state["increases"], dtype=torch.float64)
 
     def begin_epoch(self) -> None:
         """Begins a new running mean."""

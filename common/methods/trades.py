@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.methods.base import Backward, FixedRadiusMethod, Step, check_positive
-from common.objective import Objective, PredictingObjective, model_of, predicting
+from common.objective import Objective, PredictingObjective, check_terms, model_of, predicting
 
 
 class TRADES(FixedRadiusMethod):
@@ -57,7 +57,7 @@ class TRADES(FixedRadiusMethod):
             "loss_sync": sync.detach(),
             "nonfinite": attacked.nonfinite.sum(),
         }
-        return Step(loss, logs, terms.detach(), attacked.images)
+        return Step(loss, logs, check_terms(terms, images).detach(), attacked.images)
 
 
 class Distance:
@@ -81,5 +81,6 @@ def detached(predictions: Any) -> Any:
     if isinstance(predictions, dict):
         return {key: detached(value) for key, value in predictions.items()}
     if isinstance(predictions, (list, tuple)):
-        return type(predictions)(detached(value) for value in predictions)
+        values = [detached(value) for value in predictions]
+        return type(predictions)(*values) if hasattr(predictions, "_fields") else type(predictions)(values)
     return predictions

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.distances import softmax_divergence
+
 
 class Affine:
     """terms = <x, slopes_k> + offsets_k: the maximum over a ball is offset + <x, slope> + radius * dual norm."""
@@ -57,6 +59,41 @@ class Classifier:
         return F.cross_entropy(self.model(images), self.labels, reduction="none")[:, None]
 
 
+class Compared(Classifier):
+    """Two terms of a classifier, a batch loss that is not the mean of their sums, and predictions; notes its passes."""
+
+    names = ("ce", "sharp")
+
+    def __init__(self, model: nn.Module, labels: Tensor) -> None:
+        super().__init__(model, labels)
+        self.passes: list[str] = []
+
+    def _logits(self, kind: str, images: Tensor) -> Tensor:
+        self.calls += 1
+        self.passes.append(kind if torch.is_grad_enabled() else f"{kind} without gradient")
+        return self.model(images)
+
+    def _terms(self, logits: Tensor) -> Tensor:
+        return torch.stack((F.cross_entropy(logits, self.labels, reduction="none"), logits.square().mean(1)), 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._terms(self._logits("terms", images))
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self._logits("predictions", images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._logits("training", images)
+        terms = self._terms(logits)
+        return terms.square().sum().sqrt(), terms, logits
+
+    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss_and_predictions(images)[:2]
+
+    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
+        return softmax_divergence(clean, other)
+
+
 def cnn(
     channels: int = 3, classes: int = 4, *, normalise: bool = False, dropout: float = 0.0, seed: int = 0
 ) -> nn.Sequential:
@@ -77,4 +114,4 @@ def cnn(
 
 @pytest.fixture
 def tiny() -> SimpleNamespace:
-    return SimpleNamespace(Affine=Affine, Logistic=Logistic, Classifier=Classifier, cnn=cnn)
+    return SimpleNamespace(Affine=Affine, Logistic=Logistic, Classifier=Classifier, Compared=Compared, cnn=cnn)

@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
+from common.distances import softmax_divergence
 from common.margins import MarginStore
-from common.methods import AMAT
+from common.methods import AMAT, DPAAT
 from common.thresholds import RunningThresholds, TermStatistics
 
 EPOCHS, BATCHES = 3, 4
+DPAATS: dict[str, dict[str, Any]] = {
+    "dpaat": {"sync_weight": 2.0},
+    "dpaat epoch": {"sync_weight": 2.0, "average": "epoch"},
+    "dpaat plain": {"sync_weight": 0.0},
+}
 
 
 def store_of(rank: int, world: int) -> list[dict[str, Any]]:
@@ -69,6 +77,61 @@ def amat_of(rank: int, kind: str, shared: bool) -> list[dict[str, Any]]:
     return states
 
 
+class Share:
+    """A process's part of a batch: attacked on the model itself, trained through what averages the gradients."""
+
+    def __init__(self, model: nn.Module, network: nn.Module, labels: Tensor) -> None:
+        self.model, self.network, self.labels = model, network, labels
+
+    def _terms(self, logits: Tensor) -> Tensor:
+        return cross_entropy(logits, self.labels, reduction="none")[:, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._terms(self.model(images))
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.network(images)
+        terms = self._terms(logits)
+        return terms.mean(), terms.detach(), logits
+
+    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss_and_predictions(images)[:2]
+
+    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
+        return softmax_divergence(clean, other)
+
+
+def dpaat_of(rank: int, world: int, settings: dict[str, Any], rate: float = 0.5) -> dict[str, list[Any]]:
+    """This process's share of every global batch of six of twelve samples, each met twice an epoch by one process."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randn(12, 2, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (12,), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    network = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimiser = torch.optim.SGD(model.parameters(), rate)
+    method = DPAAT(0.5, eps_min=0.2, step_size=0.1, steps=4, step_scale=2.0, **settings)
+    found: dict[str, list[Any]] = {"gradients": [], "sizes": [], "increases": []}
+    for _ in range(EPOCHS):
+        method.begin_epoch()
+        for batch in torch.randperm(12, generator=generator).split(6) * 2:
+            mine = batch[rank::world]
+            step = method.step(Share(model, network, labels[mine]), images[mine], [f"s{i}" for i in mine.tolist()])
+            optimiser.zero_grad()
+            step.loss.backward()
+            found["gradients"].append(torch.cat([p.grad.flatten() for p in model.parameters()]).tolist())
+            found["increases"].append(method.state_dict()["increases"])
+            optimiser.step()
+        method.merge()
+        margins = method.state_dict()["margins"]
+        found["sizes"].append(dict(zip(margins["ids"], margins["values"], strict=True)))
+    return found
+
+
 def terms_of(rank: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(50 * rank + epoch)
     return torch.rand(5 + 3 * rank, 2, generator=generator, dtype=torch.float64) * (1 + rank)
@@ -104,9 +167,10 @@ def main(rank: int, world: int, meeting: str, output: str) -> None:
         "statistics": statistics_of(rank),
         "running": running_of(rank, None),
         "running, fading": running_of(rank, 20.0),
-    }
+    } | {name: dpaat_of(rank, world, settings) for name, settings in DPAATS.items()}
     with open(output, "w", encoding="utf-8") as file:
         json.dump(found, file)
+    dist.barrier()  # or one leaves while another still talks to it
     dist.destroy_process_group()
 
 

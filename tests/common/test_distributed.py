@@ -61,8 +61,11 @@ def worker() -> ModuleType:
     return module
 
 
+DPAATS = ["dpaat", "dpaat epoch", "dpaat plain"]
+
+
 @pytest.mark.parametrize(
-    "name", ["store", "amat", "amat shared", "amat running", "statistics", "running", "running, fading"]
+    "name", ["store", "amat", "amat shared", "amat running", "statistics", "running", "running, fading", *DPAATS]
 )
 def test_all_ranks_end_equal(ranks: list[dict[str, Any]], name: str) -> None:
     assert ranks[0][name] == ranks[1][name]
@@ -104,6 +107,32 @@ def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(
         assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
         for value, visits in zip(margins["values"], margins["visits"], strict=True):
             assert 0 <= value <= min(0.9, 0.25 * (visits + 1)) + 1e-6
+
+
+@pytest.mark.parametrize("name", DPAATS)
+def test_dpaat_on_shares_of_a_batch_is_one_process_with_the_whole(
+    ranks: list[dict[str, Any]], worker: ModuleType, name: str
+) -> None:
+    """What a sample's loss increase is compared with is the mean of all shares, and so are the gradients."""
+    found, whole = ranks[0][name], worker.dpaat_of(0, 1, worker.DPAATS[name])
+    assert len(found["gradients"]) == worker.EPOCHS * 4
+    np.testing.assert_allclose(found["gradients"], whole["gradients"], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found["increases"], whole["increases"], rtol=1e-6)
+    for epoch in range(worker.EPOCHS):
+        assert len(whole["sizes"][epoch]) == 12
+        assert found["sizes"][epoch] == pytest.approx(whole["sizes"][epoch], abs=1e-6)
+    assert len({round(size, 3) for size in whole["sizes"][-1].values()}) > 3
+
+
+@pytest.mark.parametrize("name", DPAATS)
+def test_shares_of_dpaat_by_themselves_would_end_elsewhere(worker: ModuleType, name: str) -> None:
+    """Or the test above would be none: half a batch has another mean, whatever its gradients are."""
+    settings, alone = worker.DPAATS[name], {}
+    for rank in range(WORLD):
+        alone |= worker.dpaat_of(rank, WORLD, settings, rate=0.0)["sizes"][0]
+    whole = worker.dpaat_of(0, 1, settings, rate=0.0)["sizes"][0]
+    assert alone.keys() == whole.keys()
+    assert alone != pytest.approx(whole, abs=1e-6)
 
 
 def test_statistics_pool_every_sample_once(ranks: list[dict[str, Any]], worker: ModuleType) -> None:

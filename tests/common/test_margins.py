@@ -17,8 +17,8 @@ import torch
 from common.margins import MarginStore
 
 
-def filled(values: dict[str, float], initial: float = 0.1) -> MarginStore:
-    store = MarginStore(initial)
+def filled(values: dict[str, float], initial: float = 0.1, *, additive: bool = False) -> MarginStore:
+    store = MarginStore(initial, additive=additive)
     store.set(list(values), list(values.values()))
     return store
 
@@ -245,9 +245,9 @@ def merged(*stores: MarginStore) -> MarginStore:
     return stores[0]
 
 
-def copies(values: dict[str, float], count: int = 2) -> list[MarginStore]:
+def copies(values: dict[str, float], count: int = 2, *, additive: bool = False) -> list[MarginStore]:
     """Stores that already share values."""
-    stores = [filled(values) for _ in range(count)]
+    stores = [filled(values, additive=additive) for _ in range(count)]
     for store in stores:
         store.load_state_dict(store.state_dict())
     return stores
@@ -267,6 +267,29 @@ def test_growth_adds_up_and_shrinkage_multiplies() -> None:
     }
 
 
+def test_steps_in_both_directions_add_up_where_values_are_additive() -> None:
+    first, second = copies(
+        {"grown": 2.0, "shrunk": 2.0, "both": 2.0, "below": 0.25, "one": 2.0, "none": 2.0}, additive=True
+    )
+    first.set(["grown", "shrunk", "both", "below", "one"], [2.5, 1.5, 2.5, 0.0, 1.7])
+    second.set(["grown", "shrunk", "both", "below"], [2.5, 1.75, 1.5, 0.125])
+    store = merged(first, second)
+    assert content(store) == {
+        "grown": (3.0, 3),
+        "shrunk": (1.25, 3),
+        "both": (2.0, 3),
+        "below": (-0.125, 3),  # whoever uses the store clamps
+        "one": (single(1.7), 2),
+        "none": (2.0, 1),
+    }
+    assert first.additive
+    first.set(["grown", "new"], [2.5, 0.05])
+    second.set(["new"], [0.1])
+    merged(first, second)
+    assert first.get(["grown"]).item() == 2.5
+    assert first.get(["new"]).item() == pytest.approx(0.05, rel=1e-6)
+
+
 def test_two_expansions_are_two_visits() -> None:
     """What AMAT does on two processes, from the first visit of a sample on."""
     stores = [MarginStore(0.25), MarginStore(0.25)]
@@ -278,16 +301,18 @@ def test_two_expansions_are_two_visits() -> None:
     assert content(merged(*stores)) == {"a": (1.25, 4)}
 
 
+@pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_single_visitors_value_is_taken_as_it_is(seed: int) -> None:
+def test_a_single_visitors_value_is_taken_as_it_is(seed: int, additive: bool) -> None:
     """Disjoint samples: bit for bit what one process would hold, whatever the values were before and are now."""
     rng = np.random.default_rng(seed)
     ids = [f"s{i}" for i in range(300)]
-    start = dict(zip(ids, (10.0 ** rng.uniform(-6, 4, 300)).tolist(), strict=True))
-    first, second = copies(start)
+    lowest = -3 if additive else -6  # steps of a given size do not cross ten orders of magnitude
+    start = dict(zip(ids, (10.0 ** rng.uniform(lowest, 4, 300)).tolist(), strict=True))
+    first, second = copies(start, additive=additive)
     whole = filled(start)
     for _ in range(2):
-        new = (10.0 ** rng.uniform(-6, 4, 300)).astype(np.float32)
+        new = (10.0 ** rng.uniform(lowest, 4, 300)).astype(np.float32)
         new[::17] = 0
         for store, part in ((first, slice(0, 150)), (second, slice(150, 280))):
             store.set(ids[part], torch.from_numpy(new[part]))
@@ -324,14 +349,20 @@ def test_a_visit_that_changed_nothing_still_counts() -> None:
     assert content(merged(first, second)) == {"a": (3.0, 3)}
 
 
-def test_order_of_the_ranks_matters_only_to_mixed_changes() -> None:
+@pytest.mark.parametrize(
+    ("additive", "values", "expected"),
+    [(False, [1.0, 0.5, 0.25], 2.0 * 0.5 * 0.25 * 0.125), (True, [1.5, 1.75, 2.5], 2.0 - 0.5 - 0.25 + 0.5)],
+)
+def test_order_of_the_ranks_matters_only_to_mixed_changes_with_factors(
+    additive: bool, values: list[float], expected: float
+) -> None:
     outcomes = set()
-    for order in permutations([1.0, 0.5, 0.25]):
-        stores = copies({"a": 2.0}, 3)
+    for order in permutations(values):
+        stores = copies({"a": 2.0}, 3, additive=additive)
         for store, value in zip(stores, order, strict=True):
             store.set(["a"], [value])
         outcomes.add(content(merged(*stores))["a"])
-    assert outcomes == {(2.0 * 0.5 * 0.25 * 0.125, 4)}
+    assert outcomes == {(expected, 4)}
 
 
 def test_margins_stay_positive_and_finite_from_zero() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.methods import AMAT, AT, SAT, STD
+from common.methods import AMAT, AT, DPAAT, SAT, STD, TRADES
 from common.thresholds import RunningThresholds, Thresholds
 
 RANKS = [(2, 7), (3, 4, 6), (2, 5, 4, 3)]  # (C, L), (C, H, W), (C, D, H, W)
@@ -368,6 +368,35 @@ def test_batch_norm_learns_from_the_training_passes_alone(tiny: SimpleNamespace,
     for key, value in twin.state_dict().items():
         torch.testing.assert_close(objective.model.state_dict()[key], value, rtol=1e-12, atol=0)
     assert twin[1].num_batches_tracked == len(METHODS[name][1])
+
+
+@pytest.mark.parametrize(
+    ("make", "learns"),
+    [
+        (lambda: STD(), True),
+        (lambda: SAT(0.7, **QUICK), True),
+        (lambda: AT(0.7, **QUICK), False),
+        (lambda: AMAT(0.7, [9, 9], **QUICK), True),
+        (lambda: TRADES(0.7, **QUICK), True),
+        (lambda: DPAAT(0.7, **QUICK), True),
+        (lambda: DPAAT(0.7, sync_weight=0, **QUICK), False),
+    ],
+)
+def test_a_method_says_whether_it_learns_from_clean_images(tiny: SimpleNamespace, make: Any, learns: bool) -> None:
+    """It does where the gradients of a step change with what only the clean images pass through."""
+    objective, images = tiny.Compared(tiny.cnn().double(), torch.tensor([0, 1, 2, 3, 1])), uniform(5, 3, 8, 8)
+    gain, seen = torch.ones(5, 1, dtype=torch.float64, requires_grad=True), []
+
+    def on_clean_images(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        seen.append(torch.equal(inputs[0], images))
+        return logits * gain if seen[-1] else logits
+
+    objective.model.register_forward_hook(on_clean_images)
+    method = make()
+    method.step(objective, images, names(5)).loss.backward()
+    assert any(seen)
+    assert method.learns_from_clean is learns
+    assert (gain.grad is not None and bool(gain.grad.any())) is learns
 
 
 def test_the_random_state_moves_as_in_standard_training(tiny: SimpleNamespace) -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.objective import Objective, check_terms, model_of, names_of, training_pass
+from common.objective import (
+    Objective,
+    PredictingObjective,
+    check_terms,
+    model_of,
+    names_of,
+    predicting,
+    training_pass,
+)
 
 IMAGES = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +45,35 @@ def test_any_callable_is_an_objective(tiny: SimpleNamespace) -> None:
     assert isinstance(two_terms, Objective)
     assert isinstance(Coupled(), Objective)
     assert not isinstance(torch.zeros(1), Objective)
+
+
+PREDICTING = ["predictions", "loss_and_predictions", "distance"]
+
+
+def test_an_objective_with_predictions(tiny: SimpleNamespace) -> None:
+    objective = tiny.Compared(tiny.cnn(), torch.zeros(1))
+    assert isinstance(objective, PredictingObjective)
+    assert predicting(objective, "A method") is objective
+    assert not isinstance(Coupled(), PredictingObjective)
+
+
+@pytest.mark.parametrize("present", [[], ["predictions"], ["distance", "predictions"]])
+@pytest.mark.parametrize("absent", ["no attribute", "not callable"])
+def test_what_an_objective_without_predictions_lacks_is_named(present: list[str], absent: str) -> None:
+    class Half(Coupled):
+        pass
+
+    lacking = [name for name in PREDICTING if name not in present]
+    for name in present:
+        setattr(Half, name, lambda self, *images: images)
+    for name in lacking if absent == "not callable" else []:
+        setattr(Half, name, None)
+    message = (
+        rf"^DPAAT compares predictions on clean and attacked images, and Half gives none: it has no "
+        rf"{', '.join(lacking)} \(see common\.objective\.PredictingObjective\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        predicting(Half(), "DPAAT")
 
 
 def test_model_is_optional(tiny: SimpleNamespace) -> None:

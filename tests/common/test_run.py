@@ -13,18 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.methods import AMAT
+from common.methods import AMAT, DPAAT
 from common.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from common.settings import MethodSettings
 from common.thresholds import RunningThresholds, Thresholds
 
 IDS = ["a", "b", "c", "d"]
+COMPARING = ["TRADES", "DPAAT"]
 NAMES = ("ce",)
 
 
 @pytest.fixture
 def objective(tiny: SimpleNamespace) -> Any:
     return tiny.Classifier(tiny.cnn(normalise=True).train(), torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.fixture
+def compared(tiny: SimpleNamespace) -> Any:
+    """An objective that gives predictions; without BatchNorm, so that a pass changes nothing for the next."""
+    return tiny.Compared(tiny.cnn().train(), torch.tensor([0, 1, 2, 3]))
 
 
 @pytest.fixture
@@ -135,6 +142,18 @@ def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tenso
     assert not step.loss.requires_grad
 
 
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_warm_up_compares_nothing(compared: Any, images: Tensor, name: str) -> None:
+    run = MethodRun(name, settings(warmup_epochs=1), epochs=3)
+    values = epoch(run, 0, compared, images)
+    assert compared.passes == ["training"] * 2
+    assert math.isnan(values["loss_sync"])
+    assert run.method.state_dict()["steps_done"] == 0
+    values = epoch(run, 1, compared, images)
+    assert values["loss_sync"] > 0
+    assert run.method.state_dict()["steps_done"] == 2
+
+
 # What an epoch is summed up in
 
 
@@ -154,6 +173,41 @@ def test_an_epoch_is_summed_up(objective: Any, images: Tensor) -> None:
     again = run.end_epoch()
     assert math.isnan(again["loss_clean"])
     assert again["attack_seconds"] == 0
+
+
+def test_an_epoch_of_perturbation_sizes_is_summed_up(compared: Any, images: Tensor) -> None:
+    run = MethodRun("DPAAT", settings(step_size=0.125), epochs=3)
+    run.begin_epoch(0)
+    logs = [run.step(compared, images, IDS).logs for _ in range(3)]
+    values = run.end_epoch()
+    assert tuple(values) == LOG_KEYS
+    for key in ("loss_clean", "loss_adversarial", "loss_sync", "expanded"):
+        assert values[key] == pytest.approx(sum(float(log[key]) for log in logs) / 3)
+    assert 0 < values["expanded"] < 1
+    assert isinstance(run.method, DPAAT)
+    sizes = run.method.sizes.values().double()
+    assert len(sizes.unique()) > 1
+    for key, q in (("margin_q05", 0.05), ("margin_q50", 0.5), ("margin_q95", 0.95)):
+        assert values[key] == pytest.approx(float(torch.quantile(sizes, q)))
+
+
+def test_a_running_mean_begins_with_every_epoch(compared: Any, images: Tensor) -> None:
+    run = MethodRun("DPAAT", settings(average="epoch"), epochs=9)
+
+    def seen() -> float:
+        return run.method.state_dict()["increases"][1]
+
+    for number in range(3):
+        run.begin_epoch(number)
+        assert seen() == 0
+        for visits in (1, 2):
+            run.step(compared, images, IDS)
+            assert seen() == 4 * visits
+        if number == 1:  # out of memory, say
+            run.begin_epoch(number)
+            assert seen() == 0
+            run.step(compared, images, IDS)
+        run.end_epoch()
 
 
 def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor) -> None:
@@ -183,6 +237,21 @@ def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor
 )
 def test_what_a_method_does_not_have_is_nan(objective: Any, images: Tensor, name: str, missing: set[str]) -> None:
     values = epoch(MethodRun(name, settings(), epochs=3), 0, objective, images)
+    assert {key for key, value in values.items() if math.isnan(value)} == missing
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "missing"),
+    [
+        ("TRADES", {}, {"expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("DPAAT", {}, set()),
+        ("DPAAT", {"sync_weight": 0}, {"loss_sync"}),
+    ],
+)
+def test_what_a_method_that_compares_does_not_have_is_nan(
+    compared: Any, images: Tensor, name: str, changes: dict[str, Any], missing: set[str]
+) -> None:
+    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared, images)
     assert {key for key, value in values.items() if math.isnan(value)} == missing
 
 
@@ -226,6 +295,23 @@ def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective:
     assert run.method.margins.visits().tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("average", ["batch", "epoch"])
+def test_an_epoch_of_perturbation_sizes_begins_again_where_it_began(
+    compared: Any, images: Tensor, average: str
+) -> None:
+    run = MethodRun("DPAAT", settings(average=average, random_start=0.5), epochs=5)
+    epoch(run, 0, compared, images)
+    run.begin_epoch(1)
+    start = copy.deepcopy(run.method.state_dict())
+    losses = []
+    for _ in range(2):
+        losses.append([run.step(compared, images, IDS).loss.item() for _ in range(2)])
+        assert run.method.state_dict() != start
+        run.begin_epoch(1)
+        assert run.method.state_dict() == start
+    assert losses[0] == losses[1]
+
+
 # State
 
 
@@ -249,6 +335,29 @@ def test_a_run_continues_from_its_state(objective: Any, images: Tensor, source: 
     assert second.method.state_dict() == whole.method.state_dict()
     assert str(second.thresholds) == str(whole.thresholds)
     assert second.thresholds is not first.thresholds
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("TRADES", {}), ("DPAAT", {"average": "batch"}), ("DPAAT", {"average": "epoch"}), ("DPAAT", {"sync_weight": 0})],
+)
+def test_a_run_that_compares_continues_from_its_state(
+    compared: Any, images: Tensor, name: str, changes: dict[str, Any]
+) -> None:
+    def make() -> MethodRun:
+        return MethodRun(name, settings(random_start=0.5, seed=3, step_size=0.0625, **changes), epochs=5)
+
+    whole = make()
+    for number in range(3):
+        epoch(whole, number, compared, images)
+    second = make()
+    assert second.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False))) == []
+    for run in (whole, second):
+        run.begin_epoch(3)
+    first, other = (run.step(compared, images, IDS) for run in (whole, second))
+    assert torch.equal(first.adversarial, other.adversarial)
+    assert torch.equal(first.loss, other.loss)
+    assert second.state_dict() == whole.state_dict()
 
 
 def test_the_length_of_the_warm_up_is_that_of_the_saved_run(objective: Any, images: Tensor) -> None:
@@ -308,6 +417,35 @@ def test_the_outlook_leaves_the_warm_up_out_and_is_about_margins_only() -> None:
     (line,) = MethodRun("AMAT", settings(eps=None, warmup_epochs=4), fixed(), epochs=10).outlook(8, 8)
     assert "each met about 6.0 times" in line
     assert MethodRun("SAT", settings(), epochs=10).outlook(8, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "met", "low", "high"),
+    [
+        ({}, 10, "10.0", "0.00", "1.00"),  # twenty steps of 0.05 lie between the smallest and the largest size
+        ({}, 4, "4.0", "0.30", "0.70"),
+        ({"warmup_epochs": 4}, 10, "6.0", "0.20", "0.80"),
+        ({"eps_min": 0.25, "eps_max": 0.625}, 10, "10.0", "0.25", "0.62"),
+        ({"step_size": 0}, 10, "10.0", "0.50", "0.50"),
+        ({"norm": math.inf}, 4, "4.0", "0.30", "0.70"),
+    ],
+)
+def test_the_outlook_says_where_perturbation_sizes_can_come_to_lie(
+    changes: dict[str, Any], epochs: int, met: str, low: str, high: str
+) -> None:
+    run = MethodRun("DPAAT", settings(**changes), epochs=epochs)
+    (line,) = run.outlook(8, 8, "slices")
+    assert line == (
+        f"8 slices, each met about {met} times in this run: perturbation sizes begin at 0.5 and can come to lie "
+        f"between {low} and {high} (L{'inf' if changes.get('norm') else '2'} norm)"
+    )
+
+
+def test_the_outlook_counts_one_visit_at_least() -> None:
+    (line,) = MethodRun("DPAAT", settings(), epochs=2).outlook(100, 3)
+    assert "each met about 1.0 times" in line
+    assert "between 0.45 and 0.55" in line
+    assert MethodRun("TRADES", settings(), epochs=2).outlook(100, 3) == []
 
 
 # Thresholds from a file

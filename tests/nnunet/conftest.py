@@ -308,7 +308,7 @@ class Bench:
         )
         patch = trainer.configuration_manager.patch_size
         kind = nnUNetDataLoader
-        if getattr(trainer, "method_name", None) == "AMAT" and len(patch) == 2:
+        if getattr(trainer, "method_name", None) in ("AMAT", "DPAAT") and len(patch) == 2:
             kind = trainers.SliceLoader
         loader = kind(training, trainer.batch_size, patch, patch, labels, 0.33, transforms=transforms)
         state = np.random.get_state()

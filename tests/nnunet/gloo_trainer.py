@@ -43,6 +43,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "together": ("SAT", {"backward": "together"}),
     "sequential": ("SAT", {"backward": "sequential"}),
     "standard": ("STD", {}),
+    "dpaat": ("DPAAT", {"average": "epoch", "step_size": 0.25}),
+    "trades": ("TRADES", {}),
 }
 
 

@@ -35,6 +35,27 @@ def test_a_warm_up_as_long_as_the_training(bench: Any) -> None:
         bench.make(warmup_epochs=2).on_train_start()
 
 
+SIZES = r"^perturbation sizes need eps_min <= eps_0 <= eps_max, got eps_min {}, eps_0 2, eps_max {}$"
+TOGETHER = r"^{} compares the predictions of its two passes, .* one after the other: use backward 'together'$"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("DPAAT", {"eps": 2.0, "eps_min": 3.0}, SIZES.format(3, 4)),
+        ("DPAAT", {"eps": 2.0, "eps_max": 1.5}, SIZES.format(0, 1.5)),
+        ("DPAAT", {"backward": "sequential"}, TOGETHER.format("DPAAT")),
+        ("TRADES", {"backward": "sequential", "sync_weight": 0.0}, TOGETHER.format("TRADES")),
+    ],
+)
+def test_settings_that_a_method_cannot_work_with(bench: Any, kind: str, settings: Any, message: str) -> None:
+    trainer = bench.make(kind, **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.run_training()
+    assert "Epoch 0" not in bench.log(trainer)
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -66,8 +87,9 @@ def test_start_from_a_training_that_is_not_there(bench: Any) -> None:
         bench.make(start_from="nowhere.pth").on_train_start()
 
 
-def test_margins_of_another_data_set(bench: Any) -> None:
-    trainer = bench.ready(warmup_epochs=0, thresholds=_file(bench, 100.0))
+@pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
+def test_margins_of_another_data_set(bench: Any, kind: str) -> None:
+    trainer = bench.ready(kind, warmup_epochs=0, thresholds=_file(bench, 100.0))
     for batch in bench.batches(trainer, 2):
         trainer.train_step(batch)
     trainer.on_train_epoch_end([{"loss": np.float32(0)}])
@@ -78,20 +100,31 @@ def test_margins_of_another_data_set(bench: Any) -> None:
     ids = checkpoint[STATE]["method"]["margins"]["ids"]
     checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
     torch.save(checkpoint, path)
-    again = bench.make(resume=True, warmup_epochs=0, thresholds=_file(bench, 100.0))
+    again = bench.make(kind, resume=True, warmup_epochs=0, thresholds=_file(bench, 100.0))
     again.load_checkpoint(str(path))
     with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
         again.on_train_start()
 
 
-def test_margins_of_other_sample_ids(bench: Any) -> None:
-    first = bench.make(thresholds=_file(bench, 100.0))
+@pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
+def test_margins_of_other_sample_ids(bench: Any, kind: str) -> None:
+    first = bench.make(kind, thresholds=_file(bench, 100.0))
     first.run_training()
-    again = bench.make(resume=True, thresholds=_file(bench, 100.0), sample_id="case")
+    again = bench.make(kind, resume=True, thresholds=_file(bench, 100.0), sample_id="case")
     again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
     with pytest.raises(ValueError, match=r"splits_final\.json or sample_id\): restore them, or start a new training"):
         again.on_train_start()
     assert "settings changed since the checkpoint: sample_id slice -> case" in bench.log(again)
+
+
+def test_continuing_a_training_of_another_method(bench: Any) -> None:
+    """The user has changed the trainer, and with it the output folder; so the checkpoint was brought there by hand."""
+    first = bench.make("SAT")
+    first.run_training()
+    again = bench.make("DPAAT", resume=True)
+    again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    with pytest.raises(ValueError, match="the saved state is of the method 'SAT', this run trains 'DPAAT'"):
+        again.on_train_start()
 
 
 def test_continuing_a_stock_training(bench: Any, with_stock: Path) -> None:

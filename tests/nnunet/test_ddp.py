@@ -21,7 +21,7 @@ from common.thresholds import Thresholds
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("gloo_trainer.py")
-RUNS = ("self-calibrated", "measured", "together", "sequential", "standard")
+RUNS = ("self-calibrated", "measured", "together", "sequential", "standard", "dpaat", "trades")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,21 @@ def test_the_ranks_have_one_network_after_every_step(ranks: list[dict[str, Any]]
 
 @pytest.mark.parametrize(
     ("run", "passes"),
-    [("self-calibrated", [1, 1, 2, 2, 2, 2]), ("measured", [2] * 6), ("together", [2] * 6), ("standard", [1] * 6)],
+    [
+        ("self-calibrated", [1, 1, 2, 2, 2, 2]),
+        ("measured", [2] * 6),
+        ("together", [2] * 6),
+        ("standard", [1] * 6),
+        ("dpaat", [2] * 6),
+        ("trades", [2] * 6),
+    ],
 )
 def test_attacks_do_not_go_through_the_wrapper(ranks: list[dict[str, Any]], run: str, passes: list[int]) -> None:
     """Each of its passes waits for the other rank's, and for a gradient of every weight."""
     assert [number for _, number in ranks[0][run]["steps"]] == passes
 
 
-@pytest.mark.parametrize("run", ["self-calibrated", "measured"])
+@pytest.mark.parametrize("run", ["self-calibrated", "measured", "dpaat"])
 def test_the_ranks_have_the_same_margins(ranks: list[dict[str, Any]], run: str) -> None:
     states = [rank[run]["method"] for rank in ranks]
     assert states[0] == states[1]

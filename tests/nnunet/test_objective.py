@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective, inference_loss
 
@@ -198,17 +201,66 @@ def test_the_objective_attacks_the_bare_network_and_trains_the_wrapped_one() -> 
 
     loss = stock("labels", True, False)
     _, targets = batch("labels", (12, 10), False)
-    objective = SegmentationObjective(Wrapper(), network, loss, SampleTerms(loss, "sum"), targets)
+    entered: list[int] = []
+
+    @contextmanager
+    def precision() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    objective = SegmentationObjective(Wrapper(), network, loss, SampleTerms(loss, "sum"), targets, precision)
     images = torch.randn(4, 1, 12, 10)
     attacked = objective(images)
+    predicted = objective.predictions(images)
     assert calls == []
+    assert entered == [1, 1], "both passes of an attack run in the attack's precision"
     batch_loss, terms = objective.loss(images)
     assert calls == ["wrapper"]
     torch.testing.assert_close(batch_loss, loss(network(images), targets))
     torch.testing.assert_close(terms, attacked)
     assert not terms.requires_grad
+    again, same_terms, output = objective.loss_and_predictions(images)
+    assert calls == ["wrapper"] * 2
+    assert entered == [1, 1], "training runs in the host's precision"
+    assert torch.equal(again, batch_loss)
+    assert torch.equal(same_terms, terms)
+    assert torch.equal(output, predicted)
+    assert output.requires_grad
+    assert predicted.requires_grad
     assert objective.names == ("ce+dice",)
     assert objective.model is network
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_distance_is_the_divergence_at_full_resolution(space: tuple[int, ...], kind: str, deep: bool) -> None:
+    """Voxel by voxel, and of the first output alone: the others are there to be trained, nobody predicts with them."""
+    loss = stock(kind, False, deep)
+    clean, targets = batch(kind, space, deep)
+    other = [2 * x.detach() - 0.7 * x.detach().roll(1, 0) for x in clean] if deep else 2 * clean.detach() - 0.7
+    if not deep:
+        other[:, 0] += 0.5  # (a number added to all classes is none to a softmax)
+    p, q = (x[0] if deep else x for x in (clean, other))
+    wanted = torch.zeros(4, dtype=torch.float64)
+    for i in range(4):
+        one, two = (x[i].detach().double().flatten(1).T for x in (p, q))  # (voxels, channels)
+        if kind.startswith("labels"):
+            voxels = kl_divergence(Categorical(logits=one), Categorical(logits=two))
+        else:
+            voxels = kl_divergence(Bernoulli(logits=one), Bernoulli(logits=two)).sum(1)
+        wanted[i] = voxels.mean()
+    objective = SegmentationObjective(nn.Identity(), nn.Identity(), loss, SampleTerms(loss), targets)
+    found = objective.distance(clean, other)
+    assert found.shape == (4,)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+    turned = objective.distance(other, clean)
+    assert ((turned - found).abs() > 1e-3 * found).all(), "a divergence is not symmetric"
+    assert torch.equal(objective.distance(clean, clean), torch.zeros(4))
+    leaves = clean if deep else [clean]
+    gradients = torch.autograd.grad(found.sum(), leaves, allow_unused=True)
+    assert gradients[0].abs().sum() > 0
+    assert all(gradient is None for gradient in gradients[1:])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ WRONG = [
     ({"bounds": [0, 1, 2]}, "bounds must be a pair of numbers or 'sample' or null"),
     ({"margin_min": 2, "margin_max": 1}, "margin_min 2.0 is above margin_max 1.0"),
     ({"warmup_epochs": -1}, "warmup_epochs must be >= 0, got -1"),
+    ({"beta": 0}, "beta must be a finite number > 0, got 0"),
+    ({"sync_weight": -1}, "sync_weight must be a finite number >= 0, got -1"),
+    ({"average": "week"}, "average must be 'batch' or 'epoch', got 'week'"),
     ({"epochs": 0}, "epochs must be >= 1, got 0"),
     ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1"),
     ({"initial_lr": 0}, "initial_lr must be a positive number"),
@@ -122,5 +125,5 @@ def test_the_method_gets_the_settings() -> None:
     assert (amat.delta, amat.refinement, amat.attack.steps) == (0.3, "crossing", 7)
     with pytest.raises(ValueError, match="AMAT needs delta and thresholds"):
         settings.method("AMAT")
-    with pytest.raises(ValueError, match="unknown method 'FAST'; there are STD, AT, SAT, AMAT"):
+    with pytest.raises(ValueError, match=r"unknown method 'FAST'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
         settings.method("FAST")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import json
 import math
 from pathlib import Path
@@ -10,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
     nnUNetTrainerNoDeepSupervision,
 )
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from adv_nnunet.settings import FILE, Settings
 from adv_nnunet.trainer import LOG_KEYS, STATE, AdversarialTraining, _open_log, nnUNetTrainerAMAT
-from common.methods import AMAT
+from common.methods import DPAAT, AdaptiveRadiusMethod
+from common.methods.base import Step
 from common.settings import read_settings
 from common.thresholds import RunningThresholds, Thresholds
 
@@ -31,6 +37,10 @@ class NoMirroringAMAT(AdversarialTraining, nnUNetTrainerNoMirroring):
     method_name = "AMAT"
 
 
+class NoDeepSupervisionTRADES(AdversarialTraining, nnUNetTrainerNoDeepSupervision):
+    method_name = "TRADES"
+
+
 def thresholds_file(folder: Path, *values: float, names: tuple[str, ...] = ("ce+dice",)) -> str:
     path = folder / "thresholds.json"
     Thresholds(values, names).save(path)
@@ -39,6 +49,14 @@ def thresholds_file(folder: Path, *values: float, names: tuple[str, ...] = ("ce+
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+
+
+def watched(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """What the method makes of every batch from here on."""
+    made: list[Step] = []
+    step = trainer.method.step
+    monkeypatch.setattr(trainer.method, "step", lambda *a, **k: made.append(step(*a, **k)) or made[-1])
+    return made
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -105,6 +123,15 @@ def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any, monkeypatc
         ("SAT", "2d", "main", {}),
         ("SAT", "3d_fullres", "main", {"backward": "sequential"}),
         ("AT", "2d", "main", {"random_start": 1.0}),
+        ("TRADES", "2d", "main", {"norm": "inf", "bounds": "sample"}),
+        ("TRADES", "3d_fullres", "regions", {"terms": "separate", "attack_precision": "bfloat16"}),
+        ("TRADES", "2d", "regions_ignore", {}),
+        (NoDeepSupervisionTRADES, "2d", "ignore", {}),
+        ("DPAAT", "2d", "main", {}),
+        ("DPAAT", "2d", "main", {"sync_weight": 0.0, "backward": "sequential", "terms": "separate"}),
+        ("DPAAT", "3d_fullres", "main", {"average": "epoch"}),
+        ("DPAAT", "2d", "ignore", {"sample_id": "cell"}),
+        ("DPAAT", "2d", "regions", {"norm": "inf"}),
     ],
     ids=str,
 )
@@ -127,10 +154,13 @@ def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, datas
     assert sum(float(g.abs().sum()) for g in gradients) > 0
     assert not same(before, weights(trainer))
     assert trainer.num_input_channels == batch["data"].shape[1] == (2 if dataset == "two_channels" else 1)
-    if isinstance(trainer.method, AMAT):
-        assert set(trainer.method.margins.ids()) == set(batch.get("ids", batch["keys"]))
-        assert ("ids" in batch) == (configuration == "2d")
-        assert trainer.terms.names == names
+    assert trainer.terms.names == names
+    # The host's own loader says no more than the case; nobody else needs ours.
+    adaptive = trainer.method_name in ("AMAT", "DPAAT")
+    assert ("ids" in batch) == (adaptive and configuration == "2d")
+    assert isinstance(trainer.method, AdaptiveRadiusMethod) == adaptive
+    if adaptive:
+        assert set(trainer.method.store.ids()) == set(batch.get("ids", batch["keys"]))
 
 
 def test_no_deep_supervision_has_one_output(bench: Any) -> None:
@@ -178,9 +208,7 @@ def test_the_radius_of_the_noise_is_the_margin(bench: Any, monkeypatch: pytest.M
     trainer = bench.ready("AMAT", thresholds=thresholds_file(bench.folder, math.inf), delta=1.0)
     (batch,) = bench.batches(trainer, 1)
     trainer.method.margins.set(batch["ids"][:2], [3.0, 0.25])
-    made = []
-    step = trainer.method.step
-    monkeypatch.setattr(trainer.method, "step", lambda *a, **k: made.append(step(*a, **k)) or made[-1])
+    made = watched(trainer, monkeypatch)
     trainer.train_step(batch)
     distance = (made[0].adversarial - batch["data"]).flatten(1).norm(dim=1)
     assert distance.tolist() == pytest.approx([3.0, 0.25, 1.0, 1.0], rel=1e-4)
@@ -198,19 +226,22 @@ def test_the_loss_is_the_mean_of_the_stock_loss_on_clean_and_attacked_images(ben
     assert logs["loss_adversarial"] > logs["loss_clean"]
 
 
-@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT"])
+@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "DPAAT"])
 def test_sequential_backward_makes_the_same_update(bench: Any, kind: str) -> None:
+    """DPAAT without synchronisation back-propagates one pass only, so that the setting does not matter to it."""
     ends = []
     for backward in ("together", "sequential"):
         path = thresholds_file(bench.folder, 1.0)
-        trainer = bench.ready(kind, thresholds=path, backward=backward, refinement="crossing")
+        trainer = bench.ready(kind, thresholds=path, backward=backward, refinement="crossing", sync_weight=0.0)
+        before = weights(trainer)
         for batch in bench.batches(trainer, 2):
             loss = float(trainer.train_step(batch)["loss"])
+        assert not same(before, weights(trainer))
         ends.append((weights(trainer), loss, trainer.method.state_dict()))
     (left, loss, state), (right, other_loss, other_state) = ends
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert all(torch.allclose(left[name], right[name], atol=1e-6, rtol=1e-4) for name in left)
-    if kind == "AMAT":
+    if kind in ("AMAT", "DPAAT"):
         assert state["margins"]["values"] == pytest.approx(other_state["margins"]["values"], abs=1e-4)
         assert state["margins"]["ids"] == other_state["margins"]["ids"]
 
@@ -225,6 +256,108 @@ def test_warm_up_is_stock_training(bench: Any) -> None:
         plain.train_step(dict(batch))
     assert same(weights(warm), weights(plain))
     assert len(warm.method.margins) == 0
+
+
+# --- methods that compare predictions --------------------------------------------------------------------------------
+
+
+def divergence(clean: Any, other: Any, regions: bool) -> Tensor:
+    """KL(clean || other) of every sample at full resolution, the mean over its voxels, in float64."""
+    p, q = ((output if isinstance(output, Tensor) else output[0]).double() for output in (clean, other))
+    if regions:
+        return kl_divergence(Bernoulli(logits=p), Bernoulli(logits=q)).sum(1).flatten(1).mean(1)
+    p, q = (Categorical(logits=logits.movedim(1, -1)) for logits in (p, q))
+    return kl_divergence(p, q).flatten(1).mean(1)
+
+
+def surer(trainer: Any) -> None:
+    """Makes the predictions of a new network decided ones; noise hardly moves those it begins with."""
+    for layer in trainer.network.decoder.seg_layers:
+        layer.weight.data *= 2
+
+
+@pytest.mark.parametrize("dataset", ["main", "regions"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("TRADES", {"beta": 3.0}), ("DPAAT", {"sync_weight": 3.0}), ("DPAAT", {"sync_weight": 0.0})],
+    ids=str,
+)
+def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], dataset: str
+) -> None:
+    """With the gradients: neither of the two passes is a constant of the distance."""
+    trainer = bench.ready(kind, dataset=dataset, eps=5.0, **settings)
+    surer(trainer)
+    (batch,) = bench.batches(trainer, 1)
+    assert isinstance(batch["target"], list), "no deep supervision"
+    network, steps = copy.deepcopy(trainer.network), watched(trainer, monkeypatch)
+    loss = float(trainer.train_step(batch)["loss"])
+
+    passes = [network(images) for images in (batch["data"], steps[0].adversarial)]
+    clean, adversarial = (trainer.loss(output, batch["target"]) for output in passes)
+    (weight,) = settings.values()
+    sync = divergence(*passes, regions=dataset == "regions").mean()
+    wanted = (clean if kind == "TRADES" else adversarial) + weight * sync
+    assert weight == 0 or weight * sync > 0.02 * loss, "the distance is too small to be seen in the sum"
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    wanted.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+    for (name, ours), theirs in zip(trainer.network.named_parameters(), network.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+    logs = trainer.run.end_epoch()
+    assert logs["loss_adversarial"] == pytest.approx(float(adversarial.detach()), rel=1e-5)
+    if weight > 0:
+        assert logs["loss_clean"] == pytest.approx(float(clean.detach()), rel=1e-5)
+        assert logs["loss_sync"] == pytest.approx(float(sync.detach()), rel=1e-3)
+    else:  # a clean pass that nobody learns from has terms and no loss of the host
+        terms = trainer.terms(passes[0], batch["target"])
+        assert logs["loss_clean"] == pytest.approx(float(terms.sum(1).mean().detach()), rel=1e-5)
+        assert math.isnan(logs["loss_sync"])
+
+
+@pytest.mark.parametrize(("dataset", "precision"), [("main", "host"), ("regions", "host"), ("main", "bfloat16")])
+def test_the_attack_of_trades_drives_the_predictions_apart(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, dataset: str, precision: str
+) -> None:
+    """Farther than noise of the same length does that knows nothing of the network."""
+    trainer = bench.ready("TRADES", dataset=dataset, eps=3.0, steps=4, step_scale=4.0, attack_precision=precision)
+    surer(trainer)
+    (batch,) = bench.batches(trainer, 1)
+    network, steps = copy.deepcopy(trainer.network), watched(trainer, monkeypatch)
+    trainer.train_step(batch)
+    images = batch["data"]
+    noise = steps[0].adversarial - images
+    lengths = noise.flatten(1).norm(dim=1)
+    assert lengths.tolist() == pytest.approx([3.0] * 4, rel=0.01)
+    with torch.no_grad():
+        clean = network(images)
+        found = divergence(clean, network(images + noise), dataset == "regions")
+        for seed in range(3):
+            other = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+            other *= (lengths / other.flatten(1).norm(dim=1))[:, None, None, None]
+            assert (found > 2 * divergence(clean, network(images + other), dataset == "regions")).all()
+
+
+def test_sizes_grow_for_stable_samples_and_shrink_for_fragile_ones(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = bench.ready("DPAAT", eps=2.0, step_size=0.5)
+    (batch,) = bench.batches(trainer, 1)
+    assert len(set(batch["ids"])) == 4
+    steps, sizes = watched(trainer, monkeypatch), torch.full((4,), 2.0)
+    for visit in (0, 1):
+        network = copy.deepcopy(trainer.network)
+        trainer.train_step(dict(batch))
+        images, attacked = batch["data"], steps[visit].adversarial
+        assert (attacked - images).flatten(1).norm(dim=1).tolist() == pytest.approx(sizes.tolist(), rel=0.01)
+        with torch.no_grad():
+            before, after = (trainer.terms(network(x), batch["target"]).sum(1) for x in (images, attacked))
+        stable = after - before <= (after - before).mean()
+        assert 0 < stable.sum() < 4, "the batch shows one half of the rule"
+        sizes = sizes + torch.where(stable, 0.5, -0.5)
+        assert trainer.method.sizes.get(batch["ids"]).tolist() == pytest.approx(sizes.tolist())
+    assert trainer.method.sizes.visits().tolist() == [2] * 4
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
@@ -251,28 +384,31 @@ def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> No
 
 
 @pytest.mark.parametrize(
-    ("stop", "settings"),
+    ("kind", "stop", "settings"),
     [
-        (5, {"refinement": "crossing", "random_start": 1.0, "warmup_epochs": 1}),  # self-calibrated
-        (3, {"refinement": "crossing", "warmup_epochs": 2}),  # in the warm-up
-        (4, {"warmup_epochs": 2, "terms": "separate"}),  # between warm-up and the first adversarial epoch
-        (7, {"file": True, "backward": "sequential"}),
+        ("AMAT", 5, {"refinement": "crossing", "random_start": 1.0, "warmup_epochs": 1}),  # self-calibrated
+        ("AMAT", 3, {"refinement": "crossing", "warmup_epochs": 2}),  # in the warm-up
+        ("AMAT", 4, {"warmup_epochs": 2, "terms": "separate"}),  # between warm-up and the first adversarial epoch
+        ("AMAT", 7, {"file": True, "backward": "sequential"}),
+        ("DPAAT", 5, {"average": "epoch", "step_size": 0.25, "random_start": 0.5}),
+        ("DPAAT", 3, {"warmup_epochs": 2, "sync_weight": 0.0}),
+        ("TRADES", 5, {}),  # its attack starts at random whatever the settings say
     ],
     ids=str,
 )
-def test_killed_and_resumed_is_uninterrupted(bench: Any, stop: int, settings: dict[str, Any]) -> None:
+def test_killed_and_resumed_is_uninterrupted(bench: Any, kind: str, stop: int, settings: dict[str, Any]) -> None:
     settings = {"epochs": 4, "save_every": 1, **settings}
     if settings.pop("file", False):
         settings["thresholds"] = thresholds_file(bench.folder, 1.7)
-    whole = bench.make("AMAT", tag="whole", **settings)
+    whole = bench.make(kind, tag="whole", **settings)
     run(bench, whole)
 
-    killed = bench.make("AMAT", tag="killed", **settings)
+    killed = bench.make(kind, tag="killed", **settings)
     with pytest.raises(Killed):
         run(bench, killed, stop=stop)
     folder = Path(killed.output_folder)
     assert not (folder / "checkpoint_final.pth").exists()
-    resumed = bench.make("AMAT", tag="killed", resume=True, **settings)
+    resumed = bench.make(kind, tag="killed", resume=True, **settings)
     resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
     assert resumed.current_epoch == stop // 2
     run(bench, resumed, start=stop // 2 * 2)
@@ -288,8 +424,18 @@ def test_killed_and_resumed_is_uninterrupted(bench: Any, stop: int, settings: di
         if "timestamps" not in key and key != "adv_attack_seconds":
             assert np.array_equal(ends[1]["logging"][key], values, equal_nan=True), key
     assert str(ends[0][STATE]["method"]) == str(ends[1][STATE]["method"])
-    (row, *_) = (folder / "margins.csv").read_text().splitlines()
-    assert row == "id,margin,visits"
+    tables = [Path(t.output_folder) / "margins.csv" for t in (whole, resumed)]
+    if kind == "TRADES":
+        assert not any(table.exists() for table in tables), "one noise level for all is no table"
+        return
+    assert tables[0].read_text() == tables[1].read_text()
+    with tables[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "margin", "visits"]
+    assert {row["id"] for row in rows} <= set(resumed.sample_ids())
+    assert all(":" in row["id"] for row in rows), "a slice has a level of its own, not a case"
+    assert len({row["margin"] for row in rows}) > 1
+    assert sum(int(row["visits"]) for row in rows) == (8 - 2 * whole.run.warmup_epochs) * 4
 
 
 def test_everything_comes_back_exactly(bench: Any) -> None:
@@ -373,7 +519,13 @@ def plain(value: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "stock"),
-    [("AMAT", "nnUNetTrainer"), ("SAT", "nnUNetTrainer"), (NoMirroringAMAT, "nnUNetTrainerNoMirroring")],
+    [
+        ("AMAT", "nnUNetTrainer"),
+        ("SAT", "nnUNetTrainer"),
+        ("TRADES", "nnUNetTrainer"),
+        ("DPAAT", "nnUNetTrainer"),
+        (NoMirroringAMAT, "nnUNetTrainerNoMirroring"),
+    ],
     ids=str,
 )
 def test_checkpoints_are_the_hosts_with_plain_values_of_ours(bench: Any, kind: Any, stock: str) -> None:
@@ -396,6 +548,12 @@ def test_checkpoints_are_the_hosts_with_plain_values_of_ours(bench: Any, kind: A
         torch.load(bench.folder / "state.pth", weights_only=True)
     assert not list(folder.glob("*.tmp"))
     assert not (folder / "checkpoint_latest.pth").exists()
+    # And the stock classes take it.
+    reference.load_checkpoint(str(folder / "checkpoint_final.pth"))
+    assert same(weights(reference), weights(trainer))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), (0,), "checkpoint_final.pth")
+    assert same(predictor.list_of_parameters[0], weights(trainer))
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +596,7 @@ def test_validation_of_a_finished_training(bench: Any) -> None:
 # --- log, settings, output folder ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "STD"])
+@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "STD", "TRADES", "DPAAT"])
 def test_the_log_has_one_value_per_epoch(bench: Any, kind: str) -> None:
     trainer = bench.make(kind, epochs=3, warmup_epochs=None if kind == "STD" else 1)
     trainer.run_training()
@@ -453,6 +611,7 @@ def test_the_log_has_one_value_per_epoch(bench: Any, kind: str) -> None:
     expected = {
         "adv_loss_clean": after_warm_up if kind == "AT" else always,
         "adv_loss_adversarial": after_warm_up,
+        "adv_loss_sync": after_warm_up if kind in ("TRADES", "DPAAT") else never,
         "adv_expanded": after_warm_up,
         "adv_nonfinite": after_warm_up,
         "adv_attack_seconds": always,
@@ -460,7 +619,7 @@ def test_the_log_has_one_value_per_epoch(bench: Any, kind: str) -> None:
     }
     if kind == "AT":
         expected["adv_loss_clean"] = [True, False, False]  # of the warm-up
-    if kind in ("SAT", "AT"):
+    if kind in ("SAT", "AT", "TRADES"):
         expected |= dict.fromkeys(("adv_expanded", "adv_margin_q05", "adv_margin_q50", "adv_margin_q95"), never)
     if kind == "STD":
         expected = {name: always if name == "adv_loss_clean" else never for name in LOG_KEYS}
@@ -582,6 +741,22 @@ def test_expected_visits_and_the_warning(bench: Any) -> None:
     log = bench.log(trainer)
     assert "6 samples (case), each met about 40.7 times in this run: margins can reach about 40.67" in log
     assert "WARNING" not in log
+
+
+def test_where_perturbation_sizes_can_come_to_lie(bench: Any) -> None:
+    trainer = bench.make("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
+    trainer.on_train_start()
+    eps = trainer.settings.eps
+    assert eps == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
+    assert isinstance(trainer.method, DPAAT)
+    assert (trainer.method.eps_0, trainer.method.highest) == (eps, 2 * eps), "the host's default and what hangs on it"
+    assert (
+        f"6 samples (case), each met about 8.0 times in this run: perturbation sizes begin at {eps:g} and can come to "
+        f"lie between {eps - 8:.2f} and {eps + 8:.2f} (L2 norm)"
+    ) in bench.log(trainer)
+    trainer = bench.make("TRADES", "3d_fullres")
+    trainer.on_train_start()
+    assert "each met about" not in bench.log(trainer)
 
 
 def test_fold_all(bench: Any) -> None:

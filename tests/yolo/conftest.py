@@ -22,11 +22,13 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data import build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import SETTINGS, IterableSimpleNamespace
+from ultralytics.utils.tal import make_anchors
 
 SOURCE = Path(__file__).parents[2] / "examples" / "data" / "bccd"
 CLASSES = ["RBC", "WBC", "Platelets"]
@@ -169,6 +171,33 @@ def of_image(predictions: Any, i: int) -> Any:
     return predictions[i : i + 1]
 
 
+def heads_of(predictions: Any) -> list[dict[str, Any]]:
+    """The raw predictions of each head, in training or evaluation mode."""
+    raw = predictions[1] if isinstance(predictions, tuple) else predictions
+    return [raw["one2many"], raw["one2one"]] if "one2many" in raw else [raw]
+
+
+def divergence(model: DetectionModel, clean: Any, other: Any) -> Tensor:
+    """What the distance of two predictions must be, (B,): in float64, with torch's distributions, and in pixels."""
+    heads = zip(heads_of(clean), heads_of(other), strict=True)
+    return torch.stack([_divergence_of_head(model, first, second) for first, second in heads]).mean(0)
+
+
+def _divergence_of_head(model: DetectionModel, clean: dict[str, Any], other: dict[str, Any]) -> Tensor:
+    scores = [Bernoulli(logits=predictions["scores"].double()) for predictions in (clean, other)]
+    classes = kl_divergence(*scores).sum(1)
+    confidence = scores[0].probs.detach().amax(1)
+    boxes = [predictions["boxes"].double().unflatten(1, (4, -1)).movedim(2, -1) for predictions in (clean, other)]
+    if boxes[0].shape[-1] > 1:
+        sides = kl_divergence(*(Categorical(logits=logits) for logits in boxes))
+    else:  # left, top, right and bottom in cells of the anchor's level
+        _, cells = make_anchors(clean["feats"], model.stride)
+        height, width = (float(n * model.stride[0]) for n in clean["feats"][0].shape[2:])
+        pixels = (boxes[0] - boxes[1]).squeeze(-1).abs() * cells.squeeze(1)
+        sides = pixels / torch.tensor([width, height, width, height])[:, None]
+    return (classes + confidence * sides.mean(1)).sum(1) / confidence.sum(1).clamp(min=1)
+
+
 def fit(model: DetectionModel, batch: dict[str, Any], steps: int) -> None:
     """Trains on one batch; the running statistics keep pace."""
     threads = torch.get_num_threads()
@@ -262,6 +291,8 @@ def tools() -> SimpleNamespace:
         ONE_HEAD=architecture("one-head"),
         TWO_HEADS=architecture("two-heads", end2end=True, reg_max=1),
         namespace=lambda arguments: IterableSimpleNamespace(**{**DEFAULT_CFG_DICT, **dict(arguments)}),
+        heads_of=heads_of,
+        divergence=divergence,
         one_image=one_image,
         of_image=of_image,
         QUIET=QUIET,

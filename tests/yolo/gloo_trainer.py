@@ -21,13 +21,15 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 
-from adv_yolo import AMATDetectionTrainer, SATDetectionTrainer
+from adv_yolo import AMATDetectionTrainer, DPAATDetectionTrainer, SATDetectionTrainer, TRADESDetectionTrainer
 
 WORLD = 2
 RUNS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "stock": (DetectionTrainer, {}),
     "nothing": (SATDetectionTrainer, {"eps": 0.0, "bn": "clean", "steps": 1}),
     "amat": (AMATDetectionTrainer, {"delta": 0.5, "steps": 2, "random_start": 1.0, "refinement": "crossing"}),
+    "dpaat": (DPAATDetectionTrainer, {"eps": 1.0, "steps": 2, "step_size": 0.25, "average": "epoch"}),
+    "trades": (TRADESDetectionTrainer, {"eps": 1.0, "steps": 2}),
 }
 
 

@@ -128,13 +128,28 @@ def interrupted(folder: Path, data: Any, tools: Any, method: str, *more: str) ->
     return folder / "x" / "weights" / "last.pt"
 
 
-@pytest.mark.parametrize("words", [["model={}", "resume=True"], ["resume={}"], ["resume", "model={}", "method=amat"]])
-def test_a_run_is_resumed_by_its_checkpoint(data: Any, tools: Any, tmp_path: Path, words: list[str]) -> None:
-    last = interrupted(tmp_path, data, tools, "amat", "delta=0.25")
-    assert getattr(torch.load(last, weights_only=False)["ema"], STATE)["arguments"]["delta"] == 0.25
+@pytest.mark.parametrize(
+    ("method", "own", "visits", "words"),
+    [
+        ("amat", "delta", "3", ["model={}", "resume=True"]),  # of four epochs one was clean
+        ("amat", "delta", "3", ["resume={}"]),
+        ("amat", "delta", "3", ["resume", "model={}", "method=amat"]),
+        ("dpaat", "step_size", "4", ["model={}", "resume=True"]),
+        ("dpaat", "step_size", "4", ["resume", "model={}", "method=dpaat"]),
+    ],
+)
+def test_a_run_is_resumed_by_its_checkpoint(
+    data: Any, tools: Any, tmp_path: Path, method: str, own: str, visits: str, words: list[str]
+) -> None:
+    last = interrupted(tmp_path, data, tools, method, f"{own}=0.25")
+    state = getattr(torch.load(last, weights_only=False)["ema"], STATE)
+    assert state["arguments"][own] == 0.25
+    assert len(state["method"]["margins"]["ids"]) == 8
     assert main(["detect", "train", *(word.format(last) for word in words)]) == 0
     with (last.parents[1] / "margins.csv").open() as file:
-        assert {row["visits"] for row in csv.DictReader(file)} == {"3"}
+        rows = list(csv.DictReader(file))
+    assert {row["visits"] for row in rows} == {visits}
+    assert {row["id"] for row in rows} == {f"images/{name}.jpg" for name in data.names("train")}
 
 
 def test_a_run_is_not_resumed_with_another_method(
@@ -188,6 +203,8 @@ def test_arguments_may_come_from_the_hosts_file(data: Any, tools: Any, tmp_path:
         (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
         (["method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
         (["method=sat", "eps"], "'eps' is missing an '=' sign"),
+        (["method=trades", "beta=0"], "beta must be a finite number > 0, got 0"),
+        (["method=dpaat", "average=week"], "average must be 'batch' or 'epoch', got 'week'"),
         (["method=amat", "task=segment"], "not task=segment"),
         (["method=amat", "thresholds=no.json"], "thresholds=no.json: there is no such file"),
     ],
@@ -198,6 +215,24 @@ def test_mistakes_in_arguments_are_named(
     text = fails("train", f"model={tools.ONE_HEAD}", f"data={data.yaml}", *QUICK, *words)
     assert message in text
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=trades", "backward=sequential"], "TRADES compares the predictions of its two passes"),
+        (["method=dpaat", "backward=sequential"], "DPAAT compares the predictions of its two passes"),
+        (["method=dpaat", "eps=1", "eps_min=2"], "eps_min <= eps_0 <= eps_max, got eps_min 2, eps_0 1, eps_max 2"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_named(
+    fails: Callable[..., str], data: Any, tools: Any, tmp_path: Path, words: list[str], message: str
+) -> None:
+    place = [f"project={tmp_path}", "name=x"]
+    text = fails("train", f"model={tools.ONE_HEAD}", f"data={data.yaml}", *QUICK, *place, *words)
+    assert message in text
+    assert text.count("\n") == 1, "one line"
+    assert not (tmp_path / "x" / "results.csv").exists()
 
 
 def test_the_nearest_argument_is_suggested(fails: Callable[..., str], data: Any, tools: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from ultralytics.utils.loss import BboxLoss
 
 from adv_yolo import ImageTerms, per_image_losses
 from adv_yolo.objective import DetectionObjective
+from common.methods.trades import Distance, detached
 
 CASES = [
     ("yolov5n", None),
@@ -275,6 +278,134 @@ def test_terms_follow_the_head_that_predicts_unless_told_otherwise(networks: Any
         assert ImageTerms(model).branch == branch
         assert ImageTerms(model, one_to_one=not end2end).branch != branch
     assert ImageTerms(networks("yolov8n"), one_to_one=True).branch is None
+
+
+# How far predictions are from those on clean images
+
+
+def leaves(predictions: list[dict[str, Any]]) -> list[Tensor]:
+    """Scores and boxes of the heads, made to have gradients of their own."""
+    for head in predictions:
+        head.update({name: head[name].detach().requires_grad_() for name in ("scores", "boxes")})
+    return [head[name] for head in predictions for name in ("scores", "boxes")]
+
+
+@modes
+@families
+def test_the_distance_is_that_of_scores_and_sides(
+    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None, training: bool
+) -> None:
+    """Of an image that is no square, or width and height would be one; and with the gradients of both arguments."""
+    model = networks(name, end2end).train(training)
+    images = torch.cat((batch["img"], batch["img"][..., :32]), 3)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    passes = [model(images), model(images + 0.1 * noise)]
+    for predictions in passes:
+        for head in tools.heads_of(predictions):
+            head["scores"][0] -= 5  # an image in which nothing is seen,
+            head["scores"][3] += 5  # and one that is full of objects
+    given = [leaf for predictions in passes for leaf in leaves(tools.heads_of(predictions))]
+    for head in tools.heads_of(passes[0]):
+        weights = head["scores"].sigmoid().amax(1).sum(1)
+        assert weights[0] < 1 < weights[3], "one way to divide is missing"
+    found, wanted = ImageTerms(model).distance(*passes), tools.divergence(model, *passes)
+    assert found.shape == (4,)
+    assert (wanted > 1e-6).all()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-8)
+    both = (torch.autograd.grad(distance.sum(), given) for distance in (found, wanted))
+    for ours, theirs in zip(*both, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", False), ("yolo26n", True)])
+def test_equal_predictions_have_no_distance_and_no_gradient(
+    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
+) -> None:
+    model = networks(name, end2end)
+    predictions = model(batch["img"])
+    given = leaves(tools.heads_of(predictions))
+    distance = ImageTerms(model).distance(predictions, predictions)
+    assert torch.equal(distance, torch.zeros(4))
+    for gradient in torch.autograd.grad(distance.sum(), given):
+        assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", False)])
+def test_the_distance_of_predictions_in_half_precision_is_computed_in_float32(
+    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
+) -> None:
+    model = networks(name, end2end)
+    passes = [model(images) for images in (batch["img"], batch["img"].flip(3))]
+    for predictions in passes:
+        for head in tools.heads_of(predictions):
+            head.update({part: head[part].detach().half() for part in ("scores", "boxes")})
+    found = ImageTerms(model).distance(*passes)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), tools.divergence(model, *passes), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "end2end", "reached"),
+    [("yolov8n", None, [True]), ("yolo26n", False, [True, False]), ("yolo26n", True, [True, True])],
+)
+def test_the_attack_on_the_distance_reaches_the_images(
+    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None, reached: list[bool]
+) -> None:
+    """In training mode the stock one-to-one head lets no gradient pass; the attack must reach the head that predicts,
+    although the predictions that it starts from come from a training pass.
+    """
+    model = networks(name, end2end).train()
+    objective = DetectionObjective(model, ImageTerms(model), batch)
+    _, _, reference = objective.loss_and_predictions(batch["img"])
+    attack = Distance(objective, detached(reference))
+    assert attack.model is model
+    images = (batch["img"] + 0.02 * torch.rand(batch["img"].shape)).requires_grad_()
+    terms = attack(images)
+    assert terms.shape == (4, 1)
+    (gradient,) = torch.autograd.grad(terms.sum(), images)
+    assert gradient.flatten(1).norm(dim=1).min() > 0
+    for head, wanted in zip(tools.heads_of(objective.predictions(images)), reached, strict=True):
+        (gradient,) = torch.autograd.grad(head["scores"].sum(), images, retain_graph=True, allow_unused=True)
+        assert (gradient is not None) == wanted
+    assert all(module.training for module in model.modules())
+
+
+# Passes
+
+
+def test_predictions_that_the_host_has_made_are_used_once_and_for_its_images_only(
+    networks: Any, batch: dict[str, Any]
+) -> None:
+    model = networks("yolov8n").train()
+    given = model(batch["img"])
+    passes: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0]))
+    holding: list[int] = []
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        before = len(passes)
+        yield
+        holding.append(len(passes) - before)
+
+    objective = DetectionObjective(model, ImageTerms(model), batch, given, hold)
+    other = batch["img"].flip(3)
+    predictions = [objective.loss_and_predictions(other)[2]]
+    assert [images is other for images in passes] == [True]
+    assert holding == [1]  # the pass on images that are not the host's is kept out of the running statistics
+    items = objective.items
+    predictions.append(objective.loss_and_predictions(batch["img"])[2])
+    assert predictions[1] is given
+    assert len(passes) == 1
+    assert objective.items is items, "the items are those of the first pass"
+    loss, terms, again = objective.loss_and_predictions(batch["img"])
+    assert len(passes) == 2
+    torch.testing.assert_close(again["scores"], given["scores"])
+    assert predictions[0]["scores"].requires_grad
+    torch.testing.assert_close(objective.loss(batch["img"])[0], loss)
+    assert loss.shape == ()
+    assert not terms.requires_grad
 
 
 # What is refused

@@ -27,7 +27,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
-from adv_yolo import AMATDetectionTrainer, ATDetectionTrainer, SATDetectionTrainer
+from adv_yolo import (
+    AMATDetectionTrainer,
+    ATDetectionTrainer,
+    DPAATDetectionTrainer,
+    SATDetectionTrainer,
+    TRADESDetectionTrainer,
+)
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, STATE, MethodCriterion
 from common.thresholds import RunningThresholds, Thresholds
@@ -185,14 +191,166 @@ def test_optimizer_steps_are_as_many_as_the_stock_trainers(
     assert found[1] == found[2] == found[0]
 
 
-@pytest.mark.parametrize("bn", ["both", "clean", "adversarial"])
-def test_sequential_backward_gives_the_same_weights(run: Any, tools: Any, bn: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (SATDetectionTrainer, {"bn": "both"}),
+        (SATDetectionTrainer, {"bn": "clean"}),
+        (SATDetectionTrainer, {"bn": "adversarial"}),
+        (DPAATDetectionTrainer, {"sync_weight": 0.0}),  # back-propagates one pass only
+    ],
+)
+def test_sequential_backward_gives_the_same_weights(run: Any, tools: Any, kind: type[Any], own: dict[str, Any]) -> None:
     first, second = (
-        run(SATDetectionTrainer, backward, backward=backward, eps=1.0, bn=bn, epochs=1, val=False, **tools.STILL)
+        run(kind, backward, backward=backward, eps=1.0, **own, epochs=1, val=False, **tools.STILL)
         for backward in ("together", "sequential")
     )
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Methods that compare predictions
+
+
+COMPARING = [
+    (TRADESDetectionTrainer, {"beta": 3.0}),
+    (DPAATDetectionTrainer, {"sync_weight": 3.0}),
+    (DPAATDetectionTrainer, {"sync_weight": 0.0}),
+]
+
+
+class Looked(Exception):
+    """A batch has been looked at; the rest of the run is of no interest."""
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "branch"),
+    [("ONE_HEAD", {}, None), ("TWO_HEADS", {}, "one2many"), ("TWO_HEADS", {"nms": False}, "one2one")],
+    ids=str,
+)
+@pytest.mark.parametrize(("kind", "own"), COMPARING)
+def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
+    make: Any,
+    tools: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Any],
+    own: dict[str, float],
+    model: str,
+    arguments: dict[str, Any],
+    branch: str | None,
+) -> None:
+    """With the gradients: neither of the two passes is a constant of the distance. The loss items that the host logs
+    are those of the clean pass, where a method makes one that it learns from.
+    """
+    method_loss = kind.method_loss
+
+    def look(self: Any, predictions: Any, batch: dict[str, Any]) -> Any:
+        network, steps, step = copy.deepcopy(self.model), [], self.run.method.step
+        monkeypatch.setattr(self.run.method, "step", lambda *a, **k: steps.append(step(*a, **k)) or steps[-1])
+        loss, items = method_loss(self, predictions, batch)
+
+        noise = steps[0].adversarial - batch["img"]
+        assert noise.flatten(1).norm(dim=1).min() > 1.0, "the attack found no way (TRADES starts at 1 % of the radius)"
+        criterion = network.init_criterion()
+        if model == "TWO_HEADS":
+            criterion.o2m, criterion.o2o = self.terms.criterion.o2m, self.terms.criterion.o2o
+        passes = [network(images) for images in (batch["img"], steps[0].adversarial)]
+        (clean, clean_items), (adversarial, adversarial_items) = (criterion(each, batch) for each in passes)
+        sync, (weight,) = tools.divergence(network, *passes).mean(), own.values()
+        wanted = (clean if kind is TRADESDetectionTrainer else adversarial).sum() + weight * sync
+        assert weight == 0 or weight * sync > 1e-3 * wanted, "the distance is too small to be seen in the sum"
+        torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-5, atol=0)
+        of_pass = adversarial_items if weight == 0 else clean_items
+        assert items.keys() == of_pass.keys()
+        for name, value in items.items():
+            torch.testing.assert_close(value, of_pass[name], rtol=1e-4, atol=1e-6)
+        assert any(float(clean_items[name]) != float(adversarial_items[name]) for name in items)
+
+        both = []
+        for module, value in ((self.model, loss), (network, wanted)):
+            learnt = [p for p in module.parameters() if p.requires_grad]
+            both.append(torch.autograd.grad(value, learnt, allow_unused=True))
+        assert len(both[0]) > 20
+        for ours, theirs in zip(*both, strict=True):
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()) + 1e-7)
+        raise Looked
+
+    monkeypatch.setattr(kind, "method_loss", look)
+    settings = {"eps": 3.0, "steps": 3, "step_scale": 3.0, "model": getattr(tools, model)}
+    trainer = make(kind, tmp_path, **settings, **own, **arguments)
+    with pytest.raises(Looked):
+        trainer.train()
+    assert (
+        trainer.terms.branch == {"{}": "one2many", "{'nms': False}": "one2one"}[str(arguments)] or model == "ONE_HEAD"
+    )
+
+
+@pytest.fixture(scope="module", params=[TRADESDetectionTrainer, DPAATDetectionTrainer], ids=["TRADES", "DPAAT"])
+def compared(request: pytest.FixtureRequest, make: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run; ``saved`` are copies of last.pt as it was during the training."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("compared")
+    trainer = make(request.param, folder, epochs=3, eps=1.0, step_size=0.25, eps_max=1.5)
+    trainer.saved = []
+
+    def keep(trainer: Any) -> None:
+        trainer.saved.append(folder / f"{trainer.epoch}.pt")
+        shutil.copy(trainer.last, trainer.saved[-1])
+
+    trainer.add_callback("on_model_save", keep)
+    trainer.train()
+    return trainer
+
+
+def test_results_tell_of_the_distance(compared: Any) -> None:
+    _, rows = table(compared.save_dir / "results.csv")
+    assert len(rows) == 3
+    for row in rows:
+        ours = {key: float(row[column]) for key, column in COLUMNS.items()}
+        for key in ("loss_clean", "loss_adversarial", "loss_sync", "attack_seconds"):
+            assert ours[key] > 0, key
+        levels = [ours[f"margin_{q}"] for q in ("q05", "q50", "q95")]
+        if isinstance(compared, TRADESDetectionTrainer):
+            assert all(math.isnan(value) for value in (*levels, ours["expanded"]))
+        else:
+            assert 0.25 <= levels[0] <= levels[1] <= levels[2] <= 1.5
+            assert 0 < ours["expanded"] < 1
+
+
+def test_sizes_ride_in_the_checkpoint_and_are_written_down(compared: Any, data: Any) -> None:
+    states = [getattr(torch.load(path, weights_only=False)["ema"], STATE) for path in compared.saved]
+    assert len(states) == 3
+    assert all(map(plain, states))
+    if isinstance(compared, TRADESDetectionTrainer):
+        assert not any("margins" in state["method"] for state in states)
+        assert not (compared.save_dir / "margins.csv").exists()
+        return
+    names = {f"images/{name}.jpg" for name in data.names("train")}
+    for epoch, state in enumerate(states):
+        sizes = state["method"]["margins"]
+        assert set(sizes["ids"]) == names
+        assert sizes["visits"] == [epoch + 1] * 8
+        steps = [(value - 1.0) / 0.25 for value in sizes["values"]]
+        assert len(set(steps)) > 1
+        # Up or down at every visit, but for the upper end, two steps from the first size.
+        assert all(step == round(step) and abs(step) <= min(epoch + 1, 3) and step <= 2 for step in steps)
+    _, rows = table(compared.save_dir / "margins.csv")
+    written = {row["id"]: float(row["margin"]) for row in rows}
+    assert written == pytest.approx(dict(zip(sizes["ids"], sizes["values"], strict=True)))
+
+
+def test_finished_checkpoints_hold_nothing_of_ours(compared: Any, data: Any) -> None:
+    image = data.folder / "images" / f"{data.names('val')[0]}.jpg"
+    for path in (compared.last, compared.best):
+        checkpoint = torch.load(path, weights_only=False)
+        assert checkpoint["ema"] is None
+        assert not hasattr(checkpoint["model"], STATE)
+        assert checkpoint["model"].criterion is None
+        assert not set(checkpoint["train_args"]) & set(argument_names())
+        assert len(YOLO(path).predict(image, imgsz=64, device="cpu", verbose=False)) == 1
 
 
 # Running statistics
@@ -208,23 +366,31 @@ def means(trainer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "bn", "passes"),
+    ("kind", "own", "bn", "passes"),
     [
-        (SATDetectionTrainer, "both", 2),
-        (SATDetectionTrainer, "clean", 1),
-        (SATDetectionTrainer, "adversarial", 1),
-        (ATDetectionTrainer, "both", 1),
-        (ATDetectionTrainer, "clean", 1),
-        (AMATDetectionTrainer, "both", 2),
-        (AMATDetectionTrainer, "clean", 1),
-        (AMATDetectionTrainer, "adversarial", 1),
+        (SATDetectionTrainer, {}, "both", 2),
+        (SATDetectionTrainer, {}, "clean", 1),
+        (SATDetectionTrainer, {}, "adversarial", 1),
+        (ATDetectionTrainer, {}, "both", 1),
+        (ATDetectionTrainer, {}, "clean", 1),
+        (AMATDetectionTrainer, {}, "both", 2),
+        (AMATDetectionTrainer, {}, "clean", 1),
+        (AMATDetectionTrainer, {}, "adversarial", 1),
+        (TRADESDetectionTrainer, {}, "both", 2),
+        (TRADESDetectionTrainer, {}, "clean", 1),
+        (TRADESDetectionTrainer, {}, "adversarial", 1),
+        (DPAATDetectionTrainer, {}, "both", 2),
+        (DPAATDetectionTrainer, {}, "clean", 1),
+        (DPAATDetectionTrainer, {}, "adversarial", 1),
+        (DPAATDetectionTrainer, {"sync_weight": 0.0}, "both", 1),
+        (DPAATDetectionTrainer, {"sync_weight": 0.0}, "clean", 1),
     ],
 )
 def test_training_passes_feed_the_running_statistics_and_attacks_do_not(
-    run: Any, thresholds: Any, kind: type[Any], bn: str, passes: int
+    run: Any, thresholds: Any, kind: type[Any], own: dict[str, Any], bn: str, passes: int
 ) -> None:
-    own = {"delta": 1.0, "thresholds": thresholds(5.0)} if kind is AMATDetectionTrainer else {"eps": 1.0}
-    trainer = run(kind, bn=bn, steps=3, epochs=1, val=False, **own)
+    noise = {"delta": 1.0, "thresholds": thresholds(5.0)} if kind is AMATDetectionTrainer else {"eps": 1.0}
+    trainer = run(kind, bn=bn, steps=3, epochs=1, val=False, **noise, **own)
     assert counts(trainer) == {2 * passes}
     assert all(m.track_running_stats for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -241,7 +407,22 @@ def test_the_option_says_which_images_feed_the_running_statistics(run: Any, tool
     for bn in ("both", "clean", "adversarial"):
         run(SATDetectionTrainer, bn, keep(bn), bn=bn, eps=6.0, **common)
     run(ATDetectionTrainer, "at", keep("at"), eps=6.0, **common)
+    for bn in ("clean", "adversarial"):
+        run(TRADESDetectionTrainer, f"trades {bn}", keep(f"trades {bn}"), bn=bn, eps=6.0, **common)
+        run(DPAATDetectionTrainer, f"dpaat {bn}", keep(f"dpaat {bn}"), bn=bn, eps=6.0, **common)
+        # Without synchronisation no loss of clean images is learnt from: like AT, whatever the option says.
+        run(DPAATDetectionTrainer, f"none {bn}", keep(f"none {bn}"), bn=bn, eps=6.0, sync_weight=0.0, **common)
     assert torch.equal(seen["clean"], seen["stock"])
+    for name, same_as in (
+        ("trades clean", "stock"),
+        ("dpaat clean", "stock"),
+        ("dpaat adversarial", "at"),  # its first attack is that of AT
+        ("none clean", "at"),
+        ("none adversarial", "at"),
+    ):
+        assert torch.equal(seen[name], seen[same_as]), name
+    for other in ("stock", "at"):  # attacked images, but not those of AT
+        assert (seen["trades adversarial"] - seen[other]).abs().max() > 1e-3
     assert torch.equal(seen["adversarial"], seen["at"])
     for one, other in (("adversarial", "clean"), ("both", "clean"), ("both", "adversarial")):
         assert (seen[one] - seen[other]).abs().max() > 1e-3
@@ -452,16 +633,28 @@ def test_thresholds_are_measured_on_a_trained_model(run: Any, networks: Any, too
     assert trainer.run.method.margins.visits().tolist() == [1] * 8
 
 
-def test_mosaic_is_off_for_amat_and_says_so(make: Any, tmp_path: Path, lines: list[str]) -> None:
-    trainer = make(AMATDetectionTrainer, tmp_path)
+@pytest.mark.parametrize("kind", [AMATDetectionTrainer, DPAATDetectionTrainer])
+def test_mosaic_is_off_where_images_have_noise_levels_and_says_so(
+    make: Any, tmp_path: Path, lines: list[str], kind: type[Any]
+) -> None:
+    trainer = make(kind, tmp_path)
     assert trainer.args.mosaic == 0
-    assert sum("mosaic=0.0, so that a noise level belongs to one image" in line for line in lines) == 1
+    (said,) = (line for line in lines if "so that a noise level belongs to one image" in line)
+    assert f"{kind.method_name}:" in said
+    assert "mosaic=0.0" in said
     assert not any("WARNING" in line and "mosaic" in line for line in lines)
 
 
-def test_mosaic_stays_as_it_is_for_other_methods(make: Any, tmp_path: Path, lines: list[str]) -> None:
-    assert make(SATDetectionTrainer, tmp_path, eps=1.0).args.mosaic == DEFAULT_CFG_DICT["mosaic"] == 1.0
-    assert not any("mosaic" in line and "margin" in line for line in lines)
+@pytest.mark.parametrize("kind", [SATDetectionTrainer, ATDetectionTrainer, TRADESDetectionTrainer])
+def test_mosaic_stays_as_it_is_for_other_methods(make: Any, tmp_path: Path, lines: list[str], kind: type[Any]) -> None:
+    assert make(kind, tmp_path, eps=1.0, mixup=0.5).args.mosaic == DEFAULT_CFG_DICT["mosaic"] == 1.0
+    assert not any("noise level" in line for line in lines)
+
+
+def test_a_warning_of_mixed_images_names_the_method(make: Any, tmp_path: Path, lines: list[str]) -> None:
+    assert make(DPAATDetectionTrainer, tmp_path, mosaic=1.0).args.mosaic == 1
+    assert any(line.startswith("WARNING: DPAAT with mosaic=1.0: several images become one") for line in lines)
+    assert not any("so that a noise level belongs to one image" in line for line in lines)
 
 
 def test_images_that_are_mixed_on_request_warn_and_keep_stable_ids(run: Any, data: Any, lines: list[str]) -> None:
@@ -537,6 +730,28 @@ def test_a_resumed_run_continues_with_its_margins_thresholds_and_settings(
     assert not any("settings changed" in line for line in lines)
 
 
+def test_a_resumed_run_continues_with_its_perturbation_sizes(broken: Any, lines: list[str]) -> None:
+    given = {"eps": 1.0, "step_size": 0.25, "eps_min": 0.5, "eps_max": 2.0, "average": "epoch", "sync_weight": 2.0}
+    last = broken(DPAATDetectionTrainer, **given)
+    state = getattr(torch.load(last, weights_only=False)["ema"], STATE)["method"]
+    assert state["margins"]["visits"] == [2] * 8  # the interrupted epoch left nothing
+    found: dict[str, Any] = {}
+
+    def look(trainer: Any) -> None:
+        found.setdefault("state", trainer.run.method.state_dict())
+
+    lines.clear()
+    trainer = resume(DPAATDetectionTrainer, last, {"on_train_epoch_start": look})
+    assert found["state"]["margins"] == state["margins"]
+    assert found["state"]["steps_done"] == state["steps_done"] == 4
+    assert found["state"]["increases"] == [0.0, 0.0], "the mean of an epoch is that of this epoch"
+    assert {name: getattr(trainer.settings, name) for name in given} == given
+    assert (trainer.run.method.lowest, trainer.run.method.highest, trainer.run.method.average) == (0.5, 2.0, "epoch")
+    assert trainer.run.method.sizes.visits().tolist() == [4] * 8
+    assert epochs(trainer.save_dir / "results.csv") == [1, 2, 3, 4]
+    assert sum("noise levels" in line and "of the visits let one grow" in line for line in lines) == 2
+
+
 def test_thresholds_from_a_file_are_kept_when_it_has_gone(broken: Any, thresholds: Any, tmp_path: Path) -> None:
     path = shutil.copy(thresholds(3.0), tmp_path / "thresholds.json")
     last = broken(thresholds=str(path))
@@ -606,7 +821,7 @@ def test_a_data_set_that_moved_keeps_its_margins(broken: Any, make_data: Any, tm
     assert trainer.run.method.margins.visits().tolist() == [3] * 8
 
 
-@pytest.mark.parametrize("kind", [AMATDetectionTrainer, SATDetectionTrainer])
+@pytest.mark.parametrize("kind", [AMATDetectionTrainer, SATDetectionTrainer, DPAATDetectionTrainer])
 @pytest.mark.parametrize("change", ["one less", "one more", "another"])
 def test_a_run_whose_images_have_changed_is_not_resumed(
     broken: Any, make_data: Any, kind: type[Any], change: str
@@ -625,8 +840,9 @@ def test_a_stock_run_and_a_run_of_another_method_are_not_resumed(broken: Any) ->
     with pytest.raises(ValueError, match="no unfinished training of AMATDetectionTrainer: it holds no margins"):
         resume(AMATDetectionTrainer, last)
     last = broken(SATDetectionTrainer, "sat", eps=0.5)
-    with pytest.raises(ValueError, match="no unfinished training of AMATDetectionTrainer: it holds a run of SAT"):
-        resume(AMATDetectionTrainer, last)
+    for kind in (AMATDetectionTrainer, DPAATDetectionTrainer):
+        with pytest.raises(ValueError, match=f"no unfinished training of {kind.__name__}: it holds a run of SAT"):
+            resume(kind, last)
 
 
 def test_a_finished_run_is_a_starting_point_for_another_but_not_resumed(finished: Any, run: Any) -> None:
@@ -802,6 +1018,9 @@ def test_the_facade_trains_with_our_trainers_and_predicts_afterwards(data: Any, 
         (AMATDetectionTrainer, {"clean_epochs": -1}, ValueError, "clean_epochs must be >= 0, got -1"),
         (AMATDetectionTrainer, {"clean_epochs": "x"}, ValueError, "clean_epochs must be a whole number"),
         (SATDetectionTrainer, {"eps": -1.0}, ValueError, "eps must be a finite number >= 0"),
+        (TRADESDetectionTrainer, {"beta": 0}, ValueError, "beta must be a finite number > 0"),
+        (DPAATDetectionTrainer, {"sync_weight": -1}, ValueError, "sync_weight must be a finite number >= 0"),
+        (DPAATDetectionTrainer, {"average": "week"}, ValueError, "average must be 'batch' or 'epoch'"),
         (SATDetectionTrainer, {"steps": 0}, ValueError, "steps must be a whole number >= 1"),
         (SATDetectionTrainer, {"norm": 1}, ValueError, "norm"),
         (SATDetectionTrainer, {"task": "segment"}, TypeError, "trains detection models, not task=segment"),
@@ -819,19 +1038,31 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
         assert not list(tmp_path.iterdir())
 
 
+TOGETHER = r"^{} compares the predictions of its two passes, .* one after the other: use backward 'together'$"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("kind", "arguments", "error", "message"),
     [
-        ({"model": "yolov8n-seg.yaml"}, (TypeError, ValueError), "detection model"),
-        ({"clean_epochs": 0}, ValueError, "AMAT has no thresholds: clean_epochs=0 rules out self-calibration"),
-        ({"clean_epochs": 2}, ValueError, r"clean_epochs .*leaves no adversarial epoch of 2"),
-        ({"epochs": 1}, ValueError, r"clean_epochs .*leaves no adversarial epoch of 1"),
+        (AMATDetectionTrainer, {"model": "yolov8n-seg.yaml"}, (TypeError, ValueError), "detection model"),
+        (AMATDetectionTrainer, {"clean_epochs": 0}, ValueError, "AMAT has no thresholds: clean_epochs=0 rules out"),
+        (AMATDetectionTrainer, {"clean_epochs": 2}, ValueError, r"clean_epochs .*leaves no adversarial epoch of 2"),
+        (AMATDetectionTrainer, {"epochs": 1}, ValueError, r"clean_epochs .*leaves no adversarial epoch of 1"),
+        (TRADESDetectionTrainer, {"backward": "sequential"}, ValueError, TOGETHER.format("TRADES")),
+        (DPAATDetectionTrainer, {"backward": "sequential"}, ValueError, TOGETHER.format("DPAAT")),
+        (
+            DPAATDetectionTrainer,
+            {"eps_min": 3.0},  # above the default for 64 pixels
+            ValueError,
+            "^perturbation sizes need eps_min <= eps_0 <= eps_max, got eps_min 3, eps_0 2, eps_max 4$",
+        ),
+        (DPAATDetectionTrainer, {"eps": 2.0, "eps_max": 1.0}, ValueError, "got eps_min 0, eps_0 2, eps_max 1$"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
-    make: Any, tmp_path: Path, arguments: dict[str, Any], error: Any, message: str
+    make: Any, tmp_path: Path, kind: type[Any], arguments: dict[str, Any], error: Any, message: str
 ) -> None:
-    trainer = make(AMATDetectionTrainer, tmp_path, **arguments)
+    trainer = make(kind, tmp_path, **arguments)
     trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
     with pytest.raises(error, match=message):
         trainer.train()

@@ -1,0 +1,168 @@
+"""Settings of the methods: which of them a method gets, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.methods import AMAT, DPAAT, TRADES
+from common.settings import METHODS, MethodSettings, is_adaptive, make_settings, read_settings, settings_text
+
+ATTACK: dict[str, Any] = {"steps": 7, "step_scale": 2.5, "norm": math.inf, "bounds": (0.0, 1.0), "seed": 5}
+
+
+def attack_of(method: Any) -> dict[str, Any]:
+    attack = method.attack
+    return {
+        "steps": attack.steps,
+        "step_scale": attack.step_scale,
+        "norm": attack.norm,
+        "bounds": method.bounds,
+        "seed": method.seed,
+    }
+
+
+def test_dpaat_gets_its_settings() -> None:
+    settings = MethodSettings(
+        eps=0.5,
+        eps_min=0.25,
+        eps_max=0.75,
+        step_size=0.125,
+        sync_weight=2.0,
+        average="epoch",
+        random_start=0.5,
+        **ATTACK,
+    )
+    method = settings.method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.eps_0, method.lowest, method.highest, method.step_size) == (0.5, 0.25, 0.75, 0.125)
+    assert (method.sync_weight, method.average) == (2.0, "epoch")
+    assert attack_of(method) == ATTACK
+    assert method.attack.random_start == 0.5
+    method = MethodSettings(eps=0.5).method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.lowest, method.highest, method.step_size) == (0.0, 1.0, 0.05)
+    assert (method.sync_weight, method.average, method.attack.random_start) == (1.0, "batch", 0)
+
+
+@pytest.mark.parametrize(("random_start", "taken"), [(0.0, 0.01), (0.3, 0.3), (1.0, 1.0)])
+def test_trades_gets_its_settings_and_never_starts_on_the_image(random_start: float, taken: float) -> None:
+    method = MethodSettings(eps=0.5, beta=3.0, random_start=random_start, **ATTACK).method("TRADES")
+    assert isinstance(method, TRADES)
+    assert (method.eps, method.beta, method.attack.random_start) == (0.5, 3.0, taken)
+    assert attack_of(method) == ATTACK
+    method = MethodSettings(eps=0.5).method("TRADES")
+    assert isinstance(method, TRADES)
+    assert method.beta == 6.0
+
+
+def test_every_method_is_known_by_its_name() -> None:
+    assert {name: kind.name for name, kind in METHODS.items()} == {name: name for name in METHODS}
+    for name in set(METHODS) - {"AMAT"}:
+        assert type(MethodSettings(eps=0.5).method(name)) is METHODS[name]
+    assert [name for name in METHODS if is_adaptive(name)] == ["AMAT", "DPAAT"]
+    with pytest.raises(ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
+        MethodSettings(eps=0.5).method("PAT")
+
+
+@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT"])
+def test_a_radius_is_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} needs eps, the radius of its noise$"):
+        MethodSettings().method(name)
+
+
+def test_passes_that_are_compared_cannot_be_back_propagated_one_after_the_other() -> None:
+    apart = MethodSettings(eps=0.5, backward="sequential")
+    for name in ("TRADES", "DPAAT"):
+        message = (
+            f"^{name} compares the predictions of its two passes, which therefore cannot be back-propagated one after "
+            "the other: use backward 'together'$"
+        )
+        with pytest.raises(ValueError, match=message):
+            apart.method(name)
+        assert isinstance(MethodSettings(eps=0.5).method(name), METHODS[name])
+    alone = MethodSettings(eps=0.5, backward="sequential", sync_weight=0)
+    assert isinstance(alone.method("DPAAT"), DPAAT)
+    assert isinstance(apart.method("SAT"), METHODS["SAT"])
+    with pytest.raises(ValueError, match=r"^TRADES compares"):
+        alone.method("TRADES")
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["eps", "eps_min", "eps_max", "step_size", "sync_weight", "beta"])
+def test_numbers_out_of_range(name: str, value: float) -> None:
+    allowed = "> 0" if name == "beta" else ">= 0"
+    message = f"{name} must be a finite number {allowed}, got {value}$"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MethodSettings(**{name: value})
+    with pytest.raises(ValueError, match=f"^file: {message}"):
+        make_settings(MethodSettings, {name: value}, "file")
+
+
+def test_zero_is_a_number_for_all_but_beta() -> None:
+    MethodSettings(eps=0, eps_min=0, eps_max=0, step_size=0, sync_weight=0)
+    with pytest.raises(ValueError, match=r"^beta must be a finite number > 0, got 0"):
+        MethodSettings(beta=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"eps_min": 0.75}, "eps_min 0.75, eps_0 0.5, eps_max 1"),
+        ({"eps_max": 0.25}, "eps_min 0, eps_0 0.5, eps_max 0.25"),
+        ({"eps_min": 2.0, "eps_max": 3.0}, "eps_min 2, eps_0 0.5, eps_max 3"),
+    ],
+)
+def test_sizes_in_the_wrong_order(values: dict[str, float], sizes: str) -> None:
+    settings = MethodSettings(eps=0.5, **values)
+    with pytest.raises(ValueError, match=f"^perturbation sizes need eps_min <= eps_0 <= eps_max, got {sizes}$"):
+        settings.method("DPAAT")
+    settings.method("TRADES")  # which has no sizes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"average": "x"}, "average must be 'batch' or 'epoch', got 'x'"),
+        ({"sync_weight": None}, "sync_weight must be a number, got None"),
+        ({"beta": "big"}, "beta must be a number, got 'big'"),
+        ({"step_size": True}, "step_size must be a number or null, got True"),
+        ({"eps_mim": 1}, "unknown setting 'eps_mim', did you mean 'eps_min'\\?"),
+        ({"backward": "apart"}, "backward must be 'together' or 'sequential', got 'apart'"),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^file: {message}"):
+        make_settings(MethodSettings, values, "file")
+
+
+def test_an_average_that_does_not_exist_is_refused_without_a_file_too() -> None:
+    average: Any = "x"
+    with pytest.raises(ValueError, match=r"^average must be 'batch' or 'epoch', got 'x'$"):
+        MethodSettings(eps=1.0, average=average).method("DPAAT")
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    settings = MethodSettings(
+        eps=0.5, eps_min=0.1, eps_max=1.5, step_size=0.0, sync_weight=0.3, average="epoch", beta=1.0, **ATTACK
+    )
+    path = tmp_path / "adversarial.yaml"
+    path.write_text(settings_text(settings, method="DPAAT"))
+    assert read_settings(MethodSettings, path) == settings
+    path.write_text("eps: 1\nstep_size: null\nsync_weight: 2\naverage: epoch\n")
+    method = read_settings(MethodSettings, path).method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.eps_0, method.step_size, method.sync_weight, method.average) == (1.0, 0.1, 2.0, "epoch")
+
+
+def test_amat_keeps_its_bounds_to_itself() -> None:
+    """The bounds of one method are not those of the other."""
+    settings = MethodSettings(eps=0.5, delta=0.5, margin_min=0.25, margin_max=2.0, eps_min=0.125, eps_max=0.75)
+    amat, dpaat = settings.method("AMAT", AMAT(1.0, [1.0]).thresholds), settings.method("DPAAT")
+    assert isinstance(amat, AMAT)
+    assert isinstance(dpaat, DPAAT)
+    assert (amat.lowest, amat.highest, amat.growth, amat.store.additive) == (0.25, 2.0, 0.5, False)
+    assert (dpaat.lowest, dpaat.highest, dpaat.growth, dpaat.store.additive) == (0.125, 0.75, 0.05, True)
