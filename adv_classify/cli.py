@@ -40,15 +40,21 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    own = (OSError, ValueError, TypeError, RuntimeError, AssertionError)
+    own = (OSError, ValueError, TypeError, RuntimeError, AssertionError, ImportError)
     return (*own, MisconfigurationException, ArgumentError)
 
 
 def _message(error: BaseException) -> str:
     """The mistake itself, where jsonargparse reports it as one of several types that the value is not."""
+    where = ""
     while "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
+        first = str(error).split("\n")[0]
+        where = f"{first} " if first.startswith("Parser key") else where
         error = error.__cause__
-    return str(error)
+    text = where + str(error)
+    if "in DataLoader worker process" in text:  # PyTorch wraps what a worker raises into its traceback
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
 
 
 def _lightning(argv: list[str]) -> None:
@@ -56,7 +62,7 @@ def _lightning(argv: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from adv_classify.data import ClassificationData
-    from adv_classify.module import PREDICTIONS, RobustClassifier, write_predictions
+    from adv_classify.module import PREDICTIONS, RobustClassifier, gathered, write_predictions
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -86,11 +92,14 @@ def _lightning(argv: list[str]) -> None:
                 super()._parse_ckpt_path()
 
         def predict(self, model: Any, datamodule: Any, **how: Any) -> None:
-            found = self.trainer.predict(model, datamodule, **how)
+            found = self.trainer.predict(model, datamodule, **how) or []
+            if self.trainer.world_size > 1:  # every process has predicted a part
+                found = [batch for part in gathered(found) for batch in part]
             path = Path(self.trainer.log_dir or ".") / PREDICTIONS
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(path, found or [], datamodule.class_names)
-            print(f"Predictions: {path}")
+            if self.trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_predictions(path, found, datamodule.class_names)
+                print(f"Predictions: {path}")
 
     quiet = {"exit_on_error": False}  # mistakes are for main to report, without a page of usage
     Command(
@@ -175,7 +184,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser = _parser("evaluate", "Trained classifiers under attack, in one report for each norm.")
     parser.add_argument("checkpoints", type=str, nargs="+", help="checkpoints of adv-classify")
     parser.add_argument("--names", type=list[str], default=None, help="names of the models; default: their folders")
-    parser.add_argument("--norm", type=list[str], default=["2", "inf"], help="2, inf, or both")
+    parser.add_argument("--norm", type=list[float | str], default=[2, "inf"], help="2, inf, or both")
     parser.add_argument("--levels", type=list[float], default=None, help="L2 levels; default: by the images' size")
     parser.add_argument("--levels_inf", type=list[float], default=None, help="Linf levels; default: 0, 2, 4, 8 / 255")
     parser.add_argument(
@@ -246,7 +255,7 @@ def _evaluate(argv: Sequence[str]) -> None:
         print(f"\nReport: {page}")
 
 
-def _norm(name: str) -> float:
+def _norm(name: float | str) -> float:
     from common.norms import check_norm
 
     try:

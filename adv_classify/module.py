@@ -76,7 +76,8 @@ class RobustClassifier(RobustModule):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if class_weights == "balanced" and class_counts is None:
             raise ValueError("class_weights 'balanced' needs class_counts, the number of training images of each class")
-        given = {"network": network, "method": method, "attack": attack, "class_weights": class_weights}
+        begun = replace(network, weights=None)  # what a checkpoint of ours needs no more
+        given = {"network": begun, "method": method, "attack": attack, "class_weights": class_weights}
         given |= {"label_smoothing": label_smoothing, "lr": lr, "weight_decay": weight_decay}
         given |= {"validation_steps": validation_steps, "num_classes": num_classes, "channels": channels}
         self.save_hyperparameters(plain({**given, "class_counts": None if class_counts is None else [*class_counts]}))
@@ -108,8 +109,7 @@ class RobustClassifier(RobustModule):
         attack = dict(given.pop("attack"))
         if isinstance(attack.get("bounds"), list):
             attack["bounds"] = tuple(attack["bounds"])
-        network = replace(Network(**given.pop("network")), weights=None)  # they are in the checkpoint
-        model = cls(network, Method(**given.pop("method")), Attack(**attack), **given)
+        model = cls(Network(**given.pop("network")), Method(**given.pop("method")), Attack(**attack), **given)
         model.load_state_dict(checkpoint["state_dict"])
         return model.eval()
 
@@ -185,7 +185,7 @@ class RobustClassifier(RobustModule):
         scores = {name: torch.cat([part[name] for part in self._scored]) for name in self._scored[0]}
         self._scored = []
         if self.trainer.world_size > 1:
-            scores = {name: torch.cat(_gathered(value)) for name, value in scores.items()}
+            scores = {name: torch.cat(gathered(value.cpu())) for name, value in scores.items()}
         for kind, prefix in (("clean", ""), ("attacked", "robust_")):
             if kind in scores:
                 label, probabilities = scores["label"], scores[kind]
@@ -235,9 +235,10 @@ def _made_of(values: Mapping[str, Any]) -> str | None:
     return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
 
 
-def _gathered(value: Tensor) -> list[Tensor]:
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, value.cpu())
+    torch.distributed.all_gather_object(parts, value)
     return parts
 
 

@@ -305,7 +305,9 @@ class DetectionObjective:
         self.items: dict[str, Tensor] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The terms, for an attack."""
+        """The terms, for an attack; of the host's own predictions where they are at hand and no gradient is asked."""
+        if self._given is not None and images is self.batch["img"] and not torch.is_grad_enabled():
+            return self.terms(self._given, self.batch)
         return self.terms(self.predictions(images), self.batch)
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ class Settings(MethodSettings):
         bounds: the range of an image, [0, 1].
         thresholds: "auto" (self-calibrated), a file of ``adv-yolo thresholds``, or a trained ``.pt`` to be measured.
         bn: which training passes feed the running statistics of BatchNorm, which the network predicts with: "both",
-            "clean" (measured: as accurate, and surer of its detections) or "adversarial". Attacks never do, and AT
-            has its adversarial passes only.
+            "clean" (measured: as accurate, and surer of its detections) or "adversarial". Attacks never do. AT,
+            and DPAAT without its synchronisation loss, have adversarial passes only.
     """
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)

@@ -2,9 +2,10 @@
 
 The host's loop calls ``model(batch)``: a forward pass on the clean images, then ``model.criterion(predictions,
 batch)``. Our :class:`MethodCriterion` stands in the criterion's place and hands the predictions to the method as its
-clean pass; the attack and the adversarial pass happen there, inside the host's autocast and distributed wrapper. (AT,
-which has no clean pass, pays for that one forward pass and keeps it out of the running statistics.) The network's
-class is untouched, and the criterion is left out of every copy and checkpoint.
+clean pass; the attack and the adversarial pass happen there, inside the host's autocast and distributed wrapper. (A
+method that learns from attacked images only, AT or DPAAT without its synchronisation loss, pays for that one forward
+pass and keeps it out of the running statistics.) The network's class is untouched, and the criterion is left out of
+every copy and checkpoint.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class AdversarialTraining:
         check_dict_alignment({**DEFAULT_CFG_DICT, "session": None, **dict.fromkeys(argument_names())}, given)
         host, own = split_arguments(given)
         self.settings = settings_of(own)
-        check_early(self.settings, host)
+        check_early(self.settings, host, self.method_name)
         if host.get("resume") and own:
             LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
         if is_adaptive(self.method_name) and not host.get("resume"):
@@ -329,7 +330,7 @@ TRAINERS = {kind.method_name.lower(): kind for kind in _KINDS}
 """The trainers by the values of ``method=``."""
 
 
-def check_early(settings: Settings, arguments: dict[str, Any]) -> None:
+def check_early(settings: Settings, arguments: dict[str, Any], method: str) -> None:
     """Raises for what can be seen to be impossible before anything is loaded."""
     task = arguments.get("task") or "detect"
     if task != "detect":
@@ -339,6 +340,7 @@ def check_early(settings: Settings, arguments: dict[str, Any]) -> None:
         )
     if arguments.get("distill_model") is not None:
         raise ValueError("distill_model and adversarial training do not go together; train without distillation")
+    settings.check_method(method)
     path = settings.thresholds
     if path != "auto" and not arguments.get("resume") and not Path(path).is_file():
         raise FileNotFoundError(

@@ -72,9 +72,9 @@ PRESETS = {
     ),
     "cpu": SMALL,
     # Which passes the running statistics of BatchNorm should learn from; in the working folder of "cpu" it begins with
-    # the same standard network.
+    # the same standard network, and SAT10 of "cpu" is the third choice, bn=clean.
     "batchnorm": replace(
-        SMALL, runs={f"SAT10.{bn}": ("method=sat", "eps=4", f"bn={bn}") for bn in ("both", "clean", "adversarial")}
+        SMALL, runs={f"SAT10.{bn}": ("method=sat", "eps=4", f"bn={bn}") for bn in ("both", "adversarial")}
     ),
 }
 HOST = ("batch=16", "amp=False", "val=False", "plots=False")

@@ -1,7 +1,7 @@
 """Distances between predictions, (B,): how far those on attacked images are from those on clean ones.
 
-All are at least 0, and 0 with a zero gradient where the two are equal, up to rounding. Both arguments get gradients. They are computed
-in float32 at least.
+All are at least 0, and 0 with a zero gradient where the two are equal, up to rounding. Both arguments get gradients.
+They are computed in float32 at least.
 """
 
 from __future__ import annotations

@@ -143,8 +143,9 @@ class MethodRun:
         """
         if not isinstance(self.method, AdaptiveRadiusMethod):
             return []
-        visits = max(1.0, (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples))
+        visits = (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples)
         met = f"{samples} {what}, each met about {visits:.1f} times in this run"
+        visits = max(1.0, visits)  # a sample that is met at all is met once
         if isinstance(self.method, DPAAT):
             return [self._outlook_of_sizes(self.method, visits, met)]
         eps, delta = self.settings.eps, self.method.growth

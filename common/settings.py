@@ -19,6 +19,7 @@ import yaml
 from common.attacks.gradient import GradientAttack, check_bounds
 from common.methods import AMAT, AT, DPAAT, SAT, STD, TRADES, AdaptiveRadiusMethod, Method
 from common.methods.base import check_positive
+from common.methods.dpaat import check_sizes
 from common.norms import check_norm
 from common.thresholds import RunningThresholds, Thresholds, std_factor
 
@@ -110,8 +111,19 @@ class RuleSettings:
             self._check(name, zero=True)
         if self.margin_min is not None and self.margin_max is not None and self.margin_min > self.margin_max:
             raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
+        if self.eps is not None:
+            check_sizes(self.eps_min or 0.0, self.eps, 2 * self.eps if self.eps_max is None else self.eps_max, "eps")
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
+
+    def check_method(self, name: str) -> None:
+        """Raises ValueError if the method of that name cannot work with these settings."""
+        compares = name == "TRADES" or (name == "DPAAT" and self.sync_weight > 0)
+        if compares and self.backward == "sequential":
+            raise ValueError(
+                f"{name} compares the predictions of its two passes, which therefore cannot be back-propagated one "
+                f"after the other: use backward 'together'"
+            )
 
     def _check(self, name: str, *, zero: bool = False) -> None:
         value = getattr(self, name)
@@ -167,11 +179,7 @@ class MethodSettings(AttackSettings, RuleSettings):
     def _with_radius(self, name: str, eps: float, attack: dict[str, Any]) -> Method:
         if name in ("SAT", "AT"):
             return (SAT if name == "SAT" else AT)(eps, **attack)
-        if self.backward == "sequential" and (name == "TRADES" or self.sync_weight > 0):
-            raise ValueError(
-                f"{name} compares the predictions of its two passes, which therefore cannot be back-propagated one "
-                f"after the other: use backward 'together'"
-            )
+        self.check_method(name)
         if name == "TRADES":
             return TRADES(eps, beta=self.beta, **{**attack, "random_start": self.random_start or 0.01})
         return DPAAT(

@@ -134,11 +134,11 @@ class DPAAT(AdaptiveRadiusMethod):
         self._seen = torch.zeros(2)
 
 
-def check_sizes(eps_min: float, eps_0: float, eps_max: float) -> None:
-    """Raises ValueError unless eps_min <= eps_0 <= eps_max."""
+def check_sizes(eps_min: float, eps_0: float, eps_max: float, name: str = "eps_0") -> None:
+    """Raises ValueError unless eps_min <= eps_0 <= eps_max; ``name`` is what the user calls eps_0."""
     if not eps_min <= eps_0 <= eps_max:
         raise ValueError(
-            f"perturbation sizes need eps_min <= eps_0 <= eps_max, got eps_min {eps_min:g}, eps_0 {eps_0:g}, "
+            f"perturbation sizes need eps_min <= {name} <= eps_max, got eps_min {eps_min:g}, {name} {eps_0:g}, "
             f"eps_max {eps_max:g}"
         )
 

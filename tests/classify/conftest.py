@@ -91,11 +91,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def arguments(data: Path, folder: Path, **changes: Any) -> list[str]:
+def arguments(file: Path, folder: Path, /, **changes: Any) -> list[str]:
     """Options of a short training; those that are None are left out."""
     given = {
         "data": "MedMNIST",
-        "data.file": data,
+        "data.file": file,
         "data.batch_size": 8,
         "data.workers": 0,
         "model.network.name": NETWORK,
@@ -117,9 +117,9 @@ def runs(folder: Path) -> list[Path]:
     return sorted((folder / "lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
 
 
-def fit(data: Path, folder: Path, **changes: Any) -> Path:
+def fit(file: Path, folder: Path, /, **changes: Any) -> Path:
     """Trains by the command in this process; returns the run's folder."""
-    assert main(["fit", *arguments(data, folder, **changes)]) == 0
+    assert main(["fit", *arguments(file, folder, **changes)]) == 0
     return runs(folder)[-1]
 
 
@@ -146,6 +146,15 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 1e-
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads() -> Iterator[None]:
+    """Trainings that several tests share begin before a test has its one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

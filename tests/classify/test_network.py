@@ -196,7 +196,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, kind: str) -> N
 
 
 def test_there_is_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no file of weights .*nothing.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file of weights .*nothing\.pth"):
         make_network(Network(name="test_resnet", weights=str(tmp_path / "nothing.pth")), 3, 3)
 
 

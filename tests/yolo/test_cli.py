@@ -222,7 +222,7 @@ def test_mistakes_in_arguments_are_named(
     [
         (["method=trades", "backward=sequential"], "TRADES compares the predictions of its two passes"),
         (["method=dpaat", "backward=sequential"], "DPAAT compares the predictions of its two passes"),
-        (["method=dpaat", "eps=1", "eps_min=2"], "eps_min <= eps_0 <= eps_max, got eps_min 2, eps_0 1, eps_max 2"),
+        (["method=dpaat", "eps=1", "eps_min=2"], "eps_min <= eps <= eps_max, got eps_min 2, eps 1, eps_max 2"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_named(
