@@ -39,8 +39,8 @@ class Preset:
 
 
 def runs(scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = None) -> dict[str, tuple[str, ...]]:
-    """SAT 1, 10, 15 and AMAT, their levels multiplied by ``scale``."""
-    found = {f"SAT{eps}": ("method=sat", f"eps={eps * scale:g}") for eps in (1, 10, 15)}
+    """SAT 1, 10, 15 and AMAT, their levels multiplied by ``scale``; and, as a control, SAT at AMAT's delta."""
+    found = {f"SAT{eps:g}": ("method=sat", f"eps={eps * scale:g}") for eps in (1, 3.5, 10, 15)}
     return found | {"AMAT": ("method=amat", f"delta={delta:g}")} | (extra or {})
 
 

@@ -126,13 +126,14 @@ def test_batch_norm_learns_from_what_is_trained_on_only(fit: Any, tools: Any, ne
     assert counts == {3}
 
 
-def test_a_run_says_what_it_was(fit: Any, npz: Path) -> None:
-    run = fit(model__method__name="DPAAT", model__method__eps_min=0.001, model__attack__norm=".inf")
+@pytest.mark.parametrize(("norm", "eps", "delta"), [("2", 0.2174, 0.05434), (".inf", 0.0157, 0.00392)])
+def test_a_run_says_what_it_was(fit: Any, npz: Path, norm: str, eps: float, delta: float) -> None:
+    run = fit(model__method__name="DPAAT", model__method__eps_min=0.001, model__attack__norm=norm)
     text = (run / "adversarial.yaml").read_text()
     assert text.startswith("# method: DPAAT\n# thresholds: None\n")
     settings = yaml.safe_load(text)
-    assert (settings["eps"], settings["delta"]) == (0.0157, 0.00392)  # what they were resolved to
-    assert (settings["eps_min"], settings["norm"], settings["steps"]) == (0.001, math.inf, 2)
+    assert (settings["eps"], settings["delta"]) == (eps, delta)  # what they were resolved to
+    assert (settings["eps_min"], settings["norm"], settings["steps"]) == (0.001, float(norm.strip(".")), 2)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["method"]["name"] == "DPAAT"
     assert config["data"]["init_args"]["file"] == str(npz)
@@ -574,8 +575,8 @@ def test_other_settings_of_a_resumed_run_are_the_users_and_are_named(fit: Any, a
         ({"trainer__max_epochs": None, "trainer__max_steps": 3}, "set max_epochs, got -1"),
         ({"model__method__backward": "sequential"}, "backward 'sequential' is not to be had with Lightning"),
         ({"model__label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
-        ({"model__method__name": "DPAAT", "model__method__eps": 1, "model__method__eps_min": 2}, "eps_min <= eps_0"),
-        ({"model__method__name": "DPAAT", "model__method__eps_min": 1.0}, "got eps_min 1, eps_0 0.2174, eps_max 0.43"),
+        ({"model__method__name": "DPAAT", "model__method__eps": 1, "model__method__eps_min": 2}, "need eps_min <= eps"),
+        ({"model__method__name": "DPAAT", "model__method__eps_min": 1.0}, "got eps_min 1"),
         ({"model__method__name": "AMAT", "model__method__warmup_epochs": 0}, "rules out self-calibration"),
     ],
 )

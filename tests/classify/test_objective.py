@@ -136,6 +136,12 @@ def test_half_precision_ends_with_the_network(model: Counted, images: Tensor) ->
     assert images.grad.flatten(1).norm(dim=1).min() > 0
 
 
+def test_a_network_of_half_precision_has_terms_of_single_precision(model: Counted, images: Tensor) -> None:
+    loss, terms, logits = ClassificationObjective(model.bfloat16(), LABELS).loss_and_predictions(images.bfloat16())
+    assert (loss.dtype, terms.dtype, logits.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    np.testing.assert_allclose(terms[:, 0].detach().numpy(), reference(logits), rtol=1e-5, atol=1e-6)
+
+
 def test_needs_no_host() -> None:
     """For a plain PyTorch loop, PyTorch is enough."""
     code = (
