@@ -83,7 +83,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             try:
                 with Image.open(image) as opened:
                     array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
-            except OSError as error:
+            except (OSError, ImportError) as error:  # plugins of Pillow miss their packages in their own manner
                 raise ValueError(f"{image} cannot be read as an image: {error}") from error
         else:
             array = np.asarray(image)
@@ -449,7 +449,7 @@ def image_size(samples: Samples, index: int) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
             return opened.height, opened.width
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"{image} cannot be read as an image: {error}") from error
 
 

@@ -135,7 +135,7 @@ class RobustClassifier(RobustModule):
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return standard.measure(path, data, rule=rule, device=self.device)
+        return standard.measure(path, data, rule=rule, device=self.device, weight=self.class_weight)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule; a configuration may name others."""

@@ -27,6 +27,7 @@ def measure(
     device: torch.device,
     split: str = "train",
     augment: bool = False,
+    weight: torch.Tensor | None = None,
 ) -> Thresholds:
     """Measures a trained classifier on a split, in evaluation mode, and applies the rule to its loss.
 
@@ -37,6 +38,7 @@ def measure(
         device: where to measure.
         split: of the data.
         augment: measure on augmented images, as the training meets them.
+        weight: of the classes, (classes,), of the training that the thresholds are for; None: that of the checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -49,7 +51,7 @@ def measure(
         raise ValueError(
             f"{path} predicts {model.num_classes} classes, the data has {data.num_classes} ({data.class_names})"
         )
-    network, weight = model.network.to(device), model.class_weight
+    network, weight = model.network.to(device), model.class_weight if weight is None else weight
     weight = None if weight is None else weight.to(device)
     statistics = TermStatistics(ClassificationObjective.names)
     loader = DataLoader(data.dataset(split, augment=augment), data.batch_size, num_workers=data.workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -263,6 +264,7 @@ def test_thresholds_are_written_beside_the_checkpoint(standard: Path, npz: Path,
         losses.append(np.log(np.exp(z - z[sample["label"]]).sum()))
     assert found.names == ("ce",)
     assert (found.n, found.rule, found.source) == (24, "mean", str(best(standard)))
+    assert found.source_sha256 == hashlib.sha256(best(standard).read_bytes()).hexdigest()
     assert found.values == found.mean == pytest.approx((np.mean(losses),), rel=1e-4)
     assert found.std == pytest.approx((np.std(losses),), rel=1e-4)
     path.unlink()
@@ -427,6 +429,26 @@ def test_a_killed_evaluation_goes_on(standard: Path, run: Any, fails: Any, monke
     )
     run(*words[:-4], "--levels", "[0,0.5]", "--examples", 0, *config, "--out", "cut", "--overwrite", "true")
     assert len(loaded) == 4 + 3
+
+
+def test_numbers_of_two_models_of_one_name_are_not_mixed(standard: Path, adaptive: Path, run: Any, fails: Any) -> None:
+    words = [
+        "--attacks",
+        "[pgd1]",
+        "--norm",
+        "[2]",
+        "--samples",
+        2,
+        "--examples",
+        0,
+        "--names",
+        "[own]",
+        "--out",
+        "own",
+    ]
+    run("evaluate", best(standard), *words)
+    message = fails("evaluate", best(adaptive), *words)
+    assert "was measured with another configuration: fingerprint" in message
 
 
 def test_margins_of_a_training_are_in_the_report(report: Path) -> None:

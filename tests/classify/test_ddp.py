@@ -34,7 +34,12 @@ COMMON: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "dpaat": {"model__method__name": "DPAAT", "model__class_weights": "balanced"},
-    "amat": {"model__method__name": "AMAT", "model__method__delta": 0.2, "model__method__refinement": "crossing"},
+    "amat": {
+        "model__method__name": "AMAT",
+        "model__method__delta": 0.2,
+        "model__method__refinement": "crossing",
+        "checkpoint__save_on_train_epoch_end": "false",
+    },
     "calibrated": {"model__method__name": "AMAT", "model__method__delta": 0.2},
 }
 
@@ -114,6 +119,17 @@ def test_the_ranks_have_one_network_and_one_table(
         batches = [rank[run]["batches"][epoch * BATCHES :][:BATCHES] for rank in found]
         met = [i for part in batches for batch in part for i in batch]
         assert len(met) == len(set(met)) == 24
+
+
+def test_a_checkpoint_of_validation_knows_the_images_of_both_ranks(
+    ranks: tuple[Path, list[dict[str, Any]]], npz: Path, tools: Any
+) -> None:
+    """It is written before the epoch ends."""
+    (run,) = tools.runs(ranks[0] / "amat")
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    margins = state["advmed"]["method"]["margins"]
+    assert sorted(margins["ids"]) == MedMNIST(str(npz), workers=0).train_ids
+    assert margins["visits"] == [state["epoch"] + 1] * 24
 
 
 def test_predictions_of_both_ranks_are_in_one_file(ranks: tuple[Path, list[dict[str, Any]]], tools: Any) -> None:

@@ -511,14 +511,20 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(fit: Any, npz: Path, tmp_path: Path, tools: Any) -> None:
-    command = [sys.executable, "-c", KILLED, "fit", *tools.arguments(npz, tmp_path / "cut", **long("AMAT"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    last = tools.runs(tmp_path / "cut")[-1] / "checkpoints" / "last.ckpt"
-    resumed = fit("cut", ckpt_path=last, **long("AMAT"))
-    check_resumed(fit("whole", **long("AMAT")), resumed, tools)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(npz: Path, tmp_path: Path, tools: Any) -> None:
+    """All three in processes of their own: what else is imported here may change the last bit of a convolution."""
+
+    def run(folder: str, *code: str, status: int = 0, **more: Any) -> Path:
+        command = [sys.executable, *code, "fit", *tools.arguments(npz, tmp_path / folder, **long("AMAT"), **more)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == status, done.stderr
+        return tools.runs(tmp_path / folder)[-1]
+
+    module = ("-m", "adv_classify.cli")
+    cut = run("cut", "-c", KILLED, status=-signal.SIGKILL)
+    resumed = run("cut", *module, ckpt_path=cut / "checkpoints" / "last.ckpt")
+    check_resumed(run("whole", *module), resumed, tools)
 
 
 def test_there_is_a_last_checkpoint_of_every_epoch_validated_or_not(fit: Any) -> None:
@@ -527,6 +533,23 @@ def test_there_is_a_last_checkpoint_of_every_epoch_validated_or_not(fit: Any) ->
     assert state_of(run)["advmed"]["method"]["margins"]["visits"] == [3] * 24
     assert state_of(run, "best")["epoch"] == 1
     assert state_of(run, "best")["advmed"]["method"]["margins"]["visits"] == [2] * 24
+
+
+def test_a_resumed_run_keeps_the_thresholds_it_began_with(fit: Any, tools: Any, thresholds: Any) -> None:
+    path = thresholds(1e9)
+    given = {
+        "model__method__name": "AMAT",
+        "model__method__delta": 0.25,
+        "model__method__thresholds": path,
+        "model__attack__bounds": "null",
+    }
+    last = fit("first", **given, trainer__max_epochs=2) / "checkpoints" / "last.ckpt"
+    thresholds(-1e9)  # the file is another one now
+    run = fit("second", **given, trainer__max_epochs=3, ckpt_path=last)
+    assert "# thresholds: ce < 1e+09\n" in (run / "adversarial.yaml").read_text()
+    assert [value for value, _ in tools.margins(run).values()] == pytest.approx([1.0] * 24, rel=1e-5)
+    path.unlink()
+    assert len(tools.margins(fit("third", **given, trainer__max_epochs=3, ckpt_path=last))) == 24
 
 
 def test_another_method_or_other_data_cannot_resume_a_run(

@@ -43,8 +43,8 @@ def test_the_commands_and_the_code_of_the_page_work(
     shutil.copytree(data.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "cells.yaml").rename(tmp_path / "data.yaml")
     monkeypatch.chdir(tmp_path)
-    # As outside of a test: the host has a place of its own for the runs of tests. Its settings hold the place of the
-    # others, the folder of its first start.
+    # As outside of a test: the host has a place of its own for the runs of tests. For those of users, its settings hold
+    # the repository that it is installed in, or the folder of its first start.
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     environment |= {"YOLO_CONFIG_DIR": str(tmp_path / "settings"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -52,6 +52,7 @@ def test_the_commands_and_the_code_of_the_page_work(
         done = subprocess.run([*words], capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    run(str(Path(sys.executable).with_name("yolo")), "settings", f"runs_dir={tmp_path / 'runs'}")
     documented = commands(PAGE, ("yolo", "adv-yolo"))
     assert [words[1] for words in documented] == ["detect", "thresholds", "detect", "evaluate"]
     for words in documented:
