@@ -91,6 +91,11 @@ def _lightning(argv: list[str]) -> None:
             if self.config.get("subcommand") != "fit":
                 super()._parse_ckpt_path()
 
+        def _run_subcommand(self, subcommand: str) -> None:
+            if subcommand != "fit" and not self._get(self.config, "ckpt_path"):
+                raise ValueError(f"{subcommand} needs a trained network: name its checkpoint with --ckpt_path")
+            super()._run_subcommand(subcommand)
+
         def predict(self, model: Any, datamodule: Any, **how: Any) -> None:
             found = self.trainer.predict(model, datamodule, **how) or []
             if self.trainer.world_size > 1:  # every process has predicted a part

@@ -229,6 +229,13 @@ def test_predictions(adaptive: Path, npz: Path, tmp_path: Path, run: Any, tools:
         assert row["prediction"] == "xyz"[int(wanted.argmax())]
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_untrained_network_is_not_judged(npz: Path, fails: Any, command: str) -> None:
+    message = fails(command, "--data", "MedMNIST", "--data.file", npz, "--data.workers", 0, *QUICK)
+    assert message.endswith(f"{command} needs a trained network: name its checkpoint with --ckpt_path")
+    assert not list(Path().rglob("predictions.csv"))
+
+
 def test_data_of_other_classes_cannot_be_validated(adaptive: Path, tmp_path: Path, tools: Any, fails: Any) -> None:
     four = tools.write_npz(tmp_path / "four.npz", classes=4)
     words = ["--data", "MedMNIST", "--data.file", four, "--data.workers", 0, *QUICK, "--ckpt_path", best(adaptive)]
