@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from adv_classify.objective import ClassificationObjective
 from common.attacks import GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels, parse_attacks
 from common.lightning import MARGINS
+from common.margins import read_margins
 from common.report import Example, Metric, View
 
 Attack = GradientAttack | TorchAttack
@@ -65,17 +65,9 @@ def load_model(
         )
     network, dataset = model.network.to(device), data.dataset(split)
     cam = GradCam(network, dataset[0]["image"][None].to(device)) if gradcam else None
-    return TrainedModel(name, path, network, dataset, device, read_margins(path), cam, data.batch_size)
-
-
-def read_margins(path: Path) -> np.ndarray | None:
-    """Noise levels of the training beside a checkpoint, in the run's folder."""
-    file = path.parent.parent / MARGINS
-    if not file.is_file():
-        return None
-    with file.open(newline="", encoding="utf-8") as lines:
-        values = np.array([float(row["margin"]) for row in csv.DictReader(lines)])
-    return values if values.size and np.isfinite(values).all() else None
+    return TrainedModel(
+        name, path, network, dataset, device, read_margins(path.parent.parent / MARGINS), cam, data.batch_size
+    )
 
 
 def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:

@@ -58,8 +58,8 @@ class RobustClassifier(RobustModule):
 
     def __init__(
         self,
-        network: Network = Network(),  # noqa: B008 - frozen
-        method: Method = Method(),  # noqa: B008
+        network: Network = Network(),  # noqa: B008 - frozen, as the next two
+        method: Method = Method(),  # noqa: B008 - frozen
         attack: Attack = Attack(),
         *,
         class_weights: Literal["none", "balanced"] = "none",
@@ -128,13 +128,13 @@ class RobustClassifier(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]  # type: ignore[attr-defined]
+        image = self.trainer.datamodule.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         return standard.measure(path, data, rule=rule, device=self.device, weight=self.class_weight)
 
     def configure_optimizers(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,9 +44,7 @@ class ClassificationObjective:
         terms = self._terms(logits)
         if not self.label_smoothing:
             return terms.mean(), terms, logits
-        with torch.no_grad():
-            terms = terms.detach()
-        return self._terms(logits, self.label_smoothing).mean(), terms, logits
+        return self._terms(logits, self.label_smoothing).mean(), terms.detach(), logits
 
     def distance(self, clean: Tensor, other: Tensor) -> Tensor:
         """KL divergence of the softmax outputs, (B,)."""

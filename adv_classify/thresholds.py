@@ -26,7 +26,6 @@ def measure(
     rule: str,
     device: torch.device,
     split: str = "train",
-    augment: bool = False,
     weight: torch.Tensor | None = None,
 ) -> Thresholds:
     """Measures a trained classifier on a split, in evaluation mode, and applies the rule to its loss.
@@ -37,7 +36,6 @@ def measure(
         rule: ``mean`` or ``mean+2std``.
         device: where to measure.
         split: of the data.
-        augment: measure on augmented images, as the training meets them.
         weight: of the classes, (classes,), of the training that the thresholds are for; None: that of the checkpoint.
 
     Raises:
@@ -54,10 +52,10 @@ def measure(
     network, weight = model.network.to(device), model.class_weight if weight is None else weight
     weight = None if weight is None else weight.to(device)
     statistics = TermStatistics(ClassificationObjective.names)
-    loader = DataLoader(data.dataset(split, augment=augment), data.batch_size, num_workers=data.workers)
+    loader = DataLoader(data.dataset(split), data.batch_size, num_workers=data.workers)
     with torch.no_grad():
         for batch in tqdm(loader, desc="thresholds", disable=None):
             objective = ClassificationObjective(network, batch["label"].to(device), weight=weight)
             statistics.update(objective(batch["image"].to(device)))
-    notes = {"split": split, "augment": augment}
+    notes = {"split": split}
     return statistics.thresholds(rule, source=str(path), source_sha256=sha256(Path(path)), notes=notes)

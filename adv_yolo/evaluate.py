@@ -6,7 +6,6 @@ the head that predicts. The host's validator does the rest: non-maximum suppress
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from adv_yolo.thresholds import CleanBatches, load_network, on_device
 from adv_yolo.trainer import relative_names
 from common.attacks import GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
+from common.margins import read_margins
 from common.report import Example, Metric, View
 
 CONFIDENCE = 0.25
@@ -91,17 +91,7 @@ def load_model(
     validator = DetectionValidator(dataloader=source.loader, save_dir=folder, args=vars(args))
     validator.device, validator.data, validator.training = device, data, False
     validator.init_metrics(network)
-    return TrainedModel(name, path, network, source, validator, margins_of(path))
-
-
-def margins_of(path: Path) -> np.ndarray | None:
-    """The margins beside a checkpoint in its run's folder, where our trainer writes them."""
-    file = path.parent.parent / "margins.csv"
-    if not file.is_file():
-        return None
-    with file.open(newline="", encoding="utf-8") as lines:
-        values = np.array([float(row["margin"]) for row in csv.DictReader(lines)])
-    return values if values.size and np.isfinite(values).all() else None
+    return TrainedModel(name, path, network, source, validator, read_margins(path.parent.parent / "margins.csv"))
 
 
 def make_batches(model: TrainedModel, root: Any, limit: int | None = None) -> list[EvaluationBatch]:

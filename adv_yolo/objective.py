@@ -275,7 +275,9 @@ def side_distance(clean: Mapping[str, Any], other: Mapping[str, Any]) -> Tensor:
         log_p, log_q = first.log_softmax(2), second.log_softmax(2)
         return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
     cells = [level.shape[2:] for level in clean["feats"]]
-    scale = torch.cat([first.new_tensor([[1 / w], [1 / h]]).expand(2, h * w) for h, w in cells], 1).repeat(2, 1)
+    across = torch.cat([first.new_full((h * w,), 1 / w) for h, w in cells])  # made on the device
+    along = torch.cat([first.new_full((h * w,), 1 / h) for h, w in cells])
+    scale = torch.stack((across, along, across, along))  # left, top, right, bottom
     return ((first - second).squeeze(2).abs() * scale).mean(1)
 
 

@@ -132,7 +132,7 @@ class RobustModule(LightningModule):
         assert self.run is not None
         values = self.run.end_epoch()
         known = {f"adv/{key}": value for key, value in values.items() if value == value}
-        self.log_dict(known, sync_dist=True, rank_zero_only=False)
+        self.log_dict(known, sync_dist=True)
         if values["nonfinite"] > 0:
             say(
                 f"WARNING: {int(values['nonfinite'])} attack step(s) were skipped because a gradient was not finite. "

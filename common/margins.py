@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -248,6 +250,15 @@ class MarginStore:
             "values": self._values[:size].cpu()[rows].tolist(),
             "visits": since[rows].tolist(),
         }
+
+
+def read_margins(path: str | Path) -> NDArray[Any] | None:
+    """The values that :meth:`MarginStore.to_csv` wrote, (n,); None if there is no file or nothing in it."""
+    if not Path(path).is_file():
+        return None
+    with open(path, newline="", encoding="utf-8") as file:
+        values = np.array([float(row["margin"]) for row in csv.DictReader(file)])
+    return values if values.size and np.isfinite(values).all() else None
 
 
 def is_distributed() -> bool:

@@ -285,7 +285,7 @@ def test_thresholds_as_told(standard: Path, npz: Path, tmp_path: Path, run: Any)
     assert "12 clean images of the split val" in text
     found = Thresholds.load("own.json")
     assert found.values == pytest.approx((found.mean[0] + 2 * found.std[0],))
-    assert found.notes == {"split": "val", "augment": False}
+    assert found.notes == {"split": "val"}
     run("thresholds", best(standard), *data_of(standard, workers=0), "--out", "other.json")
     assert Thresholds.load("other.json").n == 24
     with pytest.raises(FileNotFoundError):

@@ -189,11 +189,11 @@ def test_margins_come_with_the_run(adaptive: Path, standard: Path, data: MedMNIS
     path = adaptive / "checkpoints" / "best.ckpt"
     found = host.load_model("own", path, data, "val", CPU, gradcam=False).margins
     assert sorted(found) == pytest.approx(sorted(value for value, _ in tools.margins(adaptive).values()))
-    assert host.read_margins(standard / "checkpoints" / "best.ckpt") is None
+    assert host.read_margins(standard / "margins.csv") is None
     (tmp_path / "margins.csv").write_text("id,margin,visits\na,nan,1\n")
-    assert host.read_margins(tmp_path / "checkpoints" / "best.ckpt") is None
+    assert host.read_margins(tmp_path / "margins.csv") is None
     (tmp_path / "margins.csv").write_text("id,margin,visits\n")
-    assert host.read_margins(tmp_path / "checkpoints" / "best.ckpt") is None
+    assert host.read_margins(tmp_path / "margins.csv") is None
 
 
 def test_a_loaded_model_predicts_and_does_not_learn(model: host.TrainedModel, standard: Path) -> None:

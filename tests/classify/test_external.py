@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchattacks
 from torch import Tensor, nn
 
 from adv_classify import ClassificationObjective
 from adv_classify.external import DESCRIPTIONS, LEAST_CLASSES, torch_attack
 from common.norms import norm
 
-torchattacks = pytest.importorskip("torchattacks")
 RADIUS = {2.0: 3.5, math.inf: 0.2}
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 

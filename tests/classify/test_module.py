@@ -376,7 +376,7 @@ def test_thresholds_of_a_standard_checkpoint(
     measured, saved = Thresholds.load(path), state_of(run)["advmed"]["thresholds"]
     assert measured.values == pytest.approx(saved["values"], rel=1e-5)
     assert (saved["rule"], saved["n"], saved["source"]) == (rule, 24, str(checkpoint))
-    assert saved["notes"] == {"split": "train", "augment": False}
+    assert saved["notes"] == {"split": "train"}
     model = RobustClassifier.from_checkpoint(checkpoint)
     batch = next(iter(MedMNIST(str(npz), workers=0, batch_size=24, flip=0).train_dataloader()))
     terms = nn.functional.cross_entropy(model(batch["image"]), batch["label"], reduction="none").double()

@@ -239,14 +239,14 @@ def test_two_equal_models_have_equal_numbers(report: Path) -> None:
 
 def test_margins_beside_a_checkpoint_are_read(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "run" / "weights" / "best.pt"
-    assert host.margins_of(path) is None
+    assert host.read_margins(path.parent.parent / "margins.csv") is None
     path.parent.mkdir(parents=True)
     file = tmp_path / "run" / "margins.csv"
     file.write_text('id,margin,visits\n"a, #1.jpg",1.5,2\nb.jpg,2.5,2\n')
-    margins = host.margins_of(path)
+    margins = host.read_margins(path.parent.parent / "margins.csv")
     assert margins is not None
     assert margins.tolist() == [1.5, 2.5]
     file.write_text("id,margin,visits\na.jpg,1.5,2\n")
-    margins = host.margins_of(path)
+    margins = host.read_margins(path.parent.parent / "margins.csv")
     assert margins is not None
     assert margins.tolist() == [1.5]
