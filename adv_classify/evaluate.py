@@ -98,7 +98,11 @@ def make_batches(model: TrainedModel, limit: int | None = None) -> list[Evaluati
 def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
     """Images of the data set as a batch ready to be attacked."""
     images, labels, _ = model.read(indices)
-    explained = Explained(model, images)
+    return prepare(model, images, labels, Explained(model, images))
+
+
+def prepare(model: TrainedModel, images: Tensor, labels: Tensor, explained: Explained) -> LoadedBatch:
+    """Images and labels as a batch ready to be attacked."""
     return LoadedBatch(images, ClassificationObjective(model.network, labels), partial(score, model, labels, explained))
 
 
@@ -185,7 +189,8 @@ def make_examples(
         views: list[View] = []
         for model in models:
             images, labels, _ = model.read([index])
-            explained, loaded = Explained(model, images), load(model, [index])
+            explained = Explained(model, images)
+            loaded = prepare(model, images, labels, explained)
             for level, attacked in at_levels(loaded, method, levels, bounds=BOUNDS, seed=seed):
                 with torch.no_grad():
                     probability = model.network(attacked).float().softmax(1)[0]

@@ -24,6 +24,8 @@ class Network:
         mean: of the normalisation, one number per channel; None: what the model was made for.
         std: of the normalisation; None: what the model was made for.
         drop_rate: dropout before the classification layer.
+        channels_last: keep weights and activations in that memory format: most convolutional networks are faster in
+            it on a CPU, and on a GPU in mixed precision. What is computed is the same.
     """
 
     name: str = "resnet18"
@@ -31,6 +33,7 @@ class Network:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     drop_rate: float = 0.0
+    channels_last: bool = False
 
 
 class NormalizedClassifier(nn.Module):
@@ -81,7 +84,8 @@ def make_network(network: Network, classes: int, channels: int) -> NormalizedCla
     std = tuple(network.std or _per_channel(made_for.get("std"), channels, 0.25))
     if len(mean) != channels:
         raise ValueError(f"mean has {len(mean)} number(s) for images of {channels} channel(s)")
-    return NormalizedClassifier(model, mean, std)
+    classifier = NormalizedClassifier(model, mean, std)
+    return classifier.to(memory_format=torch.channels_last) if network.channels_last else classifier
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.distances import softmax_divergence
+from common.distances import at_least_float32, softmax_divergence
 
 
 class ClassificationObjective:
@@ -51,7 +51,8 @@ class ClassificationObjective:
         return softmax_divergence(clean, other)
 
     def _terms(self, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        loss = functional.cross_entropy(logits.float(), self.labels, reduction="none", label_smoothing=label_smoothing)
+        logits = at_least_float32(logits)
+        loss = functional.cross_entropy(logits, self.labels, reduction="none", label_smoothing=label_smoothing)
         if self.weight is not None:
             loss = loss * self.weight[self.labels]
         return loss[:, None]

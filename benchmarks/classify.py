@@ -58,13 +58,20 @@ PNEUMONIA = {"batch_size": 64, "flip": 0, "rotate": 10, "zoom": 0.1}
 HAM = {"batch_size": 32, "rotate": 180, "zoom": 0.2, "color": 0.1}
 PRESETS = {
     ("pneumonia", "cpu"): Preset(
-        ("test_resnet",), PNEUMONIA, 0.4, (0, 0.2, 0.4, 0.8), 10, 5, {"lr": 3e-3}, ("pgd100", "ifgsm10")
+        ("test_resnet", "test_efficientnet"),
+        PNEUMONIA,
+        0.4,
+        (0, 0.2, 0.4, 0.8),
+        10,
+        5,
+        {"lr": 3e-3},
+        ("pgd100", "ifgsm10"),
     ),
     ("pneumonia", "full"): Preset(
         ("resnet18", "test_efficientnet"), PNEUMONIA, 0.4, (0, 0.2, 0.4, 0.8), 50, 10, {"lr": 1e-3}
     ),
     ("ham10000", "cpu"): Preset(
-        ("test_resnet",),
+        ("test_resnet", "test_efficientnet"),
         HAM | {"size": [48, 64]},
         0.5,
         (0, 0.25, 0.5, 1),
@@ -133,7 +140,7 @@ class Benchmark:
         content = {
             "seed_everything": seed,
             "model": {
-                "network": {"name": network},
+                "network": {"name": network, "channels_last": True},
                 "method": arguments,
                 "attack": {"steps": self.preset.steps},
                 **self.preset.model,

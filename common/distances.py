@@ -20,7 +20,7 @@ def softmax_divergence(clean: Tensor, other: Tensor) -> Tensor:
         clean: logits of p, (B, classes, *spatial).
         other: logits of q, same shape.
     """
-    log_p, log_q = (functional.log_softmax(_exact(x), 1) for x in (clean, other))
+    log_p, log_q = (functional.log_softmax(at_least_float32(x), 1) for x in (clean, other))
     return _average((log_p.exp() * (log_p - log_q)).sum(1))
 
 
@@ -38,7 +38,7 @@ def sigmoid_divergence(clean: Tensor, other: Tensor) -> Tensor:
 
 def bernoulli_divergence(clean: Tensor, other: Tensor) -> Tensor:
     """The Bernoulli KL(p || q) of every pair of logits, in the shape of the arguments."""
-    clean, other = _exact(clean), _exact(other)
+    clean, other = at_least_float32(clean), at_least_float32(other)
     log = functional.logsigmoid
     p = clean.sigmoid()
     return p * (log(clean) - log(other)) + (-clean).sigmoid() * (log(-clean) - log(-other))
@@ -49,5 +49,6 @@ def _average(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
-def _exact(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 if they are; half precision has too few digits for a loss."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

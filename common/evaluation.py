@@ -17,7 +17,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -30,9 +29,8 @@ from tqdm import tqdm
 
 from common.attacks import AttackResult, GradientAttack
 from common.attacks.gradient import total
-from common.guard import still
 from common.metrics import check_levels
-from common.objective import Objective, check_terms, model_of
+from common.objective import Objective, check_terms, untraced
 
 logger = logging.getLogger(__name__)
 
@@ -379,7 +377,7 @@ def _measure(
         assert result.terms is not None  # an attack leaves them out only when told to
         loss = _array(total(result.terms))  # waits for the device: the attack has really ended
         seconds = time.perf_counter() - start
-        with _quiet(loaded.objective):
+        with untraced(loaded.objective):
             scores = _check_scores(loaded.score(result.images), batch.ids)
         conditions.append(Condition(_array(result.norms), loss, _array(result.nonfinite), scores, seconds))
         report(name, level)
@@ -387,18 +385,10 @@ def _measure(
 
 
 def _not_attacked(batch: LoadedBatch) -> AttackResult:
-    with _quiet(batch.objective):
+    with untraced(batch.objective):
         terms = check_terms(batch.objective(batch.images), batch.images)
     zeros = torch.zeros(len(batch.images))
     return AttackResult(batch.images, terms, norms=zeros, crossing=None, nonfinite=zeros.long())
-
-
-@contextmanager
-def _quiet(objective: Objective) -> Iterator[None]:
-    """No gradients, and no trace in the model: what a pass leaves behind must not change the next one."""
-    model = model_of(objective)
-    with torch.no_grad(), nullcontext() if model is None else still(model):
-        yield
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -16,11 +16,14 @@ Methods that compare predictions (DPAAT, TRADES) need a :class:`PredictingObject
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from common.guard import still
 
 
 @runtime_checkable
@@ -53,6 +56,14 @@ def model_of(objective: Objective) -> torch.nn.Module | None:
     """The objective's model, or None if it names none."""
     model = getattr(objective, "model", None)
     return model if isinstance(model, torch.nn.Module) else None
+
+
+@contextmanager
+def untraced(objective: Objective) -> Iterator[None]:
+    """No gradients, and no trace in the objective's model (:func:`common.guard.still`): for passes that only look."""
+    model = model_of(objective)
+    with torch.no_grad(), nullcontext() if model is None else still(model):
+        yield
 
 
 def names_of(objective: Objective, count: int) -> tuple[str, ...]:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from common.attacks.gradient import total
-from common.guard import still
 from common.margins import MarginStore, is_distributed
 from common.methods.base import AdaptiveRadiusMethod, Backward, Step, check_positive
-from common.objective import Objective, check_terms, model_of, predicting, training_pass
+from common.objective import Objective, check_terms, predicting, training_pass, untraced
 
 
 class DPAAT(AdaptiveRadiusMethod):
@@ -93,7 +92,8 @@ class DPAAT(AdaptiveRadiusMethod):
             loss = adversarial + self.sync_weight * sync
             logs |= {"loss_clean": clean.detach(), "loss_sync": sync.detach()}
         else:
-            clean_terms = clean_pass(objective, images)
+            with untraced(objective):
+                clean_terms = check_terms(objective(images), images)
             loss, terms = training_pass(objective, attacked.images)
             adversarial = loss
             logs["loss_clean"] = total(clean_terms).mean()
@@ -141,13 +141,3 @@ def check_sizes(eps_min: float, eps_0: float, eps_max: float, name: str = "eps_0
             f"perturbation sizes need eps_min <= {name} <= eps_max, got eps_min {eps_min:g}, {name} {eps_0:g}, "
             f"eps_max {eps_max:g}"
         )
-
-
-def clean_pass(objective: Objective, images: Tensor) -> Tensor:
-    """The terms of clean images, (B, K), from a pass that leaves no trace in the model."""
-    model = model_of(objective)
-    with torch.no_grad():
-        if model is None:
-            return check_terms(objective(images), images)
-        with still(model):
-            return check_terms(objective(images), images)

@@ -52,6 +52,23 @@ def test_the_network_is_that_of_timm_on_normalised_images(
     assert network(images).shape == (2, 3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_changes_the_memory_format_alone(tools: Any, channels: int) -> None:
+    images = tools.noise(2, channels, 32, 32).requires_grad_()
+    found = []
+    for last in (False, True):
+        torch.manual_seed(0)
+        network = make_network(Network(name="test_resnet", channels_last=last), 3, channels).eval()
+        kernel = dict(network.named_parameters())["model.layer2.0.conv1.weight"]
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == last
+        logits = network(images)
+        found.append((network.state_dict(), logits, torch.autograd.grad(logits.square().sum(), images)[0]))
+    (state, logits, gradient), (state_last, logits_last, gradient_last) = found
+    assert all(torch.equal(value, state_last[key]) for key, value in state.items())
+    torch.testing.assert_close(logits_last, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient_last, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
 def test_the_normalisation_goes_where_the_network_goes() -> None:
     network = make_network(Network(name="test_efficientnet"), 3, 3)
     assert network.state_dict()["mean"].shape == (1, 3, 1, 1)
