@@ -30,12 +30,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-yolo demo-classify test lint format docs clean env
+.PHONY: help demo demo-yolo demo-classify demo-landmark test lint format docs clean env
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
 	@echo 'make demo-yolo  the same with YOLO on real images of blood cells'
 	@echo 'make demo-classify  STD, SAT and DPAAT on real chest X-rays'
+	@echo 'make demo-landmark  STD, SAT and AMAT on real MRI slices with landmarks'
 	@echo 'make test    environment, installation, lint, then the whole test suite'
 	@echo 'make lint    formatting, style, and types of common'
 	@echo 'make format  let ruff rewrite formatting and what it can mend by itself'
@@ -52,6 +53,9 @@ demo-yolo: $(VENV)/.installed-yolo
 
 demo-classify: $(VENV)/.installed-classify
 	@$(PY) examples/demo_classify.py
+
+demo-landmark: $(VENV)/.installed-landmark
+	@$(PY) examples/demo_landmark.py
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
@@ -114,10 +118,16 @@ $(VENV)/.installed-classify: $(PACKAGING) $(VENV)/.torch
 	@$(PIP) -e '.[classify]'
 	@touch $@
 
+$(VENV)/.installed-landmark: $(PACKAGING) $(VENV)/.torch
+	@echo 'Installing advmed with Lightning and segmentation_models_pytorch'
+	@$(PIP) -e '.[landmark]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(PACKAGING) $(VENV)/.torch
 	@echo 'Installing advmed with all hosts and what the tests need'
-	@$(PIP) -e '.[nnunet,yolo,classify,eval,dev]'
-	@touch $(VENV)/.installed $(VENV)/.installed-yolo $(VENV)/.installed-classify $@
+	@$(PIP) -e '.[nnunet,yolo,classify,landmark,eval,dev]'
+	@touch $(VENV)/.installed $(VENV)/.installed-yolo $(VENV)/.installed-classify \
+	  $(VENV)/.installed-landmark $@
 
 $(DOCS_VENV)/.made:
 	$(call make-venv,$(DOCS_VENV))

@@ -16,15 +16,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.lib.npyio import NpzFile
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import Dataset, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-SPLITS = ("train", "val", "test")
+from common.lightning import SampleData
+from common.lightning.data import SPLITS
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -94,7 +95,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return tensor.expand(3, -1, -1) if len(tensor) < self.channels else tensor
 
 
-class ClassificationData(LightningDataModule):
+class ClassificationData(SampleData):
     """Training, validation and test images; a subclass reads them.
 
     Args:
@@ -127,21 +128,18 @@ class ClassificationData(LightningDataModule):
         workers: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        super().__init__(batch_size=batch_size, workers=workers, seed=seed)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
-        self.batch_size, self.sampler, self.workers, self.seed = batch_size, sampler, workers, seed
+        self.sampler = sampler
         self.size = (size, size) if isinstance(size, int) else None if size is None else (int(size[0]), int(size[1]))
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size must be >= 1, got {size}")
         self.transform = transform or augmentation(flip, rotate, zoom, color)
+        self.splits: dict[str, Samples]
         self.class_names, self.splits = self.read()
         check_samples(self.splits, self.class_names, self.size)
         self.channels = channels or count_channels(self.splits["train"])
-        self._generator = torch.Generator().manual_seed(seed)
-        self._resumed: Tensor | None = None
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """The names of the classes and the samples of each split; called once, before anything else."""
@@ -157,64 +155,21 @@ class ClassificationData(LightningDataModule):
         """Number of training images of each class."""
         return np.bincount(self.splits["train"].labels, minlength=self.num_classes).tolist()
 
-    @property
-    def train_ids(self) -> list[str]:
-        """The ids of all training images."""
-        return self.splits["train"].ids
-
     def dataset(self, split: str, *, augment: bool = False) -> ImageDataset:
         """The images of a split.
 
         Raises:
             ValueError: if there is no such split.
         """
-        if split not in self.splits:
-            raise ValueError(f"the data has no split {split!r}; there are {', '.join(self.splits)}")
+        self.require(split)
         return ImageDataset(self.splits[split], self.channels, self.size, self.transform if augment else None)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Augmented training images."""
-        self._generator = generator = torch.Generator().manual_seed(self.seed)
-        if self._resumed is not None:
-            generator.set_state(self._resumed)
-        sampler = None
-        if self.sampler == "balanced":
-            labels, counts = self.splits["train"].labels, np.array(self.class_counts)
-            sampler = WeightedRandomSampler((1 / counts[labels]).tolist(), len(labels), generator=generator)
-        return DataLoader(
-            self.dataset("train", augment=True),
-            batch_size=self.batch_size,
-            shuffle=sampler is None,
-            sampler=sampler,
-            generator=generator,
-            drop_last=len(self.splits["train"]) % self.batch_size == 1,  # BatchNorm needs two images
-            **self._workers(),
-        )
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Validation images."""
-        return DataLoader(self.dataset("val"), batch_size=self.batch_size, **self._workers())
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test images."""
-        return DataLoader(self.dataset("test"), batch_size=self.batch_size, **self._workers())
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test images where there are some, else validation images."""
-        split = "test" if "test" in self.splits else "val"
-        return DataLoader(self.dataset(split), batch_size=self.batch_size, **self._workers())
-
-    def state_dict(self) -> dict[str, Any]:
-        """What makes a resumed run go on with the order, and in this process the augmentation, of the next epoch."""
-        return {"order": self._generator.get_state(), "augmentation": torch.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of an earlier run."""
-        self._resumed = state_dict["order"]
-        torch.set_rng_state(state_dict["augmentation"])
-
-    def _workers(self) -> dict[str, Any]:
-        return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+    def order(self, generator: torch.Generator) -> WeightedRandomSampler | None:
+        """See :meth:`SampleData.order`."""
+        if self.sampler != "balanced":
+            return None
+        labels, counts = self.splits["train"].labels, np.array(self.class_counts)
+        return WeightedRandomSampler((1 / counts[labels]).tolist(), len(labels), generator=generator)
 
 
 class ImageTable(ClassificationData):

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_average_precision
 
 from adv_classify import thresholds as standard
-from adv_classify.network import Network, make_network, read_tensors
+from adv_classify.network import Network, make_network
 from adv_classify.objective import ClassificationObjective
 from common.attacks import GradientAttack
 from common.lightning import Method, RobustModule, plain
@@ -56,6 +56,9 @@ class RobustClassifier(RobustModule):
         class_counts: from the data.
     """
 
+    command = "adv-classify"
+    sections: ClassVar = {"network": Network, "method": Method, "attack": Attack}
+
     def __init__(
         self,
         network: Network = Network(),  # noqa: B008 - frozen, as the next two
@@ -71,7 +74,7 @@ class RobustClassifier(RobustModule):
         channels: int = 3,
         class_counts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(method, attack, ClassificationObjective.names)
+        super().__init__(method, attack, ClassificationObjective.names, lr=lr, weight_decay=weight_decay)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if class_weights == "balanced" and class_counts is None:
@@ -82,36 +85,13 @@ class RobustClassifier(RobustModule):
         given |= {"validation_steps": validation_steps, "num_classes": num_classes, "channels": channels}
         self.save_hyperparameters(plain({**given, "class_counts": None if class_counts is None else [*class_counts]}))
         self.network = make_network(network, num_classes, channels)
-        self.label_smoothing, self.lr, self.weight_decay = label_smoothing, lr, weight_decay
+        self.label_smoothing = label_smoothing
         self.validation_steps, self.num_classes = validation_steps, num_classes
         weight = None
         if class_weights == "balanced":
             assert class_counts is not None
             weight = sum(class_counts) / (num_classes * torch.tensor([float(count) for count in class_counts]))
         self.register_buffer("class_weight", weight, persistent=False)
-        self._scored: list[dict[str, Tensor]] = []
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> RobustClassifier:
-        """A trained classifier, on the CPU, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no checkpoint of ours.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no checkpoint {path}")
-        checkpoint = read_tensors(Path(path))
-        found = checkpoint.get("hyper_parameters", {})
-        if "network" not in found or "num_classes" not in found:
-            raise ValueError(f"{path} is no checkpoint of adv-classify")
-        given = {key: value for key, value in found.items() if not key.startswith("_")}
-        attack = dict(given.pop("attack"))
-        if isinstance(attack.get("bounds"), list):
-            attack["bounds"] = tuple(attack["bounds"])
-        model = cls(Network(**given.pop("network")), Method(**given.pop("method")), Attack(**attack), **given)
-        model.load_state_dict(checkpoint["state_dict"])
-        return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (B, classes), of images (B, C, H, W) in [0, 1]."""
@@ -137,21 +117,13 @@ class RobustClassifier(RobustModule):
         data = self.trainer.datamodule
         return standard.measure(path, data, rule=rule, device=self.device, weight=self.class_weight)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with a cosine schedule; a configuration may name others."""
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
-            return optimizer
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :meth:`RobustModule.on_load_checkpoint`; a checkpoint of another network is refused in one line."""
-        super().on_load_checkpoint(checkpoint)
-        own, found = (_made_of(values) for values in (self.hparams, checkpoint.get("hyper_parameters", {})))
-        if found is not None and found != own:
-            raise ValueError(f"the checkpoint is of {found}, and cannot be loaded into {own}")
+    @staticmethod
+    def made_of(values: Mapping[str, Any]) -> str | None:
+        """See :meth:`RobustModule.made_of`."""
+        if not {"network", "num_classes", "channels"} <= values.keys():
+            return None
+        name = values["network"]["name"]
+        return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
 
     # Validation, test, prediction
 
@@ -165,7 +137,7 @@ class RobustClassifier(RobustModule):
             objective = ClassificationObjective(self.network, batch["label"])
             attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self(attacked).float().softmax(1)
-        self._scored.append(scores)
+        self.keep_scores(scores)
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracy and mAP."""
@@ -180,12 +152,7 @@ class RobustClassifier(RobustModule):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        if not self._scored:
-            return
-        scores = {name: torch.cat([part[name] for part in self._scored]) for name in self._scored[0]}
-        self._scored = []
-        if self.trainer.world_size > 1:
-            scores = {name: torch.cat(gathered(value.cpu())) for name, value in scores.items()}
+        scores = self.all_scores()
         for kind, prefix in (("clean", ""), ("attacked", "robust_")):
             if kind in scores:
                 label, probabilities = scores["label"], scores[kind]
@@ -226,20 +193,6 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequ
         for batch in batches:
             for sample, row in zip(batch["id"], batch["probability"].tolist(), strict=True):
                 writer.writerow((sample, names[row.index(max(row))], *(f"{value:.6f}" for value in row)))
-
-
-def _made_of(values: Mapping[str, Any]) -> str | None:
-    if not {"network", "num_classes", "channels"} <= values.keys():
-        return None
-    name = values["network"]["name"]
-    return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their ranks."""
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, value)
-    return parts
 
 
 __all__ = ["Attack", "Method", "Network", "RobustClassifier"]

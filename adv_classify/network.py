@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+
+from common.lightning.weights import load_weights
+
+PREFIXES = ("network.model.", "model.", "module.")
+"""What weights of ours, and of others' wrappers, are called by before their own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def make_network(network: Network, classes: int, channels: int) -> NormalizedCla
     except TypeError as error:
         raise ValueError(f"the model {network.name} cannot be made as a classifier: {error}") from error
     if network.weights is not None:
-        load_weights(model, network.weights)
+        load_weights(model, network.weights, prefixes=PREFIXES, heads=_head_names(model))
     made_for = model.pretrained_cfg
     mean = tuple(network.mean or _per_channel(made_for.get("mean"), channels, 0.5))
     std = tuple(network.std or _per_channel(made_for.get("std"), channels, 0.25))
@@ -86,53 +89,6 @@ def make_network(network: Network, classes: int, channels: int) -> NormalizedCla
         raise ValueError(f"mean has {len(mean)} number(s) for images of {channels} channel(s)")
     classifier = NormalizedClassifier(model, mean, std)
     return classifier.to(memory_format=torch.channels_last) if network.channels_last else classifier
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads weights from a file of timm, of PyTorch, or a checkpoint of ours.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if they are of another network, or no weights at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}")
-    content = read_tensors(path)
-    found = content.get("state_dict", content)
-    for prefix in ("network.model.", "model.", "module."):
-        if any(key.startswith(prefix) for key in found):
-            found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-    own = model.state_dict()
-    fitting = {key: value for key, value in found.items() if key in own and value.shape == own[key].shape}
-    head = {key for key in own if key.startswith(tuple(_head_names(model)))}
-    missing = sorted(own.keys() - fitting.keys() - head)
-    if missing:
-        raise ValueError(
-            f"{path} holds weights of another network: {len(missing)} of {len(own)} tensors are missing or have "
-            f"another shape, such as {', '.join(missing[:3])}"
-        )
-    model.load_state_dict(fitting, strict=False)
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """The content of a file of tensors and plain values; no code in it is run.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every format has its own
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a file of weights: {type(error).__name__}: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no file of weights: it holds a {type(content).__name__}")
-    return content
 
 
 def _head_names(model: nn.Module) -> list[str]:

@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from adv_classify.objective import ClassificationObjective
-from common.thresholds import TermStatistics, Thresholds, sha256
+from common.lightning import thresholds
+from common.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from adv_classify.data import ClassificationData
-
-FILE = "thresholds.json"
-"""Name of the file beside the checkpoint that was measured."""
 
 
 def measure(
@@ -49,13 +44,6 @@ def measure(
         raise ValueError(
             f"{path} predicts {model.num_classes} classes, the data has {data.num_classes} ({data.class_names})"
         )
-    network, weight = model.network.to(device), model.class_weight if weight is None else weight
-    weight = None if weight is None else weight.to(device)
-    statistics = TermStatistics(ClassificationObjective.names)
-    loader = DataLoader(data.dataset(split), data.batch_size, num_workers=data.workers)
-    with torch.no_grad():
-        for batch in tqdm(loader, desc="thresholds", disable=None):
-            objective = ClassificationObjective(network, batch["label"].to(device), weight=weight)
-            statistics.update(objective(batch["image"].to(device)))
-    notes = {"split": split}
-    return statistics.thresholds(rule, source=str(path), source_sha256=sha256(Path(path)), notes=notes)
+    if weight is not None:
+        model.class_weight = weight
+    return thresholds.measure(model, path, data, rule=rule, device=device, split=split)

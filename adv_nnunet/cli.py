@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,9 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 
 def _evaluate(args: argparse.Namespace) -> None:
     from adv_nnunet import evaluate as host
-    from common.evaluation import evaluate_with_bar, parse_attacks
+    from common.comparison import Subject, compare
+    from common.evaluation import parse_attacks
     from common.metrics import check_levels
-    from common.report import Entry, format_table, tabulate, write_report
-    from common.thresholds import sha256
 
     if (args.i is None) != (args.l is None):
         raise ValueError("-i and -l belong together: raw images and their labels")
@@ -192,44 +192,26 @@ def _evaluate(args: argparse.Namespace) -> None:
             host.raw_cases(model, Path(args.i), Path(args.l)) if args.i else host.validation_cases(model, fold)
         )
         samples[model.name] = host.list_samples(model, cases[model.name], args.samples)
-    folder = Path(args.o)
-    entries = []
+    subjects = []
     for model in models:
         batches = host.make_batches(model, cases[model.name], samples[model.name], args.batch_size)
-        fingerprint = {"checkpoint": sha256(model.checkpoint), "step_size": args.step_size}
-        measured = evaluate_with_bar(
-            model.name,
-            batches,
-            attacks,
-            levels,
-            folder=folder,
-            overwrite=args.overwrite,
-            seed=args.seed,
-            fingerprint=json.dumps(fingerprint | {"images": args.i or "validation"}),
-        )
-        entries.append(Entry(model.name, measured, model.margins))
-    strongest = next(iter(attacks))
-    examples = host.make_examples(
-        models,
-        cases,
-        samples[first.name],
-        (strongest, attacks[strongest]),
-        levels[1:],
-        number=args.examples,
-        seed=args.seed,
-    )
-    metrics = host.metrics(first.planar)
+        subjects.append(Subject(model.name, model.checkpoint, batches, model.margins))
     norm = "Linf" if args.norm == "inf" else "L2"
     sample = "slice" if first.planar else "case"
-    page = write_report(
-        folder,
-        entries,
-        metrics,
+    compare(
+        Path(args.o),
+        subjects,
+        attacks,
+        levels,
+        host.metrics(first.planar),
+        examples=partial(host.make_examples, models, cases, samples[first.name], number=args.examples, seed=args.seed),
+        fingerprint={"step_size": args.step_size, "images": args.i or "validation"},
+        seed=args.seed,
+        overwrite=args.overwrite,
         title=f"Robustness of {', '.join(model.name for model in models)} on "
         f"{first.predictor.plans_manager.dataset_name}",
         level_unit=f"{norm} norm of the noise over a whole {sample} as the network receives it, in units of the "
         f"normalised intensities",
-        examples=examples,
         class_names={
             value: name for name, value in first.labels.label_dict.items() if isinstance(value, int) and value > 0
         },
@@ -242,11 +224,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             "prediction": f"tiles (step {args.step_size:g}) inside the attacked function, no mirroring",
             "checkpoints": {model.name: _short(model.checkpoint) for model in models},
         },
-        overwrite=args.overwrite,
     )
-    for table in tabulate(entries, metrics):
-        print(f"\n{format_table(table)}")
-    print(f"\nReport: {page}")
 
 
 def _model_folders(args: argparse.Namespace) -> dict[str, Path]:

@@ -6,9 +6,9 @@ handed to the host as it is.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +260,9 @@ def _evaluate(found: dict[str, Any]) -> None:
     from ultralytics.utils import LOGGER
 
     from adv_yolo import evaluate as host
-    from common.evaluation import evaluate_with_bar, parse_attacks
+    from common.comparison import Subject, compare
+    from common.evaluation import parse_attacks
     from common.metrics import check_levels
-    from common.report import Entry, format_table, tabulate, write_report
-    from common.thresholds import sha256
 
     paths = _listed(found["model"])
     names = _listed(found["names"]) if found["names"] else [_name(path) for path in paths]
@@ -285,52 +284,32 @@ def _evaluate(found: dict[str, Any]) -> None:
     ]
     root = data.get("path")
     samples = None if found["samples"] is None else int(found["samples"])
-    entries = []
-    for model in models:
-        batches = host.make_batches(model, root, samples)
-        measured = evaluate_with_bar(
-            model.name,
-            batches,
-            attacks,
-            levels,
-            folder=folder,
-            overwrite=bool(found["overwrite"]),
-            bounds=(0.0, 1.0),
-            seed=int(found["seed"]),
-            fingerprint=json.dumps({"checkpoint": sha256(model.path), "arguments": arguments}, default=str),
-        )
-        entries.append(Entry(model.name, measured, model.margins))
-    strongest = next(iter(attacks))
-    examples = host.make_examples(
-        models,
-        root,
-        (strongest, attacks[strongest]),
-        levels[1:],
-        number=int(found["examples"]),
-        seed=int(found["seed"]),
-    )
+    subjects = [Subject(m.name, m.path, host.make_batches(m, root, samples), m.margins) for m in models]
     class_names = {int(k): str(v) for k, v in models[0].network.names.items()}
-    metrics = host.metrics(class_names)
     norm = "Linf" if float(found["norm"]) == float("inf") else "L2"
-    page = write_report(
+    seed = int(found["seed"])
+    compare(
         folder,
-        entries,
-        metrics,
+        subjects,
+        attacks,
+        levels,
+        host.metrics(class_names),
+        examples=partial(host.make_examples, models, root, number=int(found["examples"]), seed=seed),
+        fingerprint={"arguments": arguments},
+        bounds=(0.0, 1.0),
+        seed=seed,
+        overwrite=bool(found["overwrite"]),
+        say=LOGGER.info,
         title=f"Robustness of {', '.join(names)} on {Path(found['data']).stem}",
         level_unit=f"{norm} norm of the noise over the image tensor in [0, 1] ({arguments['imgsz']} pixels)",
-        examples=examples,
         class_names={label + 1: name for label, name in class_names.items()},
         settings={
             "data set": Path(found["data"]).name,
-            "split": f"{found['split']}, {len(entries[0].evaluation.ids)} images",
+            "split": f"{found['split']}, {sum(len(batch.ids) for batch in subjects[0].batches)} images",
             "host arguments": {name: value for name, value in arguments.items() if name != "split"},
             "checkpoints": {model.name: "/".join(model.path.parts[-3:]) for model in models},
         },
-        overwrite=bool(found["overwrite"]),
     )
-    for table in tabulate(entries, metrics):
-        LOGGER.info(f"\n{format_table(table)}")
-    LOGGER.info(f"\nReport: {page}")
 
 
 def _listed(value: Any) -> list[Any]:

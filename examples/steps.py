@@ -1,7 +1,8 @@
-"""What the demos share: steps with a title, a log and a stamp in one working folder."""
+"""What the demos share: steps with a title, a log and a stamp in one working folder; and one demo of two tools."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -12,6 +13,9 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 class Steps:
@@ -86,3 +90,66 @@ class Steps:
                 )
 
         self.step(name, title, action, json.dumps([arguments, depends_on]))
+
+
+class LightningDemo(Steps):
+    """Trains by several methods with a tool on Lightning, attacks all networks, and writes the report.
+
+    Args:
+        work: the working folder.
+        tool: adv-classify or adv-landmark.
+        data: what is read, for the reader.
+        content: the configuration that all trainings have in common.
+        methods: their names, with arguments of their own; {STD} in a value is the checkpoint of that training.
+        evaluate: words for the tool's evaluate.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        tool: str,
+        data: str,
+        content: Mapping[str, Any],
+        methods: Mapping[str, Mapping[str, Any]],
+        evaluate: list[str],
+    ) -> None:
+        super().__init__(work, {})
+        self.tool, self.data, self.content, self.methods, self.words = tool, data, content, methods, evaluate
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint that a training ends with."""
+        return self.work / name / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    def run(self) -> Path:
+        """All steps in their order; the folder of the reports."""
+        decides, count = json.dumps([self.content, self.methods]), len(self.methods) + 2
+        configuration, report = self.work / "demo.yaml", self.work / "report"
+        text = yaml.safe_dump(dict(self.content), sort_keys=False)
+
+        def configure() -> None:
+            configuration.write_text(text)
+
+        self.step("data", f"1/{count} {self.data}", configure, decides)
+        for number, (name, arguments) in enumerate(self.methods.items(), start=2):
+            command = [self.tool, "fit", "--config", str(configuration), "--model.method.name", name]
+            for key, value in arguments.items():
+                command += [f"--model.method.{key}", str(value).replace("{STD}", str(self.checkpoint("STD")))]
+            command += ["--trainer.default_root_dir", str(self.work / name)]
+            self.command(name, f"{number}/{count} train {name}", command, decides, self.work / name)
+        evaluate = [self.tool, "evaluate", *(str(self.checkpoint(name)) for name in self.methods)]
+        evaluate += ["--names", f"[{','.join(self.methods)}]", *self.words, "--out", str(report)]
+        self.command("evaluate", f"{count}/{count} attack all of them", evaluate, decides, report)
+        return report
+
+    @classmethod
+    def main(cls, description: str | None, folder: str, *demo: Any) -> None:
+        """Reads the command line, runs the demo, and says what it found and where the reports are."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--work", type=Path, default=Path(folder), help=f"default: {folder}")
+        start = time.monotonic()
+        running = cls(parser.parse_args().work.resolve(), *demo)
+        report = running.run()
+        lines = (running.logs / "evaluate.log").read_text(errors="replace").splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith("---")) - 2
+        print("\n" + "\n".join(lines[first:]) + f"\n\n{time.monotonic() - start:.0f} s in all.")
+        assert (report / "L2" / "report.html").exists()

@@ -42,6 +42,7 @@ DARK = Theme(
 CLASS_COLOURS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 190, 130), (240, 120, 180), (240, 228, 66), (213, 94, 0), (120, 110, 220)]
 )
+TRUE_POINT, FOUND_POINT = (0, 190, 130), (240, 228, 66)
 _MARKERS = "os^Dvp*"
 
 
@@ -58,6 +59,7 @@ class View:
         note: short text under the picture, such as "Dice 0.61" or a predicted class.
         boxes: detections (n, 5): label > 0, and x1, y1, x2, y2 in pixels of the image; None where there are none.
         heat: what the prediction rests on, (H, W) in [0, 1], such as Grad-CAM; None for none.
+        points: found landmarks (n, 2), x and y in pixels, (0, 0) the centre of the top left one; None for none.
     """
 
     model: str
@@ -68,6 +70,7 @@ class View:
     note: str = ""
     boxes: Array | None = None
     heat: Array | None = None
+    points: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Example:
         truth: label map (H, W) of integers, 0 for background; None for none.
         views: what the models make of it, grouped by model, clean first.
         boxes: true objects, as the boxes of a view.
+        points: true landmarks, as the points of a view, in the same order; NaN for one that is not known.
     """
 
     sample: str
@@ -87,6 +91,7 @@ class Example:
     truth: Array | None
     views: Sequence[View]
     boxes: Array | None = None
+    points: Array | None = None
 
 
 def curves(tables: Sequence[Table]) -> bytes:
@@ -206,11 +211,14 @@ class ExamplePictures:
 
     def truth(self) -> bytes:
         """The image under its true labels."""
-        return self._picture(self.example.image, self.example.truth, boxes=self.example.boxes)
+        example = self.example
+        return self._picture(example.image, example.truth, boxes=example.boxes, true_points=example.points)
 
     def prediction(self, view: View) -> bytes:
         """The image as attacked, under its predicted labels, with the outline of the true ones in white."""
-        return self._picture(view.image, view.prediction, self.example.truth, view.boxes)
+        example = self.example
+        true_points = None if view.points is None else example.points
+        return self._picture(view.image, view.prediction, example.truth, view.boxes, true_points, view.points)
 
     def heat(self, view: View) -> bytes:
         """The image as attacked, under what the prediction rests on: from none (dark blue) to much (yellow)."""
@@ -228,7 +236,13 @@ class ExamplePictures:
         return self._picture(self.low + self.window * (0.5 + delta))
 
     def _picture(
-        self, image: Array, labels: Array | None = None, outline: Array | None = None, boxes: Array | None = None
+        self,
+        image: Array,
+        labels: Array | None = None,
+        outline: Array | None = None,
+        boxes: Array | None = None,
+        true_points: Array | None = None,
+        points: Array | None = None,
     ) -> bytes:
         pixels = np.clip((self._resize(image) - self.low) / self.window, 0, 1) * 255
         pixels = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
@@ -244,7 +258,26 @@ class ExamplePictures:
                 pixels[_edge(outline, thickness) & (outline > 0)] = colour
         if boxes is not None:
             self._draw(pixels, boxes)
+        if true_points is not None and points is not None:
+            for ends in zip(true_points, points, strict=True):
+                self._line(pixels, *ends, 1.0, FOUND_POINT)
+        for found, colour in ((true_points, TRUE_POINT), (points, FOUND_POINT)):
+            for point in () if found is None else found:
+                self._line(pixels, point, point, 4.0, (0, 0, 0))
+                self._line(pixels, point, point, 3.0, colour)
         return _encode(pixels.round().astype(np.uint8))
+
+    def _line(self, pixels: Array, start: Array, end: Array, radius: float, colour: tuple[int, int, int]) -> None:
+        """Everything within ``radius`` pixels of the picture of a line; a dot where it has no length."""
+        if not (np.isfinite(start).all() and np.isfinite(end).all()):
+            return
+        factor = self.zoom / self.stride
+        (x1, y1), (x2, y2) = ((np.asarray(point, dtype=np.float64) + 0.5) * factor - 0.5 for point in (start, end))
+        rows, columns = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
+        across, down = x2 - x1, y2 - y1
+        length = across**2 + down**2
+        along = np.clip(((columns - x1) * across + (rows - y1) * down) / length, 0, 1) if length > 0 else 0.0
+        pixels[(columns - x1 - along * across) ** 2 + (rows - y1 - along * down) ** 2 <= radius**2] = colour
 
     def _draw(self, pixels: Array, boxes: Array) -> None:
         """Frames, two pixels wide, in the colours of their labels."""

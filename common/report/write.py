@@ -237,6 +237,9 @@ def _page(
     ]
     if any(example.truth is not None for example in examples):
         legend.append(("white line: outline of the truth", "#ffffff"))
+    if any(example.points is not None for example in examples):
+        shown = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (figures.TRUE_POINT, figures.FOUND_POINT))
+        legend += zip(("true landmark", "found landmark, with a line to the true one"), shown, strict=True)
     levels = tables[0].levels
     source = files("common.report").joinpath("template.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -262,7 +265,7 @@ def _example(example: Example, labels: Sequence[int]) -> dict[str, Any]:
     """
     draw = ExamplePictures(example, labels)
     sample = [("Input", "", [(_uri(draw.clean()), f"{example.sample}: the clean input")])]
-    if example.truth is not None or example.boxes is not None:
+    if any(truth is not None for truth in (example.truth, example.boxes, example.points)):
         sample.append(("Truth", "", [(_uri(draw.truth()), f"{example.sample}: the true labels over the clean input")]))
     strips = {"": sample}
     for view in example.views:

@@ -19,9 +19,10 @@ import yaml
 from PIL import Image
 
 from adv_classify import evaluate as host
-from adv_classify.cli import main, run_name
+from adv_classify.cli import main
 from adv_classify.data import ImageFolder, MedMNIST
 from adv_classify.module import RobustClassifier
+from common.lightning.cli import run_name
 from common.thresholds import Thresholds
 
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -1,22 +1,22 @@
-"""What the two Lightning hosts share: a module whose loss is asked of a training method.
-
-The one module of ``common`` that imports a host framework, and is imported by nothing else in ``common``.
-"""
+"""A LightningModule whose loss is asked of a training method."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from common.lightning.weights import read_tensors
 from common.methods import AdaptiveRadiusMethod
 from common.objective import Objective
 from common.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
@@ -50,21 +50,36 @@ class RobustModule(LightningModule):
     """A LightningModule that trains by a method of :mod:`common.methods`.
 
     Optimizer, schedule, precision, gradient accumulation, logging, checkpoints and several processes stay Lightning's.
-    A subclass gives :meth:`objective` and calls the hooks of this class where it overrides them.
+    A subclass gives :meth:`objective` and :meth:`made_of`, and calls the hooks of this class where it overrides them.
+    Its hyperparameters, in plain values, are what it is made from again.
 
     Args:
         method: the training method.
         attack: its attack.
         terms: the names of the loss terms.
         default_rule: how thresholds are made where the settings do not say.
+        lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
+        weight_decay: of the default optimizer.
     """
 
+    command: ClassVar[str]
+    """The command whose checkpoints these are."""
+    sections: ClassVar[Mapping[str, type]]
+    """The arguments that are dataclasses, by name."""
     run: MethodRun | None
 
     def __init__(
-        self, method: Method, attack: AttackSettings, terms: Sequence[str], default_rule: str = DEFAULT_RULE
+        self,
+        method: Method,
+        attack: AttackSettings,
+        terms: Sequence[str],
+        default_rule: str = DEFAULT_RULE,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
+        self.lr, self.weight_decay = lr, weight_decay
         self.method_name, self.settings = method.name, method.with_attack(attack)
         self.terms, self.default_rule = tuple(terms), default_rule
         if self.settings.backward != "together":
@@ -74,10 +89,16 @@ class RobustModule(LightningModule):
             )
         self.run = None
         self._state: dict[str, Any] | None = None
+        self._scored: list[dict[str, Tensor]] = []
 
     @abstractmethod
     def objective(self, batch: Any) -> tuple[Objective, Tensor, Sequence[str]]:
         """The objective of a batch, its images and its sample ids."""
+
+    @staticmethod
+    @abstractmethod
+    def made_of(values: Mapping[str, Any]) -> str | None:
+        """What a network with these hyperparameters is, in words; None if they are of no module of this class."""
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """Thresholds from a trained model of the host's, in one process.
@@ -86,6 +107,15 @@ class RobustModule(LightningModule):
             ValueError: unless a subclass knows how.
         """
         raise ValueError(f"{path}: name a thresholds file (.json), or 'auto'")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a cosine schedule; a configuration may name others."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
+            return optimizer
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # The run
 
@@ -141,7 +171,46 @@ class RobustModule(LightningModule):
         if isinstance(self.run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
             self.run.method.store.to_csv(folder / MARGINS)
 
+    # Validation
+
+    def keep_scores(self, scores: dict[str, Tensor]) -> None:
+        """Keeps what a batch of validation gives the metric, each of shape (B, ...)."""
+        self._scored.append(scores)
+
+    def all_scores(self) -> dict[str, Tensor]:
+        """What was kept, of all batches and processes, and forgets it; empty if there was nothing."""
+        if not self._scored:
+            return {}
+        scores = {name: torch.cat([part[name] for part in self._scored]) for name in self._scored[0]}
+        self._scored = []
+        if self.trainer.world_size > 1:
+            scores = {name: torch.cat(gathered(value.cpu())) for name, value in scores.items()}
+        return scores
+
     # Checkpoints
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Self:
+        """A trained model, on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no checkpoint of this class.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        checkpoint = read_tensors(Path(path))
+        found = checkpoint.get("hyper_parameters", {})
+        if cls.made_of(found) is None:
+            raise ValueError(f"{path} is no checkpoint of {cls.command}")
+        given = {key: value for key, value in found.items() if not key.startswith("_")}
+        for name, section in cls.sections.items():
+            # plain values hold a list where a section has a tuple
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop(name).items()}
+            given[name] = section(**values)
+        model = cls(**given)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Our state rides along, in plain values."""
@@ -149,8 +218,15 @@ class RobustModule(LightningModule):
             checkpoint[STATE] = self.run.state_dict() | {"images": fingerprint(self._sample_ids())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the state for a resumed run."""
+        """Keeps the state for a resumed run; a checkpoint of another network is refused in one line.
+
+        Raises:
+            ValueError: in that case.
+        """
         self._state = checkpoint.get(STATE)
+        own, found = (self.made_of(values) for values in (self.hparams, checkpoint.get("hyper_parameters", {})))
+        if found is not None and found != own:
+            raise ValueError(f"the checkpoint is of {found}, and cannot be loaded into {own}")
 
     def _check_state(self, state: dict[str, Any], ids: Sequence[str]) -> None:
         made_by = state["method"]["method"]
@@ -206,6 +282,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return parts
 
 
 def say(line: str) -> None:

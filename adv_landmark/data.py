@@ -1,0 +1,574 @@
+"""Images with landmarks and stable ids: a table of points, the ISBI 2015 challenge's layout, or images alone.
+
+Every data set is read into one table (:class:`Samples`) and checked before anything is trained; the images are decoded
+when they are needed. A batch is a dict of ``image`` (B, C, H, W) in [-1, 1], ``points`` (B, L, 2), each (x, y) in
+pixels of that image, NaN where one is not known, ``file_size`` (B, 2), width and height of the file, ``spacing``
+(B, 2), and ``id``. Inside, (0, 0) is the centre of the top left pixel.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional
+
+from common.lightning import SampleData
+from common.lightning.data import SPLITS
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+BOUNDS = (-1.0, 1.0)
+"""Lowest and highest value of an image."""
+Spacing = float | tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one split.
+
+    Attributes:
+        images: N files.
+        points: landmarks, (N, L, 2), each (x, y) in pixels of the file; NaN where one is not known.
+        ids: N stable ids.
+        spacing: mm per pixel of the file in x and y, (N, 2); None where they are not known.
+    """
+
+    images: list[Path]
+    points: np.ndarray
+    ids: list[str]
+    spacing: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def without_points(self) -> int:
+        """Number of images without any landmark."""
+        return int(np.isnan(self.points).any(2).all(1).sum())
+
+
+class LandmarkDataset(Dataset[dict[str, Any]]):
+    """Decodes the images of :class:`Samples`.
+
+    Args:
+        samples: the samples.
+        channels: 1 or 3; images are converted.
+        size: (height, width) that images are resized to.
+        augment: changes images and points of the training, or None.
+    """
+
+    def __init__(
+        self, samples: Samples, channels: int, size: tuple[int, int], augment: Augmentation | None = None
+    ) -> None:
+        self.samples, self.channels, self.size, self.augment = samples, channels, size, augment
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with open_image(self.samples.images[index]) as opened:
+            array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
+        image = torch.from_numpy(array)
+        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+        file_size = torch.tensor((image.shape[2], image.shape[1]), dtype=torch.float32)
+        image = functional.to_dtype(image, torch.float32, scale=True)
+        if tuple(image.shape[1:]) != self.size:
+            image = functional.resize(image, list(self.size), antialias=True).clamp(0, 1)
+        image = image * 2 - 1
+        points = scale_points(
+            torch.from_numpy(self.samples.points[index]), file_size.double(), torch.tensor(self.size[::-1])
+        ).float()
+        if self.augment is not None:
+            image, points = self.augment(image, points)
+        spacing = torch.ones(2) if self.samples.spacing is None else torch.from_numpy(self.samples.spacing[index])
+        return {
+            "image": image,
+            "points": points,
+            "file_size": file_size,
+            "spacing": spacing.float(),
+            "id": self.samples.ids[index],
+        }
+
+
+def scale_points(points: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Points (..., 2) of an image of the size ``old`` in one of the size ``new``, both (..., 2) as (width, height).
+
+    As resampling has it: the image's edges, half a pixel outside the centres of the outermost pixels, stay its edges.
+    """
+    return (points + 0.5) * (new / old) - 0.5
+
+
+class Augmentation:
+    """Rotates, scales and shifts an image and its points, and changes brightness and contrast.
+
+    Args:
+        rotate: degrees; rotated by up to as many.
+        zoom: scaled by up to this fraction, up or down.
+        shift: shifted by up to this fraction of height and width.
+        color: strength of the changes of brightness and contrast.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    def __init__(self, rotate: float, zoom: float, shift: float, color: float) -> None:
+        for name, value, most in (
+            ("rotate", rotate, 180),
+            ("zoom", zoom, 0.9),
+            ("shift", shift, 1),
+            ("color", color, 1),
+        ):
+            if not (math.isfinite(value) and 0 <= value <= most):
+                raise ValueError(f"{name} must be between 0 and {most}, got {value}")
+        self.rotate, self.zoom, self.shift, self.color = rotate, zoom, shift, color
+
+    def __call__(self, image: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """A changed image (C, H, W) in [-1, 1] and its points (L, 2)."""
+        angle, zoom, across, down, brightness, contrast = (torch.rand(6) * 2 - 1).tolist()
+        if self.rotate or self.zoom or self.shift:
+            height, width = image.shape[1:]
+            shift = (across * self.shift * width, down * self.shift * height)
+            image, points = transform(image, points, angle * self.rotate, 1 + zoom * self.zoom, shift)
+        if self.color:
+            image = image * (1 + contrast * self.color) + brightness * self.color
+        return image.clamp(*BOUNDS), points
+
+
+def transform(
+    image: Tensor, points: Tensor, angle: float, scale: float, shift: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Rotates an image (C, H, W) in [-1, 1] and its points (L, 2) around the image's centre, scales and shifts them.
+
+    Args:
+        image: what comes in from outside is black.
+        points: each (x, y) in pixels.
+        angle: degrees, from x to y.
+        scale: above 1 makes larger.
+        shift: in x and y, in pixels.
+    """
+    height, width = image.shape[1:]
+    cosine, sine = math.cos(math.radians(angle)) * scale, math.sin(math.radians(angle)) * scale
+    forward = torch.tensor(((cosine, -sine), (sine, cosine)), dtype=torch.float64)
+    centre = torch.tensor((width - 1, height - 1), dtype=torch.float64) / 2
+    move = torch.tensor(shift, dtype=torch.float64)
+    moved = (points.double() - centre) @ forward.T + centre + move
+    # affine_grid asks where a pixel comes from, in coordinates where the image's edges are -1 and 1.
+    half = torch.tensor((width, height), dtype=torch.float64) / 2
+    back = torch.linalg.inv(forward)
+    matrix = torch.cat([back * half / half[:, None], (-(back @ move) / half)[:, None]], 1)
+    grid = affine_grid(matrix[None].to(image.dtype), [1, *image.shape], align_corners=False)
+    black = BOUNDS[0]
+    image = grid_sample(image[None] - black, grid, align_corners=False)[0] + black
+    return image, moved.to(points.dtype)
+
+
+class LandmarkData(SampleData):
+    """Training, validation and test images with landmarks; a subclass reads them.
+
+    Args:
+        batch_size: per process.
+        size: side, or (height, width), that images are resized to; None: as they are, all alike.
+        channels: 1 or 3; None: as the images are.
+        spacing: mm per pixel of the files, one number, or one for x and one for y; None: not known.
+        unit: of errors: "mm" needs a spacing; "px" are pixels of the files; None: mm where there is a spacing.
+        rotate: degrees; training images are rotated by up to as many.
+        zoom: training images are scaled by up to this fraction, up or down.
+        shift: training images are shifted by up to this fraction of their size.
+        color: strength of the changes of brightness and contrast in training.
+        workers: processes that read images.
+        seed: of the order of images.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 8,
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        spacing: Spacing = None,
+        unit: Literal["mm", "px"] | None = None,
+        rotate: float = 0.0,
+        zoom: float = 0.0,
+        shift: float = 0.0,
+        color: float = 0.0,
+        workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, workers=workers, seed=seed)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+            raise ValueError(f"size must be >= 1, got {size}")
+        self.spacing = check_spacing(spacing)
+        self.augmentation = Augmentation(rotate, zoom, shift, color)
+        self.splits: dict[str, Samples]
+        self.landmark_names, self.splits = self.read()
+        self.splits = check_samples(self.splits, self.landmark_names)
+        measured = all(part.spacing is not None for part in self.splits.values())
+        if unit == "mm" and not measured:
+            raise ValueError("errors in mm need the pixel spacing: set spacing, mm per pixel, or take unit px")
+        self.unit: Literal["mm", "px"] = unit or ("mm" if measured else "px")
+        self.size: tuple[int, int] = self._size(size)
+        self.channels = channels or count_channels(next(iter(self.splits.values())).images[0])
+
+    def read(self) -> tuple[list[str], dict[str, Samples]]:
+        """The names of the landmarks and the samples of each split; called once, before anything else."""
+        raise NotImplementedError
+
+    def dataset(self, split: str, *, augment: bool = False) -> LandmarkDataset:
+        """The images of a split.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        self.require(split)
+        return LandmarkDataset(self.splits[split], self.channels, self.size, self.augmentation if augment else None)
+
+    def spacings(self, count: int) -> np.ndarray | None:
+        """The spacing of the settings for that many images."""
+        return None if self.spacing is None else np.tile(np.array(self.spacing), (count, 1))
+
+    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        if size is not None:
+            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        sizes = {image_size(path) for part in self.splits.values() for path in part.images}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:5])
+            raise ValueError(f"the images have {len(sizes)} sizes ({shown}); set size to resize them to one")
+        return sizes.pop()
+
+
+class LandmarkTable(LandmarkData):
+    """A table of points: ``landmarks.csv`` with the columns image, landmark_index, x and y, and a folder of images.
+
+    Every image has a row for every landmark; x and y are empty where one is not known. ``split.csv`` has the columns
+    image and split: train, val, test, or none for images that are left out.
+
+    Args:
+        root: folder with both tables.
+        images: folder of the images, relative to root.
+        table: name of the table of points; the landmark's column may be called landmark_index or landmark, and hold
+            numbers or names.
+        split_table: name of the table of splits; it may have the column spacing, or spacing_x and spacing_y.
+        origin: what (0, 0) is in the table: the "centre" or the outer "corner" of the top left pixel.
+        **options: see :class:`LandmarkData`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        images: str = "images",
+        table: str = "landmarks.csv",
+        split_table: str = "split.csv",
+        origin: Literal["centre", "corner"] = "centre",
+        **options: Any,
+    ) -> None:
+        self.root, self.images, self.table, self.split_table = Path(root), images, table, split_table
+        if origin not in ("centre", "corner"):
+            raise ValueError(f"origin must be centre or corner, got {origin!r}")
+        self.origin = 0.5 if origin == "corner" else 0.0
+        super().__init__(**options)
+
+    def read(self) -> tuple[list[str], dict[str, Samples]]:
+        """See :meth:`LandmarkData.read`."""
+        path = self.root / self.table
+        rows = read_table(path, ("image", "x", "y"))
+        column = next((name for name in ("landmark_index", "landmark") if name in rows[0]), None)
+        if column is None:
+            raise ValueError(f"{path} has no column landmark_index; there are {', '.join(rows[0])}")
+        names = sorted({row[column] for row in rows}, key=_in_order)
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        for line, row in enumerate(rows, 2):
+            landmarks = found.setdefault(row["image"], {})
+            if row[column] in landmarks:
+                raise ValueError(f"{path} has landmark {row[column]} of {row['image']} twice, see line {line}")
+            landmarks[row[column]] = (_number(row["x"], path, line), _number(row["y"], path, line))
+        counts = Counter(len(landmarks) for landmarks in found.values())
+        if len(counts) > 1:
+            short = [f"{image} ({len(marks)})" for image, marks in found.items() if len(marks) < len(names)]
+            raise ValueError(
+                f"{path} has {len(names)} landmarks, but not for all images: {', '.join(short[:5])}"
+                f"{', ...' if len(short) > 5 else ''}. Write a row with empty x and y for a landmark that is not known"
+            )
+        split_of, spacing_of = self._splits()
+        files = self._files(found, split_of)
+        splits = {}
+        for split in SPLITS:
+            chosen = [image for image in found if split_of[image] == split]
+            if chosen:
+                points = np.array([[found[image][name] for name in names] for image in chosen]) - self.origin
+                spacing = (
+                    np.array([spacing_of[image] for image in chosen]) if spacing_of else self.spacings(len(chosen))
+                )
+                splits[split] = Samples([files[image] for image in chosen], points, chosen, spacing)
+        return [str(name) for name in names], splits
+
+    def _splits(self) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
+        path = self.root / self.split_table
+        rows = read_table(path, ("image", "split"))
+        strangers = sorted({row["split"] for row in rows} - {*SPLITS, "none"})
+        if strangers:
+            raise ValueError(
+                f"{path} has the split(s) {', '.join(map(repr, strangers))}; they must be train, val, test or none"
+            )
+        columns = ["spacing", "spacing"] if "spacing" in rows[0] else ["spacing_x", "spacing_y"]
+        spacing: dict[str, tuple[float, float]] = {}
+        if self.spacing is None and set(columns) <= rows[0].keys():
+            for line, row in enumerate(rows, 2):
+                x, y = (_number(row[column], path, line) for column in columns)
+                if not (x > 0 and y > 0 and math.isfinite(x) and math.isfinite(y)):
+                    raise ValueError(f"{path} has no spacing > 0 in line {line}")
+                spacing[row["image"]] = (x, y)
+        return {row["image"]: row["split"] for row in rows}, spacing
+
+    def _files(self, found: dict[str, Any], split_of: dict[str, str]) -> dict[str, Path]:
+        folder = self.root / self.images
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder of images {folder}")
+        files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+        stems = {path.stem: path for path in files.values()}
+        of = {image: files.get(image) or stems.get(image) for image in {*found, *split_of}}
+        table, split_table = self.root / self.table, self.root / self.split_table
+        used = [image for image in found if split_of.get(image) != "none"]
+        missing = [image for image in used if of[image] is None]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} image(s) of {table} are not in {folder}: {', '.join(missing)}")
+        unsplit = [image for image in used if image not in split_of]
+        if unsplit:
+            raise ValueError(f"{len(unsplit)} image(s) of {table} are not in {split_table}: {', '.join(unsplit)}")
+        bare = [image for image, split in split_of.items() if split != "none" and image not in found]
+        if bare:
+            raise ValueError(f"{len(bare)} image(s) of {split_table} have no landmarks in {table}: {', '.join(bare)}")
+        extra = sorted({path.name for path in files.values()} - {path.name for path in of.values() if path})
+        if extra:
+            raise ValueError(
+                f"{len(extra)} image(s) in {folder} have no landmarks in {table}: {', '.join(extra)}. To leave them "
+                f"out, give them the split none in {split_table}"
+            )
+        return {image: path for image, path in of.items() if path is not None}
+
+
+class ISBI2015(LandmarkData):
+    """The layout of the ISBI 2015 challenge on cephalometric radiographs (Wang et al. 2016).
+
+    One text file for each image and annotator, a line ``x,y`` for each landmark; lines without a comma are left
+    out. A landmark is the mean of the annotators. TrainingData is the training split, Test1Data validates, Test2Data
+    is the test split.
+
+    Args:
+        root: folder in which the three folders of images lie, and the annotators', at any depth.
+        annotators: names of the annotators' folders.
+        **options: see :class:`LandmarkData`; ``spacing`` is 0.1 mm if it is not given.
+    """
+
+    FOLDERS: ClassVar = {"train": "TrainingData", "val": "Test1Data", "test": "Test2Data"}
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        annotators: Sequence[str] = ("400_senior", "400_junior"),
+        spacing: Spacing = 0.1,
+        **options: Any,
+    ) -> None:
+        self.root, self.annotators = Path(root), list(annotators)
+        super().__init__(spacing=spacing, **options)
+
+    def read(self) -> tuple[list[str], dict[str, Samples]]:
+        """See :meth:`LandmarkData.read`."""
+        if not self.annotators:
+            raise ValueError("annotators must name one folder or more")
+        annotated = [self._folder(name) for name in self.annotators]
+        splits, counts = {}, {}
+        for split, name in self.FOLDERS.items():
+            if split == "test" and not any(self.root.rglob(name)):
+                continue
+            images = sorted(p for p in self._folder(name).iterdir() if p.suffix.lower() in SUFFIXES)
+            points = []
+            for image in images:
+                each = [self._points(folder / f"{image.stem}.txt") for folder in annotated]
+                lengths = {len(part) for part in each}
+                if len(lengths) > 1:
+                    raise ValueError(
+                        f"the annotators of {image.stem} have different numbers of landmarks: "
+                        + ", ".join(f"{n} {len(p)}" for n, p in zip(self.annotators, each, strict=True))
+                    )
+                points.append(np.mean(each, 0))
+                counts[image.stem] = len(points[-1])
+            splits[split] = (images, points)
+        if len(set(counts.values())) > 1:
+            usual = Counter(counts.values()).most_common(1)[0][0]
+            others = [f"{image} ({count})" for image, count in counts.items() if count != usual]
+            raise ValueError(f"most images have {usual} landmarks, but not all: {', '.join(others[:5])}")
+        samples = {
+            split: Samples(images, np.array(points), [p.stem for p in images], self.spacings(len(images)))
+            for split, (images, points) in splits.items()
+            if images
+        }
+        return [str(k + 1) for k in range(max(counts.values(), default=0))], samples
+
+    def _folder(self, name: str) -> Path:
+        folder = next((path for path in sorted(self.root.rglob(name)) if path.is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(f"there is no folder {name} in {self.root}")
+        return folder
+
+    def _points(self, path: Path) -> np.ndarray:
+        if not path.is_file():
+            raise FileNotFoundError(f"there are no landmarks {path}")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [[_number(part, path, n) for part in line.split(",")] for n, line in enumerate(lines, 1) if "," in line]
+        if any(len(point) != 2 for point in found):
+            raise ValueError(f"{path} must have two numbers in each line with a comma, x,y")
+        return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+class Images(LandmarkData):
+    """A folder of images without landmarks, to predict.
+
+    Args:
+        root: the folder.
+        landmarks: the number of landmarks, or their names, as the trained model has them.
+        **options: see :class:`LandmarkData`.
+    """
+
+    def __init__(self, root: str, landmarks: int | Sequence[str], **options: Any) -> None:
+        self.root, self.landmarks = Path(root), landmarks
+        super().__init__(**options)
+
+    def read(self) -> tuple[list[str], dict[str, Samples]]:
+        """See :meth:`LandmarkData.read`."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"there is no folder of images {self.root}")
+        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"there are no images ({', '.join(SUFFIXES)}) in {self.root}")
+        given = self.landmarks
+        names = [str(k + 1) for k in range(given)] if isinstance(given, int) else [str(name) for name in given]
+        points = np.full((len(files), len(names), 2), np.nan)
+        ids = [path.relative_to(self.root).as_posix() for path in files]
+        return names, {"test": Samples(files, points, ids, self.spacings(len(files)))}
+
+
+def check_spacing(spacing: Spacing) -> tuple[float, float] | None:
+    """Spacing in x and y. Raises ValueError unless it is positive."""
+    if spacing is None:
+        return None
+    pair = tuple(float(s) for s in spacing) if isinstance(spacing, Sequence) else (float(spacing),) * 2
+    if len(pair) != 2 or not all(math.isfinite(s) and s > 0 for s in pair):
+        raise ValueError(f"spacing must be mm per pixel, > 0, one number or two (x, y), got {spacing}")
+    return pair
+
+
+def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str, Samples]:
+    """The samples, landmarks outside their image made unknown, which is said.
+
+    Raises:
+        ValueError: for data without landmarks, a split without images, ids that occur twice, or images none of whose
+            landmarks lies inside.
+    """
+    if not names:
+        raise ValueError("the data has no landmarks")
+    for split in () if set(splits) == {"test"} else ("train", "val"):
+        if not len(splits.get(split, ())):
+            raise ValueError(f"the data has no {split} images")
+    checked, outside, lost = {}, [], []
+    for split, samples in splits.items():
+        if len(set(samples.ids)) < len(samples):
+            twice = sorted({i for i in samples.ids if samples.ids.count(i) > 1})[:3]
+            raise ValueError(f"{split} has the same image more than once, such as {', '.join(twice)}")
+        sizes = np.array([image_size(path)[::-1] for path in samples.images], dtype=np.float64)
+        limits = sizes[:, None] - 0.5
+        off = ((samples.points < -0.5) | (samples.points > limits)).any(2)  # False for NaN
+        outside += [
+            f"{samples.ids[i]} {names[k]} at ({samples.points[i, k, 0]:g}, {samples.points[i, k, 1]:g})"
+            for i, k in zip(*off.nonzero(), strict=True)
+        ]
+        known = ~np.isnan(samples.points).any(2)
+        lost += [samples.ids[i] for i in (known.any(1) & ~(known & ~off).any(1)).nonzero()[0]]
+        points = np.where((off | ~known)[..., None], np.nan, samples.points)
+        checked[split] = Samples(samples.images, points, samples.ids, samples.spacing)
+    if lost:
+        raise ValueError(
+            f"{len(lost)} image(s) have all their landmarks outside, such as {', '.join(lost[:3])}: are the points in "
+            f"pixels of these very files?"
+        )
+    if "train" in checked and checked["train"].without_points() == len(checked["train"]):
+        raise ValueError("no training image has a landmark")
+    if outside:
+        rank_zero_warn(
+            f"{len(outside)} landmark(s) lie outside their image and count as not known: {'; '.join(outside[:5])}"
+            f"{'; ...' if len(outside) > 5 else ''}"
+        )
+    return checked
+
+
+def open_image(path: Path) -> Image.Image:
+    """The opened file. Raises ValueError if it cannot be read as an image."""
+    try:
+        opened = Image.open(path)
+        opened.load()
+    except (OSError, ImportError) as error:  # plugins of Pillow miss their packages in their own manner
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return opened
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image; only its header is read."""
+    try:
+        with Image.open(path) as opened:
+            return opened.height, opened.width
+    except (OSError, ImportError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def count_channels(path: Path) -> int:
+    """1 for a grey image, 3 for colour."""
+    with Image.open(path) as opened:
+        return 1 if opened.mode in ("1", "L", "I", "I;16", "F") else 3
+
+
+def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, their values stripped.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has no rows, or lacks a column.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [{k: (v or "").strip() for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
+    columns = list(rows[0]) if rows else []
+    lacking = [name for name in needed if name not in columns]
+    if lacking:
+        raise ValueError(f"{path} has no column {', '.join(lacking)}; there are {', '.join(columns) or 'no rows'}")
+    return rows
+
+
+def _number(text: str, path: Path, line: int) -> float:
+    """A number; NaN for an empty cell."""
+    try:
+        value = float(text) if text.strip() else math.nan
+    except ValueError as error:
+        raise ValueError(f"{path} has {text!r} in line {line}, where a number is expected") from error
+    if math.isinf(value):
+        raise ValueError(f"{path} has {text!r} in line {line}, where a finite number is expected")
+    return value
+
+
+def _in_order(name: str) -> tuple[float, str]:
+    """Numbers by value, then names by letter."""
+    return (float(name), "") if name.lstrip("-").isdigit() else (math.inf, name)

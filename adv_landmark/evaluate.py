@@ -1,0 +1,186 @@
+"""How well landmarks are found under attack: MRE and SDR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from adv_landmark.data import LandmarkData, LandmarkDataset
+from adv_landmark.maps import decode
+from adv_landmark.module import RobustLandmarks, check_model
+from common.attacks import GradientAttack
+from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
+from common.lightning import MARGINS
+from common.margins import read_margins
+from common.report import Example, Metric, View
+
+
+@dataclass
+class TrainedModel:
+    """A trained U-Net, ready to be attacked."""
+
+    name: str
+    path: Path
+    module: RobustLandmarks
+    dataset: LandmarkDataset
+    margins: np.ndarray | None
+    batch_size: int
+
+    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch on the device."""
+        device = self.module.device
+        batch = default_collate([self.dataset[i] for i in indices])
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def load_model(name: str, path: str | Path, data: LandmarkData, split: str, device: torch.device) -> TrainedModel:
+    """A trained model and the images that it is evaluated on; BatchNorm in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is no checkpoint of ours, or of other landmarks, channels or sizes than the data.
+    """
+    path = Path(path)
+    module = RobustLandmarks.from_checkpoint(path)
+    check_model(module, path, data)
+    module.unit = data.unit
+    dataset = data.dataset(split)
+    if dataset.samples.without_points() == len(dataset):
+        raise ValueError(f"no image of the split {split} has a known landmark to compare with")
+    return TrainedModel(
+        name, path, module.to(device), dataset, read_margins(path.parent.parent / MARGINS), data.batch_size
+    )
+
+
+def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
+    """The images in batches, or ``limit`` of them at even distances."""
+    ids = model.dataset.samples.ids
+    chosen = list(range(len(ids)))
+    if limit is not None and limit < len(chosen):
+        chosen = [int(i) for i in np.linspace(0, len(chosen) - 1, limit)]
+    parts = [chosen[i : i + model.batch_size] for i in range(0, len(chosen), model.batch_size)]
+    return [EvaluationBatch([ids[i] for i in part], partial(load, model, part)) for part in parts]
+
+
+def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
+    """Images of the data set as a batch ready to be attacked."""
+    batch = model.read(indices)
+    objective = model.module.objective_of(batch["image"], batch["points"])
+    return LoadedBatch(batch["image"], objective, partial(score, model, batch))
+
+
+def score(model: TrainedModel, batch: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    """``error``: the radial error of every landmark in the data's unit, (B, L); NaN where none is known."""
+    return {"error": model.module.errors(model.module(images), batch)}
+
+
+def metrics(unit: str, radii: Sequence[float]) -> list[Metric]:
+    """MRE, the standard deviation of radial errors, and SDR at every radius.
+
+    Args:
+        unit: "mm" or "px".
+        radii: of SDR, in that unit.
+
+    Raises:
+        ValueError: unless the radii are > 0 and increase.
+    """
+    if not all(r > 0 for r in radii) or list(radii) != sorted(set(radii)):
+        raise ValueError(f"the radii of SDR must be > 0 and increase, got {list(radii)}")
+    found = [
+        Metric(
+            "MRE",
+            mean_radial_error,
+            higher_is_better=False,
+            unit=unit,
+            description="Mean radial error: the mean distance of found and true landmarks; unknown ones are left out.",
+            per_sample=mean_of_image,
+        ),
+        Metric(
+            "radial error SD",
+            deviation,
+            higher_is_better=False,
+            unit=unit,
+            description="Standard deviation of the radial errors over all landmarks.",
+        ),
+    ]
+    return found + [
+        Metric(
+            f"SDR {radius:g} {unit}",
+            partial(detection_rate, radius=radius),
+            description=f"Successful detection rate: the share of landmarks found within {radius:g} {unit}.",
+        )
+        for radius in radii
+    ]
+
+
+def known(scores: Scores) -> np.ndarray:
+    """The errors of all known landmarks, (n,)."""
+    error = scores["error"].astype(np.float64)
+    return error[~np.isnan(error)]
+
+
+def mean_radial_error(scores: Scores) -> float:
+    """MRE (ISBI 2015)."""
+    return float(known(scores).mean())
+
+
+def deviation(scores: Scores) -> float:
+    """Standard deviation of the radial errors, with n - 1; NaN for a single one."""
+    error = known(scores)
+    return float(error.std(ddof=1)) if len(error) > 1 else float("nan")
+
+
+def detection_rate(scores: Scores, radius: float) -> float:
+    """SDR (ISBI 2015): the share of landmarks whose error is not above the radius."""
+    return float((known(scores) <= radius).mean())
+
+
+def mean_of_image(scores: Scores) -> np.ndarray:
+    """The mean radial error of each image, (N,); NaN for one without known landmarks."""
+    error = scores["error"].astype(np.float64)
+    count = (~np.isnan(error)).sum(1)
+    return np.where(count > 0, np.nansum(error, 1) / np.maximum(count, 1), np.nan)
+
+
+def make_examples(
+    models: Sequence[TrainedModel],
+    attack: tuple[str, GradientAttack],
+    levels: Sequence[float],
+    *,
+    number: int = 3,
+    seed: int = 0,
+) -> list[Example]:
+    """Images at even distances, clean and attacked, with true and found landmarks."""
+    name, method = attack
+    dataset = models[0].dataset
+    chosen = [int(i) for i in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
+    examples = []
+    for index in chosen:
+        views: list[View] = []
+        for model in models:
+            loaded = load(model, [index])
+            for level, attacked in at_levels(loaded, method, levels, bounds=(-1.0, 1.0), seed=seed):
+                with torch.no_grad():
+                    maps = model.module(attacked)
+                error = model.module.errors(maps, model.read([index]))
+                note = f"MRE {float(error.nanmean()):.2f} {model.module.unit}"
+                points = decode(maps, model.module.radius)[0][0].cpu().numpy()
+                shown = name if level > 0 else ""
+                views.append(View(model.name, shown, level, picture(attacked), note=note, points=points))
+        item = dataset[index]
+        truth = item["points"].numpy()
+        examples.append(Example(item["id"], picture(item["image"][None]), None, views, points=truth))
+    return examples
+
+
+def picture(images: Tensor) -> np.ndarray:
+    """The first image, (H, W) or (H, W, 3)."""
+    image = images[0].permute(1, 2, 0).cpu().numpy()
+    return image[..., 0] if image.shape[2] == 1 else image

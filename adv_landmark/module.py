@@ -1,0 +1,290 @@
+"""The LightningModule: the multi-task U-Net, trained by a method of the core."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from adv_landmark.data import BOUNDS, open_image, scale_points
+from adv_landmark.maps import decode
+from adv_landmark.network import Network, make_network
+from adv_landmark.objective import Heatmap, LandmarkObjective
+from common.attacks import GradientAttack
+from common.lightning import Method, RobustModule, plain
+from common.lightning.thresholds import measure
+from common.settings import AttackSettings, MethodSettings
+from common.thresholds import Thresholds
+
+PREDICTIONS, OVERLAYS = "predictions.csv", "overlays"
+RULE = "mean+2std"
+"""Rule of the thresholds (AMAT paper, section 3.6)."""
+RADIUS = 0.05
+"""Of the heatmap's disk, in the longer side of the image (Yao et al. 2020)."""
+HEATMAP_WEIGHT = {"bce": 2.0, "dice": 0.5}
+"""Of the heatmap term: with BCE as Yao et al. released it, with Dice as the AMAT authors did."""
+SDR = (2.0, 2.5, 3.0, 4.0)
+"""Radii of the successful detection rate, in mm (ISBI 2015)."""
+
+# The AMAT paper's delta and smallest SAT level are 1 for 3 x 200 x 160 values in [-1, 1]; in L2 the norm grows with the
+# square root of the number of values.
+_L2_PER_VALUE = 1 / math.sqrt(3 * 200 * 160)
+_LINF_EPS, _LINF_DELTA = 2 / 255, 0.5 / 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(AttackSettings):
+    """The attack of the training, on images in [-1, 1]; see :class:`common.settings.AttackSettings`."""
+
+    bounds: tuple[float, float] | Literal["sample"] | None = BOUNDS
+
+
+class RobustLandmarks(RobustModule):
+    """The multi-task U-Net (Yao et al. 2020) that is trained by a method, on images in [-1, 1].
+
+    Args:
+        network: the network.
+        method: the training method. ``eps`` and ``delta`` None: 1 in L2 for an image of 3 x 200 x 160 values, and so
+            much for every value of others (2/255 and 0.5/255 in Linf).
+        attack: its attack.
+        heatmap: the loss of the heatmaps, "dice" or "bce".
+        heatmap_weight: of that loss beside those of the offsets; None: 0.5 with dice, 2 with bce.
+        radius: within which a pixel speaks for a landmark, in pixels of the network's input; None: a twentieth of the
+            longer side.
+        lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
+        weight_decay: of the default optimizer.
+        validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
+            none.
+        landmark_names: from the data.
+        channels: from the data.
+        size: from the data.
+        unit: from the data.
+    """
+
+    command = "adv-landmark"
+    sections: ClassVar = {"network": Network, "method": Method, "attack": Attack}
+
+    def __init__(
+        self,
+        network: Network = Network(),  # noqa: B008 - frozen, as the next two
+        method: Method = Method(),  # noqa: B008 - frozen
+        attack: Attack = Attack(),
+        *,
+        heatmap: Heatmap = "dice",
+        heatmap_weight: float | None = None,
+        radius: float | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        validation_steps: int = 0,
+        landmark_names: Sequence[str],
+        channels: int = 3,
+        size: tuple[int, int],
+        unit: Literal["mm", "px"] = "px",
+    ) -> None:
+        super().__init__(method, attack, LandmarkObjective.names, RULE, lr=lr, weight_decay=weight_decay)
+        if heatmap_weight is not None and not (math.isfinite(heatmap_weight) and heatmap_weight > 0):
+            raise ValueError(f"heatmap_weight must be > 0, got {heatmap_weight}")
+        self.radius = RADIUS * max(size) if radius is None else float(radius)
+        if not 1 <= self.radius < min(size) / 2:
+            raise ValueError(
+                f"the radius of a landmark, {self.radius:g} pixels, must be at least 1 and fit into the images, which "
+                f"are resized to {size[0]} x {size[1]}: choose another size or radius"
+            )
+        begun = replace(network, weights=None)  # what a checkpoint of ours needs no more
+        given = {"network": begun, "method": method, "attack": attack, "heatmap": heatmap, "radius": self.radius}
+        given |= {"heatmap_weight": heatmap_weight, "lr": lr, "weight_decay": weight_decay}
+        given |= {"validation_steps": validation_steps, "landmark_names": list(landmark_names)}
+        self.save_hyperparameters(plain({**given, "channels": channels, "size": list(size), "unit": unit}))
+        self.network = make_network(network, len(landmark_names), channels)
+        self.heatmap, self.unit, self.size = heatmap, unit, tuple(size)
+        self.heatmap_weight = HEATMAP_WEIGHT[heatmap] if heatmap_weight is None else heatmap_weight
+        self.validation_steps, self.landmark_names = validation_steps, list(landmark_names)
+
+    @staticmethod
+    def made_of(values: Mapping[str, Any]) -> str | None:
+        """See :meth:`RobustModule.made_of`."""
+        if not {"network", "landmark_names", "channels", "radius"} <= values.keys():
+            return None
+        names, encoder = values["landmark_names"], values["network"]["encoder"]
+        shown = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ..."
+        return (
+            f"a U-Net on {encoder} for {len(names)} landmarks ({shown}), {values['channels']} channel(s), radius "
+            f"{values['radius']:g}"
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps, (B, 3L, H, W), of images (B, C, H, W) in [-1, 1]."""
+        maps: Tensor = self.network(images)
+        return maps
+
+    # Training
+
+    def objective(self, batch: dict[str, Any]) -> tuple[LandmarkObjective, Tensor, Sequence[str]]:
+        """See :meth:`RobustModule.objective`."""
+        return self.objective_of(batch["image"], batch["points"]), batch["image"], batch["id"]
+
+    def objective_of(self, images: Tensor, points: Tensor) -> LandmarkObjective:
+        """The objective of images and their points."""
+        size = (images.shape[-2], images.shape[-1])
+        return LandmarkObjective(
+            self.network,
+            points,
+            size,
+            radius=self.radius,
+            heatmap=self.heatmap,
+            heatmap_weight=self.heatmap_weight,
+        )
+
+    def on_fit_start(self) -> None:
+        """Fills the defaults in that depend on the size of the images."""
+        image = self.trainer.datamodule.dataset("train")[0]["image"]  # type: ignore[attr-defined]
+        self.settings = resolved(self.settings, image.numel())
+        super().on_fit_start()
+
+    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
+        """See :meth:`RobustModule.measure_thresholds`."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
+
+    @classmethod
+    def standard(cls, path: str | Path, data: Any, like: RobustLandmarks | None = None) -> RobustLandmarks:
+        """A trained standard model whose thresholds are for the data, and for a training ``like`` this one.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if its landmarks or channels are others than those of the data, or its loss is another.
+        """
+        model = cls.from_checkpoint(path)
+        check_model(model, path, data)
+        if like is not None:
+            for name in ("heatmap", "heatmap_weight", "radius"):
+                if getattr(model, name) != getattr(like, name):
+                    raise ValueError(
+                        f"{path} was trained with {name} {getattr(model, name)}, this training has "
+                        f"{getattr(like, name)}: their losses cannot be compared"
+                    )
+        return model
+
+    # Validation, test, prediction
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Radial errors of a batch, clean and, with ``validation_steps``, attacked."""
+        images = batch["image"]
+        scores = {"clean": self.errors(self(images), batch)}
+        if self.validation_steps:
+            settings = resolved(self.settings, images[0].numel())
+            assert settings.eps is not None
+            attack = GradientAttack(self.validation_steps, 2.5, settings.norm)
+            objective = self.objective_of(images, batch["points"])
+            attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
+            scores["attacked"] = self.errors(self(attacked), batch)
+        self.keep_scores(scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs MRE and SDR."""
+        self._log_scores("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        for kind, errors in self.all_scores().items():
+            prefix = "robust_" if kind == "attacked" else ""
+            found = errors[~errors.isnan()]
+            values = {f"{split}/{prefix}MRE": found.mean()}
+            if self.unit == "mm":
+                values |= {f"{split}/{prefix}SDR_{r:g}mm": (found <= r).float().mean() for r in SDR}
+            self.log_dict(values, prog_bar=True)
+
+    def errors(self, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Distance of every found landmark from the true one, in the data's unit, (B, L); NaN where none is known."""
+        found, _ = decode(maps, self.radius)
+        size = torch.tensor((maps.shape[-1], maps.shape[-2]), device=maps.device)
+        step = batch["file_size"] / size * (batch["spacing"] if self.unit == "mm" else 1)
+        return ((found - batch["points"]) * step[:, None]).norm(dim=2)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Ids, points in pixels of the files (B, L, 2), and confidences (B, L)."""
+        maps = self(batch["image"])
+        found, confidence = decode(maps, self.radius)
+        size = torch.tensor((maps.shape[-1], maps.shape[-2]), device=maps.device)
+        points = scale_points(found, size, batch["file_size"][:, None])
+        return {"id": batch["id"], "points": points.cpu(), "confidence": confidence.cpu()}
+
+
+def check_model(model: RobustLandmarks, path: str | Path, data: Any) -> None:
+    """Raises ValueError if a trained model's landmarks or channels are not those of the data."""
+    own, channels = model.landmark_names, model.hparams["channels"]
+    if own != data.landmark_names:
+        raise ValueError(
+            f"{path} finds {len(own)} landmarks ({', '.join(own[:20])}), the data has {len(data.landmark_names)} "
+            f"({', '.join(data.landmark_names[:20])})"
+        )
+    if channels != data.channels:
+        raise ValueError(f"{path} takes images of {channels} channel(s), the data has {data.channels}")
+    if model.size != tuple(data.size):
+        raise ValueError(f"{path} was trained on images of {model.size}, the data's are resized to {tuple(data.size)}")
+
+
+def resolved(settings: MethodSettings, values: int) -> MethodSettings:
+    """Settings with the defaults that depend on the number of values of an image filled in."""
+    level = _L2_PER_VALUE * math.sqrt(values)
+    eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (level, level)
+    return replace(
+        settings,
+        eps=round(eps, 5) if settings.eps is None else settings.eps,
+        delta=round(delta, 5) if settings.delta is None else settings.delta,
+    )
+
+
+def write_predictions(folder: Path, batches: Sequence[dict[str, Any]], data: Any) -> Path:
+    """Writes ``predictions.csv`` (image, landmark, x, y, confidence; in the data's pixels) and the overlays.
+
+    Returns:
+        The path of the table.
+    """
+    names, origin = data.landmark_names, getattr(data, "origin", 0.0)
+    split = "test" if "test" in data.splits else "val"
+    files = dict(zip(data.splits[split].ids, data.splits[split].images, strict=True))
+    (folder / OVERLAYS).mkdir(parents=True, exist_ok=True)
+    path = folder / PREDICTIONS
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "landmark_index", "x", "y", "confidence"))
+        for batch in batches:
+            for sample, points, confidence in zip(batch["id"], batch["points"], batch["confidence"], strict=True):
+                for name, (x, y), sure in zip(names, points.tolist(), confidence.tolist(), strict=True):
+                    writer.writerow((sample, name, f"{x + origin:.2f}", f"{y + origin:.2f}", f"{sure:.4f}"))
+                overlay(files[sample], points.tolist(), names).save(overlay_path(folder, sample))
+    return path
+
+
+def overlay_path(folder: Path, sample: str) -> Path:
+    """The picture of a sample; ids may hold folders."""
+    return folder / OVERLAYS / f"{sample.replace('/', '_')}.png"
+
+
+def overlay(path: Path, points: Sequence[Sequence[float]], names: Sequence[str]) -> Image.Image:
+    """The image with its points and their names."""
+    with open_image(path) as opened:
+        image = opened.convert("RGB")
+    draw, radius = ImageDraw.Draw(image), max(1.0, max(image.size) / 200)
+    for (x, y), name in zip(points, names, strict=True):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(230, 60, 30))
+        draw.text((x + 1.5 * radius, y - 1.5 * radius), name, fill=(255, 210, 0))
+    return image
+
+
+__all__ = ["Attack", "Method", "Network", "RobustLandmarks"]

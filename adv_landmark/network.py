@@ -1,0 +1,88 @@
+"""The multi-task U-Net (Yao et al. 2020) on segmentation_models_pytorch: images in [-1, 1] to 3 maps a landmark."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import segmentation_models_pytorch as smp
+import timm
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.lightning.weights import load_weights
+
+PREFIXES = ("network.model.encoder.", "encoder.", "module.")
+"""What an encoder's weights are called by before their own name, in checkpoints of ours and in others' wrappers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network.
+
+    Attributes:
+        encoder: an encoder of segmentation_models_pytorch, such as vgg19 or resnet18, or of timm, such as tu-resnet10t.
+        weights: a file of weights for the encoder to begin with (torchvision's or timm's .pth, .safetensors, or a .ckpt
+            of ours). Nothing is downloaded.
+        decoder_channels: of the five stages of the decoder, from the deepest.
+    """
+
+    encoder: str = "vgg19"
+    weights: str | None = None
+    decoder_channels: Sequence[int] = (256, 128, 64, 32, 16)
+
+
+class LandmarkNet(nn.Module):
+    """A U-Net that takes images of any size: they are continued at their edges to what the encoder can halve.
+
+    Args:
+        model: the U-Net.
+        stride: that heights and widths must be multiples of.
+    """
+
+    def __init__(self, model: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.model, self.stride = model, stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps, (B, 3L, H, W), of images (B, C, H, W) in [-1, 1]."""
+        height, width = images.shape[-2:]
+        below, right = -height % self.stride, -width % self.stride
+        if below or right:
+            images = functional.pad(images, (0, right, 0, below), mode="replicate")
+        return self.model(images)[..., :height, :width]
+
+
+def make_network(network: Network, landmarks: int, channels: int) -> LandmarkNet:
+    """The network, with its encoder's weights if it names some.
+
+    Raises:
+        ValueError: for an encoder that there is not, with the nearest names, or weights of another one.
+        FileNotFoundError: if there is no file of weights.
+    """
+    known = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+    if network.encoder not in known and not timm.is_model(network.encoder.removeprefix("tu-")):
+        near = difflib.get_close_matches(network.encoder, known, 5, 0.5)
+        raise ValueError(
+            f"there is no encoder {network.encoder!r}"
+            + (f"; near names are {', '.join(near)}" if near else "; see smp.encoders.get_encoder_names()")
+        )
+    if len(network.decoder_channels) != 5 or min(network.decoder_channels) < 1:
+        raise ValueError(f"decoder_channels must be five numbers >= 1, got {list(network.decoder_channels)}")
+    try:
+        model = smp.Unet(
+            network.encoder,
+            encoder_weights=None,
+            decoder_channels=tuple(network.decoder_channels),
+            in_channels=channels,
+            classes=3 * landmarks,
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ValueError(f"the encoder {network.encoder} cannot be used in a U-Net: {error}") from error
+    if network.weights is not None:
+        encoder = model.encoder.model if network.encoder.startswith("tu-") else model.encoder
+        load_weights(
+            encoder, network.weights, prefixes=(*PREFIXES, "model.") if encoder is not model.encoder else PREFIXES
+        )
+    return LandmarkNet(model, model.encoder.output_stride)

@@ -1,0 +1,93 @@
+"""The objective of the multi-task U-Net: heatmap, y offset and x offset for each image. Needs PyTorch only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adv_landmark.maps import encode, split_maps
+from common.distances import bernoulli_divergence
+
+Heatmap = Literal["dice", "bce"]
+
+
+class LandmarkObjective:
+    """The objective of one batch: ``images (B, C, H, W) -> terms (B, 3)``; also gives predictions, the maps.
+
+    Heatmap: "bce" is the original loss (Yao et al. 2020), the cross-entropy with a Gaussian as wide as the radius,
+    cut off at it, averaged over the pixels; "dice" is 1 - Dice with the disk of that radius, which the AMAT paper
+    finds more robust (section 3.6). Offsets: the mean absolute error within the disk, in radii. Each term is a mean
+    over the landmarks that are present; an image without any has the loss 0.
+
+    Args:
+        model: images to maps, (B, 3L, H, W): heatmap logits, then y offsets, then x offsets in radii.
+        points: true landmarks, (B, L, 2), each (x, y) in pixels; NaN where one is not known.
+        size: (H, W) of the images.
+        radius: within which a pixel speaks for a landmark, in pixels.
+        heatmap: "dice" or "bce".
+        heatmap_weight: of the heatmap term.
+    """
+
+    names = ("heatmap", "offset_y", "offset_x")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Tensor,
+        size: tuple[int, int],
+        *,
+        radius: float,
+        heatmap: Heatmap = "dice",
+        heatmap_weight: float = 1.0,
+    ) -> None:
+        self.model, self.heatmap, self.heatmap_weight = model, heatmap, heatmap_weight
+        self.targets = encode(points, size, radius)
+        self._area = self.targets.disk.sum((2, 3))
+        self._count = self.targets.present.sum(1).clamp_min(1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The terms, for an attack."""
+        return self._terms(self.model(images))
+
+    def predictions(self, images: Tensor) -> Tensor:
+        """The maps, (B, 3L, H, W)."""
+        return self.model(images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The training loss, the terms and the maps of one pass."""
+        maps = self.model(images)
+        terms = self._terms(maps)
+        return terms.sum(1).mean(), terms, maps
+
+    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
+        """How far other maps are from clean ones, (B,).
+
+        The Bernoulli KL divergence of the heatmaps, summed over the pixels in units of the heat on the clean image,
+        plus the mean absolute difference of the offsets where the clean heat is, each averaged over the landmarks.
+        """
+        heat, *offsets = split_maps(clean)
+        other_heat, *other_offsets = split_maps(other)
+        where = heat.sigmoid().detach()
+        amount = where.sum((2, 3)).clamp_min(1)
+        found = bernoulli_divergence(heat, other_heat).sum((2, 3)) / amount
+        for one, two in zip(offsets, other_offsets, strict=True):
+            found = found + ((one - two).abs() * where).sum((2, 3)) / amount
+        return found.mean(1)
+
+    def _terms(self, maps: Tensor) -> Tensor:
+        heat, offset_y, offset_x = split_maps(maps)
+        targets = self.targets
+        if self.heatmap == "bce":
+            found = functional.binary_cross_entropy_with_logits(heat, targets.gaussian, reduction="none").mean((2, 3))
+        else:
+            probability = heat.sigmoid()
+            overlap = (probability * targets.disk).sum((2, 3))
+            found = 1 - (2 * overlap + 1) / (probability.sum((2, 3)) + self._area + 1)
+        area = self._area.clamp_min(1)
+        errors_y = ((offset_y - targets.offset_y).abs() * targets.disk).sum((2, 3)) / area
+        errors_x = ((offset_x - targets.offset_x).abs() * targets.disk).sum((2, 3)) / area
+        terms = torch.stack([self.heatmap_weight * found, errors_y, errors_x], 2)  # (B, L, 3)
+        return torch.where(targets.present[..., None], terms, 0.0).sum(1) / self._count[:, None]

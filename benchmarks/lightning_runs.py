@@ -1,0 +1,163 @@
+"""What the benchmarks of both Lightning tools share: trainings and evaluations through the installed command.
+
+A training that is finished is not done again, one that was cut off is resumed, and the evaluation resumes; so a
+benchmark can be called until it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass
+class Runs(ABC):
+    """Every method on every network with every seed, in one working folder."""
+
+    work: Path
+    networks: Sequence[str]
+    seeds: list[int]
+    only: list[str]
+    device: str
+    jobs: int
+
+    tool = ""
+    """The command."""
+
+    @abstractmethod
+    def every_method(self) -> dict[str, dict[str, Any]]:
+        """The methods by their names in the tables; thresholds "STD" are those of the standard network of the seed."""
+
+    @abstractmethod
+    def content(self, network: str, method: str, seed: int) -> dict[str, Any]:
+        """The sections model and data of a configuration."""
+
+    @abstractmethod
+    def epochs(self) -> int:
+        """Length of a training."""
+
+    @abstractmethod
+    def evaluation(self) -> list[str]:
+        """Words for the command's evaluate."""
+
+    @abstractmethod
+    def tables(self) -> list[str]:
+        """results.md, in lines."""
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        every = self.every_method()
+        return {name: every[name] for name in (self.only or every)}
+
+    def run(self) -> None:
+        (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        runs = [(n, m, s) for s in self.seeds for n in self.networks for m in self.methods]
+        first = [run for run in runs if self.methods[run[1]].get("thresholds") is None]
+        after = [run for run in runs if run not in first]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self.train(*run), first))
+            list(pool.map(lambda run: self.train(*run), after))
+            list(pool.map(lambda run: self.evaluate(*run), runs))
+        lines, path = self.tables(), self.work / "results.md"
+        path.write_text("\n".join(lines) + "\n")
+        print(f"{path}\n\n" + "\n".join(lines))
+
+    def folder(self, network: str, method: str, seed: int) -> Path:
+        return self.work / f"{network}_{method}_{seed}"
+
+    def checkpoint(self, network: str, method: str, seed: int) -> Path:
+        """The last checkpoint: of the newest version, as a resumed run opens a new one."""
+        folder = self.folder(network, method, seed) / "lightning_logs"
+        found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        return found[-1] if found else folder / "version_0" / "checkpoints" / "last.ckpt"
+
+    def results(self, network: str, method: str, seed: int, norm: str) -> dict[str, Any]:
+        """The numbers of a report: by metric, of the model."""
+        path = self.work / "reports" / f"{network}_{method}_{seed}" / norm / "report.json"
+        results = json.loads(path.read_text())["results"]
+        return {metric: found["models"][method] for metric, found in results.items()}
+
+    def configuration(self, network: str, method: str, seed: int) -> Path:
+        arguments = dict(self.methods[method])
+        if "thresholds" in arguments:
+            arguments["thresholds"] = str(self.checkpoint(network, arguments["thresholds"], seed))
+        content: dict[str, Any] = {"seed_everything": seed, **self.content(network, method, seed)}
+        content["model"]["method"] = {**arguments, **content["model"].get("method", {})}
+        content["data"]["init_args"] |= {"workers": 0 if self.device == "cpu" else 8, "seed": seed}
+        content["trainer"] = {
+            "max_epochs": self.epochs(),
+            "accelerator": self.device,
+            "devices": 1,
+            "enable_progress_bar": False,
+            "default_root_dir": str(self.folder(network, method, seed)),
+        }
+        path = self.work / f"{network}_{method}_{seed}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def train(self, network: str, method: str, seed: int) -> None:
+        done = self.work / "logs" / f"{network}_{method}_{seed}.done"
+        if done.exists():
+            return
+        command = ["fit", "--config", str(self.configuration(network, method, seed))]
+        checkpoint = self.checkpoint(network, method, seed)
+        if checkpoint.exists():
+            command += ["--ckpt_path", str(checkpoint)]
+        self.command(f"train_{network}_{method}_{seed}", command)
+        done.touch()
+
+    def evaluate(self, network: str, method: str, seed: int) -> None:
+        log = f"evaluate_{network}_{method}_{seed}"
+        output, done = self.work / "reports" / f"{network}_{method}_{seed}", self.work / "logs" / f"{log}.done"
+        if done.exists():
+            return
+        command = ["evaluate", str(self.checkpoint(network, method, seed)), "--names", f"[{method}]"]
+        command += ["--config", str(self.configuration(network, method, seed)), "--out", str(output)]
+        command += ["--device", "cuda" if self.device == "gpu" else "cpu", "--examples", "1", *self.evaluation()]
+        self.command(log, command)
+        done.touch()
+
+    def command(self, log: str, arguments: list[str]) -> None:
+        start = time.monotonic()
+        environment = os.environ | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+        if self.jobs > 1:
+            environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        executable = Path(sysconfig.get_path("scripts")) / self.tool
+        with (self.work / "logs" / f"{log}.log").open("a") as out:
+            status = subprocess.call(
+                [str(executable), *arguments], env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=self.work
+            )
+        result = "failed, see its log" if status else "done"
+        print(f"{log}: {result} after {time.monotonic() - start:.0f} s", flush=True)
+        if status:
+            sys.exit(1)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def add_arguments(parser: argparse.ArgumentParser, work: str, seeds: list[int]) -> None:
+    """The arguments that every benchmark of this kind has."""
+    parser.add_argument("--work", type=Path, default=Path(work))
+    parser.add_argument("--preset", choices=("cpu", "full"), default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--only", nargs="*", default=[], help="methods; default: all")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
