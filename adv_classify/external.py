@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from common.attacks import AttackResult
 from common.guard import still
@@ -26,6 +27,8 @@ DESCRIPTIONS = {
 }
 LEAST_CLASSES = {"autoattack": 4, "apgdt": 4}
 """The DLR loss needs the third largest of the other logits."""
+NEEDS_SQUARES = ("autoattack", "square")
+"""Square of torchattacks 3.5 stops at images whose height is not their width."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,19 @@ class TorchAttack:
                     f"{self.name} needs {LEAST_CLASSES[self.name]} classes or more, the model has {classes}"
                 )
             torch.manual_seed(seed)  # torchattacks draws from the global state, which is put back
-            attacked = self._attack(objective.model, radius, classes, seed)(images.clone(), objective.labels).detach()
+            model, inputs = objective.model, images.clone()
+            height, width = images.shape[2:]
+            if self.name in NEEDS_SQUARES and height != width:
+                side = max(height, width)
+                model, inputs = Corner(model, height, width), pad(inputs, (0, side - width, 0, side - height))
+            attacked = self._attack(model, radius, classes, seed)(inputs, objective.labels).detach()
+            attacked = attacked[..., :height, :width]
             with torch.no_grad():
                 terms = objective(attacked)
         nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return AttackResult(attacked, terms, norm(attacked - images, self.norm), None, nonfinite)
 
-    def _attack(self, model: torch.nn.Module, radius: float, classes: int, seed: int) -> Any:
+    def _attack(self, model: nn.Module, radius: float, classes: int, seed: int) -> Any:
         import torchattacks
 
         kind = "Linf" if self.norm == math.inf else "L2"
@@ -92,6 +101,20 @@ class TorchAttack:
         if self.name == "fab":
             return torchattacks.FAB(model, norm=kind, eps=radius, steps=100, n_classes=classes, seed=seed)
         return torchattacks.Square(model, norm=kind, eps=radius, n_queries=2000, seed=seed)
+
+
+class Corner(nn.Module):
+    """A model that sees the top left corner of its input; noise elsewhere is of no use, and is cut off again."""
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.model, self.height, self.width = model, height, width
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.model(images[..., : self.height, : self.width])
+        return logits
 
 
 def torch_attack(name: str, norm: float) -> TorchAttack:

@@ -244,7 +244,7 @@ class Tool(ABC):
         parser.add_argument("--names", type=list[str], default=None, help="names of the models; default: their folders")
         parser.add_argument("--norm", type=list[float | str], default=list(self.norms), help="2, inf, or both")
         parser.add_argument("--levels", type=list[float], default=None, help="L2 levels; default: by the images' size")
-        parser.add_argument("--levels_inf", type=list[float], default=None, help="Linf levels; default: as docs say")
+        parser.add_argument("--levels_inf", type=list[float], default=None, help="Linf levels; default: fixed ones")
         parser.add_argument(
             "--attacks", type=list[str], default=["pgd100", "ifgsm10"], help="pgd100, pgd20x3, ifgsm10, ..."
         )

@@ -104,6 +104,21 @@ def test_autoattack(model: nn.Module, tools: Any, p: float) -> None:
     assert right < len(LABELS)
 
 
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+@pytest.mark.parametrize("p", [2.0, math.inf])
+@pytest.mark.parametrize("name", ["square", pytest.param("autoattack", marks=pytest.mark.slow)])
+def test_images_need_not_be_square(model: nn.Module, tools: Any, name: str, p: float, shape: tuple[int, int]) -> None:
+    images = pictures(tools)[..., : shape[0], : shape[1]]
+    objective = ClassificationObjective(model, LABELS)
+    result = torch_attack(name, p)(objective, images, RADIUS[p], bounds=(0.0, 1.0), generator=seeded())
+    assert result.images.shape == images.shape
+    assert 0 <= result.images.min() <= result.images.max() <= 1
+    assert (norm(result.images - images, p) <= RADIUS[p] * (1 + 1e-4)).all()
+    torch.testing.assert_close(result.norms, norm(result.images - images, p))
+    right, clean = ((model(x).argmax(1) == LABELS).sum() for x in (result.images, images))
+    assert right < clean
+
+
 @pytest.mark.parametrize("name", ["apgd", "square"])
 def test_the_generator_decides(model: nn.Module, tools: Any, name: str) -> None:
     images, objective = pictures(tools), ClassificationObjective(model, LABELS)
