@@ -151,7 +151,7 @@ def main() -> None:
     add_arguments(parser, "build/classify", [0, 1, 2])
     args = parser.parse_args()
     preset = PRESETS[args.data, args.preset]
-    runs = (args.work.resolve(), preset.networks, args.seeds, args.only, args.device, args.jobs)
+    runs = (args.work.resolve(), args.networks or preset.networks, args.seeds, args.only, args.device, args.jobs)
     Classify(*runs, args.data, preset, args.source.resolve()).run()
 
 

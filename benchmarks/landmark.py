@@ -103,9 +103,16 @@ class Landmark(Runs):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="the data set's folder")
-    add_arguments(parser, "build/landmark", [0])
+    add_arguments(parser, "build/landmark", [0], networks=False)
     args = parser.parse_args()
-    runs = (args.work.resolve(), ["unet"], args.seeds, args.only, args.device, args.jobs)
+    runs = (
+        args.work.resolve(),
+        [PRESETS[args.preset].network["encoder"]],
+        args.seeds,
+        args.only,
+        args.device,
+        args.jobs,
+    )
     Landmark(*runs, PRESETS[args.preset], args.source.resolve()).run()
 
 

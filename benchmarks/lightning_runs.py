@@ -153,11 +153,13 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def add_arguments(parser: argparse.ArgumentParser, work: str, seeds: list[int]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, work: str, seeds: list[int], networks: bool = True) -> None:
     """The arguments that every benchmark of this kind has."""
     parser.add_argument("--work", type=Path, default=Path(work))
     parser.add_argument("--preset", choices=("cpu", "full"), default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    if networks:
+        parser.add_argument("--networks", nargs="+", default=None, help="default: those of the preset")
     parser.add_argument("--only", nargs="*", default=[], help="methods; default: all")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
