@@ -17,7 +17,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, WeightedRandomSampler
 from torchvision.transforms import v2
@@ -25,8 +24,7 @@ from torchvision.transforms.v2 import functional
 
 from common.lightning import SampleData
 from common.lightning.data import SPLITS
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from common.lightning.images import SUFFIXES, count_channels, image_size, read_image
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _image(self, index: int) -> Tensor:
         image = self.samples.images[index]
         if isinstance(image, Path):
-            try:
-                with Image.open(image) as opened:
-                    array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
-            except (OSError, ImportError) as error:  # plugins of Pillow miss their packages in their own manner
-                raise ValueError(f"{image} cannot be read as an image: {error}") from error
-        else:
-            array = np.asarray(image)
-        tensor = torch.from_numpy(np.array(array, copy=True))
+            return read_image(image, self.channels)
+        tensor = torch.from_numpy(np.array(image, copy=True))
         tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
         if len(tensor) > self.channels:
             return functional.rgb_to_grayscale(tensor)
@@ -139,7 +131,7 @@ class ClassificationData(SampleData):
         self.splits: dict[str, Samples]
         self.class_names, self.splits = self.read()
         check_samples(self.splits, self.class_names, self.size)
-        self.channels = channels or count_channels(self.splits["train"])
+        self.channels = channels or channels_of(self.splits["train"])
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """The names of the classes and the samples of each split; called once, before anything else."""
@@ -163,6 +155,11 @@ class ClassificationData(SampleData):
         """
         self.require(split)
         return ImageDataset(self.splits[split], self.channels, self.size, self.transform if augment else None)
+
+    def truth(self, split: str) -> list[Any]:
+        """See :meth:`SampleData.truth`."""
+        self.require(split)
+        return [self.splits[split].labels, self.size, self.channels]
 
     def order(self, generator: torch.Generator) -> WeightedRandomSampler | None:
         """See :meth:`SampleData.order`."""
@@ -390,28 +387,21 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str], size: tuple[
     if absent:
         raise ValueError(f"no training image of class(es) {', '.join(absent)}")
     if size is None:
-        sizes = {image_size(samples, i) for samples in splits.values() for i in range(len(samples))}
+        sizes = {size_of(samples, i) for samples in splits.values() for i in range(len(samples))}
         if len(sizes) > 1:
             shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:5])
             raise ValueError(f"the images have {len(sizes)} sizes ({shown}); set size to resize them to one")
 
 
-def image_size(samples: Samples, index: int) -> tuple[int, int]:
+def size_of(samples: Samples, index: int) -> tuple[int, int]:
     """(height, width) of an image; of a file only its header is read."""
     image = samples.images[index]
-    if not isinstance(image, Path):
-        return int(image.shape[0]), int(image.shape[1])
-    try:
-        with Image.open(image) as opened:
-            return opened.height, opened.width
-    except (OSError, ImportError) as error:
-        raise ValueError(f"{image} cannot be read as an image: {error}") from error
+    return image_size(image) if isinstance(image, Path) else (int(image.shape[0]), int(image.shape[1]))
 
 
-def count_channels(samples: Samples) -> int:
+def channels_of(samples: Samples) -> int:
     """1 for grey images, 3 for colour, by the first image."""
     image = samples.images[0]
     if isinstance(image, Path):
-        with Image.open(image) as opened:
-            return 1 if opened.mode in ("1", "L", "I", "I;16", "F") else 3
+        return count_channels(image)
     return 1 if image.ndim == 2 else 3

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from adv_classify.data import ClassificationData, ImageDataset
 from adv_classify.external import TorchAttack, torch_attack
 from adv_classify.gradcam import GradCam, agreement
 from adv_classify.module import RobustClassifier, mean_average_precision
-from adv_classify.objective import ClassificationObjective
-from common.attacks import GradientAttack
+from adv_classify.objective import ClassificationObjective, MarginObjective
+from common.attacks import AttackResult, GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels, parse_attacks
 from common.lightning import MARGINS
 from common.margins import read_margins
+from common.objective import untraced
 from common.report import Example, Metric, View
 
 Attack = GradientAttack | TorchAttack
@@ -44,6 +46,48 @@ class TrainedModel:
         """Images, labels and ids on the device."""
         batch = default_collate([self.dataset[i] for i in indices])
         return batch["image"].to(self.device), batch["label"].to(self.device), batch["id"]
+
+
+@dataclass(frozen=True)
+class MarginAttack(GradientAttack):
+    """PGD on the margin of the logits (Carlini and Wagner 2017); the image with the largest margin is kept.
+
+    Args:
+        targets: number of wrong classes whose own margins are raised one after the other, beginning with the most
+            likely of the clean image, as in the targeted attacks of Croce and Hein 2020; 0 raises the largest margin.
+    """
+
+    targets: int = 0
+
+    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
+        """Attacks a batch; the terms of the result are those of ``objective``."""
+        model, labels = objective.model, objective.labels
+        largest = MarginObjective(model, labels)
+        goals: list[Tensor | None] = [None]
+        if self.targets:
+            with torch.inference_mode(False), untraced(objective):  # the goals are part of what is differentiated
+                wrong = model(images).scatter(1, labels[:, None], -torch.inf)
+                goals = list(wrong.argsort(1, descending=True)[:, : min(self.targets, wrong.shape[1] - 1)].unbind(1))
+        best, margins = None, None
+        for goal in goals:
+            result = super().__call__(MarginObjective(model, labels, goal), images, radius, **how)
+            with untraced(objective):
+                found = largest(result.images)[:, 0]
+            if best is None or margins is None:
+                best, margins = result, found
+                continue
+            better = found > margins
+            margins = torch.where(better, found, margins)
+            best = AttackResult(
+                torch.where(better[:, None, None, None], result.images, best.images),
+                None,
+                torch.where(better, result.norms, best.norms),
+                None,
+                best.nonfinite + result.nonfinite,
+            )
+        assert best is not None
+        with untraced(objective):
+            return replace(best, terms=objective(best.images))
 
 
 def load_model(
@@ -73,6 +117,9 @@ def load_model(
 def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
     """Our attacks and those of torchattacks by their names.
 
+    ``margin100`` is ``pgd100`` on the margin of the logits; ``targeted100`` the same for up to 9 wrong classes, one
+    after the other, as many as AutoAttack tries.
+
     Raises:
         ValueError: for a name that is none, or given twice.
     """
@@ -80,8 +127,14 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
     for name in names:
         if name in attacks:
             raise ValueError(f"attack {name!r} is given twice")
-        own = name.startswith(("pgd", "ifgsm"))
-        attacks[name] = parse_attacks([name], norm=norm)[name] if own else torch_attack(name, norm)
+        kind = next((kind for kind in ("margin", "targeted") if name.startswith(kind)), None)
+        if kind is not None:
+            like = parse_attacks([name.replace(kind, "pgd", 1)], norm=norm)
+            attacks[name] = MarginAttack(**asdict(next(iter(like.values()))), targets=9 if kind == "targeted" else 0)
+        elif name.startswith(("pgd", "ifgsm")):
+            attacks[name] = parse_attacks([name], norm=norm)[name]
+        else:
+            attacks[name] = torch_attack(name, norm)
     return attacks
 
 

@@ -125,8 +125,8 @@ def torch_attack(name: str, norm: float) -> TorchAttack:
     """
     if name not in DESCRIPTIONS:
         raise ValueError(
-            f"unknown attack {name!r}: expected pgd<steps>, pgd<steps>x<restarts>, ifgsm<steps>, or one of "
-            f"{', '.join(DESCRIPTIONS)}"
+            f"unknown attack {name!r}: expected pgd<steps>, pgd<steps>x<restarts>, the same with margin or targeted in "
+            f"the place of pgd, ifgsm<steps>, or one of {', '.join(DESCRIPTIONS)}"
         )
     try:
         import torchattacks  # noqa: F401 - is it there?

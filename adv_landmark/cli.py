@@ -79,7 +79,6 @@ class Landmark(Tool):
             bounds=BOUNDS,
             input=f"the image in [-1, 1] ({data.channels} x {height} x {width} values)",
             settings={"landmarks": f"{len(data.landmark_names)}: {', '.join(data.landmark_names)}"},
-            fingerprint={"unit": data.unit},
         )
 
 

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
@@ -27,8 +26,8 @@ from torchvision.transforms.v2 import functional
 
 from common.lightning import SampleData
 from common.lightning.data import SPLITS
+from common.lightning.images import SUFFIXES, count_channels, image_size, read_image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 BOUNDS = (-1.0, 1.0)
 """Lowest and highest value of an image."""
 Spacing = float | tuple[float, float] | None
@@ -77,10 +76,7 @@ class LandmarkDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with open_image(self.samples.images[index]) as opened:
-            array = np.array(opened.convert("L" if self.channels == 1 else "RGB"))
-        image = torch.from_numpy(array)
-        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+        image = read_image(self.samples.images[index], self.channels)
         file_size = torch.tensor((image.shape[2], image.shape[1]), dtype=torch.float32)
         image = functional.to_dtype(image, torch.float32, scale=True)
         if tuple(image.shape[1:]) != self.size:
@@ -208,8 +204,10 @@ class LandmarkData(SampleData):
         super().__init__(batch_size=batch_size, workers=workers, seed=seed)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
-        if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+        if size is not None and min((size,) if isinstance(size, int) else size) < 1:
             raise ValueError(f"size must be >= 1, got {size}")
+        if unit not in (None, "mm", "px"):
+            raise ValueError(f"unit must be mm or px, got {unit!r}")
         self.spacing = check_spacing(spacing)
         self.augmentation = Augmentation(rotate, zoom, shift, color)
         self.splits: dict[str, Samples]
@@ -234,6 +232,12 @@ class LandmarkData(SampleData):
         """
         self.require(split)
         return LandmarkDataset(self.splits[split], self.channels, self.size, self.augmentation if augment else None)
+
+    def truth(self, split: str) -> list[Any]:
+        """See :meth:`SampleData.truth`."""
+        self.require(split)
+        samples = self.splits[split]
+        return [samples.points, samples.spacing, self.unit, self.size, self.channels]
 
     def spacings(self, count: int) -> np.ndarray | None:
         """The spacing of the settings for that many images."""
@@ -323,6 +327,11 @@ class LandmarkTable(LandmarkData):
             raise ValueError(
                 f"{path} has the split(s) {', '.join(map(repr, strangers))}; they must be train, val, test or none"
             )
+        twice = [image for image, count in Counter(row["image"] for row in rows).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path} has {len(twice)} image(s) more than once: {', '.join(twice[:5])}")
+        if ("spacing_x" in rows[0]) != ("spacing_y" in rows[0]):
+            raise ValueError(f"{path} must have both spacing_x and spacing_y, or the column spacing for both")
         columns = ["spacing", "spacing"] if "spacing" in rows[0] else ["spacing_x", "spacing_y"]
         spacing: dict[str, tuple[float, float]] = {}
         if self.spacing is None and set(columns) <= rows[0].keys():
@@ -484,7 +493,7 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
     for split in () if set(splits) == {"test"} else ("train", "val"):
         if not len(splits.get(split, ())):
             raise ValueError(f"the data has no {split} images")
-    checked, outside, lost = {}, [], []
+    checked, outside, lost, bare = {}, [], [], 0
     for split, samples in splits.items():
         if len(set(samples.ids)) < len(samples):
             twice = sorted({i for i in samples.ids if samples.ids.count(i) > 1})[:3]
@@ -499,45 +508,31 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
         known = ~np.isnan(samples.points).any(2)
         lost += [samples.ids[i] for i in (known.any(1) & ~(known & ~off).any(1)).nonzero()[0]]
         points = np.where((off | ~known)[..., None], np.nan, samples.points)
-        checked[split] = Samples(samples.images, points, samples.ids, samples.spacing)
+        kept = range(len(samples))
+        if split == "train":  # the others have nothing to teach, and their loss of 0 would count in thresholds
+            kept = (known & ~off).any(1).nonzero()[0]
+            bare += len(samples) - len(kept)
+        checked[split] = Samples(
+            [samples.images[i] for i in kept],
+            points[kept],
+            [samples.ids[i] for i in kept],
+            None if samples.spacing is None else samples.spacing[kept],
+        )
     if lost:
         raise ValueError(
             f"{len(lost)} image(s) have all their landmarks outside, such as {', '.join(lost[:3])}: are the points in "
             f"pixels of these very files?"
         )
-    if "train" in checked and checked["train"].without_points() == len(checked["train"]):
+    if "train" in checked and not len(checked["train"]):
         raise ValueError("no training image has a landmark")
+    if bare:
+        rank_zero_warn(f"{bare} training image(s) without any known landmark are left out")
     if outside:
         rank_zero_warn(
             f"{len(outside)} landmark(s) lie outside their image and count as not known: {'; '.join(outside[:5])}"
             f"{'; ...' if len(outside) > 5 else ''}"
         )
     return checked
-
-
-def open_image(path: Path) -> Image.Image:
-    """The opened file. Raises ValueError if it cannot be read as an image."""
-    try:
-        opened = Image.open(path)
-        opened.load()
-    except (OSError, ImportError) as error:  # plugins of Pillow miss their packages in their own manner
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return opened
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image; only its header is read."""
-    try:
-        with Image.open(path) as opened:
-            return opened.height, opened.width
-    except (OSError, ImportError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def count_channels(path: Path) -> int:
-    """1 for a grey image, 3 for colour."""
-    with Image.open(path) as opened:
-        return 1 if opened.mode in ("1", "L", "I", "I;16", "F") else 3
 
 
 def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:

@@ -75,7 +75,8 @@ def decode(maps: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         points: (B, L, 2), each (x, y) in pixels.
-        confidence: (B, L), the share of the votes' heat in the fullest window times the mean heat of all votes.
+        confidence: (B, L), the share of the votes' heat in the fullest window times the mean heat of all votes; 0 where
+            no vote is for a place inside, so that the point means nothing.
     """
     heat, offset_y, offset_x = split_maps(maps)
     height, width = heat.shape[-2:]
@@ -84,6 +85,8 @@ def decode(maps: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     weight = weight.clamp_min(1e-12)  # where no pixel speaks for a landmark, all vote alike
     y = index // width + offset_y.flatten(2).gather(2, index) * radius
     x = index % width + offset_x.flatten(2).gather(2, index) * radius
+    finite = y.isfinite() & x.isfinite()  # in half precision a network may overflow
+    y, x = y.where(finite, -1.0 - height), x.where(finite, -1.0 - width)
     row, column = y.round().clamp(0, height - 1), x.round().clamp(0, width - 1)
     inside = (row - y).abs().maximum((column - x).abs()) <= 1  # a vote for a place outside does not count
     cell = (row * width + column).long()

@@ -12,13 +12,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
-from adv_landmark.data import BOUNDS, open_image, scale_points
+from adv_landmark.data import BOUNDS, scale_points
 from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import Heatmap, LandmarkObjective
 from common.attacks import GradientAttack
 from common.lightning import Method, RobustModule, plain
+from common.lightning.images import read_image
 from common.lightning.thresholds import measure
 from common.settings import AttackSettings, MethodSettings
 from common.thresholds import Thresholds
@@ -91,7 +93,7 @@ class RobustLandmarks(RobustModule):
         super().__init__(method, attack, LandmarkObjective.names, RULE, lr=lr, weight_decay=weight_decay)
         if heatmap_weight is not None and not (math.isfinite(heatmap_weight) and heatmap_weight > 0):
             raise ValueError(f"heatmap_weight must be > 0, got {heatmap_weight}")
-        self.radius = RADIUS * max(size) if radius is None else float(radius)
+        self.radius = round(RADIUS * max(size), 6) if radius is None else float(radius)
         if not 1 <= self.radius < min(size) / 2:
             raise ValueError(
                 f"the radius of a landmark, {self.radius:g} pixels, must be at least 1 and fit into the images, which "
@@ -258,7 +260,6 @@ def write_predictions(folder: Path, batches: Sequence[dict[str, Any]], data: Any
     names, origin = data.landmark_names, getattr(data, "origin", 0.0)
     split = "test" if "test" in data.splits else "val"
     files = dict(zip(data.splits[split].ids, data.splits[split].images, strict=True))
-    (folder / OVERLAYS).mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -267,19 +268,16 @@ def write_predictions(folder: Path, batches: Sequence[dict[str, Any]], data: Any
             for sample, points, confidence in zip(batch["id"], batch["points"], batch["confidence"], strict=True):
                 for name, (x, y), sure in zip(names, points.tolist(), confidence.tolist(), strict=True):
                     writer.writerow((sample, name, f"{x + origin:.2f}", f"{y + origin:.2f}", f"{sure:.4f}"))
-                overlay(files[sample], points.tolist(), names).save(overlay_path(folder, sample))
+                picture = folder / OVERLAYS / f"{sample}.png"  # an id may hold folders
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                overlay(files[sample], points.tolist(), names).save(picture)
     return path
-
-
-def overlay_path(folder: Path, sample: str) -> Path:
-    """The picture of a sample; ids may hold folders."""
-    return folder / OVERLAYS / f"{sample.replace('/', '_')}.png"
 
 
 def overlay(path: Path, points: Sequence[Sequence[float]], names: Sequence[str]) -> Image.Image:
     """The image with its points and their names."""
-    with open_image(path) as opened:
-        image = opened.convert("RGB")
+    pixels = functional.to_dtype(read_image(path, 3), torch.uint8, scale=True)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     draw, radius = ImageDraw.Draw(image), max(1.0, max(image.size) / 200)
     for (x, y), name in zip(points, names, strict=True):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(230, 60, 30))

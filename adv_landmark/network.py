@@ -61,28 +61,32 @@ def make_network(network: Network, landmarks: int, channels: int) -> LandmarkNet
         ValueError: for an encoder that there is not, with the nearest names, or weights of another one.
         FileNotFoundError: if there is no file of weights.
     """
-    known = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
-    if network.encoder not in known and not timm.is_model(network.encoder.removeprefix("tu-")):
-        near = difflib.get_close_matches(network.encoder, known, 5, 0.5)
+    name, is_timm = network.encoder, network.encoder.startswith("tu-")
+    own = smp.encoders.get_encoder_names()
+    if name not in own and not (is_timm and timm.is_model(name.removeprefix("tu-"))):
+        near = difflib.get_close_matches(name, [*own, *(f"tu-{model}" for model in timm.list_models())], 5, 0.5)
+        if timm.is_model(name):
+            near = [f"tu-{name}", *near]
         raise ValueError(
-            f"there is no encoder {network.encoder!r}"
+            f"there is no encoder {name!r}"
             + (f"; near names are {', '.join(near)}" if near else "; see smp.encoders.get_encoder_names()")
         )
     if len(network.decoder_channels) != 5 or min(network.decoder_channels) < 1:
         raise ValueError(f"decoder_channels must be five numbers >= 1, got {list(network.decoder_channels)}")
     try:
         model = smp.Unet(
-            network.encoder,
+            name,
             encoder_weights=None,
             decoder_channels=tuple(network.decoder_channels),
             in_channels=channels,
             classes=3 * landmarks,
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(f"the encoder {network.encoder} cannot be used in a U-Net: {error}") from error
-    if network.weights is not None:
-        encoder = model.encoder.model if network.encoder.startswith("tu-") else model.encoder
-        load_weights(
-            encoder, network.weights, prefixes=(*PREFIXES, "model.") if encoder is not model.encoder else PREFIXES
-        )
+        raise ValueError(f"the encoder {name} cannot be used in a U-Net: {error}") from error
+    if network.weights is not None and is_timm:
+        # What gives features calls stages.0 stages_0 in some of timm's models.
+        prefixes = (*PREFIXES, "model.")
+        load_weights(model.encoder.model, network.weights, prefixes=prefixes, alike=lambda key: key.replace("_", "."))
+    elif network.weights is not None:
+        load_weights(model.encoder, network.weights, prefixes=PREFIXES)
     return LandmarkNet(model, model.encoder.output_stride)

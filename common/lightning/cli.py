@@ -138,6 +138,8 @@ class Tool(ABC):
                 parser.set_defaults(
                     {"checkpoint.monitor": metric, "checkpoint.mode": mode, "checkpoint.filename": "best"}
                 )
+                # The attack of validation_steps needs gradients, which inference mode forbids.
+                parser.set_defaults({"trainer.inference_mode": False})
                 for name in tool.links:
                     parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -278,7 +280,7 @@ class Tool(ABC):
                 levels[name],
                 study.metrics,
                 examples=partial(study.examples, number=given.examples, seed=given.seed),
-                fingerprint={"split": given.split, **study.fingerprint},
+                fingerprint={"split": given.split, "truth": data.fingerprint(given.split), **study.fingerprint},
                 bounds=study.bounds,
                 seed=given.seed,
                 overwrite=given.overwrite,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -50,6 +52,17 @@ class SampleData(LightningDataModule):
     def dataset(self, split: str, *, augment: bool = False) -> Dataset[dict[str, Any]]:
         """The samples of a split; call :meth:`require` first."""
 
+    @abstractmethod
+    def truth(self, split: str) -> list[Any]:
+        """What the numbers of an evaluation depend on beside images and ids: arrays, or what repr tells apart."""
+
+    def fingerprint(self, split: str) -> str:
+        """Tells the truth of a split from others, so that numbers of two are not mixed in a resumed evaluation."""
+        found = hashlib.sha256()
+        for part in self.truth(split):
+            found.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        return found.hexdigest()
+
     def order(self, generator: torch.Generator) -> Sampler[int] | None:
         """The order of training samples; None: every one once an epoch, shuffled."""
         return None
@@ -69,14 +82,14 @@ class SampleData(LightningDataModule):
         self._generator = generator = torch.Generator().manual_seed(self.seed)
         if self._resumed is not None:
             generator.set_state(self._resumed)
-        sampler = self.order(generator)
+        sampler, count = self.order(generator), len(self.splits["train"])
         return DataLoader(
             self.dataset("train", augment=True),
             batch_size=self.batch_size,
             shuffle=sampler is None,
             sampler=sampler,
             generator=generator,
-            drop_last=len(self.splits["train"]) % self.batch_size == 1,  # BatchNorm needs two images
+            drop_last=count > self.batch_size > 1 == count % self.batch_size,  # BatchNorm needs two images
             **self._workers(),
         )
 

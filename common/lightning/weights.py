@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 
-def load_weights(model: nn.Module, path: str | Path, *, prefixes: Sequence[str], heads: Sequence[str] = ()) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    prefixes: Sequence[str],
+    heads: Sequence[str] = (),
+    alike: Callable[[str], str] = str,
+) -> None:
     """Loads weights from a file of timm, of torchvision, of PyTorch, or a checkpoint of ours.
 
     Args:
@@ -18,6 +25,7 @@ def load_weights(model: nn.Module, path: str | Path, *, prefixes: Sequence[str],
         path: the file.
         prefixes: names that a wrapper may have put before those of the weights, such as "module."; the first that
             occurs is taken off, and weights without it are not the model's.
+        alike: what of a name decides whether two are the same.
         heads: names that the model's own last layers begin with; these may be missing or of another shape.
 
     Raises:
@@ -33,7 +41,9 @@ def load_weights(model: nn.Module, path: str | Path, *, prefixes: Sequence[str],
         if any(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     own = model.state_dict()
-    fitting = {key: value for key, value in found.items() if key in own and value.shape == own[key].shape}
+    names = {alike(key): key for key in own}
+    known = {names[alike(key)]: value for key, value in found.items() if alike(key) in names}
+    fitting = {key: value for key, value in known.items() if value.shape == own[key].shape}
     missing = sorted(key for key in own.keys() - fitting.keys() if not key.startswith(tuple(heads)))
     if missing:
         raise ValueError(

@@ -450,6 +450,18 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, tools: Any, sp
     told(ValueError, lambda: data.dataset("train")[1], "b.png cannot be read as an image")
 
 
+def test_images_of_16_bits_keep_their_greys(tmp_path: Path, tools: Any) -> None:
+    """Cut off at 255, as Pillow converts them, they would be white."""
+    root = tools.write_table(tmp_path / "own", some())
+    ramp = np.linspace(0, 65535, 8 * 8).reshape(8, 8).astype(np.uint16)
+    for path in (root / "images").iterdir():
+        Image.fromarray(ramp).save(path)
+    for channels in (1, 3):
+        image = ImageTable(str(root), channels=channels, **STILL).dataset("train")[0]["image"]
+        assert image.shape == (channels, 8, 8)
+        np.testing.assert_allclose(image.numpy(), np.broadcast_to(ramp / 65535, image.shape), atol=1e-5)
+
+
 def test_all_missing_images_are_listed(tmp_path: Path, tools: Any) -> None:
     root = tools.write_table(tmp_path / "own")
     lost = [f"train{i}.png" for i in range(3, 20)] + ["val0.png", "test1.png"]

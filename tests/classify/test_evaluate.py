@@ -17,6 +17,7 @@ from adv_classify.data import MedMNIST
 from adv_classify.external import TorchAttack
 from adv_classify.gradcam import agreement
 from adv_classify.module import RobustClassifier
+from adv_classify.objective import ClassificationObjective
 from common.attacks import GradientAttack
 from common.evaluation import evaluate
 from common.report import Entry, tabulate
@@ -239,3 +240,63 @@ def test_examples_show_clean_and_attacked_images_of_every_model(model: host.Trai
     assert host.picture(tools.noise(2, 1, 4, 5)).shape == (4, 5)
     many = host.make_examples([other], ["x", "y", "z"], attack, [0.5], number=99)
     assert len(many) == 12
+
+
+# Attacks on the margin
+
+
+def linear(classes: int = 5) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Logits W x, with classes far apart and near, and W."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, classes, bias=False))
+    return model, model[1].weight.detach().double()
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_targeted_attacks_reach_the_largest_margin_of_a_linear_model(tools: Any, p: float) -> None:
+    """max_j z_j - z_y + eps ||w_j - w_y||_q, q the dual of p: in closed form, for every image."""
+    model, weight = linear()
+    images, labels, eps = tools.noise(40, 3, 2, 2), torch.arange(40) % 5, 0.3 if p == 2 else 0.08
+    rises = weight[None] - weight[labels][:, None]
+    margins = (rises * images.flatten(1).double()[:, None]).sum(2)
+    margins = margins + eps * (rises.norm(dim=2) if p == 2 else rises.abs().sum(2))
+    wanted = margins.scatter(1, labels[:, None], -math.inf).amax(1)
+    objective = ClassificationObjective(model, labels)
+    attack = host.parse(["targeted50", "margin50"], p)
+    found = {}
+    for name, method in attack.items():
+        result = method(objective, images, eps, bounds=None, generator=torch.Generator().manual_seed(0))
+        logits = model(result.images).detach().double()
+        own = logits.gather(1, labels[:, None])[:, 0]
+        found[name] = logits.scatter(1, labels[:, None], -math.inf).amax(1) - own
+        torch.testing.assert_close(result.terms, objective(result.images))
+        assert (result.norms <= eps * (1 + 1e-5)).all()
+        torch.testing.assert_close(result.norms, (result.images - images).flatten(1).norm(p, 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["targeted50"], wanted, rtol=1e-3, atol=1e-3)
+    assert (found["margin50"] <= wanted + 1e-3).all()
+    best = objective(images + 0).detach()  # the cross-entropy is not what they raise
+    assert (result.terms.detach() > best).any()
+
+
+def test_names_of_attacks_on_the_margin() -> None:
+    attacks = host.parse(["margin100x3", "targeted20", "pgd100x3"], math.inf)
+    like = attacks["pgd100x3"]
+    margin, targeted = attacks["margin100x3"], attacks["targeted20"]
+    assert isinstance(margin, host.MarginAttack)
+    assert isinstance(targeted, host.MarginAttack)
+    assert (margin.targets, targeted.targets) == (0, 9)
+    for attack, steps, restarts in ((margin, 100, 3), (targeted, 20, 1)):
+        assert (attack.steps, attack.restarts, attack.norm) == (steps, restarts, math.inf)
+        assert (attack.step_scale, attack.random_start, attack.keep) == (like.step_scale, 1.0, "best")
+    with pytest.raises(ValueError, match="unknown attack"):
+        host.parse(["targeted"], 2)
+
+
+def test_an_attack_on_the_margin_leaves_no_trace(model: host.TrainedModel) -> None:
+    batch = host.make_batches(model, 3)[0].load()
+    before = {key: value.clone() for key, value in model.network.state_dict().items()}
+    attack = host.parse(["targeted2"], 2)["targeted2"]
+    with torch.inference_mode():
+        attack(batch.objective, batch.images, 0.5, bounds=host.BOUNDS, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, before[key]) for key, value in model.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.network.parameters())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 from adv_classify import ClassificationObjective
+from adv_classify.objective import MarginObjective
 from common.objective import PredictingObjective
 
 LABELS = torch.tensor([3, 0, 1, 1, 2])
@@ -140,6 +141,22 @@ def test_a_network_of_half_precision_has_terms_of_single_precision(model: Counte
     loss, terms, logits = ClassificationObjective(model.bfloat16(), LABELS).loss_and_predictions(images.bfloat16())
     assert (loss.dtype, terms.dtype, logits.dtype) == (torch.float32, torch.float32, torch.bfloat16)
     np.testing.assert_allclose(terms[:, 0].detach().numpy(), reference(logits), rtol=1e-5, atol=1e-6)
+
+
+def test_the_margin_is_above_zero_where_an_image_is_misclassified(model: Counted, images: Tensor) -> None:
+    logits = model(images).detach()
+    z = logits.double().numpy()
+    wanted = [max(np.delete(row, y)) - row[y] for row, y in zip(z, LABELS.tolist(), strict=True)]
+    margin = MarginObjective(model, LABELS)(images)
+    assert margin.shape == (len(LABELS), 1)
+    np.testing.assert_allclose(margin.detach()[:, 0], wanted, rtol=1e-4, atol=1e-5)
+    wrong = logits.argmax(1) != LABELS
+    assert 0 < wrong.sum() < len(LABELS)
+    assert torch.equal(margin[:, 0] > 0, wrong)
+    targets = (LABELS + 2) % 4
+    one = MarginObjective(model, LABELS, targets)(images).detach()
+    wanted = [row[t] - row[y] for row, y, t in zip(z, LABELS.tolist(), targets.tolist(), strict=True)]
+    np.testing.assert_allclose(one[:, 0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_needs_no_host() -> None:

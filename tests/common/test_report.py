@@ -20,7 +20,7 @@ from common.attacks import GradientAttack
 from common.evaluation import Condition, Evaluation, parse_attacks
 from common.metrics import auc_robust
 from common.report import Entry, Example, Metric, View, figures, findings, format_table, tabulate, write_report
-from common.report.figures import CLASS_COLOURS, ExamplePictures
+from common.report.figures import CLASS_COLOURS, FOUND_POINT, TRUE_POINT, ExamplePictures
 from common.report.summary import cautions
 
 LEVELS = (0.0, 5.0, 10.0)
@@ -411,6 +411,130 @@ def test_pictures_show_grey_values_labels_and_outlines() -> None:
     missed = pixels(draw.prediction(example().views[1]))  # predicts nothing: only the outline of the truth is drawn
     assert (missed[2 * zoom, 3 * zoom] == 255).all()
     assert missed[inside].max() < 10
+
+
+POINTS = np.array([(2.0, 1.0), (np.nan, np.nan), (13.0, 6.5)])
+FOUND = np.array([(6.0, 1.0), (3.0, 8.0), (13.0, 6.5)])
+
+
+def landmarks(height: int = 10, width: int = 16, scale: float = 1.0, *, colour: bool = False) -> Example:
+    """Three landmarks, one of them not known; one is found four pixels too far right, one where it is."""
+    image = np.full((height, width, 3) if colour else (height, width), 0.5)
+    image[0, 0], image[-1, -1] = 0, 1
+    views = [View("own", "", 0, image, points=FOUND * scale, note="MRE 2.00 px")]
+    return Example("skull", image, None, views, points=POINTS * scale)
+
+
+def place(draw: ExamplePictures, x: float, y: float) -> tuple[int, int]:
+    """Row and column of a point in a picture; (0, 0) is the centre of the top left pixel."""
+    factor = draw.size[0] / draw.example.image.shape[1]
+    return round((y + 0.5) * factor - 0.5), round((x + 0.5) * factor - 0.5)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_points_are_dots_where_they_are(colour: bool) -> None:
+    draw = ExamplePictures(landmarks(colour=colour), [])
+    assert draw.size == (16 * 24, 10 * 24)
+    assert place(draw, 0, 0) in ((11, 11), (12, 12))
+    plain, truth, found = (pixels(png) for png in (draw.clean(), draw.truth(), draw.prediction(draw.example.views[0])))
+    first, second = place(draw, 2, 1), place(draw, 13, 6.5)
+    for row, column in (first, second):
+        np.testing.assert_array_equal(truth[row, column], TRUE_POINT)
+        rows, columns = np.ogrid[: truth.shape[0], : truth.shape[1]]
+        away = np.hypot(rows - row, columns - column)
+        assert (truth[away <= 2] == TRUE_POINT).all()  # three pixels, and a rim of one
+        assert (truth[(away > 3.7) & (away < 3.9)] == 0).all()
+        np.testing.assert_array_equal(truth[(away > 5) & (away < 12)], plain[(away > 5) & (away < 12)])
+    changed = (truth != plain).any(2)
+    assert 2 * 40 < changed.sum() < 2 * 64  # two dots and no third
+    np.testing.assert_array_equal(found[first], TRUE_POINT)
+    np.testing.assert_array_equal(found[place(draw, 6, 1)], FOUND_POINT)
+    np.testing.assert_array_equal(found[second], FOUND_POINT)  # on the true one
+    np.testing.assert_array_equal(found[place(draw, 3, 8)], FOUND_POINT)  # found, though the truth is not known
+
+
+def test_a_line_joins_what_was_found_with_the_truth() -> None:
+    draw = ExamplePictures(landmarks(), [])
+    plain, found = pixels(draw.clean()), pixels(draw.prediction(draw.example.views[0]))
+    row, start = place(draw, 2, 1)
+    _, end = place(draw, 6, 1)
+    here = slice(0, 4 * row)  # the third point is below
+    between = found[here, start + 6 : end - 5]
+    yellow = (between == FOUND_POINT).all(2)
+    assert (yellow.sum(0) == yellow.sum(0)[0]).all()
+    assert 2 <= yellow.sum(0)[0] <= 3  # a thin one
+    assert set(np.nonzero(yellow)[0]) <= {row - 1, row, row + 1}
+    np.testing.assert_array_equal(between[~yellow], plain[here, start + 6 : end - 5][~yellow])
+    np.testing.assert_array_equal(found[:, : start - 6], plain[:, : start - 6])  # it ends at the points
+    np.testing.assert_array_equal(found[: row - 6], plain[: row - 6])
+    # No line leads to or from a point that is not known: around the third, found alone, there is nothing.
+    low, left = place(draw, 3, 8)
+    rows, columns = np.ogrid[: found.shape[0], : found.shape[1]]
+    away = np.hypot(rows - low, columns - left)
+    np.testing.assert_array_equal(found[(away > 5) & (away < 60)], plain[(away > 5) & (away < 60)])
+
+
+def test_lines_are_drawn_in_every_direction() -> None:
+    image = np.tile(np.linspace(0, 1, 20), (20, 1))
+    corners = np.array([(3.0, 3.0), (16.0, 3.0), (9.0, 2.0)])
+    ends = np.array([(12.0, 15.0), (5.0, 14.0), (9.0, 17.0)])
+    view = View("own", "", 0, image, points=ends)
+    draw = ExamplePictures(Example("cross", image, None, [view], points=corners), [])
+    found = pixels(draw.prediction(view))
+    for (x1, y1), (x2, y2) in zip(corners, ends, strict=True):
+        for part in (0.3, 0.7):
+            spot = place(draw, x1 + part * (x2 - x1), y1 + part * (y2 - y1))
+            np.testing.assert_array_equal(found[spot], FOUND_POINT)
+
+
+def test_points_of_pictures_that_are_thinned() -> None:
+    draw = ExamplePictures(landmarks(1000, 1600, 100.0), [])
+    assert draw.size == (534, 334)  # every third pixel
+    truth = pixels(draw.truth())
+    marked = np.argwhere((truth == TRUE_POINT).all(2))
+    for x, y in POINTS[[0, 2]] * 100:
+        near = marked[np.hypot(marked[:, 0] - y / 3, marked[:, 1] - x / 3) < 8]
+        np.testing.assert_allclose(near.mean(0), ((y + 0.5) / 3 - 0.5, (x + 0.5) / 3 - 0.5), atol=0.5)
+    assert len(marked) <= 2 * 32
+
+
+def test_truth_is_drawn_under_predictions_of_points_only() -> None:
+    """A model that gives no points, such as a classifier, keeps its image."""
+    example = landmarks()
+    bare = replace(example.views[0], points=None)
+    draw = ExamplePictures(replace(example, views=[bare]), [])
+    np.testing.assert_array_equal(pixels(draw.prediction(bare)), pixels(draw.clean()))
+    unknown = replace(example, points=None)
+    found = pixels(ExamplePictures(unknown, []).prediction(example.views[0]))
+    assert not (found == TRUE_POINT).all(2).any()
+    dots = (found == FOUND_POINT).all(2).sum()
+    assert 3 * 20 < dots <= 3 * 32  # three dots, no lines
+
+
+def test_points_outside_of_the_image_and_those_that_are_none_do_no_harm() -> None:
+    far = np.array([(-30.0, 4.0), (200.0, 200.0), (np.nan, 3.0)])
+    view = View("own", "", 0, np.zeros((10, 16)), points=far)
+    draw = ExamplePictures(Example("far", np.zeros((10, 16)), None, [view], points=far), [])
+    np.testing.assert_array_equal(pixels(draw.prediction(view)), pixels(draw.clean()))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_shows_points_and_says_what_they_are(tmp_path: Path) -> None:
+    example = landmarks()
+    draw = ExamplePictures(example, [])
+    page = write(tmp_path, examples=[example])
+    assert "true landmark" in page.text
+    assert "found landmark, with a line to the true one" in page.text
+    assert "white line: outline of the truth" not in page.text
+    assert "Truth" in page.text
+    shown = [str(a["style"]) for a in page.all("span") if "swatch" in (a.get("class") or "")]
+    assert shown == ["background: #00be82", "background: #f0e442"]
+    pictures = [base64.b64decode(str(a["src"]).partition(",")[2]) for a in page.all("img")]
+    for wanted in (draw.clean(), draw.truth(), draw.prediction(example.views[0])):
+        assert any(picture == wanted for picture in pictures)
+    other = write(tmp_path / "other", examples=[replace(example, points=None)])
+    assert "landmark" not in other.text
+    assert "Truth" not in other.text
 
 
 def test_noise_is_amplified_by_a_round_factor_around_grey() -> None:
