@@ -96,7 +96,7 @@ class Runs(ABC):
         if "thresholds" in arguments:
             arguments["thresholds"] = str(self.checkpoint(network, arguments["thresholds"], seed))
         content: dict[str, Any] = {"seed_everything": seed, **self.content(network, method, seed)}
-        content["model"]["method"] = {**arguments, **content["model"].get("method", {})}
+        content["model"]["method"] = {**content["model"].get("method", {}), **arguments}
         content["data"]["init_args"] |= {"workers": 0 if self.device == "cpu" else 8, "seed": seed}
         content["trainer"] = {
             "max_epochs": self.epochs(),
