@@ -50,7 +50,7 @@ class RobustClassifier(RobustModule):
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.
         validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
-            none.
+            none. A Trainer of your own needs inference_mode=False for it.
         num_classes: from the data.
         channels: from the data.
         class_counts: from the data.
