@@ -21,6 +21,7 @@ from adv_classify.objective import ClassificationObjective, MarginObjective
 from common.attacks import AttackResult, GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels, parse_attacks
 from common.lightning import MARGINS
+from common.lightning.evaluation import in_batches, picture
 from common.margins import read_margins
 from common.objective import untraced
 from common.report import Example, Metric, View
@@ -140,12 +141,7 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
 
 def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
     """The images in batches, or ``limit`` of them at even distances."""
-    ids = model.dataset.samples.ids
-    chosen = list(range(len(ids)))
-    if limit is not None and limit < len(chosen):
-        chosen = [int(i) for i in np.linspace(0, len(chosen) - 1, limit)]
-    parts = [chosen[i : i + model.batch_size] for i in range(0, len(chosen), model.batch_size)]
-    return [EvaluationBatch([ids[i] for i in part], partial(load, model, part)) for part in parts]
+    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), limit)
 
 
 def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
@@ -259,9 +255,3 @@ def make_examples(
         truth = class_names[int(labels[0])]
         examples.append(Example(f"{dataset.samples.ids[index]} ({truth})", picture(images), None, views))
     return examples
-
-
-def picture(images: Tensor) -> np.ndarray:
-    """The first image, (H, W) or (H, W, 3)."""
-    image = images[0].permute(1, 2, 0).cpu().numpy()
-    return image[..., 0] if image.shape[2] == 1 else image

@@ -18,6 +18,7 @@ from adv_landmark.module import RobustLandmarks, check_model
 from common.attacks import GradientAttack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
 from common.lightning import MARGINS
+from common.lightning.evaluation import in_batches, picture
 from common.margins import read_margins
 from common.report import Example, Metric, View
 
@@ -61,12 +62,7 @@ def load_model(name: str, path: str | Path, data: LandmarkData, split: str, devi
 
 def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
     """The images in batches, or ``limit`` of them at even distances."""
-    ids = model.dataset.samples.ids
-    chosen = list(range(len(ids)))
-    if limit is not None and limit < len(chosen):
-        chosen = [int(i) for i in np.linspace(0, len(chosen) - 1, limit)]
-    parts = [chosen[i : i + model.batch_size] for i in range(0, len(chosen), model.batch_size)]
-    return [EvaluationBatch([ids[i] for i in part], partial(load, model, part)) for part in parts]
+    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), limit)
 
 
 def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
@@ -165,11 +161,11 @@ def make_examples(
     for index in chosen:
         views: list[View] = []
         for model in models:
-            loaded = load(model, [index])
+            loaded, batch = load(model, [index]), model.read([index])
             for level, attacked in at_levels(loaded, method, levels, bounds=(-1.0, 1.0), seed=seed):
                 with torch.no_grad():
                     maps = model.module(attacked)
-                error = model.module.errors(maps, model.read([index]))
+                error = model.module.errors(maps, batch)
                 note = f"MRE {float(error.nanmean()):.2f} {model.module.unit}"
                 points = decode(maps, model.module.radius)[0][0].cpu().numpy()
                 shown = name if level > 0 else ""
@@ -178,9 +174,3 @@ def make_examples(
         truth = item["points"].numpy()
         examples.append(Example(item["id"], picture(item["image"][None]), None, views, points=truth))
     return examples
-
-
-def picture(images: Tensor) -> np.ndarray:
-    """The first image, (H, W) or (H, W, 3)."""
-    image = images[0].permute(1, 2, 0).cpu().numpy()
-    return image[..., 0] if image.shape[2] == 1 else image

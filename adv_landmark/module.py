@@ -146,13 +146,13 @@ class RobustLandmarks(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]  # type: ignore[attr-defined]
+        image = self.trainer.datamodule.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
 
     @classmethod
