@@ -16,7 +16,7 @@ import sysconfig
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,23 @@ class Runs(ABC):
     def run(self) -> None:
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         runs = [(n, m, s) for s in self.seeds for n in self.networks for m in self.methods]
-        first = [run for run in runs if self.methods[run[1]].get("thresholds") is None]
-        after = [run for run in runs if run not in first]
+        trained: dict[tuple[str, str, int], Future[None]] = {}
+
+        def train(network: str, method: str, seed: int) -> None:
+            needed = self.methods[method].get("thresholds")
+            if (network, needed, seed) in trained:
+                trained[network, needed, seed].result()  # began earlier, so it cannot wait for this one
+            self.train(network, method, seed)
+
+        def evaluate(network: str, method: str, seed: int) -> None:
+            trained[network, method, seed].result()
+            self.evaluate(network, method, seed)
+
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda run: self.train(*run), first))
-            list(pool.map(lambda run: self.train(*run), after))
-            list(pool.map(lambda run: self.evaluate(*run), runs))
+            for run in sorted(runs, key=lambda run: self.methods[run[1]].get("thresholds") is not None):
+                trained[run] = pool.submit(train, *run)
+            for measured in [pool.submit(evaluate, *run) for run in runs]:
+                measured.result()
         lines, path = self.tables(), self.work / "results.md"
         path.write_text("\n".join(lines) + "\n")
         print(f"{path}\n\n" + "\n".join(lines))
