@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model
 from common.attacks import AttackResult, pgd
-from common.attacks.gradient import Bounds
+from common.attacks.problem import Bounds
 from common.guard import still
 
 

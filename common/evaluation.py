@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.attacks import AttackResult, GradientAttack
-from common.attacks.gradient import total
+from common.attacks.problem import total
 from common.metrics import check_levels
 from common.objective import Objective, check_terms, untraced
 

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from common.attacks.gradient import GradientAttack, check_bounds
+from common.attacks.gradient import GradientAttack
+from common.attacks.problem import check_bounds
 from common.methods import AMAT, AT, DPAAT, SAT, STD, TRADES, AdaptiveRadiusMethod, Method
 from common.methods.base import check_positive
 from common.methods.dpaat import check_sizes

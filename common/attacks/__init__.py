@@ -1,6 +1,7 @@
-"""Attacks: one gradient loop (:mod:`common.attacks.gradient`), one file per attack."""
+"""Attacks: the problem they all search (:mod:`common.attacks.problem`), one file per search."""
 
-from common.attacks.gradient import AttackResult, GradientAttack
+from common.attacks.gradient import GradientAttack
 from common.attacks.pgd import ifgsm, pgd
+from common.attacks.problem import AttackResult
 
 __all__ = ["AttackResult", "GradientAttack", "ifgsm", "pgd"]

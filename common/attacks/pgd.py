@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.attacks.gradient import AttackResult, Bounds, GradientAttack
+from common.attacks.gradient import GradientAttack
+from common.attacks.problem import AttackResult, Bounds
 from common.objective import Objective
 
 

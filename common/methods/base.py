@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from common.attacks.gradient import AttackResult, Bounds, GradientAttack, check_bounds
+from common.attacks.gradient import GradientAttack
+from common.attacks.problem import AttackResult, Bounds, check_bounds
 from common.clock import Clock
 from common.margins import MarginStore, is_distributed
 from common.objective import Objective, training_pass

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.attacks.gradient import total
+from common.attacks.problem import total
 from common.margins import MarginStore, is_distributed
 from common.methods.base import AdaptiveRadiusMethod, Backward, Step, check_positive
 from common.objective import Objective, check_terms, predicting, training_pass, untraced

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import common.attacks.gradient as gradient_module
+import common.attacks.problem as problem_module
 from common.attacks import AttackResult, GradientAttack, ifgsm, pgd
 
 RANKS = [(2, 7), (3, 4, 6), (2, 5, 4, 3)]  # (C, L), (C, H, W), (C, D, H, W)
@@ -140,7 +140,7 @@ def test_pgd_equals_torchattacks_from_the_same_start(
         lengths = noise.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
         return noise * torch.zeros_like(lengths).uniform_(0, 1) / lengths * eps
 
-    monkeypatch.setattr(gradient_module, "random_in_ball", same_noise)
+    monkeypatch.setattr(problem_module, "random_in_ball", same_noise)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         expected = reference(images, objective.labels)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
-import common.attacks.gradient as gradient_module
+import common.attacks.problem as problem_module
 from common.methods import SAT, TRADES
 from common.methods.base import Step
 from common.methods.trades import detached
@@ -124,7 +124,7 @@ def test_the_attack_equals_torchattacks_tpgd_from_the_same_start(
         torch.manual_seed(7)
         return 0.001 * torch.randn_like(like)
 
-    monkeypatch.setattr(gradient_module, "random_in_ball", same_noise)
+    monkeypatch.setattr(problem_module, "random_in_ball", same_noise)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         expected = torchattacks.TPGD(objective.model, eps=eps, alpha=scale * eps / steps, steps=steps)(images)
