@@ -1,7 +1,10 @@
 """Attacks: the problem they all search (:mod:`common.attacks.problem`), one file per search."""
 
+from common.attacks.apgd import APGD
 from common.attacks.gradient import GradientAttack
+from common.attacks.noise import Noise
 from common.attacks.pgd import ifgsm, pgd
 from common.attacks.problem import AttackResult
+from common.attacks.square import SquareAttack
 
-__all__ = ["AttackResult", "GradientAttack", "ifgsm", "pgd"]
+__all__ = ["APGD", "AttackResult", "GradientAttack", "Noise", "SquareAttack", "ifgsm", "pgd"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from common.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking
+from common.attacks.settings import check_count, check_fraction
 from common.norms import check_norm, norm
 from common.objective import Objective
 
@@ -42,19 +43,36 @@ class GradientAttack:
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
 
+    access: ClassVar[str] = "white box"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", check_norm(self.norm))
-        object.__setattr__(self, "random_start", float(self.random_start))
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
         if not (math.isfinite(self.step_scale) and self.step_scale > 0):
             raise ValueError(f"step_scale must be positive (1 just reaches the radius), got {self.step_scale!r}")
-        if not 0 <= self.random_start <= 1:
-            raise ValueError(f"random_start must be a fraction of the radius in [0, 1], got {self.random_start!r}")
+        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start))
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
+
+    @property
+    def gradients(self) -> int:
+        """Gradients per image."""
+        return self.steps * self.restarts
+
+    @property
+    def queries(self) -> int:
+        """Forward passes without a gradient, per image."""
+        return self.restarts
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        start = "a random point of the ball" if self.random_start else "the input"
+        found = "largest loss" if self.keep == "best" else "last step"
+        runs = f", the worst of {self.restarts} runs" if self.restarts > 1 else ""
+        step = f"{self.step_scale / self.steps:.3g}"
+        return f"{self.steps} gradient steps of level x {step} from {start}; {found}{runs}"
 
     def __call__(
         self,

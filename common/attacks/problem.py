@@ -100,10 +100,10 @@ class Problem:
         self._box = _box(self.images, bounds)
         self._scale = _loss_scale(images)
         self.nonfinite = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
-        self.generator = generator
         if generator is None:
-            self.generator = torch.Generator(images.device)
-            self.generator.seed()
+            generator = torch.Generator(images.device)
+            generator.seed()
+        self.generator = generator
 
     def terms(self, iterate: Tensor) -> Tensor:
         """The loss terms at an iterate, (B, K)."""
@@ -131,6 +131,20 @@ class Problem:
         if fraction == 0:
             return self.images, torch.zeros_like(self.images)
         return self.inside(random_in_ball(self.images, self.radius.flatten() * fraction, self.norm, self.generator))
+
+    def uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers in [0, 1), from the problem's source of randomness."""
+        drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.images.device, self.images.dtype)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers of the standard normal distribution, from the problem's source of randomness."""
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.images.device, self.images.dtype)
+
+    def signs(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers that are -1 or 1, either as likely."""
+        return torch.where(self.uniform(shape) < 0.5, -1.0, 1.0).to(self.images.dtype)
 
     def inside(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The iterate and its noise, projected onto the ball and then onto the bounds.
@@ -165,11 +179,15 @@ class Worst:
     Attributes:
         terms: loss terms of the winner, (B, K); of what was offered first where no loss was finite.
         values: what was offered with them.
+        loss: that largest loss, (B,); -inf where none was finite.
     """
 
+    terms: Tensor
+    values: tuple[Tensor, ...]
+    loss: Tensor
+
     def __init__(self) -> None:
-        self.terms: Tensor | None = None
-        self.values: tuple[Tensor, ...] = ()
+        self.empty = True
 
     def offer(self, terms: Tensor, *values: Tensor) -> Tensor:
         """Takes what is worse for the model.
@@ -182,16 +200,16 @@ class Worst:
             Which samples took it, (B,), bool.
         """
         loss = total(terms)
-        if self.terms is None:
-            self.terms, self.values = terms, values
-            self._loss = torch.where(loss.isfinite(), loss, -math.inf)
+        if self.empty:
+            self.empty, self.terms, self.values = False, terms, values
+            self.loss = torch.where(loss.isfinite(), loss, -math.inf)
             return loss.isfinite()
-        wins = (loss > self._loss) & loss.isfinite()
+        wins = (loss > self.loss) & loss.isfinite()
         self.terms = torch.where(wins[:, None], terms, self.terms)
         self.values = tuple(
             torch.where(broadcast(wins, new), new, old) for new, old in zip(values, self.values, strict=True)
         )
-        self._loss = torch.where(wins, loss, self._loss)
+        self.loss = torch.where(wins, loss, self.loss)
         return wins
 
 

@@ -1,0 +1,139 @@
+"""APGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", Algorithm 1): gradient ascent with momentum whose step length looks after itself, for any objective.
+
+Where it stops rising, a sample halves its step and goes on from the best point it has seen. So there is no step length
+to choose, which is what makes PGD's numbers depend on who tuned it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, total
+from common.attacks.settings import check_count, check_fraction
+from common.norms import check_norm
+from common.objective import Objective
+
+
+@dataclass(frozen=True)
+class APGD:
+    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it saw.
+
+    A run of N steps costs N gradients and one forward pass, as PGD's.
+
+    Args:
+        steps: number of gradient steps, >= 1.
+        norm: 2 or inf.
+        random_start: fraction in [0, 1] of the radius from whose ball the start is drawn.
+        restarts: runs per sample, of which the worst is kept; runs after the first always start at random.
+        momentum: alpha of the paper, in (0, 1]: the share of the new step, the rest being the last one's.
+        rho: a step length is halved where fewer than this share of its steps made the loss larger, in [0, 1].
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int
+    norm: float = 2.0
+    random_start: float = 1.0
+    restarts: int = 1
+    momentum: float = 0.75
+    rho: float = 0.75
+
+    access: ClassVar[str] = "white box"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start))
+        check_fraction("rho", self.rho)
+        if check_fraction("momentum", self.momentum) == 0:
+            raise ValueError("momentum must be above 0, or nothing moves")
+
+    @property
+    def gradients(self) -> int:
+        """Gradients per image."""
+        return self.steps * self.restarts
+
+    @property
+    def queries(self) -> int:
+        """Forward passes without a gradient, per image."""
+        return self.restarts
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        start = "a random point of the ball" if self.random_start else "the input"
+        runs = f", the worst of {self.restarts} runs" if self.restarts > 1 else ""
+        return f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length from {start}; largest loss{runs}"
+
+    def __call__(
+        self,
+        objective: Objective,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        bounds: Bounds = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
+        """Attacks a batch; see :class:`common.attacks.GradientAttack`, whose arguments these are."""
+        with attacking(objective):
+            problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
+            runs = Worst()
+            for run in range(self.restarts):
+                start = self.random_start if run == 0 else self.random_start or 1.0
+                runs.offer(*self._climb(problem, start))
+            return problem.result(runs.values[0], runs.terms)
+
+    def _climb(self, problem: Problem, start: float) -> tuple[Tensor, Tensor]:
+        """One run: terms and iterate of its largest loss."""
+        checkpoints = dict(itertools.pairwise(_checkpoints(self.steps)))  # the end of an interval by its begin
+        begin, end = 0, checkpoints.get(0)
+        iterate, noise = problem.start(start)
+        before, step = noise, 2 * problem.radius
+        count = problem.nonfinite.shape
+        previous = torch.full(count, math.inf, device=noise.device, dtype=noise.dtype)  # the first step rises nowhere
+        rises = torch.zeros(count, device=noise.device)
+        best = Worst()
+        halved = torch.zeros(count, dtype=torch.bool, device=noise.device)
+        peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
+        for k in range(self.steps):
+            terms, direction = problem.slope(iterate)
+            with torch.no_grad():
+                loss = total(terms).to(previous.dtype)
+                rises += loss > previous
+                previous = loss
+                best.offer(terms, iterate, noise, direction)
+                if k == end:
+                    # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better.
+                    stuck = ~halved & (best.loss <= peak)
+                    halve = (rises < self.rho * (k - begin)) | stuck
+                    step = torch.where(broadcast(halve, step), step / 2, step)
+                    noise = torch.where(broadcast(halve, noise), best.values[1], noise)
+                    direction = torch.where(broadcast(halve, noise), best.values[2], direction)
+                    previous = torch.where(halve, best.loss, previous)
+                    halved, peak, rises = halve, best.loss, torch.zeros_like(rises)
+                    begin, end = k, checkpoints.get(k)
+                share = 1.0 if k == 0 else self.momentum
+                _, ahead = problem.inside(torch.addcmul(noise, step, direction))
+                moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
+                before = noise
+                iterate, noise = problem.inside(moved)
+        with torch.no_grad():
+            best.offer(problem.terms(iterate), iterate, noise, noise)
+        return best.terms, best.values[0]
+
+
+def _checkpoints(steps: int) -> list[int]:
+    """The steps at which step lengths are looked at, 0 first: intervals that shrink from 22 % to 6 % of all steps."""
+    fractions = [0.0, 0.22]
+    while fractions[-1] < 1:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+    return list(dict.fromkeys(math.ceil(fraction * steps) for fraction in fractions))
