@@ -75,7 +75,12 @@ class Classify(Tool):
         ]
         values = data.dataset(given.split)[0]["image"].numel()
         return Study(
-            subjects=[Subject(m.name, m.path, host.make_batches(m, given.samples), m.margins) for m in models],
+            subjects=[
+                Subject(
+                    m.name, m.path, host.make_batches(m, given.samples), m.margins, few=partial(host.make_batches, m)
+                )
+                for m in models
+            ],
             metrics=host.metrics(given.gradcam),
             examples=partial(host.make_examples, models, data.class_names),
             bounds=host.BOUNDS,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,19 +15,20 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from adv_classify.data import ClassificationData, ImageDataset
-from adv_classify.external import TorchAttack, torch_attack
+from adv_classify.external import torch_attack
 from adv_classify.gradcam import GradCam, agreement
 from adv_classify.module import RobustClassifier, mean_average_precision
 from adv_classify.objective import ClassificationObjective, MarginObjective
 from common.attacks import AttackResult, GradientAttack
-from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels, parse_attacks
+from common.attacks.names import Attack, parse_attacks
+from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
 from common.lightning import MARGINS
 from common.lightning.evaluation import in_batches, picture
 from common.margins import read_margins
+from common.metric import Metric
 from common.objective import untraced
-from common.report import Example, Metric, View
+from common.report import Example, View
 
-Attack = GradientAttack | TorchAttack
 BOUNDS = (0.0, 1.0)
 
 
@@ -59,6 +61,17 @@ class MarginAttack(GradientAttack):
     """
 
     targets: int = 0
+
+    @property
+    def gradients(self) -> int:
+        """Gradients per image, for as many wrong classes as there may be."""
+        return super().gradients * max(1, self.targets)
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        goal = f"each of up to {self.targets} wrong classes" if self.targets else "the largest wrong class"
+        return f"{super().description}; climbs the margin of {goal}"
 
     def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
         """Attacks a batch; the terms of the result are those of ``objective``."""
@@ -128,11 +141,12 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
     for name in names:
         if name in attacks:
             raise ValueError(f"attack {name!r} is given twice")
-        kind = next((kind for kind in ("margin", "targeted") if name.startswith(kind)), None)
-        if kind is not None:
-            like = parse_attacks([name.replace(kind, "pgd", 1)], norm=norm)
-            attacks[name] = MarginAttack(**asdict(next(iter(like.values()))), targets=9 if kind == "targeted" else 0)
-        elif name.startswith(("pgd", "ifgsm")):
+        margin = re.fullmatch(r"(margin|targeted)(\d+(?:x\d+)?)", name)
+        if margin:
+            like = parse_attacks([f"pgd{margin[2]}"], norm=norm)
+            settings = asdict(cast(GradientAttack, next(iter(like.values()))))
+            attacks[name] = MarginAttack(**settings, targets=9 if margin[1] == "targeted" else 0)
+        elif re.search(r"\d|gaussian|uniform", name) and not name.startswith(("margin", "targeted")):
             attacks[name] = parse_attacks([name], norm=norm)[name]
         else:
             attacks[name] = torch_attack(name, norm)
@@ -181,8 +195,20 @@ def score(model: TrainedModel, labels: Tensor, explained: Explained, images: Ten
 def metrics(gradcam: bool = True) -> list[Metric]:
     """Accuracy, balanced accuracy, mAP, and the agreement of Grad-CAM."""
     found = [
-        Metric("mAP", mean_ap, description="Mean over classes of average precision; its mean over levels is mARP."),
-        Metric("accuracy", accuracy, description="Share of images whose class is predicted.", per_sample=correct),
+        Metric(
+            "mAP",
+            mean_ap,
+            description="Mean over classes of average precision; its mean over levels is mARP.",
+            resamples=200,
+        ),
+        Metric(
+            "accuracy",
+            accuracy,
+            description="Share of images whose class is predicted.",
+            per_sample=correct,
+            fails_at=0.5,
+            is_mean=True,
+        ),
         Metric("balanced accuracy", balanced_accuracy, description="Mean over classes of the share that is predicted."),
     ]
     if gradcam:
@@ -225,16 +251,15 @@ def make_examples(
     class_names: Sequence[str],
     attack: tuple[str, Attack],
     levels: Sequence[float],
+    ids: Sequence[str],
     *,
-    number: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """Images at even distances, clean and attacked, with the predicted classes and Grad-CAM of every model."""
+    """Images by their ids, clean and attacked, with the predicted classes and Grad-CAM of every model."""
     name, method = attack
     dataset = models[0].dataset
-    chosen = [int(i) for i in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
     examples = []
-    for index in chosen:
+    for index in map(dataset.samples.ids.index, ids):
         views: list[View] = []
         for model in models:
             images, labels, _ = model.read([index])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from common.attacks import AttackResult
+from common.attacks.names import EXPECTED
 from common.guard import still
 from common.norms import norm
 
@@ -45,11 +46,19 @@ class TorchAttack:
     norm: float
     description: str
 
+    gradients: ClassVar[None] = None
+    queries: ClassVar[None] = None
+
+    @property
+    def access(self) -> str:
+        """What it knows of the model."""
+        return "black box" if self.name == "square" else "white box"
+
     def __call__(
         self,
         objective: Any,
         images: Tensor,
-        radius: float,
+        radius: float | Tensor,
         *,
         bounds: Any = None,
         generator: torch.Generator | None = None,
@@ -59,7 +68,7 @@ class TorchAttack:
         Args:
             objective: a :class:`adv_classify.objective.ClassificationObjective`.
             images: (B, C, H, W) in [0, 1].
-            radius: noise bound, > 0.
+            radius: noise bound, > 0; torchattacks knows one for all images.
             bounds: must be (0, 1), which torchattacks takes for granted.
             generator: source of the seed.
 
@@ -88,7 +97,7 @@ class TorchAttack:
         nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return AttackResult(attacked, terms, norm(attacked - images, self.norm), None, nonfinite)
 
-    def _attack(self, model: nn.Module, radius: float, classes: int, seed: int) -> Any:
+    def _attack(self, model: nn.Module, radius: float | Tensor, classes: int, seed: int) -> Any:
         import torchattacks
 
         kind = "Linf" if self.norm == math.inf else "L2"
@@ -125,8 +134,8 @@ def torch_attack(name: str, norm: float) -> TorchAttack:
     """
     if name not in DESCRIPTIONS:
         raise ValueError(
-            f"unknown attack {name!r}: expected pgd<steps>, pgd<steps>x<restarts>, the same with margin or targeted in "
-            f"the place of pgd, ifgsm<steps>, or one of {', '.join(DESCRIPTIONS)}"
+            f"unknown attack {name!r}: expected {EXPECTED}; margin<steps> or targeted<steps>, either with x<restarts>; "
+            f"or one of {', '.join(DESCRIPTIONS)}"
         )
     try:
         import torchattacks  # noqa: F401 - is it there?

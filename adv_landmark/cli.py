@@ -73,7 +73,12 @@ class Landmark(Tool):
         ]
         height, width = data.size
         return Study(
-            subjects=[Subject(m.name, m.path, host.make_batches(m, given.samples), m.margins) for m in models],
+            subjects=[
+                Subject(
+                    m.name, m.path, host.make_batches(m, given.samples), m.margins, few=partial(host.make_batches, m)
+                )
+                for m in models
+            ],
             metrics=metrics,
             examples=partial(host.make_examples, models),
             bounds=BOUNDS,

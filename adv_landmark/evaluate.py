@@ -15,12 +15,13 @@ from torch.utils.data import default_collate
 from adv_landmark.data import LandmarkData, LandmarkDataset
 from adv_landmark.maps import decode
 from adv_landmark.module import RobustLandmarks, check_model
-from common.attacks import GradientAttack
+from common.attacks.names import Attack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
 from common.lightning import MARGINS
 from common.lightning.evaluation import in_batches, picture
 from common.margins import read_margins
-from common.report import Example, Metric, View
+from common.metric import Metric
+from common.report import Example, View
 
 
 @dataclass
@@ -97,6 +98,7 @@ def metrics(unit: str, radii: Sequence[float]) -> list[Metric]:
             unit=unit,
             description="Mean radial error: the mean distance of found and true landmarks; unknown ones are left out.",
             per_sample=mean_of_image,
+            fails_at=max(radii, default=None),
         ),
         Metric(
             "radial error SD",
@@ -147,18 +149,17 @@ def mean_of_image(scores: Scores) -> np.ndarray:
 
 def make_examples(
     models: Sequence[TrainedModel],
-    attack: tuple[str, GradientAttack],
+    attack: tuple[str, Attack],
     levels: Sequence[float],
+    ids: Sequence[str],
     *,
-    number: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """Images at even distances, clean and attacked, with true and found landmarks."""
+    """Images by their ids, clean and attacked, with true and found landmarks."""
     name, method = attack
     dataset = models[0].dataset
-    chosen = [int(i) for i in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
     examples = []
-    for index in chosen:
+    for index in map(dataset.samples.ids.index, ids):
         views: list[View] = []
         for model in models:
             loaded, batch = load(model, [index]), model.read([index])

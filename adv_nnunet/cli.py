@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="attack trained models and write a report",
         description="Attacks the models' networks on the fold's validation cases, or on raw files, and writes a report "
-        "(report.html, report.json, table.csv, samples.csv, curves.png). A killed run goes on when called again.",
+        "(report.html, report.json, results.csv, samples.csv and others). A killed run goes on when called again.",
     )
     _dataset_arguments(e)
     e.add_argument(
@@ -75,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     e.add_argument("--norm", default="2", choices=["2", "inf"], help="norm of the noise (default: 2)")
     e.add_argument("--samples", type=int, default=None, help="evaluate only so many samples, at even distances")
-    e.add_argument("--examples", type=int, default=3, help="samples shown as pictures (default: 3)")
+    e.add_argument(
+        "--examples", type=int, default=4, help="samples shown as pictures: those that fail first and last (default: 4)"
+    )
+    e.add_argument(
+        "--checks", type=int, default=32, help="number of samples that the attack itself is checked on; 0: none"
+    )
     e.add_argument("--batch_size", type=int, default=32, help="slices at a time, 2d only (default: 32)")
     e.add_argument("-step_size", type=float, default=0.5, help="as in nnUNetv2_predict (default: 0.5)")
     e.add_argument("--seed", type=int, default=0, help="seed of random starts (default: 0)")
@@ -166,8 +171,8 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 
 def _evaluate(args: argparse.Namespace) -> None:
     from adv_nnunet import evaluate as host
+    from common.attacks.names import parse_attacks
     from common.comparison import Subject, compare
-    from common.evaluation import parse_attacks
     from common.metrics import check_levels
 
     if (args.i is None) != (args.l is None):
@@ -195,7 +200,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     subjects = []
     for model in models:
         batches = host.make_batches(model, cases[model.name], samples[model.name], args.batch_size)
-        subjects.append(Subject(model.name, model.checkpoint, batches, model.margins))
+        few = partial(host.few, model, cases[model.name], samples[model.name], args.batch_size)
+        subjects.append(Subject(model.name, model.checkpoint, batches, model.margins, few))
     norm = "Linf" if args.norm == "inf" else "L2"
     sample = "slice" if first.planar else "case"
     compare(
@@ -204,7 +210,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         attacks,
         levels,
         host.metrics(first.planar),
-        examples=partial(host.make_examples, models, cases, samples[first.name], number=args.examples, seed=args.seed),
+        examples=partial(host.make_examples, models, cases, samples[first.name], seed=args.seed),
+        shown=args.examples,
+        checks=args.checks,
+        groups=lambda id_: id_.rpartition(":")[0] or id_,
         fingerprint={"step_size": args.step_size, "images": args.i or "validation"},
         seed=args.seed,
         overwrite=args.overwrite,

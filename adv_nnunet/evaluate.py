@@ -31,10 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from adv_nnunet.objective import SampleTerms, inference_loss
 from adv_nnunet.trainer import STATE, segmentation_counts
-from common.attacks import GradientAttack
+from common.attacks.names import Attack
+from common.comparison import spread
 from common.evaluation import EvaluationBatch, LoadedBatch, at_levels
+from common.metric import Metric
 from common.metrics import Counts, adi, dice_per_sample, tvdi
-from common.report import Example, Metric, View
+from common.report import Example, View
 
 Case = Callable[[], tuple[np.ndarray, np.ndarray]]
 """Loads a case as the network receives it, preprocessed and padded: image (C, z, y, x), segmentation (1, z, y, x)."""
@@ -261,9 +263,7 @@ def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None 
         for name, size in sizes.items()
         for index in (range(size[0]) if model.planar else [None])
     ]
-    if limit is not None and limit < len(samples):
-        samples = [samples[int(i)] for i in np.linspace(0, len(samples) - 1, limit)]
-    return samples
+    return samples if limit is None else spread(samples, limit)
 
 
 def make_batches(
@@ -281,6 +281,13 @@ def make_batches(
             part = members[start : start + number]
             batches.append(EvaluationBatch([s.id for s in part], partial(_load, model, cases, part)))
     return batches
+
+
+def few(
+    model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample], batch_size: int, number: int
+) -> list[EvaluationBatch]:
+    """Batches of so many of the samples, at even distances."""
+    return make_batches(model, cases, spread(samples, number), batch_size)
 
 
 def _load(model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample]) -> LoadedBatch:
@@ -322,6 +329,8 @@ def metrics(planar: bool) -> list[Metric]:
         description=f"Dice of every {sample}, averaged over the classes that occur in truth or prediction, then over "
         f"{sample}s (arXiv 2206.01736, eq. 3).",
         per_sample=lambda scores: dice_per_sample(Counts.of(scores)).numpy(),
+        fails_at=0.5,
+        is_mean=True,
     )
     total = Metric(
         "TVDI",
@@ -335,29 +344,30 @@ def make_examples(
     models: Sequence[TrainedModel],
     cases: dict[str, dict[str, Case]],
     samples: Sequence[Sample],
-    attack: tuple[str, GradientAttack],
+    attack: tuple[str, Attack],
     levels: Sequence[float],
+    ids: Sequence[str],
     *,
-    number: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """Samples with much foreground, clean and attacked, with every model's predictions.
+    """Samples by their ids, clean and attacked, with every model's predictions.
 
     The pictures are of an attack of their own with the settings of the evaluation, not of its very noise.
 
     Args:
         models: the models.
         cases: the cases as preprocessed for each model, by the model's name.
-        samples: to choose from.
+        samples: the samples of the evaluation.
         attack: name and attack.
         levels: noise levels > 0 to show.
-        number: of samples.
+        ids: of the samples to show.
         seed: of the random starts.
     """
     first = models[0]
     if first.labels.has_regions:
         return []  # overlapping regions are no label map
-    chosen = _largest(cases[first.name], samples, number)
+    by_id = {sample.id: sample for sample in samples}
+    chosen = [by_id[id_] for id_ in ids]
     views: dict[str, list[View]] = {sample.id: [] for sample in chosen}
     pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     name, method = attack
@@ -383,15 +393,6 @@ def make_examples(
                     )
                 )
     return [Example(sample, *pictures[sample], views=shown) for sample, shown in views.items()]
-
-
-def _largest(cases: dict[str, Case], samples: Sequence[Sample], number: int) -> list[Sample]:
-    """The slice with most foreground (3D: the case) of ``number`` cases at even distances."""
-    names = list(dict.fromkeys(sample.case for sample in samples))
-    names = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(number, len(names)))]
-    if samples[0].index is None:
-        return [Sample(name, None) for name in names]
-    return [Sample(name, _middle(cases[name]()[1])) for name in names]
 
 
 def _middle(segmentation: np.ndarray) -> int:

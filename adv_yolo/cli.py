@@ -23,7 +23,8 @@ HELP = """
 
     3. Trained models under attack, in one report:
         adv-yolo evaluate model=a.pt,b.pt data=data.yaml split=val levels=0,5,10,15 [attacks=pgd100,ifgsm10]
-                          [norm=2] [samples=100] [names=STD,AMAT] [out=FOLDER] [examples=3] [seed=0] [overwrite=True]
+                          [norm=2] [samples=100] [names=STD,AMAT] [out=FOLDER] [examples=4] [checks=32] [seed=0]
+                          [overwrite=True]
 
     Everything else is what 'yolo' does: adv-yolo detect val|predict|export ...; see 'yolo help'.
 """
@@ -39,7 +40,8 @@ EVALUATE = {
     "samples": None,
     "names": None,
     "out": "runs/evaluate",
-    "examples": 3,
+    "examples": 4,
+    "checks": 32,
     "seed": 0,
     "overwrite": False,
 }
@@ -260,8 +262,8 @@ def _evaluate(found: dict[str, Any]) -> None:
     from ultralytics.utils import LOGGER
 
     from adv_yolo import evaluate as host
+    from common.attacks.names import parse_attacks
     from common.comparison import Subject, compare
-    from common.evaluation import parse_attacks
     from common.metrics import check_levels
 
     paths = _listed(found["model"])
@@ -284,7 +286,10 @@ def _evaluate(found: dict[str, Any]) -> None:
     ]
     root = data.get("path")
     samples = None if found["samples"] is None else int(found["samples"])
-    subjects = [Subject(m.name, m.path, host.make_batches(m, root, samples), m.margins) for m in models]
+    subjects = [
+        Subject(m.name, m.path, host.make_batches(m, root, samples), m.margins, partial(host.make_batches, m, root))
+        for m in models
+    ]
     class_names = {int(k): str(v) for k, v in models[0].network.names.items()}
     norm = "Linf" if float(found["norm"]) == float("inf") else "L2"
     seed = int(found["seed"])
@@ -294,7 +299,9 @@ def _evaluate(found: dict[str, Any]) -> None:
         attacks,
         levels,
         host.metrics(class_names),
-        examples=partial(host.make_examples, models, root, number=int(found["examples"]), seed=seed),
+        examples=partial(host.make_examples, models, root, seed=seed),
+        shown=int(found["examples"]),
+        checks=int(found["checks"]),
         fingerprint={"arguments": arguments},
         bounds=(0.0, 1.0),
         seed=seed,

@@ -23,10 +23,11 @@ from ultralytics.utils.metrics import DetMetrics, box_iou
 from adv_yolo.objective import DetectionObjective, ImageTerms
 from adv_yolo.thresholds import CleanBatches, load_network, on_device
 from adv_yolo.trainer import relative_names
-from common.attacks import GradientAttack
+from common.attacks.names import Attack
 from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
 from common.margins import read_margins
-from common.report import Example, Metric, View
+from common.metric import Metric
+from common.report import Example, View
 
 CONFIDENCE = 0.25
 """A detection counts for the average IoU, and is drawn, above this confidence: the host's default for prediction."""
@@ -162,11 +163,13 @@ def metrics(names: dict[int, str]) -> list[Metric]:
             "mAP50-95",
             lambda scores: mean_average_precision(scores, names)[0],
             description="Mean average precision over IoU thresholds 0.50 to 0.95, by Ultralytics.",
+            resamples=200,
         ),
         Metric(
             "mAP50",
             lambda scores: mean_average_precision(scores, names)[1],
             description="Mean average precision at IoU 0.50, by Ultralytics.",
+            resamples=200,
         ),
         Metric(
             "IoU",
@@ -174,6 +177,7 @@ def metrics(names: dict[int, str]) -> list[Metric]:
             description=f"Mean over objects of the best IoU of a detection of the same class with a confidence of "
             f"{CONFIDENCE} or more; 0 where there is none.",
             per_sample=image_iou,
+            fails_at=0.5,
         ),
     ]
 
@@ -207,23 +211,21 @@ def image_iou(scores: Scores) -> np.ndarray:
 def make_examples(
     models: Sequence[TrainedModel],
     root: Any,
-    attack: tuple[str, GradientAttack],
+    attack: tuple[str, Attack],
     levels: Sequence[float],
+    ids: Sequence[str],
     *,
-    number: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """Images at even distances, clean and attacked, with the true boxes and those of every model.
+    """Images by their names, clean and attacked, with the true boxes and those of every model.
 
     The pictures are of an attack of their own with the settings of the evaluation, not of its very noise.
     """
     name, method = attack
     first = models[0]
-    labelled = [i for i, label in enumerate(first.source.dataset.labels) if len(label["cls"])]
-    chosen = [labelled[int(i)] for i in np.linspace(0, len(labelled) - 1, min(number, len(labelled)))]
     names = relative_names(first.source.dataset.im_files, root)
     examples = []
-    for index in chosen:
+    for index in map(names.index, ids):
         views, picture, truth = [], None, None
         for model in models:
             loaded, batch = load(model, [index]), read(model, [index])

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.evaluation import Attack, EvaluationBatch, evaluate_with_bar
-from common.report import Entry, Example, Metric, format_table, tabulate, write_report
-from common.report.summary import Array
+import numpy as np
+
+from common.attacks import Noise
+from common.attacks.names import Attack
+from common.checks import Check, check, level_to_check, probes, strongest
+from common.evaluation import Evaluation, EvaluationBatch, evaluate_with_bar
+from common.metric import Metric
+from common.report import Entry, Example, format_table, tabulate, write_report
+from common.report.failures import count_failures
+from common.report.summary import Array, verdict
+from common.team import Team
 from common.thresholds import sha256
 
 
@@ -23,12 +31,18 @@ class Subject:
         checkpoint: its file; the numbers of an earlier run count only if it is the same.
         batches: what it is evaluated on, see :func:`common.evaluation.evaluate`.
         margins: the noise levels that its training ended with, (N,), or None.
+        few: makes batches of so many of the samples, at even distances, for the checks of the attack; None for none.
     """
 
     name: str
     checkpoint: Path
     batches: Sequence[EvaluationBatch]
     margins: Array | None = None
+    few: Callable[[int], Sequence[EvaluationBatch]] | None = None
+
+
+Examples = Callable[[tuple[str, Any], Sequence[float], Sequence[str]], Sequence[Example]]
+"""Makes the pictures: from an attack with its name, the levels above 0, and the ids of the samples to show."""
 
 
 def compare(
@@ -38,26 +52,34 @@ def compare(
     levels: Sequence[float],
     metrics: Sequence[Metric],
     *,
-    examples: Callable[[tuple[str, Any], Sequence[float]], Sequence[Example]],
+    examples: Examples,
+    shown: int = 4,
     fingerprint: Mapping[str, Any],
+    checks: int = 0,
     bounds: tuple[float, float] | None = None,
     seed: int = 0,
+    groups: Callable[[str], str] | None = None,
     overwrite: bool = False,
     say: Callable[[str], object] = print,
     **report: Any,
 ) -> Path:
     """Evaluates the models one after the other, writes their report, and says its tables.
 
+    Under torchrun the processes share the batches, and the first of them writes the report.
+
     Args:
         folder: of the report; what is finished in it is not computed again.
         subjects: the models.
-        attacks: attacks by name, the strongest first.
+        attacks: attacks by name, the strongest first; noise of the same norm is added as their control.
         levels: noise levels, 0 first.
         metrics: the metrics, the most important first.
-        examples: makes the pictures, from the first attack with its name, and the levels above 0.
+        examples: makes the pictures.
+        shown: number of samples in them: of those that fail first and of those that fail last.
         fingerprint: what the numbers depend on beside the checkpoint, JSON-ready.
+        checks: number of samples that the attack is checked on, see :mod:`common.checks`; 0 for no checks.
         bounds: lowest and highest value of an input.
         seed: of the random starts.
+        groups: to which group a sample belongs, by its id, for the bootstrap; None for independent samples.
         overwrite: replaces what another evaluation left in the folder.
         say: prints or logs a text.
         **report: ``title``, ``level_unit``, ``class_names`` and ``settings`` of
@@ -66,23 +88,62 @@ def compare(
     Returns:
         The path of report.html.
     """
-    entries = []
-    for subject in subjects:
-        measured = evaluate_with_bar(
-            subject.name,
-            subject.batches,
-            attacks,
-            levels,
+    team = Team.of_environment()
+    attacks = with_control(attacks)
+
+    def measure(name: str, subject: Subject, batches: Sequence[EvaluationBatch], *how: Any) -> Evaluation:
+        return evaluate_with_bar(
+            name,
+            batches,
+            *how,
             folder=folder,
             overwrite=overwrite,
+            team=team,
             bounds=bounds,
             seed=seed,
             fingerprint=json.dumps({"checkpoint": sha256(subject.checkpoint), **fingerprint}, default=str),
         )
-        entries.append(Entry(subject.name, measured, subject.margins))
-    pictures = examples(next(iter(attacks.items())), levels[1:])
-    page = write_report(folder, entries, metrics, examples=pictures, overwrite=overwrite, **report)
-    for table in tabulate(entries, metrics):
-        say(f"\n{format_table(table)}")
-    say(f"\nReport: {page}")
+
+    entries = []
+    criterion = next((metric for metric in metrics if metric.fails_at is not None), metrics[0])
+    for subject in subjects:
+        measured = measure(subject.name, subject, subject.batches, attacks, levels)
+        found: list[Check] = []
+        name = strongest(attacks)
+        if name is not None and checks and subject.few is not None:
+            level = level_to_check(measured, name, criterion)
+            place = f"{subject.name}/checks_{checks}_{level:g}"
+            probed = measure(place, subject, subject.few(checks), probes(attacks[name]), (0.0, level))
+            found = check(measured, name, probed, criterion)
+        entries.append(Entry(subject.name, measured, subject.margins, found))
+    page = folder / "report.html"
+    if team.rank == 0:
+        failures = count_failures(entries, metrics)
+        ids = failures.first_and_last(shown) if failures else []
+        ids = ids or [str(id_) for id_ in spread(entries[0].evaluation.ids, shown)]
+        page = write_report(
+            folder,
+            entries,
+            metrics,
+            examples=examples(next(iter(attacks.items())), levels[1:], ids) if shown else [],
+            groups=None if groups is None else [groups(id_) for id_ in measured.ids],
+            overwrite=overwrite,
+            **report,
+        )
+        for table in tabulate(entries, metrics, resample=False):
+            say(f"\n{format_table(table)}")
+        say(f"\n{verdict(entries)[1]}\n\nReport: {page}")
+    team.wait()
     return page
+
+
+def with_control(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
+    """The attacks and, unless one of them is noise that no one has aimed, Gaussian noise of their norm."""
+    if not attacks or any(attack.access == "none" for attack in attacks.values()):
+        return dict(attacks)
+    return {**attacks, "gaussian": Noise("gaussian", next(iter(attacks.values())).norm)}
+
+
+def spread(items: Sequence[Any], number: int) -> list[Any]:
+    """So many of the items, at even distances."""
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]

@@ -12,14 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,14 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from common.attacks import AttackResult, GradientAttack
+from common.attacks import AttackResult
+from common.attacks.names import Attack
 from common.attacks.problem import total
 from common.metrics import check_levels
 from common.objective import Objective, check_terms, untraced
+from common.team import Team
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "advmed.evaluation/1"
+ALONE = Team()
 _CLEAN = ("clean", 0.0)
 
 Scores = Mapping[str, NDArray[Any]]
@@ -42,64 +44,6 @@ Scores = Mapping[str, NDArray[Any]]
 
 Progress = Callable[[int, int, str], None]
 """Called with (passes done, passes in total, what was just done); a pass is a batch at one attack and level."""
-
-
-class Attack(Protocol):
-    """What an evaluation attacks with: a :class:`common.attacks.GradientAttack`, or a dataclass that is called alike.
-
-    Its fields are what an evaluation's numbers depend on.
-    """
-
-    @property
-    def norm(self) -> float:
-        """2 or inf."""
-        ...
-
-    def __call__(
-        self,
-        objective: Any,
-        images: Tensor,
-        radius: float,
-        /,
-        *,
-        bounds: tuple[float, float] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> AttackResult:
-        """Attacks a batch; the result has terms."""
-        ...
-
-
-def parse_attacks(names: Iterable[str], *, norm: float = 2) -> dict[str, GradientAttack]:
-    """Attacks by their command-line names, with the settings of an evaluation.
-
-    ``pgd100`` is PGD with 100 steps, from a random start, with steps of 5 * level / 100; ``pgd20x3`` runs it three
-    times and keeps the worst run of every sample; ``ifgsm10`` is I-FGSM with 10 steps of level / 10. All return the
-    iterate of the largest loss. ("100-PGD" and "10-IFGSM" in the AMAT paper, section 3.3.)
-
-    Args:
-        names: attack names.
-        norm: 2 or inf, the norm of the noise level.
-
-    Raises:
-        ValueError: for a name that is none, or given twice.
-    """
-    attacks: dict[str, GradientAttack] = {}
-    for name in names:
-        match = re.fullmatch(r"(?:pgd([1-9]\d*)(?:x([1-9]\d*))?|ifgsm([1-9]\d*))", name)
-        if match is None:
-            raise ValueError(
-                f"unknown attack {name!r}: expected pgd<steps>, pgd<steps>x<restarts> or ifgsm<steps>, "
-                "for example pgd100, pgd20x3, ifgsm10"
-            )
-        if name in attacks:
-            raise ValueError(f"attack {name!r} is given twice")
-        pgd_steps, restarts, ifgsm_steps = match.groups()
-        attacks[name] = (
-            GradientAttack(int(pgd_steps), 5.0, norm, random_start=1.0, restarts=int(restarts or 1), keep="best")
-            if pgd_steps
-            else GradientAttack(int(ifgsm_steps), 1.0, norm, keep="best")
-        )
-    return attacks
 
 
 @dataclass(frozen=True)
@@ -202,6 +146,7 @@ def evaluate(
     folder: Path | None = None,
     fingerprint: str = "",
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Measures every batch clean and under every attack at every level.
 
@@ -211,14 +156,15 @@ def evaluate(
 
     Args:
         batches: the batches, in a fixed order.
-        attacks: attacks by name, see :func:`parse_attacks`.
+        attacks: attacks by name, see :func:`common.attacks.names.parse_attacks`.
         levels: noise levels, 0 first: radii in the attack's norm over a sample's whole input.
         bounds: lowest and highest value of an input, None for none.
         seed: of the random starts.
         folder: where finished batches are kept, None for nowhere.
         fingerprint: what else the numbers depend on, such as the hash of the model file; required with a folder, so
             that a resumed run cannot mix the numbers of two models.
-        progress: called after every pass.
+        progress: called after every pass of this process.
+        team: the processes that share the work; more than one need a folder.
 
     Raises:
         ValueError: for levels, ids, images, terms or scores that are not as described, or a folder that holds the
@@ -252,20 +198,29 @@ def evaluate(
             part = _read_part(_part(parts, number), _for_batch(configuration, number, batch), passes)
             if part is not None:
                 finished[number] = part
-    done = len(finished) * len(passes)
+    elif team.size > 1:
+        raise ValueError("several processes need a folder, through which they share what they have measured")
+    mine = range(team.rank, len(batches), team.size)
+    done = len(finished.keys() & mine) * len(passes)
 
     def report(name: str, level: float) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, len(batches) * len(passes), f"{name} at {level:g}")
+            progress(done, len(mine) * len(passes), f"{name} at {level:g}")
 
-    for number, batch in enumerate(batches):
+    team.wait()  # all have read what was there before the first writes
+    for number in mine:
         if number in finished:
             continue
+        batch = batches[number]
         finished[number] = _measure(number, batch, attacks, passes, bounds, seed, report)
         if folder is not None:
             _write_part(_part(parts, number), _for_batch(configuration, number, batch), passes, finished[number])
+    team.wait()
+    for number, batch in enumerate(batches):
+        if number not in finished:
+            finished[number] = _theirs(_part(parts, number), _for_batch(configuration, number, batch), passes)
 
     joined = {key: _join([finished[number][k] for number in range(len(batches))]) for k, key in enumerate(passes)}
     return Evaluation(
@@ -286,6 +241,7 @@ def evaluate_with_bar(
     *,
     folder: Path,
     overwrite: bool = False,
+    team: Team = ALONE,
     **how: Any,
 ) -> Evaluation:
     """:func:`evaluate` as a command runs it: with a progress bar, and the finished batches in ``folder/name``.
@@ -297,18 +253,20 @@ def evaluate_with_bar(
         levels: noise levels, 0 first.
         folder: of the report.
         overwrite: forget the batches that an earlier run has finished.
+        team: the processes that share the work; only the first shows a bar.
         **how: ``bounds``, ``seed`` and ``fingerprint`` of :func:`evaluate`.
     """
-    if overwrite:
+    if overwrite and team.rank == 0:
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
-    passes = len(batches) * (1 + len(attacks) * (len(levels) - 1))
-    with tqdm(total=passes, desc=name, unit="pass", disable=None) as bar:  # no bar in a log file
+    team.wait()
+    passes = len(range(team.rank, len(batches), team.size)) * (1 + len(attacks) * (len(levels) - 1))
+    with tqdm(total=passes, desc=name, unit="pass", disable=team.rank > 0 or None) as bar:  # no bar in a log file
 
         def progress(done: int, total: int, text: str) -> None:
             bar.set_postfix_str(text, refresh=False)
             bar.update(done - bar.n)
 
-        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, **how)
+        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, team=team, **how)
 
 
 def attack_batch(
@@ -510,6 +468,14 @@ def _read_part(
             "Choose another folder, or delete this one to start anew"
         )
     return [_condition(arrays, f"{name}@{level}/") for name, level in passes]
+
+
+def _theirs(path: Path, configuration: Mapping[str, Any], passes: Sequence[tuple[str, float]]) -> list[Condition]:
+    """Reads what another process has measured."""
+    part = _read_part(path, configuration, passes)
+    if part is None:
+        raise RuntimeError(f"{path}, which another process was to write, is not there: do they share the folder?")
+    return part
 
 
 def _condition(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Condition:

@@ -183,6 +183,22 @@ def auc_robust(
         scale = 1.0
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"the scale of AUC_robust must be finite and > 0, got {scale}")
-    y = y / scale
-    area = float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
-    return math.sqrt(float(y[0]) * area / float(x[-1]))
+    return float(auc_robust_of_curves(x, y, scale))
+
+
+def auc_robust_of_curves(levels: Sequence[float] | NDArray[Any], values: NDArray[Any], scale: float) -> NDArray[Any]:
+    """:func:`auc_robust` of many curves at once; NaN where a curve holds a value that is missing or negative.
+
+    Args:
+        levels: L noise levels, 0 first, strictly increasing.
+        values: shape (..., L).
+        scale: the values are divided by it.
+
+    Returns:
+        Shape (...).
+    """
+    x, y = np.asarray(levels, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    defined = np.asarray(np.isfinite(y).all(-1) & (y >= 0).all(-1))
+    y = np.where(defined[..., None], y / scale if scale > 0 else np.nan, np.nan)
+    area = (np.diff(x) * (y[..., 1:] + y[..., :-1]) / 2).sum(-1)
+    return np.asarray(np.sqrt(y[..., 0] * area / x[-1]))

@@ -52,7 +52,7 @@ class APGD:
         object.__setattr__(self, "norm", check_norm(self.norm))
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
-        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start))
+        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start, "of the radius"))
         check_fraction("rho", self.rho)
         if check_fraction("momentum", self.momentum) == 0:
             raise ValueError("momentum must be above 0, or nothing moves")

@@ -51,7 +51,7 @@ class GradientAttack:
         check_count("restarts", self.restarts)
         if not (math.isfinite(self.step_scale) and self.step_scale > 0):
             raise ValueError(f"step_scale must be positive (1 just reaches the radius), got {self.step_scale!r}")
-        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start))
+        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start, "of the radius"))
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
 

@@ -14,12 +14,12 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
-def check_fraction(name: str, value: float) -> float:
+def check_fraction(name: str, value: float, of: str = "") -> float:
     """Returns a number in [0, 1] as a float.
 
     Raises:
         ValueError: for anything else.
     """
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a fraction in [0, 1], got {value!r}")
+        raise ValueError(f"{name} must be a fraction {of}{' ' if of else ''}in [0, 1], got {value!r}")
     return float(value)

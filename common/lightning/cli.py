@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from common.attacks.names import Attack
     from common.comparison import Subject
-    from common.evaluation import Attack
     from common.lightning import RobustModule, SampleData
     from common.report import Example, Metric
     from common.thresholds import Thresholds
@@ -34,7 +34,7 @@ class Study:
     Attributes:
         subjects: the models, and what each of them is evaluated on.
         metrics: the metrics, the most important first.
-        examples: makes the pictures: (attack with its name, levels above 0, ``number=``, ``seed=``).
+        examples: makes the pictures: (attack with its name, levels above 0, ids, ``seed=``).
         bounds: lowest and highest value of an input.
         input: what a noise level is the norm over, completing "L2 norm of the noise over ...".
         settings: what a reader of the report should know.
@@ -93,7 +93,7 @@ class Tool(ABC):
         Raises:
             ValueError: for a name that is none.
         """
-        from common.evaluation import parse_attacks
+        from common.attacks.names import parse_attacks
 
         return parse_attacks(names, norm=norm)
 
@@ -251,7 +251,10 @@ class Tool(ABC):
             "--attacks", type=list[str], default=["pgd100", "ifgsm10"], help="pgd100, pgd20x3, ifgsm10, ..."
         )
         parser.add_argument("--samples", type=int, default=None, help="number of images; default: all")
-        parser.add_argument("--examples", type=int, default=3, help="images shown")
+        parser.add_argument("--examples", type=int, default=4, help="images shown: those that fail first and last")
+        parser.add_argument(
+            "--checks", type=int, default=32, help="number of images that the attack itself is checked on; 0: none"
+        )
         parser.add_argument("--seed", type=int, default=0, help="of the random starts")
         parser.add_argument("--out", type=str, default="report", help="folder of the reports")
         parser.add_argument("--overwrite", type=bool, default=False, help="forget what an earlier run has measured")
@@ -279,7 +282,9 @@ class Tool(ABC):
                 attacks[name],
                 levels[name],
                 study.metrics,
-                examples=partial(study.examples, number=given.examples, seed=given.seed),
+                examples=partial(study.examples, seed=given.seed),
+                shown=given.examples,
+                checks=given.checks,
                 fingerprint={"split": given.split, "truth": data.fingerprint(given.split), **study.fingerprint},
                 bounds=study.bounds,
                 seed=given.seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.report.failures import Failures
 from common.report.summary import Array, Entry, Table
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ def curves(tables: Sequence[Table]) -> bytes:
     """All curves in one picture: a row per metric, a column per attack."""
     from matplotlib.figure import Figure
 
-    columns = len(tables[0].attacks)
+    columns = len(_aimed(tables[0]))
     figure = Figure(figsize=(5.2 * columns, 3.7 * len(tables)), layout="constrained", facecolor=LIGHT.background)
     grid = figure.subplots(len(tables), columns, squeeze=False)
     for row, table in zip(grid, tables, strict=True):
-        for axes, attack in zip(row, table.attacks, strict=True):
+        for axes, attack in zip(row, _aimed(table), strict=True):
             _draw_curve(axes, table, attack, LIGHT)
             axes.set_title(attack, loc="left", fontsize=11, color=LIGHT.ink)
     return _png(figure)
@@ -117,10 +118,22 @@ def curve(table: Table, attack: str, theme: Theme) -> bytes:
     return _png(figure)
 
 
+def _aimed(table: Table) -> list[str]:
+    """The attacks that are some; where there are only controls, those."""
+    return [attack for attack in table.attacks if attack not in table.controls] or list(table.attacks)
+
+
 def _draw_curve(axes: Axes, table: Table, attack: str, theme: Theme) -> None:
-    values = table.values[:, table.attacks.index(attack)]
-    for m, (model, curve) in enumerate(zip(table.models, values, strict=True)):
+    """A line per model with its 95 % interval, and dotted what unaimed noise of the same norm does."""
+    a, control = table.attacks.index(attack), next(iter(table.controls), None)
+    low, high = table.intervals[:, :, a]
+    for m, model in enumerate(table.models):
         colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
+        axes.fill_between(table.levels, low[m], high[m], color=colour, alpha=0.15, linewidth=0)
+        if control is not None and control != attack:
+            unaimed = table.values[m, table.attacks.index(control)]
+            axes.plot(table.levels, unaimed, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
+        curve = table.values[m, a]
         axes.plot(table.levels, curve, color=colour, marker=marker, markersize=5, linewidth=2, label=model)
     finite = table.values[np.isfinite(table.values)]
     if finite.size and finite.min() >= 0 and finite.max() > 0:
@@ -130,6 +143,23 @@ def _draw_curve(axes: Axes, table: Table, attack: str, theme: Theme) -> None:
     better = "higher" if table.metric.higher_is_better else "lower"
     axes.set_ylabel(f"{table.metric.label}, {better} is better")
     _style(axes, theme)
+
+
+def failure_curves(failures: Failures, theme: Theme) -> bytes:
+    """The share of samples that have failed up to each level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained", facecolor=theme.background)
+    axes = figure.subplots()
+    for m, (model, share) in enumerate(zip(failures.models, failures.share, strict=True)):
+        colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
+        axes.plot(failures.levels, 100 * share, color=colour, marker=marker, markersize=5, linewidth=2, label=model)
+    axes.set_ylim(0, 103)
+    axes.set_xticks(failures.levels)
+    axes.set_xlabel("noise level")
+    axes.set_ylabel("samples that fail, %")
+    _style(axes, theme)
+    return _png(figure)
 
 
 def margin_histogram(entries: Sequence[Entry], levels: Sequence[float], theme: Theme) -> bytes:

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation import Evaluation, Scores
-from common.metrics import auc_robust
+from common.bootstrap import interval, resamples
+from common.checks import Check
+from common.evaluation import Evaluation
+from common.metric import Metric
+from common.metrics import auc_robust_of_curves
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A host's metric.
-
-    Attributes:
-        name: as shown, such as "ADI".
-        of: computes it from the scores of all samples.
-        higher_is_better: False for errors such as MRE.
-        scale: what the values are divided by for AUC_robust. None takes the values as they are or, where lower is
-            better, divides by the largest value of the report, as the paper does.
-        unit: such as "mm"; empty for none.
-        description: one sentence for the reader: over what it is a mean, what is left out.
-        per_sample: its value for every sample, (N,), from the same scores; for samples.csv.
-    """
-
-    name: str
-    of: Callable[[Scores], float]
-    higher_is_better: bool = True
-    scale: float | None = None
-    unit: str = ""
-    description: str = ""
-    per_sample: Callable[[Scores], Array] | None = None
-
-    @property
-    def label(self) -> str:
-        """Name and unit."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
 @dataclass(frozen=True)
@@ -52,11 +26,13 @@ class Entry:
         name: as shown, such as "AMAT".
         evaluation: what was measured.
         margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
+        checks: whether the attacks are to be believed, see :mod:`common.checks`; empty where that was not looked at.
     """
 
     name: str
     evaluation: Evaluation
     margins: Array | None = None
+    checks: Sequence[Check] = ()
 
     def __post_init__(self) -> None:
         if self.margins is not None and (self.margins.size == 0 or not np.isfinite(self.margins).all()):
@@ -74,6 +50,8 @@ class Table:
         levels: L noise levels, 0 first.
         values: shape (M, A, L); level 0 is the clean value, the same for every attack.
         scale: what the values were divided by for AUC_robust.
+        controls: names of the attacks that are none, but noise of the same norm.
+        draws: the values on resampled samples, shape (count, M, A, L); the count is 0 where there are none.
     """
 
     metric: Metric
@@ -82,6 +60,8 @@ class Table:
     levels: tuple[float, ...]
     values: Array
     scale: float
+    controls: tuple[str, ...]
+    draws: Array
 
     @property
     def attacked_mean(self) -> Array:
@@ -91,13 +71,17 @@ class Table:
     @property
     def auc(self) -> Array:
         """AUC_robust, shape (M, A); NaN where a value is missing or negative, so that it is not defined."""
-        higher = self.metric.higher_is_better
+        return auc_robust_of_curves(self.levels, self.values, self.scale)
 
-        def area(curve: Array) -> float:
-            defined = np.isfinite(curve).all() and (curve >= 0).all() and self.scale > 0
-            return auc_robust(self.levels, curve, higher_is_better=higher, scale=self.scale) if defined else np.nan
+    @property
+    def intervals(self) -> Array:
+        """Bootstrap intervals of the values, shape (2, M, A, L)."""
+        return interval(self.draws)
 
-        return np.array([[area(curve) for curve in curves] for curves in self.values])
+    @property
+    def auc_draws(self) -> Array:
+        """AUC_robust of the draws, shape (count, M, A)."""
+        return auc_robust_of_curves(self.levels, self.draws, self.scale)
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -108,8 +92,24 @@ class Table:
     @property
     def cells(self) -> Array:
         """The numbers under ``columns``, shape (M, 1 + A * (L + 1))."""
-        blocks = np.concatenate([self.values[:, :, 1:], self.attacked_mean[:, :, None], self.auc[:, :, None]], axis=2)
-        return np.concatenate([self.values[:, :1, 0], blocks.reshape(len(self.models), -1)], axis=1)
+        return _in_columns(self.values, self.auc)
+
+    @property
+    def cell_intervals(self) -> Array:
+        """Bootstrap intervals of the cells, shape (2, M, 1 + A * (L + 1)); NaN where there are none."""
+        return interval(_in_columns(self.draws, self.auc_draws))
+
+    @property
+    def interval_text(self) -> list[list[str]]:
+        """The intervals as shown; empty where there are none."""
+        low, high = self.cell_intervals
+        return [
+            [
+                f"{_show(a, d)} to {_show(b, d)}" if np.isfinite([a, b]).all() else ""
+                for a, b, d in zip(lows, highs, self._digits, strict=True)
+            ]
+            for lows, highs in zip(low, high, strict=True)
+        ]
 
     @property
     def text(self) -> list[list[str]]:
@@ -140,6 +140,13 @@ class Table:
         return [auc if heading == "AUC_robust" else values for _, heading in self.columns]
 
 
+def _in_columns(values: Array, auc: Array) -> Array:
+    """Values (..., M, A, L) and AUC_robust (..., M, A) as the columns of a table, (..., M, 1 + A * (L + 1))."""
+    attacked = values[..., 1:]
+    blocks = np.concatenate([attacked, attacked.mean(-1, keepdims=True), auc[..., None]], axis=-1)
+    return np.concatenate([values[..., :1, 0], blocks.reshape(*blocks.shape[:-2], -1)], axis=-1)
+
+
 def _digits(values: Array) -> int:
     largest = np.max(np.abs(values[np.isfinite(values)]), initial=0)
     return 4 if largest <= 1 else 3 if largest < 10 else 2
@@ -149,8 +156,20 @@ def _show(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "–"
 
 
-def tabulate(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Table]:
+def tabulate(
+    entries: Sequence[Entry],
+    metrics: Sequence[Metric],
+    groups: Sequence[str] | None = None,
+    *,
+    resample: bool = True,
+) -> list[Table]:
     """One table per metric.
+
+    Args:
+        entries: the models.
+        metrics: the metrics.
+        groups: to which each sample belongs, for the bootstrap, see :func:`common.bootstrap.resamples`.
+        resample: False for tables without intervals.
 
     Raises:
         ValueError: without models or metrics, for names given twice, or for models that were not evaluated alike
@@ -168,16 +187,30 @@ def tabulate(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Table]
                 f"{entry.name} and {entries[0].name} were not evaluated alike: they differ in {', '.join(differ)}. "
                 "Evaluate both on the same samples with the same attacks, levels, seed and bounds"
             )
-    return [_tabulate(entries, metric) for metric in metrics]
+    return [_tabulate(entries, metric, groups, metric.resamples if resample else 0) for metric in metrics]
 
 
-def _tabulate(entries: Sequence[Entry], metric: Metric) -> Table:
+def _tabulate(entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | None, count: int) -> Table:
     first = entries[0].evaluation
     values = np.array([[e.evaluation.curve(attack, metric.of) for attack in first.attacks] for e in entries])
+    drawn = resamples(first.ids, groups, count=count)
+    draws = np.stack([_draw(entry.evaluation, metric, drawn) for entry in entries], axis=1)
     scale = metric.scale
     if scale is None:
         scale = 1.0 if metric.higher_is_better else float(np.max(values[np.isfinite(values)], initial=0))
-    return Table(metric, tuple(e.name for e in entries), tuple(first.attacks), first.levels, values, scale)
+    controls = tuple(name for name, attack in first.attacks.items() if attack.access == "none")
+    names = tuple(e.name for e in entries)
+    return Table(metric, names, tuple(first.attacks), first.levels, values, scale, controls, draws)
+
+
+def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Array:
+    """The metric on resampled samples under every attack at every level, shape (count, A, L)."""
+    clean = metric.resampled(evaluation.clean.scores, drawn)
+    curves = [
+        [clean, *(metric.resampled(evaluation.scores(attack, level), drawn) for level in evaluation.levels[1:])]
+        for attack in evaluation.attacks
+    ]
+    return np.moveaxis(np.array(curves), 2, 0)
 
 
 def findings(table: Table) -> list[str]:
@@ -187,22 +220,29 @@ def findings(table: Table) -> list[str]:
     """
     sign = 1 if table.metric.higher_is_better else -1
     name = table.metric.label
-    a = int(np.argmin(_last(sign * table.attacked_mean).mean(0)))
+    aimed = np.array([attack not in table.controls for attack in table.attacks])
+    a = int(np.argmin(np.where(aimed, _last(sign * table.attacked_mean).mean(0), np.inf)))
     attack, level, auc = table.attacks[a], f"{table.levels[-1]:g}", table.auc[:, a]
     clean, attacked = table.values[:, 0, 0], table.values[:, a, -1]
     rank = [int(i) for i in np.argsort(-_last(sign * auc), kind="stable")]
     best = rank[0]
+    low, high = interval(table.auc_draws[:, :, a])
+
+    def within(m: int) -> str:
+        known = np.isfinite([low[m], high[m]]).all()
+        return f" (95 % interval {table.show_auc(low[m])} to {table.show_auc(high[m])})" if known else ""
+
     if len(table.models) == 1:
         sentences = [
             f"{name} goes from {table.show(clean[0])} on clean images to {table.show(attacked[0])} "
-            f"under {attack} at noise level {level}; AUC_robust is {table.show_auc(auc[0])}."
+            f"under {attack} at noise level {level}; AUC_robust is {table.show_auc(auc[0])}{within(0)}."
         ]
     else:
         second, worst = rank[1], int(np.argmin(_last(sign * attacked)))
         sentences = [
             f"{table.models[best]} is the most robust of {len(table.models)} models under {attack}: "
-            f"AUC_robust {table.show_auc(auc[best])}, followed by {table.models[second]} "
-            f"with {table.show_auc(auc[second])}."
+            f"AUC_robust {table.show_auc(auc[best])}{within(best)}, followed by {table.models[second]} "
+            f"with {table.show_auc(auc[second])}{within(second)}."
         ]
         if worst != best:
             sentences.append(
@@ -219,6 +259,24 @@ def findings(table: Table) -> list[str]:
     return sentences
 
 
+def verdict(entries: Sequence[Entry]) -> tuple[bool | None, str]:
+    """The first line of a report: whether its numbers are to be believed, as far as the checks can tell.
+
+    Returns:
+        True if no check failed, False if one did, None if there was none; and a sentence.
+    """
+    failed = {entry.name: [check.name for check in entry.checks if check.verdict == "failed"] for entry in entries}
+    bad = {name: names for name, names in failed.items() if names}
+    if bad:
+        which = "; ".join(f"{name} ({', '.join(names)})" for name, names in bad.items())
+        return False, f"Do not rely on the robustness of these models: checks of the attack failed for {which}."
+    if not all(entry.checks for entry in entries):
+        return None, "Whether the attacks are strong enough was not checked."
+    counts = [sum(check.verdict == "passed" for check in entry.checks) for entry in entries]
+    models = "the model" if len(entries) == 1 else f"any of the {len(entries)} models"
+    return True, f"No sign of hidden gradients or a weak attack in {models}: all of {min(counts)} checks passed."
+
+
 def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
     """What a reader must know before believing the numbers; empty if nothing was noticed."""
     notes = []
@@ -231,6 +289,7 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
         gain = sign * np.diff(table.values, axis=2)
         # A percent of the clean value: less can be the noise of the attack itself.
         suspicious = (gain > 0.01 * np.abs(table.values[:, :, :1])).any(2)
+        suspicious &= np.array([attack not in table.controls for attack in table.attacks])
         notes += [
             f"{table.models[m]}: {table.metric.name} improves as the noise of {table.attacks[a]} grows. An attack that "
             "does this is too weak, or the model hides its gradients; its robustness may be overrated."

@@ -1,4 +1,4 @@
-"""Writes a report: report.json, samples.csv, table.csv, curves.png and report.html, a page that needs nothing else."""
+"""Writes a report: numbers as JSON, CSV and npz (docs/report-format.md), and a page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 import torch
 
 import common
-from common.attacks import GradientAttack
+from common.bootstrap import interval
 from common.evaluation import Condition
+from common.metric import Metric
 from common.report import figures
+from common.report.failures import Failures, count_failures
 from common.report.figures import Example, ExamplePictures
-from common.report.summary import Array, Entry, Metric, Table, cautions, findings, tabulate
+from common.report.summary import Array, Entry, Table, cautions, findings, tabulate, verdict
 
-FORMAT = "advmed.report/1"
-FILES = ("report.json", "samples.csv", "table.csv", "curves.png", "report.html")
+FORMAT = "advmed.report/2"
+FILES = ("report.json", "results.csv", "samples.csv", "table.csv", "draws.npz", "curves.png", "report.html")
 
 
 def write_report(
@@ -38,9 +41,10 @@ def write_report(
     examples: Sequence[Example] = (),
     class_names: Mapping[int, str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    groups: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the five files of a report; a report of the same configuration in the folder is renewed.
+    """Writes the files of a report (:data:`FILES`); a report of the same configuration in the folder is renewed.
 
     Args:
         folder: made if it is not there.
@@ -52,6 +56,7 @@ def write_report(
         examples: samples to be shown.
         class_names: names of foreground labels, for the legend of the examples.
         settings: what else a reader should know (data set, fold, checkpoint files), shown as given.
+        groups: to which each sample belongs, for the bootstrap, see :func:`common.bootstrap.resamples`.
         overwrite: replaces a report of another configuration.
 
     Returns:
@@ -61,17 +66,21 @@ def write_report(
         ValueError: for models that were not evaluated alike, or examples whose arrays do not fit together.
         FileExistsError: if the folder holds another report and ``overwrite`` is False; it stays untouched.
     """
-    tables = tabulate(entries, metrics)
+    tables = tabulate(entries, metrics, groups)
+    failures = count_failures(entries, metrics)
     configuration = _configuration(entries, metrics, level_unit, settings or {})
     if not overwrite:
         _refuse_another(folder, configuration)
-    record = _record(entries, tables, configuration, title)
+    record = _record(entries, tables, failures, configuration, title)
+    page = _page(record, entries, tables, failures, examples, class_names or {}, grouped=groups is not None)
     contents = {
         "report.json": json.dumps(record, indent=1, allow_nan=False).encode(),
+        "results.csv": _csv(_result_rows(tables)),
         "samples.csv": _csv(_sample_rows(entries, metrics)),
         "table.csv": _csv(_table_rows(tables)),
+        "draws.npz": _draws(tables),
         "curves.png": figures.curves(tables),
-        "report.html": _page(record, entries, tables, examples, class_names or {}).encode(),
+        "report.html": page.encode(),
     }
     # Everything is made before anything is written, and the record that claims the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,9 +125,14 @@ def _refuse_another(folder: Path, configuration: Mapping[str, Any]) -> None:
 
 
 def _record(
-    entries: Sequence[Entry], tables: Sequence[Table], configuration: Mapping[str, Any], title: str
+    entries: Sequence[Entry],
+    tables: Sequence[Table],
+    failures: Failures | None,
+    configuration: Mapping[str, Any],
+    title: str,
 ) -> dict[str, Any]:
     """report.json: all numbers but those of single samples. What is not a number is null."""
+    trusted, sentence = verdict(entries)
     return {
         "format": FORMAT,
         "title": title,
@@ -130,31 +144,56 @@ def _record(
             "numpy": np.__version__,
         },
         "configuration": dict(configuration),
+        "verdict": {"trusted": trusted, "text": sentence},
         "findings": findings(tables[0]),
         "cautions": cautions(entries, tables),
         "results": {
             table.metric.name: {
                 "scale": table.scale,
-                "models": {
-                    model: {
-                        "clean": _number(table.values[m, 0, 0]),
-                        "attacks": {
-                            attack: {
-                                "levels": list(table.levels),
-                                "values": [_number(value) for value in table.values[m, a]],
-                                "attacked_mean": _number(table.attacked_mean[m, a]),
-                                "auc_robust": _number(table.auc[m, a]),
-                            }
-                            for a, attack in enumerate(table.attacks)
-                        },
-                    }
-                    for m, model in enumerate(table.models)
-                },
+                "draws": len(table.draws),
+                "models": {model: _of_model(table, m) for m, model in enumerate(table.models)},
             }
             for table in tables
         },
+        "checks": {entry.name: [asdict(check) for check in entry.checks] for entry in entries},
+        "failures": None if failures is None else _failures(failures),
         "attacks": {entry.name: _effort(entry) for entry in entries},
         "margins": {entry.name: _distribution(entry.margins) for entry in entries if entry.margins is not None},
+    }
+
+
+def _of_model(table: Table, m: int) -> dict[str, Any]:
+    """The numbers of one model in one metric; each interval is [lowest, highest]."""
+    values, auc, mean = table.intervals, interval(table.auc_draws), interval(table.draws[..., 1:].mean(-1))
+    return {
+        "clean": _number(table.values[m, 0, 0]),
+        "clean_interval": _pair(values[:, m, 0, 0]),
+        "attacks": {
+            attack: {
+                "levels": list(table.levels),
+                "values": [_number(value) for value in table.values[m, a]],
+                "intervals": [_pair(values[:, m, a, k]) for k in range(len(table.levels))],
+                "attacked_mean": _number(table.attacked_mean[m, a]),
+                "attacked_mean_interval": _pair(mean[:, m, a]),
+                "auc_robust": _number(table.auc[m, a]),
+                "auc_robust_interval": _pair(auc[:, m, a]),
+            }
+            for a, attack in enumerate(table.attacks)
+        },
+    }
+
+
+def _failures(failures: Failures) -> dict[str, Any]:
+    """From which level on samples fail; null: at none, or without a value."""
+    return {
+        "criterion": failures.metric.failure,
+        "levels": list(failures.levels),
+        "share": {model: [_number(v) for v in row] for model, row in zip(failures.models, failures.share, strict=True)},
+        "median": dict(zip(failures.models, map(_number, failures.quantile(0.5)), strict=True)),
+        "smallest_level": {
+            model: dict(zip(failures.ids, map(_number, row), strict=True))
+            for model, row in zip(failures.models, failures.smallest, strict=True)
+        },
     }
 
 
@@ -163,7 +202,10 @@ def _effort(entry: Entry) -> dict[str, Any]:
     evaluation = entry.evaluation
     return {
         name: {
-            "gradients_per_image": attack.steps * attack.restarts if isinstance(attack, GradientAttack) else None,
+            "access": attack.access,
+            "description": attack.description,
+            "gradients_per_image": attack.gradients,
+            "queries_per_image": attack.queries,
             "seconds": [evaluation.at(name, level).seconds for level in evaluation.levels[1:]],
             "mean_norm": [_number(evaluation.at(name, level).norm.mean()) for level in evaluation.levels[1:]],
             "nonfinite_steps": [int(evaluation.at(name, level).nonfinite.sum()) for level in evaluation.levels[1:]],
@@ -179,6 +221,31 @@ def _distribution(margins: Array) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _pair(bounds: Array) -> list[float | None]:
+    return [_number(bound) for bound in bounds]
+
+
+def _result_rows(tables: Sequence[Table]) -> Iterator[list[Any]]:
+    """One number per row, with its interval: what a data frame wants."""
+    yield ["metric", "model", "attack", "access", "level", "value", "low", "high"]
+    for table in tables:
+        intervals = table.intervals
+        for m, model in enumerate(table.models):
+            for a, attack in enumerate(table.attacks):
+                access = "none" if attack in table.controls else "attack"
+                for k, level in enumerate(table.levels):
+                    cells = (table.values[m, a, k], *intervals[:, m, a, k])
+                    yield [table.metric.name, model, attack, access, f"{level:.9g}", *map(_cell, cells)]
+
+
+def _draws(tables: Sequence[Table]) -> bytes:
+    """The bootstrap draws, one array (count, models, attacks, levels) per metric, without pickled objects."""
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {table.metric.name: table.draws.astype(np.float32) for table in tables}
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
 
 
 def _table_rows(tables: Sequence[Table]) -> Iterator[list[Any]]:
@@ -222,8 +289,11 @@ def _page(
     record: Mapping[str, Any],
     entries: Sequence[Entry],
     tables: Sequence[Table],
+    failures: Failures | None,
     examples: Sequence[Example],
     class_names: Mapping[int, str],
+    *,
+    grouped: bool,
 ) -> str:
     """report.html; the template escapes every text."""
     from jinja2 import Environment, StrictUndefined
@@ -251,7 +321,13 @@ def _page(
             {"table": table, "attack": attack, "sources": [_uri(figures.curve(table, attack, t)) for t in themes]}
             for table in tables
             for attack in table.attacks
+            if attack not in table.controls
         ],
+        failures=failures,
+        infinity=float("inf"),
+        checked=any(entry.checks for entry in entries),
+        grouped=grouped,
+        failure_curves=[] if failures is None else [_uri(figures.failure_curves(failures, t)) for t in themes],
         histogram=[_uri(figures.margin_histogram(entries, levels, t)) for t in themes] if record["margins"] else [],
         examples=[_example(example, labels) for example in examples],
         legend=legend,

@@ -717,7 +717,7 @@ def flat(x: Tensor) -> Tensor:
         ({"step_scale": -1.0}, r"step_scale must be positive .*got -1.0"),
         ({"step_scale": math.inf}, r"step_scale must be positive .*got inf"),
         ({"step_scale": math.nan}, r"step_scale must be positive .*got nan"),
-        ({"random_start": 1.5}, r"random_start must be a fraction in \[0, 1\], got 1.5"),
+        ({"random_start": 1.5}, r"random_start must be a fraction of the radius in \[0, 1\], got 1.5"),
         ({"random_start": math.nan}, r"random_start must be a fraction .*got nan"),
         ({"keep": "worst"}, r"keep must be 'last' or 'best', got 'worst'"),
         ({"norm": 1}, r"norm must be 2 or inf \(L2 or Linf\), got 1"),

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.attacks.names import parse_attacks
 from common.comparison import Subject, compare
-from common.evaluation import EvaluationBatch, LoadedBatch, parse_attacks
+from common.evaluation import EvaluationBatch, LoadedBatch
 from common.report import Example, Metric, View, figures, format_table, tabulate
 from common.report.summary import Entry
 

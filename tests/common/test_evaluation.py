@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks import GradientAttack
-from common.evaluation import Evaluation, EvaluationBatch, LoadedBatch, attack_batch, evaluate, parse_attacks
+from common.attacks.names import parse_attacks
+from common.evaluation import Evaluation, EvaluationBatch, LoadedBatch, attack_batch, evaluate
 
 WEIGHT = torch.linspace(-1, 2, 12)
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])

@@ -17,7 +17,8 @@ import pytest
 from matplotlib.image import imread
 
 from common.attacks import GradientAttack
-from common.evaluation import Condition, Evaluation, parse_attacks
+from common.attacks.names import parse_attacks
+from common.evaluation import Condition, Evaluation
 from common.metrics import auc_robust
 from common.report import Entry, Example, Metric, View, figures, findings, format_table, tabulate, write_report
 from common.report.figures import CLASS_COLOURS, FOUND_POINT, TRUE_POINT, ExamplePictures

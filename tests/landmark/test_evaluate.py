@@ -17,7 +17,8 @@ from adv_landmark import evaluate as host
 from adv_landmark.data import Images, LandmarkTable
 from adv_landmark.maps import decode
 from common.attacks import GradientAttack
-from common.evaluation import evaluate, parse_attacks
+from common.attacks.names import parse_attacks
+from common.evaluation import evaluate
 from common.report import Entry, tabulate
 
 CPU = torch.device("cpu")

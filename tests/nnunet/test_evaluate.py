@@ -16,7 +16,8 @@ from torch import nn
 from adv_nnunet import evaluate as host
 from adv_nnunet.cli import main
 from adv_nnunet.evaluate import SlidingWindow
-from common.evaluation import evaluate, parse_attacks
+from common.attacks.names import parse_attacks
+from common.evaluation import evaluate
 from common.metrics import Counts, adi, tvdi
 
 
