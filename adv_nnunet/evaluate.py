@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adv_nnunet.objective import SampleTerms, inference_loss
 from adv_nnunet.trainer import STATE, segmentation_counts
+from common.attacks.cospgd import Voxels
 from common.attacks.names import Attack
 from common.comparison import spread
 from common.evaluation import EvaluationBatch, LoadedBatch, at_levels
@@ -103,6 +104,10 @@ class InferenceObjective:
     def __call__(self, images: Tensor) -> Tensor:
         """Cross-entropy and negative Dice of every image, (B, 2)."""
         return self.terms.at_full_resolution(self.model(images), self.target)
+
+    def voxels(self, images: Tensor) -> Voxels:
+        """Logits, truth, and which voxels count, for CosPGD."""
+        return self.terms.voxels(self.model(images), self.target)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.attacks.cospgd import Voxels
 from common.distances import sigmoid_divergence, softmax_divergence
 
 Outputs = Tensor | Sequence[Tensor]
@@ -88,11 +89,22 @@ class SampleTerms:
         divergence = softmax_divergence if isinstance(self.loss, DC_and_CE_loss) else sigmoid_divergence
         return divergence(_first(clean), _first(other))
 
+    def voxels(self, output: Tensor, target: Tensor) -> Voxels:
+        """Output and target of one scale, voxel by voxel; a voxel to ignore is background, and not valid."""
+        loss = self.loss
+        if isinstance(loss, DC_and_CE_loss):
+            valid = None if loss.ignore_label is None else target != loss.ignore_label
+            labels = target if valid is None else torch.where(valid, target, 0)
+            truth = torch.zeros_like(output, dtype=torch.float32).scatter_(1, labels.long(), 1)
+            return Voxels(output, truth, valid, exclusive=True)
+        valid = (target[:, -1:] == 0) if loss.use_ignore_label else None
+        return Voxels(output, (target[:, :-1] if loss.use_ignore_label else target).float(), valid, exclusive=False)
+
     def _at_one_scale(self, output: Tensor, target: Tensor) -> Tensor:
         loss, space = self.loss, tuple(range(2, output.ndim))
         if isinstance(loss, DC_and_CE_loss):
             labels = target[:, 0].long()
-            valid = None if loss.ignore_label is None else target != loss.ignore_label
+            _, truth, valid, _ = self.voxels(output, target)
             per_voxel = functional.cross_entropy(
                 output,
                 labels,
@@ -104,11 +116,8 @@ class SampleTerms:
             # (a label to ignore is no class, and masked below)
             weight = None if loss.ce.weight is None else loss.ce.weight[labels.clamp(0, output.shape[1] - 1)]
             ce = _mean(per_voxel.flatten(1), None if valid is None else valid[:, 0].flatten(1), weight)
-            truth = target if valid is None else torch.where(valid, target, 0)
-            truth = torch.zeros_like(output, dtype=torch.float32).scatter_(1, truth.long(), 1)
         else:
-            valid = (target[:, -1:] == 0) if loss.use_ignore_label else None
-            truth = (target[:, :-1] if loss.use_ignore_label else target).float()
+            _, truth, valid, _ = self.voxels(output, target)
             per_voxel = functional.binary_cross_entropy_with_logits(
                 output, truth, loss.ce.weight, reduction="none", pos_weight=loss.ce.pos_weight
             )

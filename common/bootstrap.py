@@ -30,8 +30,7 @@ def resamples(ids: Sequence[str], groups: Sequence[str] | None = None, *, count:
     Returns:
         ``count`` arrays of indices; all of N numbers unless groups differ in size.
     """
-    seed = hashlib.sha256("\n".join([*ids, *(groups or [])]).encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+    generator = np.random.default_rng(seed_of(ids, groups))
     if groups is None:
         return list(generator.integers(0, len(ids), (count, len(ids))))
     names = list(dict.fromkeys(groups))
@@ -41,6 +40,11 @@ def resamples(ids: Sequence[str], groups: Sequence[str] | None = None, *, count:
     return [
         np.concatenate([members[k] for k in drawn]) for drawn in generator.integers(0, len(names), (count, len(names)))
     ]
+
+
+def seed_of(ids: Sequence[str], groups: Sequence[str] | None = None) -> int:
+    """What :func:`resamples` draws from: reports with the same number have the same draws."""
+    return int.from_bytes(hashlib.sha256("\n".join([*ids, *(groups or [])]).encode()).digest()[:6], "big")
 
 
 def interval(draws: Array, *, confidence: float = CONFIDENCE) -> Array:

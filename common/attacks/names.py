@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.attacks.apgd import APGD
+from common.attacks.cospgd import CosPGD
 from common.attacks.gradient import GradientAttack
 from common.attacks.noise import Noise
 from common.attacks.problem import AttackResult
@@ -66,11 +67,15 @@ _NUMBERED: dict[str, Callable[[int, int, float], Attack]] = {
     "pgd": _pgd,
     "apgd": lambda number, restarts, norm: APGD(number, norm, restarts=restarts),
     "ifgsm": lambda number, _, norm: GradientAttack(number, 1.0, norm, keep="best"),
+    "cospgd": lambda number, _, norm: CosPGD(number, 5.0, norm, random_start=1.0),
     "square": lambda number, _, norm: SquareAttack(number, norm),
 }
 _RESTARTED = ("pgd", "apgd")
 _NOISE: dict[str, Literal["gaussian", "uniform"]] = {"gaussian": "gaussian", "uniform": "uniform"}
-EXPECTED = "pgd<steps>, apgd<steps>, either with x<restarts>, ifgsm<steps>, square<queries>, gaussian or uniform"
+EXPECTED = (
+    "pgd<steps>, apgd<steps>, either with x<restarts>, ifgsm<steps>, cospgd<steps> (segmentation), square<queries>, "
+    "gaussian or uniform"
+)
 
 
 def parse_attacks(names: Iterable[str], *, norm: float = 2) -> dict[str, Attack]:
@@ -93,7 +98,7 @@ def parse_attacks(names: Iterable[str], *, norm: float = 2) -> dict[str, Attack]
     for name in names:
         if name in attacks:
             raise ValueError(f"attack {name!r} is given twice")
-        match = re.fullmatch(r"([a-z]+)([1-9]\d*)(?:x([1-9]\d*))?", name)
+        match = re.fullmatch(r"([a-z]+)([1-9][0-9]*)(?:x([1-9][0-9]*))?", name)
         if name in _NOISE:
             attacks[name] = Noise(_NOISE[name], norm)
         elif match and match[1] in _NUMBERED and (match[3] is None or match[1] in _RESTARTED):

@@ -47,7 +47,8 @@ class Failures:
     def first_and_last(self, number: int) -> list[str]:
         """Ids of samples to look at: those that fail first, of all that are right when clean, and those that fail last.
 
-        The order is that of the mean over the models; samples that are wrong from the start come after the others.
+        The order is that of the mean over the models. Samples that are wrong from the start for every model are shown
+        only where there are no others.
         """
         levels = np.where(np.isinf(self.smallest), self.levels[-1] * 2, self.smallest)
         known = np.flatnonzero(~np.isnan(levels).any(0))

@@ -106,7 +106,7 @@ def curves(tables: Sequence[Table]) -> bytes:
         for axes, attack in zip(row, _aimed(table), strict=True):
             _draw_curve(axes, table, attack, LIGHT)
             axes.set_title(attack, loc="left", fontsize=11, color=LIGHT.ink)
-    return _png(figure)
+    return png(figure)
 
 
 def curve(table: Table, attack: str, theme: Theme) -> bytes:
@@ -115,7 +115,7 @@ def curve(table: Table, attack: str, theme: Theme) -> bytes:
 
     figure = Figure(figsize=(5.2, 3.5), layout="constrained", facecolor=theme.background)
     _draw_curve(figure.subplots(), table, attack, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def _aimed(table: Table) -> list[str]:
@@ -128,20 +128,30 @@ def _draw_curve(axes: Axes, table: Table, attack: str, theme: Theme) -> None:
     a, control = table.attacks.index(attack), next(iter(table.controls), None)
     low, high = table.intervals[:, :, a]
     for m, model in enumerate(table.models):
-        colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
-        axes.fill_between(table.levels, low[m], high[m], color=colour, alpha=0.15, linewidth=0)
         if control is not None and control != attack:
-            unaimed = table.values[m, table.attacks.index(control)]
+            colour, unaimed = theme.lines[m % len(theme.lines)], table.values[m, table.attacks.index(control)]
             axes.plot(table.levels, unaimed, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
-        curve = table.values[m, a]
-        axes.plot(table.levels, curve, color=colour, marker=marker, markersize=5, linewidth=2, label=model)
+        draw_line(axes, table.levels, table.values[m, a], low[m], high[m], m, model, theme)
     finite = table.values[np.isfinite(table.values)]
     if finite.size and finite.min() >= 0 and finite.max() > 0:
         axes.set_ylim(0, 1.05 * finite.max())  # the same for all attacks of a metric, and honest about ratios
-    axes.set_xticks(table.levels)
+    finish(axes, table.levels, table.metric.label, table.metric.higher_is_better, theme)
+
+
+def draw_line(
+    axes: Axes, levels: Sequence[float], curve: Array, low: Array, high: Array, m: int, label: str, theme: Theme
+) -> None:
+    """The line of the m-th model over the noise level, in a band from ``low`` to ``high``."""
+    colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
+    axes.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(levels, curve, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
+
+
+def finish(axes: Axes, levels: Sequence[float], label: str, higher_is_better: bool, theme: Theme) -> None:
+    """Axes of a metric over the noise level."""
+    axes.set_xticks(levels)
     axes.set_xlabel("noise level")
-    better = "higher" if table.metric.higher_is_better else "lower"
-    axes.set_ylabel(f"{table.metric.label}, {better} is better")
+    axes.set_ylabel(f"{label}, {'higher' if higher_is_better else 'lower'} is better")
     _style(axes, theme)
 
 
@@ -159,7 +169,7 @@ def failure_curves(failures: Failures, theme: Theme) -> bytes:
     axes.set_xlabel("noise level")
     axes.set_ylabel("samples that fail, %")
     _style(axes, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def margin_histogram(entries: Sequence[Entry], levels: Sequence[float], theme: Theme) -> bytes:
@@ -180,7 +190,7 @@ def margin_histogram(entries: Sequence[Entry], levels: Sequence[float], theme: T
     axes.set_xlabel("margin at the end of training (dotted: evaluated noise levels)")
     axes.set_ylabel("training samples")
     _style(axes, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def _style(axes: Axes, theme: Theme) -> None:
@@ -195,7 +205,8 @@ def _style(axes: Axes, theme: Theme) -> None:
     axes.legend(facecolor=theme.background, edgecolor="none", framealpha=0.85, labelcolor=theme.ink)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=180, facecolor=figure.get_facecolor())
     return buffer.getvalue()

@@ -144,7 +144,8 @@ def _in_columns(values: Array, auc: Array) -> Array:
     """Values (..., M, A, L) and AUC_robust (..., M, A) as the columns of a table, (..., M, 1 + A * (L + 1))."""
     attacked = values[..., 1:]
     blocks = np.concatenate([attacked, attacked.mean(-1, keepdims=True), auc[..., None]], axis=-1)
-    return np.concatenate([values[..., :1, 0], blocks.reshape(*blocks.shape[:-2], -1)], axis=-1)
+    width = blocks.shape[-2] * blocks.shape[-1]  # said, because of no draws nothing can be inferred
+    return np.concatenate([values[..., :1, 0], blocks.reshape(*blocks.shape[:-2], width)], axis=-1)
 
 
 def _digits(values: Array) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import common
-from common.bootstrap import interval
+from common.bootstrap import CONFIDENCE, interval, seed_of
 from common.evaluation import Condition
 from common.metric import Metric
 from common.report import figures
@@ -71,7 +71,7 @@ def write_report(
     configuration = _configuration(entries, metrics, level_unit, settings or {})
     if not overwrite:
         _refuse_another(folder, configuration)
-    record = _record(entries, tables, failures, configuration, title)
+    record = _record(entries, tables, failures, configuration, title, groups)
     page = _page(record, entries, tables, failures, examples, class_names or {}, grouped=groups is not None)
     contents = {
         "report.json": json.dumps(record, indent=1, allow_nan=False).encode(),
@@ -130,6 +130,7 @@ def _record(
     failures: Failures | None,
     configuration: Mapping[str, Any],
     title: str,
+    groups: Sequence[str] | None,
 ) -> dict[str, Any]:
     """report.json: all numbers but those of single samples. What is not a number is null."""
     trusted, sentence = verdict(entries)
@@ -156,6 +157,11 @@ def _record(
             for table in tables
         },
         "checks": {entry.name: [asdict(check) for check in entry.checks] for entry in entries},
+        "bootstrap": {
+            "confidence": CONFIDENCE,
+            "seed": seed_of(entries[0].evaluation.ids, groups),
+            "groups": None if groups is None else len(set(groups)),
+        },
         "failures": None if failures is None else _failures(failures),
         "attacks": {entry.name: _effort(entry) for entry in entries},
         "margins": {entry.name: _distribution(entry.margins) for entry in entries if entry.margins is not None},

@@ -29,7 +29,7 @@ SHARE = Metric("share", lambda scores: float((scores["loss"] < 1).mean()))
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the drawing of curves, which takes most of the time of a report."""
-    for name in ("curves", "curve", "margin_histogram"):
+    for name in ("curves", "curve", "failure_curves", "margin_histogram"):
         monkeypatch.setattr(figures, name, lambda *_: b"not drawn")
 
 
@@ -66,10 +66,10 @@ class Drawn:
     """Notes what the pictures were asked for."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Any, list[float]]] = []
+        self.calls: list[tuple[str, Any, list[float], list[str]]] = []
 
-    def __call__(self, attack: tuple[str, Any], levels: Sequence[float]) -> list[Example]:
-        self.calls.append((*attack, list(levels)))
+    def __call__(self, attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str]) -> list[Example]:
+        self.calls.append((*attack, list(levels), list(ids)))
         image = np.linspace(0, 1, 20).reshape(4, 5)
         views = [View("steep", "", 0, image), View("steep", attack[0], levels[0], image + 0.01, note="as attacked")]
         return [Example("0a", image, None, views)]
@@ -142,10 +142,10 @@ def test_the_tables_are_said_and_then_the_page(
     page, said = run(tmp_path / "own", subjects)
     assert len(said) == 3
     assert all(text.startswith("\n") for text in said)
-    assert said[-1] == f"\nReport: {page}"
+    assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
     for text, metric in zip(said, (ERROR, SHARE), strict=False):
         lines = text.strip("\n").splitlines()
-        assert lines[0].split() == ["pgd3", "ifgsm2"]
+        assert lines[0].split() == ["pgd3", "ifgsm2", "gaussian"]
         assert lines[1].startswith(metric.label)
         assert [line.split()[0] for line in lines[3:]] == ["steep", "flat"]
     capsys.readouterr()
@@ -178,12 +178,12 @@ def test_what_is_said_is_what_is_written(tmp_path: Path, subject: Any, monkeypat
 def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_path: Path, subject: Any) -> None:
     drawn = Drawn()
     page, _ = run(tmp_path / "own", [subject("steep")], examples=drawn)
-    assert drawn.calls == [("pgd3", ATTACKS["pgd3"], [0.5, 2])]
+    assert drawn.calls == [("pgd3", ATTACKS["pgd3"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
     text = page.read_text()
     assert "as attacked" in text
     turned = Drawn()
     run(tmp_path / "turned", [subject("steep")], examples=turned, attacks=dict(reversed(ATTACKS.items())))
-    assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2])]
+    assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
 
 
 def test_what_is_finished_is_not_computed_again(tmp_path: Path, subject: Any, loads: list[str]) -> None:
