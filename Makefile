@@ -125,7 +125,7 @@ $(VENV)/.installed-landmark: $(PACKAGING) $(VENV)/.torch
 
 $(VENV)/.installed-dev: $(PACKAGING) $(VENV)/.torch
 	@echo 'Installing advmed with all hosts and what the tests need'
-	@$(PIP) -e '.[nnunet,yolo,classify,landmark,eval,dev]'
+	@$(PIP) -e '.[nnunet,yolo,classify,landmark,eval,search,dev]'
 	@touch $(VENV)/.installed $(VENV)/.installed-yolo $(VENV)/.installed-classify \
 	  $(VENV)/.installed-landmark $@
 
