@@ -76,10 +76,9 @@ class Classify(Tool):
         values = data.dataset(given.split)[0]["image"].numel()
         return Study(
             subjects=[
-                Subject(
-                    m.name, m.path, host.make_batches(m, given.samples), m.margins, few=partial(host.make_batches, m)
-                )
+                Subject(m.name, m.path, batches(), m.margins, few=batches)
                 for m in models
+                for batches in [partial(host.make_batches, m, given.samples)]
             ],
             metrics=host.metrics(given.gradcam),
             examples=partial(host.make_examples, models, data.class_names),

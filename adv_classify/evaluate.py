@@ -141,21 +141,22 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
     for name in names:
         if name in attacks:
             raise ValueError(f"attack {name!r} is given twice")
-        margin = re.fullmatch(r"(margin|targeted)(\d+(?:x\d+)?)", name)
+        margin = re.fullmatch(r"(margin|targeted)([1-9][0-9]*(?:x[1-9][0-9]*)?)", name)
         if margin:
             like = parse_attacks([f"pgd{margin[2]}"], norm=norm)
             settings = asdict(cast(GradientAttack, next(iter(like.values()))))
             attacks[name] = MarginAttack(**settings, targets=9 if margin[1] == "targeted" else 0)
-        elif re.search(r"\d|gaussian|uniform", name) and not name.startswith(("margin", "targeted")):
-            attacks[name] = parse_attacks([name], norm=norm)[name]
-        else:
+            continue
+        try:
+            attacks |= parse_attacks([name], norm=norm)
+        except ValueError:  # of torchattacks, or of no one
             attacks[name] = torch_attack(name, norm)
     return attacks
 
 
-def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
-    """The images in batches, or ``limit`` of them at even distances."""
-    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), limit)
+def make_batches(model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
+    """The images in batches, or some of them; see :func:`common.lightning.evaluation.in_batches`."""
+    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), *limits)
 
 
 def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:

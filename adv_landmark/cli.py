@@ -74,10 +74,9 @@ class Landmark(Tool):
         height, width = data.size
         return Study(
             subjects=[
-                Subject(
-                    m.name, m.path, host.make_batches(m, given.samples), m.margins, few=partial(host.make_batches, m)
-                )
+                Subject(m.name, m.path, batches(), m.margins, few=batches)
                 for m in models
+                for batches in [partial(host.make_batches, m, given.samples)]
             ],
             metrics=metrics,
             examples=partial(host.make_examples, models),

@@ -61,9 +61,9 @@ def load_model(name: str, path: str | Path, data: LandmarkData, split: str, devi
     )
 
 
-def make_batches(model: TrainedModel, limit: int | None = None) -> list[EvaluationBatch]:
-    """The images in batches, or ``limit`` of them at even distances."""
-    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), limit)
+def make_batches(model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
+    """The images in batches, or some of them; see :func:`common.lightning.evaluation.in_batches`."""
+    return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), *limits)
 
 
 def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:

@@ -65,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("-l", default=None, metavar="FOLDER", help="their labels")
     e.add_argument("-o", required=True, metavar="FOLDER", help="output folder")
     e.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint file (default: checkpoint_final.pth)")
-    e.add_argument("--attacks", nargs="+", default=["pgd100", "ifgsm10"], help="default: pgd100 ifgsm10; pgd20x3 too")
+    e.add_argument(
+        "--attacks",
+        nargs="+",
+        default=["pgd100", "ifgsm10"],
+        help="the strongest first: pgd100, pgd20x3, apgd100, square1000, ... (default: pgd100 ifgsm10)",
+    )
     e.add_argument(
         "--levels",
         nargs="+",
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--examples", type=int, default=4, help="samples shown as pictures: those that fail first and last (default: 4)"
     )
     e.add_argument(
-        "--checks", type=int, default=32, help="number of samples that the attack itself is checked on; 0: none"
+        "--checks", type=int, default=32, help="samples that the attack itself is checked on, 0 for none (default: 32)"
     )
     e.add_argument("--batch_size", type=int, default=32, help="slices at a time, 2d only (default: 32)")
     e.add_argument("-step_size", type=float, default=0.5, help="as in nnUNetv2_predict (default: 0.5)")
@@ -172,11 +177,12 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 def _evaluate(args: argparse.Namespace) -> None:
     from adv_nnunet import evaluate as host
     from common.attacks.names import parse_attacks
-    from common.comparison import Subject, compare
+    from common.comparison import Subject, check_numbers, compare
     from common.metrics import check_levels
 
     if (args.i is None) != (args.l is None):
         raise ValueError("-i and -l belong together: raw images and their labels")
+    check_numbers(samples=args.samples, examples=args.examples, checks=args.checks)
     if args.levels is not None:
         check_levels(args.levels)
     attacks = parse_attacks(args.attacks, norm=float(args.norm))
@@ -213,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         examples=partial(host.make_examples, models, cases, samples[first.name], seed=args.seed),
         shown=args.examples,
         checks=args.checks,
-        groups=lambda id_: id_.rpartition(":")[0] or id_,
+        groups=(lambda id_: id_.rpartition(":")[0]) if first.planar else None,  # the slices of a case are alike
         fingerprint={"step_size": args.step_size, "images": args.i or "validation"},
         seed=args.seed,
         overwrite=args.overwrite,
@@ -275,9 +281,11 @@ def _short(checkpoint: Path) -> str:
 def _device(name: str) -> Any:
     import torch
 
+    from common.team import device_of_rank
+
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device here; choose another with -device cpu")
-    return torch.device(name)
+    return torch.device(device_of_rank(name))
 
 
 def _require_environment(raw: bool = True) -> None:

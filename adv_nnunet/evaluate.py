@@ -24,6 +24,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor, nn
 from torch.nn import functional
@@ -209,6 +210,7 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
 
     Raises:
         FileNotFoundError: if a folder is missing or holds nothing, or an image has no label file.
+        ValueError: for images of other channels than the model's.
     """
     ending = model.predictor.dataset_json["file_ending"]
     for folder in (images, labels):
@@ -222,6 +224,11 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
     if missing:
         raise FileNotFoundError(f"{len(missing)} image(s) have no label file in {labels}: {', '.join(missing[:10])}")
     plans, config = model.predictor.plans_manager, model.predictor.configuration_manager
+    needed = determine_num_input_channels(plans, config, model.predictor.dataset_json)
+    for name in {len(files): name for name, files in cases.items()}.values():  # one for every number of files
+        found = len(plans.image_reader_writer_class().read_images(cases[name])[0])
+        if found != needed:
+            raise ValueError(f"{name} in {images} has {found} channel(s), the model {model.name!r} takes {needed}")
     preprocessor = config.preprocessor_class(verbose=False)
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray]:

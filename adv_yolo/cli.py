@@ -219,10 +219,15 @@ def _arguments(found: dict[str, Any], network_arguments: dict[str, Any]) -> dict
 
 
 def _device(found: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    import torch
     from ultralytics.utils.torch_utils import select_device
 
+    from common.team import device_of_rank
+
     arguments.pop("device", None)
-    return select_device(found.get("device") or "", verbose=False)
+    device = select_device(found.get("device") or "", verbose=False)
+    mine = device_of_rank(device.type)
+    return device if mine == device.type else torch.device(mine)
 
 
 def _network_arguments(path: str) -> dict[str, Any]:
@@ -263,13 +268,14 @@ def _evaluate(found: dict[str, Any]) -> None:
 
     from adv_yolo import evaluate as host
     from common.attacks.names import parse_attacks
-    from common.comparison import Subject, compare
+    from common.comparison import Subject, check_numbers, compare
     from common.metrics import check_levels
 
     paths = _listed(found["model"])
     names = _listed(found["names"]) if found["names"] else [_name(path) for path in paths]
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ValueError(f"{len(paths)} models need {len(paths)} different names, got {names}; set them with names=A,B")
+    check_numbers(samples=found["samples"], examples=found["examples"], checks=found["checks"])
     attacks = parse_attacks(_listed(found["attacks"]), norm=float(found["norm"]))
     arguments = _arguments(found, _network_arguments(paths[0])) | {"split": found["split"]}
     device = _device(found, arguments)
@@ -285,11 +291,10 @@ def _evaluate(found: dict[str, Any]) -> None:
         host.load_model(name, path, data, arguments, device, folder) for name, path in zip(names, paths, strict=True)
     ]
     root = data.get("path")
-    samples = None if found["samples"] is None else int(found["samples"])
-    subjects = [
-        Subject(m.name, m.path, host.make_batches(m, root, samples), m.margins, partial(host.make_batches, m, root))
-        for m in models
-    ]
+    subjects = []
+    for model in models:
+        batches = partial(host.make_batches, model, root, found["samples"])
+        subjects.append(Subject(model.name, model.path, batches(), model.margins, few=batches))
     class_names = {int(k): str(v) for k, v in models[0].network.names.items()}
     norm = "Linf" if float(found["norm"]) == float("inf") else "L2"
     seed = int(found["seed"])
@@ -300,8 +305,8 @@ def _evaluate(found: dict[str, Any]) -> None:
         levels,
         host.metrics(class_names),
         examples=partial(host.make_examples, models, root, seed=seed),
-        shown=int(found["examples"]),
-        checks=int(found["checks"]),
+        shown=found["examples"],
+        checks=found["checks"],
         fingerprint={"arguments": arguments},
         bounds=(0.0, 1.0),
         seed=seed,

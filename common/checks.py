@@ -183,7 +183,7 @@ def _black_box(probed: Evaluation, metric: Metric) -> Check:
         f"{metric.label} is {white:.4g} with gradients and {black:.4g} without; without them the loss is the larger "
         f"one for {share:.0%} of {len(probed.ids)} samples."
     )
-    passed = gain <= _allowed(probed) and share <= 1 - LEAST_SHARE
+    passed = gain <= _allowed(probed) and 1 - share >= LEAST_SHARE
     return _check("black box", passed, finding, white_box=white, black_box=black, gain=gain, share=share)
 
 

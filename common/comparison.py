@@ -88,6 +88,8 @@ def compare(
     Returns:
         The path of report.html.
     """
+    check_numbers(samples=None, examples=shown, checks=checks)
+    _check_alike(subjects)
     team = Team.of_environment()
     attacks = with_control(attacks)
 
@@ -135,6 +137,27 @@ def compare(
         say(f"\n{verdict(entries)[1]}\n\nReport: {page}")
     team.wait()
     return page
+
+
+def check_numbers(*, samples: Any, examples: Any, checks: Any) -> None:
+    """Numbers that a user gave: how many samples are evaluated (None: all), shown, and checked.
+
+    Raises:
+        ValueError: for one that is no whole number, or too small.
+    """
+    for name, value, least in (("samples", samples, 1), ("examples", examples, 0), ("checks", checks, 0)):
+        if name == "samples" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def _check_alike(subjects: Sequence[Subject]) -> None:
+    """Models are compared on the same samples: said before hours of measuring rather than after them."""
+    ids = [[id_ for batch in subject.batches for id_ in batch.ids] for subject in subjects]
+    for subject, own in zip(subjects, ids, strict=True):
+        if own != ids[0]:
+            raise ValueError(f"{subject.name} and {subjects[0].name} cannot be compared: their samples differ")
 
 
 def with_control(attacks: Mapping[str, Attack]) -> dict[str, Attack]:

@@ -74,7 +74,8 @@ class Metric:
         """The metric on each of some draws of samples (arrays of indices), (count,)."""
         if self.is_mean and self.per_sample is not None:
             value = np.asarray(self.per_sample(scores), dtype=np.float64)
-            known, value = ~np.isnan(value), np.nan_to_num(value)
+            known = ~np.isnan(value)
+            value = np.where(known, value, 0.0)
             sums = np.array([(value[rows].sum(), known[rows].sum()) for rows in drawn]).reshape(-1, 2)
             return np.where(sums[:, 1] > 0, sums[:, 0] / np.maximum(sums[:, 1], 1), np.nan)
         found = []

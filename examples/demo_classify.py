@@ -20,7 +20,7 @@ EPOCHS = 10
 # eps: L2 norm over an image in [0, 1]. 0.22 is 2/255 in every value.
 METHODS = {"STD": {}, "SAT": {"eps": 0.4}, "DPAAT": {"eps": 0.4}}
 STEPS = 8
-EVALUATE = ["--attacks", "[pgd20,ifgsm10]", "--levels", "[0,0.2,0.4,0.8]", "--device", "cpu"]
+EVALUATE = ["--attacks", "[pgd20,ifgsm10]", "--levels", "[0,0.2,0.4,0.8]", "--checks", "16", "--device", "cpu"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ EPOCHS = 25
 # eps and delta: L2 norm over an image in [-1, 1].
 METHODS = {"STD": {}, "SAT": {"eps": 1.0}, "AMAT": {"delta": 0.1, "thresholds": "{STD}"}}
 STEPS = 5
-EVALUATE = ["--attacks", "[pgd20,ifgsm10]", "--levels", "[0,0.5,1,2]", "--device", "cpu"]
+EVALUATE = ["--attacks", "[pgd20,ifgsm10]", "--levels", "[0,0.5,1,2]", "--checks", "16", "--device", "cpu"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ FEATURES = (12, 24, 48, 96)  # one per stage; deeper stages repeat the last
 # Of the 14 validation cases, every second one: nnU-Net predicts them all after each training.
 VALIDATION_STEP = 2
 # The evaluation: the paper's noise levels for this data set, fewer attack steps (the paper: pgd100), some slices only.
-EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "--samples", "64"]
+EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "--samples", "64", "--checks", "16"]
 
 TRAINERS = tuple(SETTINGS)
 DATASET, NAME, CONFIGURATION, FOLD = "4", "Dataset004_Hippocampus", "2d", "0"

@@ -31,7 +31,7 @@ METHODS = {
     "AMAT": ["method=amat", "delta=0.7"],
 }
 COMMON = ["optimizer=AdamW", "mosaic=0", "batch=16", "val=False", "plots=False", "amp=False", "device=cpu"]
-EVALUATE = ["levels=0,1,2,4", "attacks=pgd20,ifgsm10", "batch=8", "device=cpu"]
+EVALUATE = ["levels=0,1,2,4", "attacks=pgd20,ifgsm10", "checks=16", "batch=8", "device=cpu"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -111,8 +111,11 @@ class APGD:
                 rises += loss > previous
                 previous = loss
                 best.offer(terms, iterate, noise, direction)
+                if k == 0:
+                    peak = best.loss
                 if k == end:
-                    # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better.
+                    # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better. What is
+                    # halved goes on from here, as in the authors' code: Algorithm 1 would first take one more step.
                     stuck = ~halved & (best.loss <= peak)
                     halve = (rises < self.rho * (k - begin)) | stuck
                     step = torch.where(broadcast(halve, step), step / 2, step)
@@ -133,7 +136,7 @@ class APGD:
 
 def _checkpoints(steps: int) -> list[int]:
     """The steps at which step lengths are looked at, 0 first: intervals that shrink from 22 % to 6 % of all steps."""
-    fractions = [0.0, 0.22]
-    while fractions[-1] < 1:
-        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
-    return list(dict.fromkeys(math.ceil(fraction * steps) for fraction in fractions))
+    shares = [0, 22]  # in percent: 0.57 * 100 is above 57 in floating point
+    while shares[-1] < 100:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 3, 6))
+    return list(dict.fromkeys(-(-share * steps // 100) for share in shares))

@@ -20,7 +20,7 @@ from common.attacks.settings import check_count, check_fraction
 from common.norms import check_norm, steepest
 from common.objective import Objective
 
-# After these shares of the queries (paper, section 3.1: 10, 50, 200, ... of 10,000) the window's area is halved.
+# After these shares of the queries (the authors' schedule: 10, 50, 200, ... of 10,000) the window's area is halved.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -92,14 +92,15 @@ class SquareAttack:
         share = self.share / 2 ** sum(query >= halving * self.steps for halving in _HALVINGS)
         extents = problem.images.shape[2:]
         side = share ** (1 / len(extents))
-        return tuple(min(n, max(1, round(side * n))) for n in extents)
+        least = 1 if self.norm == math.inf else 3  # a bump has two halves
+        return tuple(min(n, max(least, round(side * n))) for n in extents)
 
     def _start(self, problem: Problem) -> Tensor:
         """Linf: stripes of plus and minus the radius; L2: bumps of random sign all over the image, five a side."""
         images = problem.images
         if self.norm == math.inf:
-            stripes = problem.signs((*images.shape[:2], 1, *images.shape[3:])).expand_as(images)
-            return problem.radius * stripes
+            length = 1 if images.ndim > 3 else images.shape[2]  # a signal has stripes of one entry each
+            return problem.radius * problem.signs((*images.shape[:2], length, *images.shape[3:])).expand_as(images)
         size = tuple(max(1, n // 5) for n in images.shape[2:])
         places = _coordinates(images)
         tiles = [-(-n // s) for n, s in zip(images.shape[2:], size, strict=True)]
@@ -168,8 +169,8 @@ def _bump(local: list[Tensor], size: tuple[int, ...], axis: int) -> Tensor:
     for place, side, k in zip(local, size, range(len(size)), strict=True):
         centre = torch.where(upper, half + (side - half) // 2, half // 2) if k == axis else side // 2
         distance = torch.maximum(distance, (place - centre).abs())
-    steps = torch.arange(max(size), 0, -1, dtype=torch.float32, device=distance.device)
-    heights = (1 / steps.square()).cumsum(0).flip(0)  # at distance d: the sum over k > d of 1 / k^2
+    steps = torch.arange(max(size) // 2 + 1, 0, -1, dtype=torch.float32, device=distance.device)
+    heights = (1 / steps.square()).cumsum(0).flip(0)  # at distance d: the sum of 1 / k^2 over d < k <= max(size)//2 + 1
     return torch.where(upper, -1.0, 1.0) * heights[distance]
 
 

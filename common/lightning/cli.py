@@ -238,7 +238,7 @@ class Tool(ABC):
     def _evaluate(self, argv: Sequence[str]) -> None:
         from functools import partial
 
-        from common.comparison import compare
+        from common.comparison import check_numbers, compare
         from common.metrics import check_levels
 
         parser = self._parser("evaluate", "Trained models under attack, in one report for each norm.")
@@ -248,7 +248,10 @@ class Tool(ABC):
         parser.add_argument("--levels", type=list[float], default=None, help="L2 levels; default: by the images' size")
         parser.add_argument("--levels_inf", type=list[float], default=None, help="Linf levels; default: fixed ones")
         parser.add_argument(
-            "--attacks", type=list[str], default=["pgd100", "ifgsm10"], help="pgd100, pgd20x3, ifgsm10, ..."
+            "--attacks",
+            type=list[str],
+            default=["pgd100", "ifgsm10"],
+            help="the strongest first: pgd100, pgd20x3, apgd100, square1000, ...",
         )
         parser.add_argument("--samples", type=int, default=None, help="number of images; default: all")
         parser.add_argument("--examples", type=int, default=4, help="images shown: those that fail first and last")
@@ -266,6 +269,7 @@ class Tool(ABC):
                 f"{len(given.checkpoints)} checkpoints need {len(given.checkpoints)} different names, got {names}; set "
                 f"them with --names"
             )
+        check_numbers(samples=given.samples, examples=given.examples, checks=given.checks)
         norms = {name: _norm(name) for name in given.norm}
         attacks = {name: self.parse_attacks(given.attacks, norm) for name, norm in norms.items()}
         levels = {}
@@ -334,7 +338,9 @@ def _message(error: BaseException) -> str:
 def _device(name: str | None) -> Any:
     import torch
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from common.team import device_of_rank
+
+    return torch.device(device_of_rank(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _norm(name: float | str) -> float:

@@ -6,20 +6,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.comparison import spread
 from common.evaluation import EvaluationBatch, LoadedBatch
 
 
 def in_batches(
-    ids: Sequence[str], size: int, load: Callable[[Sequence[int]], LoadedBatch], limit: int | None = None
+    ids: Sequence[str], size: int, load: Callable[[Sequence[int]], LoadedBatch], *limits: int | None
 ) -> list[EvaluationBatch]:
-    """Samples in batches of ``size``, or ``limit`` of them at even distances; ``load`` is given their indices."""
+    """Samples in batches of ``size``; ``load`` is given their indices.
+
+    Of all samples the first limit takes as many, at even distances; of those the next, and so on; None takes all.
+    """
     chosen = list(range(len(ids)))
-    if limit is not None and limit < len(chosen):
-        chosen = [int(i) for i in np.linspace(0, len(chosen) - 1, limit)]
+    for limit in limits:
+        chosen = chosen if limit is None else spread(chosen, limit)
     parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     return [EvaluationBatch([ids[i] for i in part], partial(load, part)) for part in parts]
 

@@ -99,11 +99,11 @@ def curves(tables: Sequence[Table]) -> bytes:
     """All curves in one picture: a row per metric, a column per attack."""
     from matplotlib.figure import Figure
 
-    columns = len(_aimed(tables[0]))
+    columns = len(aimed(tables[0]))
     figure = Figure(figsize=(5.2 * columns, 3.7 * len(tables)), layout="constrained", facecolor=LIGHT.background)
     grid = figure.subplots(len(tables), columns, squeeze=False)
     for row, table in zip(grid, tables, strict=True):
-        for axes, attack in zip(row, _aimed(table), strict=True):
+        for axes, attack in zip(row, aimed(table), strict=True):
             _draw_curve(axes, table, attack, LIGHT)
             axes.set_title(attack, loc="left", fontsize=11, color=LIGHT.ink)
     return png(figure)
@@ -118,7 +118,7 @@ def curve(table: Table, attack: str, theme: Theme) -> bytes:
     return png(figure)
 
 
-def _aimed(table: Table) -> list[str]:
+def aimed(table: Table) -> list[str]:
     """The attacks that are some; where there are only controls, those."""
     return [attack for attack in table.attacks if attack not in table.controls] or list(table.attacks)
 
@@ -132,7 +132,8 @@ def _draw_curve(axes: Axes, table: Table, attack: str, theme: Theme) -> None:
             colour, unaimed = theme.lines[m % len(theme.lines)], table.values[m, table.attacks.index(control)]
             axes.plot(table.levels, unaimed, color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
         draw_line(axes, table.levels, table.values[m, a], low[m], high[m], m, model, theme)
-    finite = table.values[np.isfinite(table.values)]
+    drawn = np.concatenate([table.values.ravel(), table.intervals.ravel()])
+    finite = drawn[np.isfinite(drawn)]
     if finite.size and finite.min() >= 0 and finite.max() > 0:
         axes.set_ylim(0, 1.05 * finite.max())  # the same for all attacks of a metric, and honest about ratios
     finish(axes, table.levels, table.metric.label, table.metric.higher_is_better, theme)

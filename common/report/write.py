@@ -277,7 +277,7 @@ def _sample_rows(entries: Sequence[Entry], metrics: Sequence[Metric]) -> Iterato
             values += [c.scores[name] for name, score in shown.items() if score.ndim == 1]
             values += [column for name, score in shown.items() if score.ndim == 2 for column in c.scores[name].T]
             for id_, *row in zip(entry.evaluation.ids, c.norm, c.loss, c.nonfinite, *values, strict=True):
-                yield [entry.name, id_, attack, f"{level:g}", *map(_cell, row)]
+                yield [entry.name, id_, attack, f"{level:.9g}", *map(_cell, row)]
 
 
 def _cell(value: Any) -> str:
@@ -326,8 +326,7 @@ def _page(
         curves=[
             {"table": table, "attack": attack, "sources": [_uri(figures.curve(table, attack, t)) for t in themes]}
             for table in tables
-            for attack in table.attacks
-            if attack not in table.controls
+            for attack in figures.aimed(table)
         ],
         failures=failures,
         infinity=float("inf"),

@@ -342,7 +342,7 @@ def report(standard: Path, adaptive: Path, tmp_path_factory: pytest.TempPathFact
     """Two models in both norms."""
     folder = tmp_path_factory.mktemp("report") / "own"
     words = ["evaluate", best(standard), best(adaptive), "--attacks", "[pgd2,ifgsm2]", "--levels", "[0,0.3,0.9]"]
-    options = ["--levels_inf", "[0,0.02]", "--examples", 1, "--out", folder, "--names", "[plain,own]"]
+    options = ["--levels_inf", "[0,0.02]", "--examples", 2, "--checks", 5, "--out", folder, "--names", "[plain,own]"]
     assert main([str(word) for word in [*words, *options]]) == 0
     return folder
 
@@ -363,11 +363,23 @@ def test_a_report_of_two_models_in_both_norms(report: Path, adaptive: Path) -> N
         assert len({row["id"] for row in rows}) == 12
 
 
+@pytest.mark.parametrize("kind", ["L2", "Linf"])
+def test_the_report_says_whether_to_believe_it(report: Path, npz: Path, audit: Any, kind: str) -> None:
+    data = MedMNIST(str(npz), workers=0)
+    names = {s["id"]: f"{s['id']} ({data.class_names[s['label']]})" for s in data.dataset("val")}
+    how = {"fails_at": 0.5, "checked": 5, "shown": 2, "label": names.get, "groups": str}
+    record = audit(report / kind, "accuracy", **how)
+    assert record["failures"]["criterion"] == "accuracy below 0.5"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_of_some_images_as_told(standard: Path, run: Any, tools: Any) -> None:
     text = run(
         "evaluate", best(standard), "--attacks", "[pgd1]", "--norm", "[inf]", "--samples", 5, "--split", "test",
         "--gradcam", "false", "--levels_inf", "[0,0.1]", "--examples", 0, "--out", "own", "--device", "cpu",
+        "--checks", 0,
     )  # fmt: skip
+    assert "Whether the attacks are strong enough was not checked." in text
     assert not Path("own", "L2").exists()
     assert "Grad-CAM" not in text
     assert "AUC_robust" in text
@@ -377,10 +389,12 @@ def test_an_evaluation_of_some_images_as_told(standard: Path, run: Any, tools: A
     assert (folder / standard.parents[1].name).is_dir()  # named by the run's folder
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_levels_are_as_large_in_every_value(standard: Path, run: Any) -> None:
     text = run(
-        "evaluate", best(standard), "--attacks", "[ifgsm1]", "--samples", 3, "--gradcam", "false", "--out", "own"
-    )
+        "evaluate", best(standard), "--attacks", "[ifgsm1]", "--samples", 3, "--gradcam", "false", "--out", "own",
+        "--checks", 0,
+    )  # fmt: skip
     for level in (2, 4, 8):
         assert f" {round(level / 255 * 768**0.5, 4):g} " in text
         assert f" {round(level / 255, 8):g} " in text
@@ -399,7 +413,13 @@ def test_levels_are_as_large_in_every_value(standard: Path, run: Any) -> None:
         (["--levels", "[0,a]"], "levels"),
         (["--names", "[a,b]"], "1 checkpoints need 1 different names, got ['a', 'b']"),
         (["--attacks", "[autoattack]", "--levels", "[0,1]", "--norm", "[2]"], "autoattack needs 4 classes or more"),
+        (["--attacks", "[pgd1,cw10]"], "unknown attack 'cw10': expected pgd<steps>"),
         (["--samples", "many"], "samples"),
+        (["--samples", "0"], "samples must be a whole number >= 1, got 0"),
+        (["--examples", "-1"], "examples must be a whole number >= 0, got -1"),
+        (["--examples", "1.5"], "examples"),
+        (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),
+        (["--checks", "some"], "checks"),
     ],
 )
 def test_mistakes_of_an_evaluation(standard: Path, fails: Any, words: list[str], message: str) -> None:
@@ -413,8 +433,10 @@ def test_two_runs_of_one_name_need_names(standard: Path, fails: Any) -> None:
     assert "--names" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_evaluation_goes_on(standard: Path, run: Any, fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["evaluate", best(standard), "--attacks", "[pgd2]", "--norm", "[2]", "--levels", "[0,0.4]", "--examples", 0]
+    words = ["evaluate", best(standard), "--attacks", "[pgd2]", "--norm", "[2]", "--checks", 0]
+    words += ["--levels", "[0,0.4]", "--examples", 0]
     config = data_of(standard, batch_size=5, workers=0)
     whole = run(*words, *config, "--out", "whole")
     loaded: list[list[int]] = []
@@ -439,6 +461,7 @@ def test_a_killed_evaluation_goes_on(standard: Path, run: Any, fails: Any, monke
     assert len(loaded) == 4 + 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_of_two_models_of_one_name_are_not_mixed(standard: Path, adaptive: Path, run: Any, fails: Any) -> None:
     words = [
         "--attacks",
@@ -448,6 +471,8 @@ def test_numbers_of_two_models_of_one_name_are_not_mixed(standard: Path, adaptiv
         "--samples",
         2,
         "--examples",
+        0,
+        "--checks",
         0,
         "--names",
         "[own]",

@@ -23,7 +23,7 @@ TRAINER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--train
 MORE = {
     "fit": [*SHORTER, *TRAINER, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"],
     "predict": [*SHORTER, *TRAINER, "--trainer.limit_predict_batches", "2"],
-    "evaluate": ["--attacks", "[pgd1]", "--samples", "20", "--examples", "1", "--device", "cpu"],
+    "evaluate": ["--attacks", "[pgd1]", "--samples", "20", "--examples", "1", "--checks", "2", "--device", "cpu"],
 }
 
 

@@ -18,7 +18,7 @@ from adv_classify.external import TorchAttack
 from adv_classify.gradcam import agreement
 from adv_classify.module import RobustClassifier
 from adv_classify.objective import ClassificationObjective
-from common.attacks import GradientAttack
+from common.attacks import APGD, GradientAttack, Noise, SquareAttack
 from common.evaluation import evaluate
 from common.report import Entry, tabulate
 
@@ -149,29 +149,51 @@ def test_a_resumed_evaluation_has_the_same_numbers(model: host.TrainedModel, tmp
 
 
 def test_some_images_are_at_even_distances(model: host.TrainedModel) -> None:
-    def numbers(limit: int | None) -> list[list[int]]:
-        return [[int(i.removeprefix("val/")) for i in batch.ids] for batch in host.make_batches(model, limit)]
+    def numbers(*limits: int | None) -> list[list[int]]:
+        return [[int(i.removeprefix("val/")) for i in batch.ids] for batch in host.make_batches(model, *limits)]
 
     assert numbers(None) == numbers(12) == numbers(99) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
     assert numbers(4) == [[0, 3, 7, 11]]
     assert numbers(1) == [[0]]
+    assert numbers(4, 3) == [[0, 3, 11]]  # of those that are evaluated, some are checked
+    assert numbers(None, 3) == [[0, 5, 11]]
+    assert numbers(4, 32) == numbers(4)
     assert [len(part) for part in numbers(11)] == [5, 5, 1]
 
 
 def test_attacks_by_name() -> None:
-    attacks = host.parse(["pgd20x3", "ifgsm10", "apgd", "square"], math.inf)
-    assert list(attacks) == ["pgd20x3", "ifgsm10", "apgd", "square"]
+    """Those with a number are ours; APGD and the Square Attack are there twice."""
+    names = ["pgd20x3", "ifgsm10", "apgd20", "apgd20x2", "apgd", "square200", "square", "gaussian", "uniform"]
+    attacks = host.parse(names, math.inf)
+    assert list(attacks) == names
     assert isinstance(attacks["pgd20x3"], GradientAttack)
     assert (attacks["pgd20x3"].steps, attacks["pgd20x3"].restarts) == (20, 3)
-    assert isinstance(attacks["apgd"], TorchAttack)
+    assert (attacks["apgd20"], attacks["apgd20x2"]) == (APGD(20, math.inf), APGD(20, math.inf, restarts=2))
+    assert attacks["square200"] == SquareAttack(200, math.inf)
+    assert [attacks[name] for name in ("gaussian", "uniform")] == [Noise(k, math.inf) for k in ("gaussian", "uniform")]
+    for name, access in (("apgd", "white box"), ("square", "black box")):
+        assert isinstance(attacks[name], TorchAttack)
+        assert (attacks[name].access, attacks[name].gradients, attacks[name].queries) == (access, None, None)
+        assert "torchattacks" in attacks[name].description
+        assert "torchattacks" not in attacks[f"{name}20{'0' if name == 'square' else ''}"].description
     assert {attack.norm for attack in attacks.values()} == {math.inf}
-    for names, message in (
-        (["apgd", "apgd"], "attack 'apgd' is given twice"),
-        (["cw"], "unknown attack 'cw'"),
-        (["pgd0"], "unknown attack 'pgd0'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            host.parse(names, 2)
+
+
+def test_a_name_given_twice() -> None:
+    for name in ("apgd", "apgd20", "gaussian", "margin20"):
+        with pytest.raises(ValueError, match=f"attack '{name}' is given twice"):
+            host.parse([name, "pgd1", name], 2)
+
+
+WRONG = ["cw", "pgd0", "pgd", "margin", "margin0", "margin20x0", "targeted", "targetedx2", "square20x2", "gaussian20"]
+
+
+@pytest.mark.parametrize("name", [*WRONG, "Apgd", "apgd 20", "autoattack2", ""])
+def test_a_name_that_is_none_is_answered_with_all_there_are(name: str) -> None:
+    """Under the name that was given, whoever might have been meant."""
+    known = r"expected pgd<steps>, apgd<steps>.* gaussian or uniform; margin<steps> or targeted<steps>.* autoattack"
+    with pytest.raises(ValueError, match=f"unknown attack '{name}': {known}"):
+        host.parse(["pgd1", name], 2)
 
 
 def test_a_model_of_other_data_is_refused(standard: Path, tmp_path: Path, tools: Any, npz: Path) -> None:
@@ -222,8 +244,9 @@ def test_the_agreement_is_for_the_class_of_the_clean_image(model: host.TrainedMo
 def test_examples_show_clean_and_attacked_images_of_every_model(model: host.TrainedModel, tools: Any) -> None:
     other = replace(model, name="no cam", cam=None)
     attack = ("pgd2", host.parse(["pgd2"], 2)["pgd2"])
-    examples = host.make_examples([model, other], ["x", "y", "z"], attack, [0.5, 1.0], number=3, seed=0)
-    assert [example.sample for example in examples] == ["val/000000 (x)", "val/000005 (z)", "val/000011 (z)"]
+    ids = ["val/000005", "val/000000", "val/000011"]
+    examples = host.make_examples([model, other], ["x", "y", "z"], attack, [0.5, 1.0], ids, seed=0)
+    assert [example.sample for example in examples] == ["val/000005 (z)", "val/000000 (x)", "val/000011 (z)"]
     for example in examples:
         assert [(view.model, view.level) for view in example.views] == [
             (name, level) for name in ("own", "no cam") for level in (0.0, 0.5, 1.0)
@@ -238,8 +261,7 @@ def test_examples_show_clean_and_attacked_images_of_every_model(model: host.Trai
                 assert 0 <= view.heat.min() <= view.heat.max() <= 1
         assert np.linalg.norm(example.views[1].image - example.views[0].image) == pytest.approx(0.5, rel=0.2)
     assert host.picture(tools.noise(2, 1, 4, 5)).shape == (4, 5)
-    many = host.make_examples([other], ["x", "y", "z"], attack, [0.5], number=99)
-    assert len(many) == 12
+    assert host.make_examples([other], ["x", "y", "z"], attack, [0.5], []) == []
 
 
 # Attacks on the margin
@@ -279,17 +301,19 @@ def test_targeted_attacks_reach_the_largest_margin_of_a_linear_model(tools: Any,
 
 
 def test_names_of_attacks_on_the_margin() -> None:
-    attacks = host.parse(["margin100x3", "targeted20", "pgd100x3"], math.inf)
+    attacks = host.parse(["margin100x3", "targeted20x2", "pgd100x3"], math.inf)
     like = attacks["pgd100x3"]
-    margin, targeted = attacks["margin100x3"], attacks["targeted20"]
+    margin, targeted = attacks["margin100x3"], attacks["targeted20x2"]
     assert isinstance(margin, host.MarginAttack)
     assert isinstance(targeted, host.MarginAttack)
     assert (margin.targets, targeted.targets) == (0, 9)
-    for attack, steps, restarts in ((margin, 100, 3), (targeted, 20, 1)):
+    for attack, steps, restarts in ((margin, 100, 3), (targeted, 20, 2)):
         assert (attack.steps, attack.restarts, attack.norm) == (steps, restarts, math.inf)
         assert (attack.step_scale, attack.random_start, attack.keep) == (like.step_scale, 1.0, "best")
-    with pytest.raises(ValueError, match="unknown attack"):
-        host.parse(["targeted"], 2)
+    assert (margin.gradients, targeted.gradients) == (300, 20 * 2 * 9)
+    assert margin.description == f"{like.description}; climbs the margin of the largest wrong class"
+    assert "each of up to 9 wrong classes" in targeted.description
+    assert "margin of" not in like.description
 
 
 def test_an_attack_on_the_margin_leaves_no_trace(model: host.TrainedModel) -> None:

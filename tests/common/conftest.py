@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distances import softmax_divergence
+from common.methods import SAT
+
+DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 
 
 class Affine:
@@ -112,6 +118,55 @@ def cnn(
         )
 
 
+@cache
+def xrays() -> tuple[Tensor, Tensor]:
+    """Chest X-rays of 14 x 14 pixels, as many of either kind, and whether they show a pneumonia."""
+    with np.load(DATA, allow_pickle=False) as archive:
+        images = torch.from_numpy(archive["train_images"]).reshape(-1, 1, 28, 28) / 255.0
+        labels = torch.from_numpy(archive["train_labels"]).long().flatten()
+    both = [torch.nonzero(labels == k).flatten()[:160] for k in (0, 1)]
+    order = torch.stack(both, 1).flatten()  # one of each in turn
+    return F.avg_pool2d(images[order], 2), labels[order]
+
+
+@cache
+def trained(kind: str, seed: int) -> nn.Module:
+    """A linear classifier, a small network, or the same trained by SAT; some seconds of training at most."""
+    images, labels = xrays()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: nn.Module = nn.Sequential(
+            *(
+                [nn.Flatten(), nn.Linear(196, 2)]
+                if kind == "linear"
+                else [
+                    nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                    nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 49, 2),
+                ]
+            )
+        )  # fmt: skip
+        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+        method = SAT(0.4, steps=4, step_scale=2.0, bounds=(0.0, 1.0)) if kind == "adversarial" else None
+        for _ in range(12 if method is None else 10):
+            for batch in torch.randperm(len(images)).split(32):
+                objective = Classifier(model, labels[batch])
+                ids = [str(i) for i in batch.tolist()]
+                if method is None:
+                    loss = objective(images[batch]).mean()
+                else:
+                    loss = method.step(objective, images[batch], ids).loss
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+    return model.eval().requires_grad_(False)
+
+
 @pytest.fixture
 def tiny() -> SimpleNamespace:
     return SimpleNamespace(Affine=Affine, Logistic=Logistic, Classifier=Classifier, Compared=Compared, cnn=cnn)
+
+
+@pytest.fixture(scope="session")
+def chest() -> SimpleNamespace:
+    """Chest X-rays, and small networks of them that are trained once."""
+    return SimpleNamespace(xrays=xrays, trained=trained, Objective=Classifier)

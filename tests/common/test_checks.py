@@ -8,26 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks import APGD, GradientAttack, Noise, SquareAttack
 from common.attacks.names import parse_attacks
 from common.checks import MOST_GAIN, QUESTIONS, Check, Unlimited, check, level_to_check, probes, strongest
 from common.evaluation import Condition, Evaluation, EvaluationBatch, LoadedBatch, evaluate
-from common.methods import SAT
 from common.metric import Metric
 from common.report import Entry
 from common.report.summary import verdict
 
-DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 ACCURACY = Metric(
     "accuracy", lambda s: float(s["correct"].mean()), per_sample=lambda s: s["correct"], fails_at=0.5, is_mean=True
 )
@@ -69,44 +65,46 @@ class Shattered(nn.Module):
         return self.model(images + 0.01 * torch.sin(3000 * images))
 
 
-def batches(model: nn.Module, number: int = 60) -> list[EvaluationBatch]:
+def batches(chest: SimpleNamespace, model: nn.Module, number: int = 60) -> list[EvaluationBatch]:
     """The first images in one batch."""
-    images, labels = (part[:number] for part in xrays())
+    images, labels = (part[:number] for part in chest.xrays())
 
     def load() -> LoadedBatch:
         return LoadedBatch(
-            images, CrossEntropy(model, labels), lambda x: {"correct": (model(x).argmax(1) == labels).float()}
+            images, chest.Objective(model, labels), lambda x: {"correct": (model(x).argmax(1) == labels).float()}
         )
 
     return [EvaluationBatch([str(i) for i in range(number)], load)]
 
 
-def checked(model: nn.Module, attack: Any = PGD, seed: int = 0, scale: float = 1.0) -> dict[str, Check]:
+def checked(
+    chest: SimpleNamespace, model: nn.Module, attack: Any = PGD, seed: int = 0, scale: float = 1.0
+) -> dict[str, Check]:
     """The checks as a report has them."""
     how: dict[str, Any] = {"bounds": (0.0, 1.0), "seed": seed}
-    own = evaluate(batches(model), {"own": attack}, [scale * level for level in LEVELS], **how)
+    own = evaluate(batches(chest, model), {"own": attack}, [scale * level for level in LEVELS], **how)
     level = level_to_check(own, "own", ACCURACY)
-    probed = evaluate(batches(model), probes(attack), (0.0, level), **how)
+    probed = evaluate(batches(chest, model), probes(attack), (0.0, level), **how)
     found = check(own, "own", probed, ACCURACY)
     assert [one.name for one in found] == list(QUESTIONS)
     return {one.name: one for one in found}
 
 
-def test_nothing_is_said_of_sound_models() -> None:
+def test_nothing_is_said_of_sound_models(chest: SimpleNamespace) -> None:
     for kind in ("linear", "standard", "adversarial"):
         for seed in SEEDS:
-            found = checked(trained(kind, seed), seed=seed)
+            found = checked(chest, chest.trained(kind, seed), seed=seed)
             assert {one.verdict for one in found.values()} == {"passed"}, (kind, seed, found)
 
 
 @pytest.mark.parametrize("name", ["apgd10", "ifgsm10", "pgd10x2"])
-def test_nothing_is_said_of_other_attacks_that_work(name: str) -> None:
-    found = checked(trained("adversarial", 0), parse_attacks([name])[name])
+def test_nothing_is_said_of_other_attacks_that_work(chest: SimpleNamespace, name: str) -> None:
+    found = checked(chest, chest.trained("adversarial", 0), parse_attacks([name])[name])
     assert {one.verdict for one in found.values()} == {"passed"}, found
 
 
-def test_nothing_is_said_of_an_attack_in_linf() -> None:
-    found = checked(trained("adversarial", 0), parse_attacks(["pgd10"], norm=math.inf)["pgd10"], scale=0.1)
+def test_nothing_is_said_of_an_attack_in_linf(chest: SimpleNamespace) -> None:
+    found = checked(chest, chest.trained("adversarial", 0), parse_attacks(["pgd10"], norm=math.inf)["pgd10"], scale=0.1)
     assert {one.verdict for one in found.values()} == {"passed"}, found
 
 
@@ -123,26 +121,26 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], nn.Module], GradientAttack, set[st
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, seed: int) -> None:
+def test_planted_faults_are_found(chest: SimpleNamespace, fault: str, seed: int) -> None:
     around, attack, expected = FAULTS[fault]
-    model = trained("standard", seed)
-    found = checked(model if around is nn.Identity else around(model), attack, seed=seed)
+    model = chest.trained("standard", seed)
+    found = checked(chest, model if around is nn.Identity else around(model), attack, seed=seed)
     failed = {name for name, one in found.items() if one.verdict == "failed"}
     assert failed >= expected, found
-    entry = Entry("own", evaluate(batches(model), {"own": attack}, (0, 0.2)), checks=list(found.values()))
+    entry = Entry("own", evaluate(batches(chest, model), {"own": attack}, (0, 0.2)), checks=list(found.values()))
     trusted, text = verdict([entry])
     assert trusted is False
     assert text.startswith("Do not rely on the robustness of these models: checks of the attack failed for own (")
     assert all(name in text for name in expected)
 
 
-def test_the_planted_faults_look_robust() -> None:
+def test_the_planted_faults_look_robust(chest: SimpleNamespace) -> None:
     """Or there would be nothing to find: the attack seems to do less than to the network without the fault."""
-    model = trained("standard", 0)
-    plain = evaluate(batches(model), {"own": PGD}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
+    model = chest.trained("standard", 0)
+    plain = evaluate(batches(chest, model), {"own": PGD}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
     for around, attack, _ in FAULTS.values():
         faulty = model if around is nn.Identity else around(model)
-        curve = evaluate(batches(faulty), {"own": attack}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
+        curve = evaluate(batches(chest, faulty), {"own": attack}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
         assert abs(curve[0] - plain[0]) < 0.05
         assert curve[-1] > plain[-1] + 0.3
 

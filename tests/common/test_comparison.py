@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.attacks import Noise
 from common.attacks.names import parse_attacks
-from common.comparison import Subject, compare
+from common.checks import QUESTIONS, probes
+from common.comparison import Subject, compare, with_control
 from common.evaluation import EvaluationBatch, LoadedBatch
 from common.report import Example, Metric, View, figures, format_table, tabulate
 from common.report.summary import Entry
@@ -129,7 +131,7 @@ def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, sub
         record = json.loads((folder / "report.json").read_text())
         found = record["results"]["error"]["models"]["steep"]["attacks"]["ifgsm10"]["values"]
         for level, value in zip((0, 0.5, 30), found, strict=True):
-            worst = np.minimum(sums + level * 20**0.5, limit) if level else sums
+            worst = (sums + level * 20**0.5).clamp_max(limit) if level else sums
             assert value == pytest.approx(float(torch.nn.functional.softplus(0.3 * worst).mean()), rel=2e-3)
         evaluation = record["configuration"]["evaluation"]
         assert evaluation["bounds"] == (None if bounds is None else list(bounds))
@@ -184,6 +186,103 @@ def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_pa
     turned = Drawn()
     run(tmp_path / "turned", [subject("steep")], examples=turned, attacks=dict(reversed(ATTACKS.items())))
     assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
+
+
+RIGHT = Metric(
+    "right", lambda s: float((s["loss"] < 1).mean()), per_sample=lambda s: (s["loss"] < 1) * 1.0, fails_at=0.5
+)
+
+
+def checked(model: Subject) -> Subject:
+    """With batches for the checks: of the first samples, in one batch."""
+    whole = model.batches[0]
+
+    def few(number: int) -> list[EvaluationBatch]:
+        def load() -> LoadedBatch:
+            loaded = whole.load()
+            return LoadedBatch(loaded.images[:number], loaded.objective, loaded.score)
+
+        return [EvaluationBatch(list(whole.ids)[:number], load)]
+
+    return replace(model, few=few)
+
+
+def test_noise_is_added_as_a_control_and_stays_one(tmp_path: Path, subject: Any) -> None:
+    page, said = run(tmp_path / "own", [subject("steep", 3.0)])
+    record = json.loads((page.parent / "report.json").read_text())
+    assert {name: told["access"] for name, told in record["attacks"]["steep"].items()} == {
+        "pgd3": "white box",
+        "ifgsm2": "white box",
+        "gaussian": "none",
+    }
+    assert "gaussian noise (control)" in page.read_text()
+    assert "gaussian" in said[0]
+
+
+def test_a_control_that_was_asked_for_is_the_only_one() -> None:
+    assert list(with_control(ATTACKS)) == ["pgd3", "ifgsm2", "gaussian"]
+    assert with_control(ATTACKS)["gaussian"] == Noise("gaussian", 2)
+    assert with_control(parse_attacks(["pgd3"], norm=np.inf))["gaussian"] == Noise("gaussian", np.inf)
+    own = parse_attacks(["uniform", "pgd3"])
+    assert with_control(own) == own
+    assert with_control({}) == {}
+
+
+def test_the_attack_is_checked_and_the_verdict_said(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    models = [checked(subject("steep", 3.0)), checked(subject("flat", 0.5))]
+    page, said = run(tmp_path / "own", models, checks=2, metrics=[ERROR, RIGHT])
+    assert loads == ["steep"] * 3 + ["flat"] * 3
+    record = json.loads((page.parent / "report.json").read_text())
+    for model in ("steep", "flat"):
+        assert [one["name"] for one in record["checks"][model]] == list(QUESTIONS)
+        assert record["checks"][model][1]["finding"].startswith("right goes from ")  # the metric that knows failures
+        (place,) = [path.name for path in (tmp_path / "own" / model).iterdir() if path.name != "parts"]
+        assert place in ("checks_2_0.5", "checks_2_2")
+        (probed,) = parts(tmp_path / "own" / model, place)
+        assert probed["ids"] == ["0a", "0b"]
+        assert list(probed["attacks"]) == list(probes(ATTACKS["pgd3"]))
+    assert said[-1].startswith(f"\n{record['verdict']['text']}\n\nReport: ")
+    assert record["verdict"]["text"] in page.read_text()
+    run(tmp_path / "own", models, checks=2, metrics=[ERROR, RIGHT])
+    assert len(loads) == 6  # nor are checks made again
+
+
+@pytest.mark.parametrize("why", ["no checks", "no samples for them", "no attack of ours"])
+def test_what_is_not_checked_is_said(tmp_path: Path, subject: Any, why: str) -> None:
+    model = subject("steep") if why == "no samples for them" else checked(subject("steep"))
+    changes: dict[str, Any] = {"attacks": parse_attacks(["square5"])} if why == "no attack of ours" else {}
+    _, said = run(tmp_path / "own", [model], checks=0 if why == "no checks" else 2, **changes)
+    assert said[-1].startswith("\nWhether the attacks are strong enough was not checked.")
+
+
+def test_pictures_are_of_samples_that_fail_first_and_last(tmp_path: Path, subject: Any) -> None:
+    """The sum of the pixels decides when a sample of this model fails."""
+    model = subject("steep", 0.2)
+    sums = {
+        id_: float(total)
+        for batch in model.batches
+        for id_, total in zip(batch.ids, batch.load().images.flatten(1).sum(1), strict=True)
+    }
+    order = sorted(sums, key=lambda id_: -sums[id_])
+    grid = np.linspace(0, 3, 61)
+    drawn = Drawn()
+    how: dict[str, Any] = {"metrics": [RIGHT], "levels": list(grid), "attacks": parse_attacks(["ifgsm3"])}
+    run(tmp_path / "own", [model], examples=drawn, shown=2, **how)
+    assert drawn.calls[0][3] == [order[0], order[-1]]
+    none = Drawn()
+    page, _ = run(tmp_path / "none", [model], examples=none, shown=0, **how)
+    assert none.calls == []
+    assert "as attacked" not in page.read_text()
+    plain = Drawn()
+    run(tmp_path / "plain", [model], examples=plain, shown=3)  # no metric knows failures: at even distances
+    assert plain.calls[0][3] == ["0a", "0b", "1b"]
+
+
+def test_groups_are_drawn_whole(tmp_path: Path, subject: Any) -> None:
+    page, _ = run(tmp_path / "own", [subject("steep", 3.0)], groups=lambda id_: id_[0])
+    assert json.loads((page.parent / "report.json").read_text())["bootstrap"]["groups"] == 2
+    with np.load(page.parent / "draws.npz") as archive:
+        assert len(np.unique(archive["error"][:, 0, 0, 0])) <= 3  # two groups: either twice, or both
 
 
 def test_what_is_finished_is_not_computed_again(tmp_path: Path, subject: Any, loads: list[str]) -> None:

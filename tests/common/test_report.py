@@ -6,7 +6,8 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,11 +19,13 @@ from matplotlib.image import imread
 
 from common.attacks import GradientAttack
 from common.attacks.names import parse_attacks
+from common.bootstrap import seed_of
+from common.checks import Check
 from common.evaluation import Condition, Evaluation
 from common.metrics import auc_robust
 from common.report import Entry, Example, Metric, View, figures, findings, format_table, tabulate, write_report
 from common.report.figures import CLASS_COLOURS, FOUND_POINT, TRUE_POINT, ExamplePictures
-from common.report.summary import cautions
+from common.report.summary import cautions, verdict
 
 LEVELS = (0.0, 5.0, 10.0)
 IDS = ("case_a", "case_b")
@@ -47,7 +50,7 @@ def evaluation(curves: Mapping[str, tuple[float, ...]], fingerprint: str = "", *
     attacks = parse_attacks(curves)
     configuration = {
         "format": "advmed.evaluation/1",
-        "attacks": {name: attack.steps for name, attack in attacks.items()},
+        "attacks": {name: attack.gradients for name, attack in attacks.items()},
         "levels": list(LEVELS),
         "seed": 0,
         "bounds": None,
@@ -132,13 +135,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the drawing of curves, which takes most of the time of a report."""
-    for name in ("curves", "curve", "margin_histogram"):
+    for name in ("curves", "curve", "failure_curves", "margin_histogram"):
         monkeypatch.setattr(figures, name, lambda *arguments: b"not drawn")
 
 
 def test_the_record(folder: Path) -> None:
     record = json.loads((folder / "report.json").read_text())
-    assert record["format"] == "advmed.report/1"
+    assert record["format"] == "advmed.report/2"
     assert set(record["versions"]) == {"advmed", "python", "torch", "numpy"}
     assert record["configuration"]["models"] == {"STD": "sha-of-std", "AMAT": "sha-of-amat"}
     assert record["configuration"]["evaluation"]["seed"] == 0
@@ -152,7 +155,23 @@ def test_the_record(folder: Path) -> None:
             assert model["attacks"][attack]["values"] == pytest.approx(curve)
             assert model["attacks"][attack]["attacked_mean"] == pytest.approx((curve[1] + curve[2]) / 2)
             assert model["attacks"][attack]["auc_robust"] == pytest.approx(auc_robust(LEVELS, curve))
+            assert len(model["attacks"][attack]["intervals"]) == len(LEVELS)
+            for (low, high), value in zip(model["attacks"][attack]["intervals"], curve, strict=True):
+                assert (low, high) == pytest.approx((value - 0.01, value + 0.01))  # one sample twice, the other twice
+            low, high = model["attacks"][attack]["auc_robust_interval"]
+            assert low < auc_robust(LEVELS, curve) < high
+            low, high = model["attacks"][attack]["attacked_mean_interval"]
+            assert (low, high) == pytest.approx(((curve[1] + curve[2]) / 2 - 0.01, (curve[1] + curve[2]) / 2 + 0.01))
+        assert model["clean_interval"] == pytest.approx([curves["pgd100"][0] - 0.01, curves["pgd100"][0] + 0.01])
+    assert record["results"]["ADI"]["draws"] == 1000
+    assert record["results"]["ADI"]["scale"] == 1
+    assert record["verdict"] == {"trusted": None, "text": "Whether the attacks are strong enough was not checked."}
+    assert record["checks"] == {"STD": [], "AMAT": []}
+    assert record["failures"] is None  # this metric knows none
     assert record["attacks"]["AMAT"]["ifgsm10"] == {
+        "access": "white box",
+        "description": "10 gradient steps of level x 0.1 from the input; largest loss",
+        "queries_per_image": 1,
         "gradients_per_image": 10,
         "seconds": [5, 10],
         "mean_norm": [5, 10],
@@ -211,7 +230,7 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
     assert len(page.all("h1")) == 1
     assert page.all("html")[0]["lang"] == "en"
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
-    for words in (UNIT, "left atrium", "0.7594", "level × 0.05", "level × 0.1", "sha-of-amat", "Dice 0.00", "median 6"):
+    for words in (UNIT, "left atrium", "0.7594", "level x 0.05", "level x 0.1", "sha-of-amat", "Dice 0.00", "median 6"):
         assert words in page.text, words
     for finding in json.loads((folder / "report.json").read_text())["findings"]:
         assert finding in page.text
@@ -220,7 +239,7 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     best = [a for a in write(tmp_path).all("td") if "best" in (a.get("class") or "")]
-    assert len(best) == 9  # AMAT, in all columns
+    assert len(best) == 2 * 5  # AMAT, in all columns of both attacks
     single = write(tmp_path / "single", entries()[:1])
     assert not [a for a in single.all("td") if "best" in (a.get("class") or "")]
 
@@ -245,6 +264,147 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     assert any(nasty in (attributes["alt"] or "") for attributes in page.all("img"))
 
 
+FORMAT = (Path(__file__).parents[2] / "docs" / "report-format.md").read_text(encoding="utf-8")
+DICE = replace(MEAN, fails_at=0.5, is_mean=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything in it: a control, checks, failures, groups, margins."""
+    folder: Path = tmp_path_factory.mktemp("whole")
+    checked = [Check("steps", "Twice the steps do not help.", "passed", "They do not.", {"gain": 0.0})]
+    noise = {"gaussian": (0.9, 0.9, 0.89)}
+    models = [
+        Entry("STD", evaluation({**STD, **noise}, "sha"), checks=checked),
+        Entry("AMAT", evaluation({**AMAT, **noise}, "sha2"), margins=np.linspace(0, 12, 25), checks=checked),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves", "curve", "failure_curves", "margin_histogram"):
+            patch.setattr(figures, name, lambda *arguments: b"not drawn")
+        settings: dict[str, Any] = {"title": "Heart", "level_unit": UNIT, "settings": {"data set": "x"}}
+        write_report(folder, models, [DICE], **settings, groups=["one", "other"])
+    return folder
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """All keys of a record as the documentation writes them, with names replaced by what they are names of."""
+    if path == "configuration.settings" or path.endswith((".figures", ".quantiles", "smallest_level.<model>")):
+        yield path  # its keys are whatever they are
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            kind = {"STD": "<model>", "AMAT": "<model>", "ADI": "<metric>", "pgd100": "<attack>"}
+            kind |= {"ifgsm10": "<attack>", "gaussian": "<attack>"}
+            yield from paths(one, f"{path}.{kind.get(key, key)}".strip("."))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield from paths(value[0], f"{path}[]")
+    else:
+        yield path
+
+
+def test_the_format_is_documented(whole: Path) -> None:
+    """docs/report-format.md names every key and every column that there is, and none that there is not."""
+    record = json.loads((whole / "report.json").read_text())
+    for part in ("checks", "failures", "margins", "bootstrap", "cautions"):
+        assert record[part] is not None
+    found = set(paths(record))
+    assert len(found) > 50
+    named = FORMAT.partition("## report.json")[2].partition("## results.csv")[0]
+    rows = [line.split("|")[1] for line in named.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`(.+?)`", row)} == found
+    assert f"`{record['format']}`" in FORMAT
+    for name in ("results.csv", "samples.csv", "table.csv"):
+        text = FORMAT.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        described = [
+            n for line in text.splitlines() if line.startswith("| `") for n in re.findall("`(.+?)`", line.split("|")[1])
+        ]
+        columns = next(csv.reader((whole / name).open(newline="")))
+        if name == "samples.csv":  # the others are the host's
+            columns = columns[: columns.index("ADI")]
+        if name == "table.csv":
+            columns = list(dict.fromkeys(re.sub(r"^\w+ (?=\S+$)", "<attack> ", c) for c in columns))
+            columns = list(dict.fromkeys(re.sub(r" [\d.]+$", " <level>", c) for c in columns))
+        assert sorted(described) == sorted(columns), name
+    for file in whole.iterdir():
+        assert f"| `{file.name}` |" in FORMAT, file.name
+
+
+def test_one_number_per_row(whole: Path) -> None:
+    with (whole / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 3  # models, attacks, levels
+    (row,) = [r for r in rows if (r["model"], r["attack"], r["level"]) == ("AMAT", "pgd100", "10")]
+    assert (row["metric"], row["access"]) == ("ADI", "attack")
+    assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx([0.7594, 0.7494, 0.7694])
+    assert {r["access"] for r in rows if r["attack"] == "gaussian"} == {"none"}
+
+
+def test_draws_are_there_to_compare_models(whole: Path) -> None:
+    record = json.loads((whole / "report.json").read_text())
+    with np.load(whole / "draws.npz", allow_pickle=False) as archive:
+        draws = archive["ADI"]
+        assert archive.files == ["ADI"]
+    assert draws.shape == (1000, 2, 3, 3)
+    assert draws.dtype == np.float32
+    low, high = np.percentile(draws[:, 1, 0, 2], [2.5, 97.5])
+    assert record["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2] == pytest.approx([low, high])
+    np.testing.assert_allclose(draws[:, 1, 0, 2] - draws[:, 0, 0, 2], 0.7594 - 0.1997, atol=1e-6)
+    assert record["bootstrap"] == {"confidence": 0.95, "seed": seed_of(IDS, ["one", "other"]), "groups": 2}
+
+
+def test_failures_checks_and_controls_on_the_page(whole: Path) -> None:
+    record = json.loads((whole / "report.json").read_text())
+    assert record["failures"]["criterion"] == "ADI below 0.5"
+    assert record["failures"]["share"] == {"STD": [0, 0, 1], "AMAT": [0, 0, 0]}
+    assert record["failures"]["median"] == {"STD": 10, "AMAT": None}
+    assert record["failures"]["smallest_level"]["STD"] == {"case_a": 10, "case_b": 10}
+    assert record["failures"]["smallest_level"]["AMAT"] == {"case_a": None, "case_b": None}
+    assert record["verdict"]["trusted"] is True
+    page = Page((whole / "report.html").read_text())
+    assert f"{record['verdict']['text']} What was checked" in page.text
+    assert "pgd100 ifgsm10 gaussian noise (control)" in " ".join(
+        word for word in page.words if word in ("pgd100", "ifgsm10", "gaussian noise (control)")
+    )
+    assert "A sample fails with ADI below 0.5, under whichever attack succeeds first." in page.text
+    assert "STD 0 % 0 % 100 % 10 AMAT 0 % 0 % 0 % never" in page.text
+    assert "Twice the steps do not help. passed They do not." in page.text
+    assert "0.7594 0.7494 to 0.7694" in page.text
+    assert len([a for a in page.all("img") if "over the noise level" in (a["alt"] or "")]) == 2  # none of the control
+
+
+def test_controls_are_no_attacks() -> None:
+    """Noise that hurts more than the attack is not what the findings speak of, and may do good without a caution."""
+    curves = {"pgd100": (0.9, 0.8, 0.7), "gaussian": (0.9, 0.2, 0.6)}
+    models = [Entry(name, evaluation(curves)) for name in ("a", "b")]
+    tables = tabulate(models, [MEAN], resample=False)
+    assert tables[0].controls == ("gaussian",)
+    assert "under pgd100" in findings(tables[0])[0]
+    assert cautions(models, tables) == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_of_controls_alone_shows_their_curves(tmp_path: Path) -> None:
+    page = write(tmp_path, [Entry("a", evaluation({"gaussian": (0.9, 0.8, 0.7)}))])
+    assert len([a for a in page.all("img") if "over the noise level of gaussian" in (a["alt"] or "")]) == 1
+
+
+def test_verdicts() -> None:
+    def entry(name: str, *verdicts: Any) -> Entry:
+        return Entry(name, evaluation(AMAT), checks=[Check(f"c{k}", "", v, "", {}) for k, v in enumerate(verdicts)])
+
+    good, half = entry("good", "passed", "passed"), entry("half", "passed", "not measured")
+    assert verdict([good]) == (
+        True,
+        "No sign of hidden gradients or a weak attack in the model: all of 2 checks passed.",
+    )
+    trusted, text = verdict([good, half])
+    assert trusted is True
+    assert text.startswith("No sign of hidden gradients or a weak attack in any of the 2 models")
+    assert verdict([good, entry("none")])[0] is None
+    trusted, text = verdict([good, entry("bad", "failed", "passed", "failed"), entry("none")])
+    assert trusted is False
+    assert text.endswith("checks of the attack failed for bad (c0, c2).")
+
+
 def test_curves_are_a_picture_of_all_attacks(folder: Path) -> None:
     height, width, _ = imread(folder / "curves.png").shape
     assert width > 2 * height
@@ -255,7 +415,7 @@ def test_a_report_of_the_same_configuration_is_renewed(tmp_path: Path) -> None:
     write(tmp_path, title="first")
     assert "second" in write(tmp_path, title="second").text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("curves.png", "report.html", "report.json", "samples.csv", "table.csv")
+        *("curves.png", "draws.npz", "report.html", "report.json", "results.csv", "samples.csv", "table.csv")
     ]
 
 
@@ -334,7 +494,7 @@ def test_lower_is_better_scales_by_the_largest_value() -> None:
     curves = {"pgd100": (1.637, 2.247, 3.870)}, {"pgd100": (1.773, 2.044, 2.426)}
     models = [Entry(name, evaluation(curve)) for name, curve in zip(("weak", "robust"), curves, strict=True)]
     metric = Metric("MRE", lambda scores: scores["dice"].mean(), higher_is_better=False, unit="mm")
-    (table,) = tabulate(models, [metric])
+    (table,) = tabulate(models, [metric], resample=False)
     assert table.scale == pytest.approx(3.870)
     expected = [auc_robust(LEVELS, c["pgd100"], higher_is_better=False, scale=3.870) for c in curves]
     np.testing.assert_allclose(table.auc[:, 0], expected)
@@ -346,6 +506,7 @@ def test_lower_is_better_scales_by_the_largest_value() -> None:
         "On clean images, robust has MRE (mm) 1.773, worse than the best of the others (weak, 1.637).",
     ]
     (fixed,) = tabulate(models, [replace(metric, scale=10.0)])
+    assert "95 % interval" in findings(fixed)[0]
     np.testing.assert_allclose(fixed.auc[:, 0], np.array(expected) * 3.870 / 10)
 
 
@@ -356,11 +517,14 @@ def test_findings_speak_of_the_strongest_attack() -> None:
         "On clean images, AMAT has ADI 0.9148, better than the best of the others (STD, 0.7954).",
     ]
     assert "under pgd100: AUC_robust" in findings(table)[0]
+    # Of two samples, 95 % of the draws lie between one of them alone and the other.
+    area, low, high = (auc_robust(LEVELS, [v + shift for v in STD["pgd100"]]) for shift in (0, -0.01, 0.01))
+    within = f"AUC_robust is {area:.4f} (95 % interval {low:.4f} to {high:.4f})."
+    told = "ADI goes from 0.7954 on clean images to 0.1997 under pgd100 at noise level 10; "
     (alone,) = tabulate(entries()[:1], [MEAN])
-    assert findings(alone) == [
-        "ADI goes from 0.7954 on clean images to 0.1997 under pgd100 at noise level 10; "
-        f"AUC_robust is {auc_robust(LEVELS, STD['pgd100']):.4f}."
-    ]
+    assert findings(alone) == [told + within]
+    (plain,) = tabulate(entries()[:1], [MEAN], resample=False)
+    assert findings(plain) == [f"{told}AUC_robust is {area:.4f}."]
 
 
 def test_cautions() -> None:
@@ -573,4 +737,5 @@ def test_examples_that_do_not_fit() -> None:
 def test_infinite_norm_is_shown(tmp_path: Path) -> None:
     attack = {"pgd100": GradientAttack(100, 5.0, np.inf, 1.0)}
     measured = evaluation({"pgd100": AMAT["pgd100"]}, attacks=attack)
-    assert "L∞ 100 level × 0.05 random" in write(tmp_path, [Entry("AMAT", measured)]).text
+    shown = "L∞ the model 100 gradient steps of level x 0.05 from a random point of the ball; last step 100 1"
+    assert shown in write(tmp_path, [Entry("AMAT", measured)]).text

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ from adv_landmark import evaluate as host
 from adv_landmark.cli import Landmark, main
 from adv_landmark.data import LandmarkTable
 from adv_landmark.module import RobustLandmarks
+from common.lightning import cli
 from common.metrics import auc_robust
-from common.report import figures
 from common.thresholds import Thresholds
 
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -371,19 +374,12 @@ def test_a_rule_that_is_none(standard: Path, fails: Any) -> None:
 # Evaluation
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the drawing of curves, which takes most of the time of a report."""
-    for name in ("curves", "curve", "margin_histogram"):
-        monkeypatch.setattr(figures, name, lambda *_: b"not drawn")
-
-
 @pytest.fixture(scope="module")
 def report(standard: Path, adaptive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models."""
     folder = tmp_path_factory.mktemp("report") / "own"
     words = ["evaluate", last(standard), last(adaptive), "--attacks", "[pgd2,ifgsm2]", "--levels", "[0,0.5,1.5]"]
-    options = ["--examples", 2, "--out", folder, "--names", "[plain,own]", "--radii", "[2,5.5]"]
+    options = ["--examples", 3, "--checks", 3, "--out", folder, "--names", "[plain,own]", "--radii", "[2,5.5]"]
     assert main([str(word) for word in [*words, *options]]) == 0
     return folder / "L2"
 
@@ -410,13 +406,23 @@ def test_the_page_of_two_models(report: Path, tools: Any) -> None:
     assert not (report.parent / "Linf").exists()  # L2 alone where nobody asks
 
 
+def test_the_report_says_whether_to_believe_it(report: Path, audit: Any) -> None:
+    record = audit(report, "MRE", fails_at=5.5, checked=3, shown=3)
+    assert record["failures"]["criterion"] == "MRE above 5.5 mm"
+    assert len(set(record["failures"]["smallest_level"]["plain"].values())) > 1
+    page = (report / "report.html").read_text()
+    assert "(whole groups of them)" not in page
+    table = record["results"]["MRE"]["models"]["plain"]["attacks"]
+    assert table["gaussian"]["values"][-1] < table["pgd2"]["values"][-1]
+
+
 def test_the_errors_of_every_image_are_in_the_table(
     report: Path, standard: Path, adaptive: Path, root: Path, tools: Any
 ) -> None:
     rows = tools.table(report / "samples.csv")
     columns = ["MRE", "error[0]", "error[1]", "error[2]"]
     assert list(rows[0]) == ["model", "id", "attack", "level", "norm", "loss", "nonfinite", *columns]
-    assert len(rows) == 2 * 4 * 5
+    assert len(rows) == 2 * 4 * 7  # clean, and two attacks and their control at two levels
     batch = default_collate(list(LandmarkTable(str(root), size=(32, 48), workers=0).dataset("val")))
     for name, folder in (("plain", standard), ("own", adaptive)):
         model = RobustLandmarks.from_checkpoint(last(folder))
@@ -432,7 +438,7 @@ def test_the_errors_of_every_image_are_in_the_table(
 def test_the_area_is_scaled_by_the_largest_error(report: Path) -> None:
     record = json.loads((report / "report.json").read_text())
     models = record["results"]["MRE"]["models"]
-    curves = {(m, a): models[m]["attacks"][a]["values"] for m in ("plain", "own") for a in ("pgd2", "ifgsm2")}
+    curves = {(m, a): models[m]["attacks"][a]["values"] for m in ("plain", "own") for a in models[m]["attacks"]}
     largest = max(value for curve in curves.values() for value in curve)
     for (model, attack), curve in curves.items():
         area = (0.5 * (curve[0] + curve[1]) + 1.0 * (curve[1] + curve[2])) / 2 / 1.5
@@ -450,14 +456,17 @@ def test_the_area_is_scaled_by_the_largest_error(report: Path) -> None:
 def test_an_evaluation_of_some_images_as_told(
     standard: Path, run: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[dict[str, Any]] = []
-    monkeypatch.setattr(host, "make_examples", lambda *_, **how: drawn.append(how) or [])
+    drawn: list[list[Any]] = []
+    monkeypatch.setattr(host, "make_examples", lambda _, attack, levels, ids, **how: drawn.append([ids, how]) or [])
     text = run(
         "evaluate", last(standard), "--attacks", "[pgd1]", "--norm", "[inf]", "--samples", 2, "--split", "test",
-        "--levels_inf", "[0,0.1]", "--examples", 7, "--out", "own", "--device", "cpu", "--seed", 5,
+        "--levels_inf", "[0,0.1]", "--examples", 7, "--checks", 0, "--out", "own", "--device", "cpu", "--seed", 5,
         *data_of(standard, unit="px"),
     )  # fmt: skip
-    assert drawn == [{"number": 7, "seed": 5}]
+    ((shown, how),) = drawn
+    assert sorted(shown) == ["test0.png", "test2.png"]
+    assert how == {"seed": 5}
+    assert "Whether the attacks are strong enough was not checked." in text
     assert not Path("own", "L2").exists()
     assert "AUC_robust" in text
     assert "SDR 2.5 px" in text
@@ -474,7 +483,7 @@ def test_an_evaluation_of_some_images_as_told(
 @pytest.mark.usefixtures("undrawn")
 def test_levels_are_those_of_the_paper_for_every_value(standard: Path, run: Any, tools: Any) -> None:
     words = ["evaluate", last(standard), "--attacks", "[ifgsm1]", "--samples", 1, "--examples", 0, "--norm", "[2,inf]"]
-    run(*words, "--out", "own")
+    run(*words, "--checks", 0, "--out", "own")
     scale = (32 * 48 / (3 * 200 * 160)) ** 0.5
     for kind, wanted in (
         ("L2", [round(level * scale, 4) for level in (0, 0.5, 1, 2)]),
@@ -506,6 +515,11 @@ def test_levels_are_those_of_the_paper_for_every_value(standard: Path, run: Any,
         (["--radii", "[0,2]"], "the radii of SDR must be > 0 and increase"),
         (["--names", "[a,b]"], "1 checkpoints need 1 different names, got ['a', 'b']"),
         (["--samples", "many"], "samples"),
+        (["--samples", "0"], "samples must be a whole number >= 1, got 0"),
+        (["--examples", "-1"], "examples must be a whole number >= 0, got -1"),
+        (["--examples", "1.5"], "examples"),
+        (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),
+        (["--checks", "some"], "checks"),
     ],
 )
 def test_mistakes_of_an_evaluation(standard: Path, fails: Any, words: list[str], message: str) -> None:
@@ -532,7 +546,7 @@ def test_a_split_without_landmarks_is_not_evaluated(standard: Path, root: Path, 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_killed_evaluation_goes_on(standard: Path, run: Any, fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["evaluate", last(standard), "--attacks", "[pgd2]", "--levels", "[0,0.4]", "--examples", 0]
+    words = ["evaluate", last(standard), "--attacks", "[pgd2]", "--levels", "[0,0.4]", "--examples", 0, "--checks", 0]
     config = data_of(standard, batch_size=2)
     whole = run(*words, *config, "--out", "whole")
     loaded: list[list[int]] = []
@@ -563,7 +577,8 @@ def test_numbers_of_other_models_and_other_truths_are_not_mixed(
     standard: Path, adaptive: Path, tmp_path: Path, tools: Any, run: Any, fails: Any, change: str
 ) -> None:
     """Under the same names, of images of the same names."""
-    words = ["--attacks", "[pgd1]", "--levels", "[0,1]", "--examples", 0, "--names", "[own]", "--out", "own"]
+    words = ["--attacks", "[pgd1]", "--levels", "[0,1]", "--examples", 0, "--checks", 0, "--names", "[own]"]
+    words += ["--out", "own"]
     root = tools.write_table(tmp_path / "data")
     run("evaluate", last(standard), *words, *table_of(root))
     options = {"unit": {"unit": "px"}, "spacing": {"spacing": 0.1}}.get(change, {})
@@ -576,3 +591,42 @@ def test_numbers_of_other_models_and_other_truths_are_not_mixed(
     assert "was measured with another configuration: fingerprint" in message
     assert "\n" not in message
     run("evaluate", last(model), *words, *table_of(root, **options), "--overwrite", "true")
+
+
+def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    given = (None, "cuda", "cuda:0", "cpu")
+    assert [str(cli._device(name)) for name in given] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(standard: Path, tmp_path: Path, run: Any) -> None:
+    """Under torchrun, each with every second batch of one image; the attack is checked, too."""
+    words = ["evaluate", last(standard), *data_of(standard, batch_size=1), "--attacks", "[pgd2,square5]", "--radii"]
+    words += ["[3]", "--levels", "[0,0.7]", "--examples", 1, "--samples", 3, "--checks", 9, "--device", "cpu", "--out"]
+    run(*words, tmp_path / "one")
+    scripts = Path(sys.executable).parent
+    command = [scripts / "torchrun", "--nproc-per-node", 2, "--no-python", scripts / "adv-landmark"]
+    done = subprocess.run(
+        [str(word) for word in [*command, *words, tmp_path / "two"]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Report: ") == 1
+    one, two = (tmp_path / name / "L2" for name in ("one", "two"))
+    assert (one / "samples.csv").read_text() == (two / "samples.csv").read_text()
+    assert (one / "results.csv").read_text() == (two / "results.csv").read_text()
+    records = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
+    for record in records:
+        del record["created"]
+        for effort in record["attacks"]["standard"].values():
+            del effort["seconds"]
+    assert records[0] == records[1]
+    assert records[0]["checks"]["standard"][-1]["verdict"] != "not measured"
+    assert len(list((two / "standard" / "parts").iterdir())) == 3
+    assert len(list((two / "standard").glob("checks_9_0.7/parts/*"))) == 3, "no more are checked than are evaluated"

@@ -25,7 +25,7 @@ TRAINER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--train
 MORE = {
     "fit": [*SHORTER, *TRAINER, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"],
     "predict": [*SHORTER, *TRAINER, "--trainer.limit_predict_batches", "1"],
-    "evaluate": ["--attacks", "[pgd1]", "--samples", "6", "--examples", "1", "--device", "cpu"],
+    "evaluate": ["--attacks", "[pgd1]", "--samples", "6", "--examples", "1", "--checks", "2", "--device", "cpu"],
 }
 
 

@@ -18,6 +18,7 @@ from adv_landmark.data import Images, LandmarkTable
 from adv_landmark.maps import decode
 from common.attacks import GradientAttack
 from common.attacks.names import parse_attacks
+from common.comparison import Subject, compare
 from common.evaluation import evaluate
 from common.report import Entry, tabulate
 
@@ -92,6 +93,14 @@ def test_a_single_error_has_no_deviation() -> None:
 def test_metrics_of_pixels() -> None:
     assert [metric.label for metric in host.metrics("px", [1.5])] == ["MRE (px)", "radial error SD (px)", "SDR 1.5 px"]
     assert [metric.name for metric in host.metrics("px", [])] == ["MRE", "radial error SD"]
+
+
+def test_an_image_fails_where_its_mean_error_is_above_the_largest_radius() -> None:
+    given = {"error": np.array([[4.0, 4.0], [4.1, np.nan], [0.1, 8.0], [np.nan, np.nan]])}
+    (metric,) = [metric for metric in host.metrics("mm", [2, 4]) if metric.fails_at is not None]
+    assert (metric.name, metric.failure) == ("MRE", "MRE above 4 mm")
+    np.testing.assert_array_equal(metric.failed(given), [0, 1, 1, np.nan])
+    assert all(metric.fails_at is None for metric in host.metrics("mm", []))
 
 
 @pytest.mark.parametrize("radii", [[0, 1], [-1], [2, 1], [1, 1], [1, math.nan]])
@@ -253,9 +262,9 @@ def test_examples_show_true_and_found_landmarks_of_every_model(
 ) -> None:
     other = host.load_model("other", adaptive / "checkpoints" / "last.ckpt", data, "val", CPU)
     attack = ("pgd2", parse_attacks(["pgd2"])["pgd2"])
-    examples = host.make_examples([model, other], attack, [0.5, 1.5], number=2, seed=0)
-    assert [example.sample for example in examples] == ["val0.png", "val3.png"]
-    for index, example in zip((0, 3), examples, strict=True):
+    examples = host.make_examples([model, other], attack, [0.5, 1.5], ["val3.png", "val0.png"], seed=0)
+    assert [example.sample for example in examples] == ["val3.png", "val0.png"]
+    for index, example in zip((3, 0), examples, strict=True):
         item = data.dataset("val")[index]
         np.testing.assert_array_equal(example.points, item["points"])
         np.testing.assert_array_equal(example.image, item["image"][0])
@@ -277,13 +286,12 @@ def test_examples_show_true_and_found_landmarks_of_every_model(
             assert away <= view.level * (1 + 1e-5)
             assert away > 0.7 * view.level or view.level == 0
             assert -1 <= view.image.min() <= view.image.max() <= 1
-    assert len(host.make_examples([model], attack, [0.5], number=99)) == 4
-    assert host.make_examples([model], attack, [0.5], number=0) == []
+    assert host.make_examples([model], attack, [0.5], []) == []
 
 
 def test_examples_begin_where_the_seed_says(model: host.TrainedModel) -> None:
     attack = ("pgd1", parse_attacks(["pgd1"])["pgd1"])
-    images = [host.make_examples([model], attack, [1.0], number=1, seed=s)[0].views[1].image for s in (0, 0, 1)]
+    images = [host.make_examples([model], attack, [1.0], ["val2.png"], seed=s)[0].views[1].image for s in (0, 0, 1)]
     np.testing.assert_array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() > 1e-3
 
@@ -292,3 +300,11 @@ def test_a_picture_is_grey_or_colour() -> None:
     assert host.picture(torch.zeros(2, 1, 4, 5)).shape == (4, 5)
     colour = torch.rand(2, 3, 4, 5)
     np.testing.assert_array_equal(host.picture(colour)[2, 3], colour[0, :, 2, 3])
+
+
+def test_models_on_other_samples_are_not_compared(model: host.TrainedModel, tmp_path: Path) -> None:
+    subjects = [Subject(name, model.path, host.make_batches(model, limit)) for name, limit in (("a", None), ("b", 2))]
+    given = {"examples": lambda *_: [], "fingerprint": {}}
+    with pytest.raises(ValueError, match="b and a cannot be compared: their samples differ"):
+        compare(tmp_path, subjects, parse_attacks(["pgd1"]), LEVELS, host.metrics("mm", [2]), **given)
+    assert not list(tmp_path.iterdir())

@@ -387,4 +387,5 @@ def console() -> SimpleNamespace:
         train=[sys.executable, str(scripts / "nnUNetv2_train")],
         predict=[sys.executable, str(scripts / "nnUNetv2_predict")],
         ours=[sys.executable, str(scripts / "adv-nnunet")],
+        twice=[sys.executable, str(scripts / "torchrun"), "--nproc-per-node", "2", "--no-python"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from adv_nnunet import cli
 from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
 from common.thresholds import Thresholds
@@ -237,6 +239,9 @@ EVALUATE = ["evaluate", "-d", "4", "-c", "2d", "-device", "cpu", "-p", "tiny", "
         (["-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
         (["-tr", "nnUNetTrainer"], "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
         (["-m", "a=x", "a=y"], "two models have the same name"),
+        (["--samples", "0"], "samples must be a whole number >= 1, got 0"),
+        (["--examples", "-1"], "examples must be a whole number >= 0, got -1"),
+        (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),
     ],
 )
 def test_evaluate_with_a_mistake(
@@ -271,6 +276,13 @@ def test_evaluate_what_cannot_be_found(
     (images / "one_0000.nii.gz").touch()
     assert main([*stock, "-i", "images", "-l", "labels"]) == 1
     assert "1 image(s) have no label file in labels: one" in capsys.readouterr().err
+    (images / "one_0000.nii.gz").unlink()
+    raw = bench.world.raw / bench.world.main
+    for channel in ("0000", "0001"):
+        shutil.copy(raw / "imagesTr" / f"{bench.world.cases[0]}_0000.nii.gz", images / f"one_{channel}.nii.gz")
+    shutil.copy(raw / "labelsTr" / f"{bench.world.cases[0]}.nii.gz", labels / "one.nii.gz")
+    assert main([*stock, "-i", "images", "-l", "labels"]) == 1
+    assert "one in images has 2 channel(s), the model 'STD' takes 1" in capsys.readouterr().err
 
 
 def test_evaluate_into_a_folder_of_another_evaluation(
@@ -279,6 +291,7 @@ def test_evaluate_into_a_folder_of_another_evaluation(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     quick = [*EVALUATE, "-tr", "nnUNetTrainer", "--attacks", "ifgsm1", "--samples", "2", "--examples", "0"]
+    quick += ["--checks", "0"]
     assert main([*quick, "--levels", "0", "1"]) == 0
     before = (tmp_path / "out" / "report.json").read_bytes()
     assert main([*quick, "--levels", "0", "2"]) == 1
@@ -293,6 +306,15 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypa
     arguments = ["thresholds", "-d", "4", "-c", "2d", "-p", "tiny"]
     assert main(arguments) == 1
     assert "there is no CUDA device here; choose another with -device cpu" in capsys.readouterr().err
+
+
+def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli._device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli._device("cuda") == torch.device("cuda:1")
+    assert cli._device("cpu") == torch.device("cpu")
 
 
 def test_thresholds_without_a_standard_training(capsys: pytest.CaptureFixture[str]) -> None:

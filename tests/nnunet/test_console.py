@@ -42,6 +42,7 @@ SETTINGS = {
     "refinement": "crossing",
 }
 EVALUATE = ["--attacks", "pgd10", "ifgsm3", "--levels", "0", "2", "6", "--samples", "20", "--batch_size", "4"]
+EVALUATE += ["--checks", "4"]
 
 
 ONE_CORE = """
@@ -245,7 +246,7 @@ def test_thresholds_from_the_stock_training(
     assert "WARNING: this network is poorly trained" in text  # twenty iterations
 
 
-def test_evaluate_is_killed_and_goes_on(
+def test_evaluate_is_killed_and_goes_on_in_two_processes(
     trained: SimpleNamespace,
     shell: SimpleNamespace,
     console: SimpleNamespace,
@@ -261,9 +262,10 @@ def test_evaluate_is_killed_and_goes_on(
     kill_when(start(shell, [*console.ours, *command, str(report)], "evaluate"), lambda: len([*parts.glob("*.npz")]) > 1)
     assert not (report / "report.json").exists()
     done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in report.rglob("*.npz")}
-    text = finish(shell, start(shell, [*console.ours, *command, str(report)], "evaluate2"), "evaluate2")
+    again = [*console.twice, *console.ours, *command, str(report)]
+    text = finish(shell, start(shell, again, "evaluate2"), "evaluate2")
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done
-    assert f"Report: {report / 'report.html'}" in text
+    assert text.count(f"Report: {report / 'report.html'}") == 1
     for name in ("STD", "AMAT", "pgd10", "ifgsm3", "ADI", "TVDI", "AUC"):
         assert name in text, name
 
@@ -273,7 +275,10 @@ def test_evaluate_is_killed_and_goes_on(
     assert (whole / "samples.csv").read_text() == (report / "samples.csv").read_text()
     for name in ("report.html", "report.json", "curves.png"):
         assert (report / name).stat().st_size > 0
-    content = json.loads((report / "report.json").read_text())
+    content, other = (json.loads((folder / "report.json").read_text()) for folder in (report, whole))
+    for key in ("results", "checks", "failures", "verdict", "findings"):
+        assert content[key] == other[key], key
+    assert [check["name"] for check in content["checks"]["STD"] if check["verdict"] == "not measured"] == []
     assert "nnUNetTrainerAMAT__" in json.dumps(content)
     assert str(shell.root) not in (report / "report.html").read_text(), "the report tells where the user keeps things"
 
@@ -290,7 +295,7 @@ def test_evaluate_raw_files(
             shutil.copy(world.raw / world.main / part / f"{case}{ending}", folder)
     model = shell.results / f"nnUNetTrainer__{world.plans}__2d"
     command = ["evaluate", "-d", "4", "-c", "2d", "-m", f"mine={model}", "-device", "cpu", "--attacks", "ifgsm2"]
-    command += ["--levels", "0", "3", "--samples", "6", "--examples", "1"]
+    command += ["--levels", "0", "3", "--samples", "6", "--examples", "1", "--checks", "0"]
     raw, validation = shell.root / "of_raw", shell.root / "of_validation"
     assert main([*command, "-i", str(images), "-l", str(labels), "-o", str(raw)]) == 0
     assert main([*command, "-o", str(validation)]) == 0

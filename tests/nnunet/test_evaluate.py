@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,13 @@ def test_adi_and_tvdi_of_clean_slices(stock_model: Any, world: Any, tmp_path: Pa
     assert [metric.name for metric in host.metrics(False)] == ["Dice"]
 
 
-def _predict_foreground(model: Any, cases: Any) -> None:
-    """After so short a training all is background: moves the decision so that a twentieth of the first case is not."""
+def _predict_foreground(model: Any, cases: Any, share: float = 0.05) -> None:
+    """After so short a training all is background: moves the decision so that a share of the first case is not."""
     image, _ = next(iter(cases.values()))()
     with torch.no_grad():
         logits = model.window(torch.from_numpy(image).swapaxes(0, 1))
         distance = logits[:, 0] - logits[:, 1:].amax(1)
-        model.window.network.decoder.seg_layers[-1].bias[0] -= distance.quantile(0.05)
+        model.window.network.decoder.seg_layers[-1].bias[0] -= distance.quantile(share)
 
 
 def test_the_attack_hurts_and_stays_within_its_level(stock_model: Any) -> None:
@@ -258,9 +259,12 @@ def test_other_kinds_of_data(bench: Any, dataset: str, capsys: pytest.CaptureFix
     output = bench.folder / "report"
     command = ["evaluate", "-d", bench.world.dataset(dataset), "-c", "2d", "-m", str(folder), "-o", str(output)]
     command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "2", "--samples", "6", "--examples", "1"]
-    assert main(command) == 0, capsys.readouterr().err
+    assert main([*command, "--checks", "0"]) == 0, capsys.readouterr().err
+    assert "Whether the attacks are strong enough was not checked." in capsys.readouterr().out
     rows = list(csv.DictReader((output / "samples.csv").open()))
-    assert len({row["sample"] for row in rows}) == 6 if "sample" in rows[0] else rows
+    assert len({row["id"] for row in rows}) == 6
+    pictures = re.findall(r'alt="(.*?): the clean input"', (output / "report.html").read_text())
+    assert len(pictures) == (0 if dataset.startswith("regions") else 1), "overlapping regions are no label map"
     model = host.load_model("x", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
     cases = host.validation_cases(model, 0)
     (batch,) = host.make_batches(model, cases, host.list_samples(model, cases, 3), 32)
@@ -275,16 +279,45 @@ def test_other_kinds_of_data(bench: Any, dataset: str, capsys: pytest.CaptureFix
         assert (everything <= 2 * (~ignored).flatten(1).sum(1)).all()
 
 
-def test_a_volume_under_attack(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_whether_to_believe_it(
+    with_stock: Path, bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, audit: Any
+) -> None:
+    """Of slices, whose intervals are over cases; with a network that finds something."""
+    load = host.load_model
+
+    def finding(*given: Any, **how: Any) -> Any:
+        model = load(*given, **how)
+        _predict_foreground(model, host.validation_cases(model, 0), 0.2)
+        return model
+
+    monkeypatch.setattr(host, "load_model", finding)
+    output = bench.folder / "report"
+    command = ["evaluate", "-d", "4", "-c", "2d", "-p", "tiny", "-m", f"own={with_stock.parent}", "-o", str(output)]
+    command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "1", "3", "--samples", "16", "--examples", "3"]
+    assert main([*command, "--checks", "4"]) == 0
+    cases = world.cases[6:]
+    assert len(cases) > 1
+    how = {"fails_at": 0.5, "checked": 4, "shown": 3, "groups": lambda id_: id_.split(":")[0]}
+    record = audit(output, "ADI", **how)
+    assert {id_.split(":")[0] for id_ in record["configuration"]["samples"]} == set(cases)
+    assert record["failures"]["criterion"] == "ADI below 0.5"
+    assert record["results"]["ADI"]["models"]["own"]["clean"] > 0.01
+    assert "(whole groups of them)" in (output / "report.html").read_text()
+
+
+def test_a_volume_under_attack(bench: Any, world: Any, capsys: pytest.CaptureFixture[str], audit: Any) -> None:
     folder = finished(bench, "3d_fullres")
     output = bench.folder / "report"
     command = ["evaluate", "-d", "4", "-c", "3d_fullres", "-m", str(folder), "-o", str(output), "-device", "cpu"]
-    command += ["--attacks", "pgd2", "--levels", "0", "10", "--samples", "1", "--examples", "1"]
+    command += ["--attacks", "pgd1", "--levels", "0", "10", "--samples", "1", "--examples", "1", "--checks", "0"]
     assert main(command) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
     assert "Dice" in text
     assert "TVDI" not in text
-    assert "whole case" in (output / "report.html").read_text()
+    assert "whole case as" in (output / "report.html").read_text()
+    record = audit(output, "Dice", fails_at=0.5, checked=0, shown=1, groups=str)
+    assert record["configuration"]["samples"] == world.cases[6:7]
+    assert "(whole groups of them)" not in (output / "report.html").read_text()
 
 
 def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_model: Any) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, torch_utils
 
+from adv_yolo import cli
 from adv_yolo.cli import main
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import STATE
@@ -70,10 +71,12 @@ COMMAND = Path(sys.executable).with_name("adv-yolo")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     folder = tmp_path_factory.mktemp("command")
 
-    def run(*words: Any, status: int = 0) -> str:
+    def run(*words: Any, status: int = 0, processes: int = 1) -> str:
+        torchrun = [str(COMMAND.with_name("torchrun")), "--nproc-per-node", str(processes), "--no-python"]
+        start = [*(torchrun if processes > 1 else []), str(COMMAND)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         done = subprocess.run(
-            [str(COMMAND), *map(str, words)], capture_output=True, text=True, cwd=folder, env=environment, timeout=300
+            [*start, *map(str, words)], capture_output=True, text=True, cwd=folder, env=environment, timeout=300
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -93,10 +96,19 @@ def test_the_installed_command_trains_and_evaluates(
     with (run / "margins.csv").open() as file:
         assert {row["visits"] for row in csv.DictReader(file)} == {"1"}
     best = run / "weights" / "best.pt"
-    text = command("evaluate", f"model={best}", f"data={data.yaml}", "levels=0,1", "attacks=pgd1", f"out={tmp_path}/r")
-    assert (tmp_path / "r" / "report.html").is_file()
+    # Two processes share the images, and find what one finds.
+    words = ["evaluate", f"model={best}", f"data={data.yaml}", "levels=0,1", "attacks=pgd1", "checks=2", "batch=1"]
+    words += ["device=cpu", "examples=1"]
+    text = command(*words, f"out={tmp_path}/r", processes=2)
+    assert text.count("Report: ") == 1
     assert "mAP50-95" in text
     assert "a run" in text
+    assert len(list((tmp_path / "r" / "a run" / "parts").iterdir())) == 4
+    assert main([*words, f"out={tmp_path}/one"]) == 0
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "r"))
+    for name in ("results", "checks", "failures", "verdict", "findings"):
+        assert one[name] == two[name], name
+    assert (tmp_path / "one" / "samples.csv").read_text() == (tmp_path / "r" / "samples.csv").read_text()
 
 
 # Training
@@ -324,10 +336,12 @@ def test_mistakes_in_thresholds_are_named(fails: Callable[..., str], trained: Pa
 # Evaluation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_is_not_repeated_and_another_one_is_told_apart(
     trained: Path, data: Any, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    given = [f"model={trained}", f"data={data.yaml}", "attacks=pgd1", "device=cpu", "batch=2", f"out={tmp_path / 'r'}"]
+    given = [f"model={trained}", f"data={data.yaml}", "attacks=pgd1", "device=cpu", "batch=2", "checks=0"]
+    given += [f"out={tmp_path / 'r'}"]
     assert main(["evaluate", *given, "levels=0,1", "examples=1"]) == 0
     parts = sorted((tmp_path / "r" / "run" / "parts").iterdir())
     times = [part.stat().st_mtime_ns for part in parts]
@@ -340,8 +354,17 @@ def test_an_evaluation_is_not_repeated_and_another_one_is_told_apart(
     assert main(["evaluate", *given, "levels=0,2", "overwrite=True"]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_default_levels_grow_with_the_image(trained: Path, data: Any, tmp_path: Path) -> None:
-    given = [f"model={trained}", f"data={data.yaml}", "attacks=pgd1", "device=cpu", "examples=1", "samples=1"]
+    given = [
+        f"model={trained}",
+        f"data={data.yaml}",
+        "attacks=pgd1",
+        "device=cpu",
+        "examples=1",
+        "samples=1",
+        "checks=0",
+    ]
     assert main(["evaluate", *given, f"out={tmp_path / 'two'}"]) == 0
     assert main(["evaluate", *given, f"out={tmp_path / 'inf'}", "norm=inf"]) == 0
     two, inf = ((tmp_path / name / "table.csv").read_text() for name in ("two", "inf"))
@@ -360,6 +383,13 @@ def test_default_levels_grow_with_the_image(trained: Path, data: Any, tmp_path: 
         (["split=test"], "has no split 'test'"),
         (["lvels=0,1"], "Similar arguments are i.e. ['levels']"),
         (["norm=1"], "norm"),
+        (["samples=0"], "samples must be a whole number >= 1, got 0"),
+        (["samples=2.5"], "samples must be a whole number >= 1, got 2.5"),
+        (["examples=-1"], "examples must be a whole number >= 0, got -1"),
+        (["examples=few"], "examples must be a whole number >= 0, got 'few'"),
+        (["checks=-1"], "checks must be a whole number >= 0, got -1"),
+        (["checks=1.5"], "checks must be a whole number >= 0, got 1.5"),
+        (["checks=True"], "checks must be a whole number >= 0, got True"),
     ],
 )
 def test_mistakes_in_an_evaluation_are_named(
@@ -368,16 +398,32 @@ def test_mistakes_in_an_evaluation_are_named(
     assert message in fails("evaluate", f"model={trained}", f"data={data.yaml}", "device=cpu", *words)
 
 
+def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"": "cuda:0", "0,1": "cuda:0", "cpu": "cpu"}
+    monkeypatch.setattr(torch_utils, "select_device", lambda name, **_: torch.device(chosen[name]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def device(**found: str) -> str:
+        return str(cli._device(found, {}))
+
+    assert [device(), device(device="0,1"), device(device="cpu")] == ["cuda:0", "cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [device(), device(device="0,1"), device(device="cpu")] == ["cuda:1", "cuda:1", "cpu"]
+
+
 def test_models_of_the_same_name_are_told_apart(fails: Callable[..., str], trained: Path, data: Any) -> None:
     assert "2 models need 2 different names" in fails("evaluate", f"model={trained},{trained}", f"data={data.yaml}")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_of_a_single_class_is_evaluated_as_it_was_trained(data: Any, tools: Any, tmp_path: Path) -> None:
     words = [f"model={tools.ONE_HEAD}", f"data={data.yaml}", *QUICK, f"project={tmp_path}", "name=x", "epochs=1"]
     assert main(["train", *words, "single_cls=True"]) == 0
     given = [f"model={tmp_path / 'x' / 'weights' / 'best.pt'}", f"data={data.yaml}", "single_cls=True", "device=cpu"]
     assert main(["thresholds", *given]) == 0
-    assert main(["evaluate", *given, "levels=0,1", "attacks=pgd1", "examples=1", f"out={tmp_path / 'r'}"]) == 0
+    assert (
+        main(["evaluate", *given, "levels=0,1", "attacks=pgd1", "checks=0", "examples=1", f"out={tmp_path / 'r'}"]) == 0
+    )
 
 
 # The host's own commands

@@ -22,7 +22,7 @@ SHORTER = {
     # Later words win, so that these go behind what is documented.
     "train": TRAINING,
     "thresholds": ["imgsz=64", "device=cpu"],
-    "evaluate": ["attacks=pgd1", "examples=1", "device=cpu"],
+    "evaluate": ["attacks=pgd1", "examples=1", "checks=2", "device=cpu"],
 }
 
 

@@ -19,6 +19,7 @@ from adv_yolo.cli import main
 from common.attacks import GradientAttack
 from common.evaluation import evaluate
 
+LIMITS = ((3, 2), (2, 32), (None, 32))  # of the images that are evaluated, some are checked
 QUICK = {"pgd2": GradientAttack(2, 2.0, keep="best")}
 
 
@@ -105,6 +106,9 @@ def test_the_average_iou_is_over_objects_and_an_image_without_any_has_none() -> 
     scores = {"iou": np.array([1.5, 0.0, 0.0, 0.25]), "truth": np.array([[2, 1], [0, 0], [4, 0], [0, 1]])}
     assert host.average_iou(scores) == pytest.approx(1.75 / 8)
     np.testing.assert_allclose(host.image_iou(scores), [0.5, np.nan, 0.0, 0.25])
+    (metric,) = [metric for metric in host.metrics({0: "a", 1: "b"}) if metric.fails_at is not None]
+    assert (metric.name, metric.failure) == ("IoU", "IoU below 0.5")
+    np.testing.assert_array_equal(metric.failed(scores), [0, np.nan, 1, 1])
 
 
 def test_stored_scores_are_what_the_network_finds(trained: Path, data: Any, tmp_path: Path, known: Any) -> None:
@@ -140,6 +144,8 @@ def test_a_limit_takes_images_at_even_distances(trained: Path, data: Any, tmp_pa
     assert len(everything) == 4
     assert [name for batch in host.make_batches(model, None, 2) for name in batch.ids] == [everything[0], everything[3]]
     assert [len(batch.ids) for batch in host.make_batches(model, None, 3)] == [2, 1]
+    names = [[name for batch in host.make_batches(model, None, *limits) for name in batch.ids] for limits in LIMITS]
+    assert names == [[everything[i] for i in chosen] for chosen in ((0, 3), (0, 3), (0, 1, 2, 3))]
     relative = [name for batch in host.make_batches(model, data.folder) for name in batch.ids]
     assert relative == [f"images/{name}.jpg" for name in data.names("val")]
 
@@ -204,7 +210,9 @@ def report(trained: Path, data: Any, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "other" / "margins.csv").write_text("id,margin,visits\na.jpg,1.5,2\nb.jpg,2.5,2\n")
     torch.set_num_threads(1)
     words = [f"model={trained},{other}", f"data={data.yaml}", "levels=0,1,2", "attacks=pgd2,ifgsm1", "batch=2"]
-    status = main(["evaluate", *words, f"out={folder / 'out'}", "examples=2", "names=STD,AMAT", "device=cpu"])
+    status = main(
+        ["evaluate", *words, f"out={folder / 'out'}", "examples=2", "checks=0", "names=STD,AMAT", "device=cpu"]
+    )
     assert status == 0
     return folder / "out"
 
@@ -224,6 +232,28 @@ def test_the_report_has_numbers_and_boxes(report: Path, trained: Path, data: Any
             numbers.append(float(cell))
     for value in wanted:
         assert any(number == pytest.approx(value, abs=1e-3) for number in numbers), value
+
+
+def test_nothing_was_checked_where_nobody_asked(report: Path, audit: Any) -> None:
+    audit(report, "IoU", fails_at=0.5, checked=0, shown=2)
+
+
+def test_the_report_says_whether_to_believe_it(trained: Path, make_data: Any, tmp_path: Path, audit: Any) -> None:
+    """With an image without objects, which can neither fail nor be shown as one that does."""
+    own = make_data()
+    empty = f"images/{own.names('val')[3]}.jpg"
+    own.write_labels(own.names("val")[3], [])
+    words = [f"model={trained}", f"data={own.yaml}", "levels=0,0.5,2", "attacks=pgd2", "batch=2", "names=own"]
+    assert main(["evaluate", *words, f"out={tmp_path / 'out'}", "examples=4", "checks=3", "device=cpu"]) == 0
+    record = audit(tmp_path / "out", "IoU", fails_at=0.5, checked=3, shown=4)
+    assert record["failures"]["criterion"] == "IoU below 0.5"
+    levels = record["failures"]["smallest_level"]["own"]
+    assert len(levels) == 4
+    assert levels[empty] is None
+    assert any(level is not None for level in levels.values()), "an evaluation in which nothing fails tests nothing"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{empty}: the clean input" not in page
+    assert page.count(": the clean input") == 3
 
 
 def test_two_equal_models_have_equal_numbers(report: Path) -> None:
