@@ -213,6 +213,7 @@ def _effort(entry: Entry) -> dict[str, Any]:
             "gradients_per_image": attack.gradients,
             "queries_per_image": attack.queries,
             "seconds": [evaluation.at(name, level).seconds for level in evaluation.levels[1:]],
+            "mean_loss": [_number(evaluation.at(name, level).loss.mean()) for level in evaluation.levels[1:]],
             "mean_norm": [_number(evaluation.at(name, level).norm.mean()) for level in evaluation.levels[1:]],
             "nonfinite_steps": [int(evaluation.at(name, level).nonfinite.sum()) for level in evaluation.levels[1:]],
         }

@@ -174,6 +174,7 @@ def test_the_record(folder: Path) -> None:
         "queries_per_image": 1,
         "gradients_per_image": 10,
         "seconds": [5, 10],
+        "mean_loss": [0.375, 0.375],
         "mean_norm": [5, 10],
         "nonfinite_steps": [0, 0],
     }
