@@ -90,8 +90,11 @@ class Check:
 
 
 def strongest(attacks: Mapping[str, Attack]) -> str | None:
-    """Name of the first attack of ours that follows gradients, which is the one that is checked; None without one."""
-    return next((name for name, a in attacks.items() if isinstance(a, GradientAttack | APGD)), None)
+    """Name of the first attack that climbs the loss of the host by gradients, which is checked; None without one.
+
+    Attacks on another loss (margins, CosPGD) are not: what the checks compare is the host's.
+    """
+    return next((name for name, attack in attacks.items() if type(attack) in (GradientAttack, APGD)), None)
 
 
 def probes(attack: Attack) -> dict[str, Attack]:

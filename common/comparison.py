@@ -13,11 +13,12 @@ import numpy as np
 from common.attacks import Noise
 from common.attacks.names import Attack
 from common.checks import Check, check, level_to_check, probes, strongest
-from common.evaluation import Evaluation, EvaluationBatch, evaluate_with_bar
+from common.evaluation import Evaluation, EvaluationBatch, describe, evaluate_with_bar
 from common.metric import Metric
 from common.report import Entry, Example, format_table, tabulate, write_report
 from common.report.failures import count_failures
 from common.report.summary import Array, verdict
+from common.report.write import configure, refuse_another
 from common.team import Team
 from common.thresholds import sha256
 
@@ -93,17 +94,27 @@ def compare(
     team = Team.of_environment()
     attacks = with_control(attacks)
 
-    def measure(name: str, subject: Subject, batches: Sequence[EvaluationBatch], *how: Any) -> Evaluation:
+    how: dict[str, Any] = {"bounds": bounds, "seed": seed}
+    marks = {
+        subject.name: json.dumps({"checkpoint": sha256(subject.checkpoint), **fingerprint}, default=str)
+        for subject in subjects
+    }
+    if not overwrite:  # said before hours of measuring rather than after them
+        planned = {name: describe(attacks, levels, fingerprint=mark, **how) for name, mark in marks.items()}
+        ids = [str(id_) for batch in subjects[0].batches for id_ in batch.ids]
+        settings = report.get("settings") or {}
+        refuse_another(folder, configure(planned, ids, metrics, report["level_unit"], settings), before=True)
+
+    def measure(name: str, subject: Subject, batches: Sequence[EvaluationBatch], *what: Any) -> Evaluation:
         return evaluate_with_bar(
             name,
             batches,
-            *how,
+            *what,
             folder=folder,
             overwrite=overwrite,
             team=team,
-            bounds=bounds,
-            seed=seed,
-            fingerprint=json.dumps({"checkpoint": sha256(subject.checkpoint), **fingerprint}, default=str),
+            fingerprint=marks[subject.name],
+            **how,
         )
 
     entries = []
@@ -153,7 +164,10 @@ def check_numbers(*, samples: Any, examples: Any, checks: Any) -> None:
 
 
 def _check_alike(subjects: Sequence[Subject]) -> None:
-    """Models are compared on the same samples: said before hours of measuring rather than after them."""
+    """Models have names of their own and the same samples: said before hours of measuring rather than after them."""
+    names = [subject.name for subject in subjects]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a report needs one or more models of different names, got {names}")
     ids = [[id_ for batch in subject.batches for id_ in batch.ids] for subject in subjects]
     for subject, own in zip(subjects, ids, strict=True):
         if own != ids[0]:

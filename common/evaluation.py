@@ -174,18 +174,7 @@ def evaluate(
     if not attacks:
         raise ValueError("evaluate needs one or more attacks, got none")
     _check_ids(batches)
-    configuration = json.loads(
-        json.dumps(
-            {
-                "format": FORMAT,
-                "attacks": {name: _settings(attack) for name, attack in attacks.items()},
-                "levels": levels,
-                "seed": seed,
-                "bounds": bounds,
-                "fingerprint": fingerprint,
-            }
-        )
-    )
+    configuration = describe(attacks, levels, bounds=bounds, seed=seed, fingerprint=fingerprint)
     passes = [_CLEAN, *((name, level) for name in attacks for level in levels[1:])]
     finished: dict[int, list[Condition]] = {}
     if folder is not None:
@@ -231,6 +220,30 @@ def evaluate(
         clean=joined.pop(_CLEAN),
         attacked=joined,
     )
+
+
+def describe(
+    attacks: Mapping[str, Attack],
+    levels: Sequence[float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    fingerprint: str = "",
+) -> dict[str, Any]:
+    """The configuration of :func:`evaluate` called with these arguments, JSON-ready."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "format": FORMAT,
+                "attacks": {name: _settings(attack) for name, attack in attacks.items()},
+                "levels": check_levels(levels),
+                "seed": seed,
+                "bounds": bounds,
+                "fingerprint": fingerprint,
+            }
+        )
+    )
+    return plain
 
 
 def evaluate_with_bar(

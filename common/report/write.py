@@ -68,9 +68,10 @@ def write_report(
     """
     tables = tabulate(entries, metrics, groups)
     failures = count_failures(entries, metrics)
-    configuration = _configuration(entries, metrics, level_unit, settings or {})
+    evaluations = {entry.name: entry.evaluation.configuration for entry in entries}
+    configuration = configure(evaluations, entries[0].evaluation.ids, metrics, level_unit, settings or {})
     if not overwrite:
-        _refuse_another(folder, configuration)
+        refuse_another(folder, configuration)
     record = _record(entries, tables, failures, configuration, title, groups)
     page = _page(record, entries, tables, failures, examples, class_names or {}, grouped=groups is not None)
     contents = {
@@ -91,18 +92,30 @@ def write_report(
     return folder / "report.html"
 
 
-def _configuration(
-    entries: Sequence[Entry], metrics: Sequence[Metric], level_unit: str, settings: Mapping[str, Any]
+def configure(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    samples: Sequence[str],
+    metrics: Sequence[Metric],
+    level_unit: str,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What two reports must share to count as the same."""
-    shared = {name: value for name, value in entries[0].evaluation.configuration.items() if name != "fingerprint"}
+    """What two reports must share to count as the same.
+
+    Args:
+        evaluations: the configuration of each model's evaluation, by the model's name.
+        samples: their ids.
+        metrics: the metrics.
+        level_unit: see :func:`write_report`.
+        settings: see :func:`write_report`.
+    """
+    first = next(iter(evaluations.values()))
     configuration = {
-        "evaluation": shared,
-        "models": {entry.name: entry.evaluation.configuration["fingerprint"] for entry in entries},
+        "evaluation": {name: value for name, value in first.items() if name != "fingerprint"},
+        "models": {name: evaluation["fingerprint"] for name, evaluation in evaluations.items()},
         "metrics": {
             m.name: {"higher_is_better": m.higher_is_better, "scale": m.scale, "unit": m.unit} for m in metrics
         },
-        "samples": list(entries[0].evaluation.ids),
+        "samples": list(samples),
         "level_unit": level_unit,
         "settings": settings,
     }
@@ -110,18 +123,36 @@ def _configuration(
     return plain
 
 
-def _refuse_another(folder: Path, configuration: Mapping[str, Any]) -> None:
+def refuse_another(folder: Path, configuration: Mapping[str, Any], *, before: bool = False) -> None:
+    """Looks at a folder before anything is written into it.
+
+    Args:
+        folder: of the report.
+        configuration: of :func:`configure`.
+        before: nothing is measured yet: what the finished batches in the folder tell more exactly (attacks, levels,
+            samples, checkpoints) is left to them.
+
+    Raises:
+        FileExistsError: if it holds a report of another configuration.
+    """
     present = [name for name in FILES if (folder / name).exists()]
     if not present:
         return
     try:
         found = json.loads((folder / "report.json").read_text())["configuration"]
+        if before:
+            found, configuration = _without_measurement(found), _without_measurement(configuration)
         differ = [name for name in configuration if found.get(name) != configuration[name]]
         reason = f"a report of another configuration (it differs in {', '.join(differ)})" if differ else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         reason = f"files that may be of another report ({', '.join(present)})"
     if reason:
         raise FileExistsError(f"{folder} already holds {reason}: choose another folder, or ask to overwrite it")
+
+
+def _without_measurement(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in configuration.items() if name not in ("evaluation", "samples")}
+    return {**kept, "models": sorted(configuration["models"])}
 
 
 def _record(

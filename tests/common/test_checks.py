@@ -305,3 +305,10 @@ def test_the_level_is_that_at_which_half_of_the_samples_fail() -> None:
     assert at(0.7, 0.9, 1.0) == 1
     assert at(0.0, 0.0, 0.1) == 3
     assert at(0.0) == 1
+
+
+def test_attacks_on_another_loss_are_not_what_is_checked() -> None:
+    """The checks compare losses of the host; CosPGD climbs one of its own."""
+    attacks = parse_attacks(["square100", "cospgd10", "apgd10", "pgd10", "gaussian"])
+    assert strongest(attacks) == "apgd10"
+    assert strongest(parse_attacks(["square100", "cospgd10", "gaussian"])) is None

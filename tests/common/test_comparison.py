@@ -348,3 +348,25 @@ def test_another_report_of_the_same_numbers_is_refused_unless_it_may_go(
     page, _ = run(tmp_path / "own", [subject("steep")], level_unit="Linf norm of the noise", overwrite=True)
     assert "Linf norm of the noise" in page.read_text()
     assert len(loads) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"level_unit": "Linf norm"}, "level_unit"), ({"settings": {"data": "y"}}, "settings"), ({}, "models")],
+)
+def test_another_report_is_refused_before_another_model_is_measured(
+    tmp_path: Path, subject: Any, loads: list[str], changes: dict[str, Any], what: str
+) -> None:
+    run(tmp_path / "own", [subject("steep")])
+    loads.clear()
+    with pytest.raises(FileExistsError, match=f"it differs in .*{what}"):
+        run(tmp_path / "own", [subject("flat"), subject("steep")], **changes)
+    assert loads == []
+
+
+def test_models_need_names_of_their_own(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    for models in ([subject("steep"), subject("steep")], []):
+        with pytest.raises(ValueError, match="a report needs one or more models of different names"):
+            run(tmp_path / "own", models)
+    assert loads == []
+    assert not (tmp_path / "own").exists()
