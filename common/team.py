@@ -42,11 +42,6 @@ class Team:
         if self.size > 1:
             torch.distributed.barrier()
 
-    def leave(self) -> None:
-        """Ends the process group, if there is one."""
-        if self.size > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
 
 def device_of_rank(name: str) -> str:
     """``cuda`` as the GPU of this process under torchrun; any other device as it is."""

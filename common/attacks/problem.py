@@ -146,6 +146,10 @@ class Problem:
         """Numbers that are -1 or 1, either as likely."""
         return torch.where(self.uniform(shape) < 0.5, -1.0, 1.0).to(self.images.dtype)
 
+    def choose(self, number: int) -> int:
+        """A whole number below ``number``; where the source of randomness is on the CPU, no device is waited for."""
+        return int(torch.rand((), generator=self.generator, device=self.generator.device).item() * number)
+
     def inside(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The iterate and its noise, projected onto the ball and then onto the bounds.
 

@@ -122,7 +122,7 @@ class SquareAttack:
         first, local = self._window(problem, size)
         second, _ = self._window(problem, size)
         both = first | second
-        axis = int(problem.uniform((1,)).item() * len(axes))
+        axis = problem.choose(len(axes))
         bump = _bump([place.clamp(0, side - 1) for place, side in zip(local, size, strict=True)], size, axis) * first
         signs = problem.signs((*noise.shape[:2], *([1] * len(axes))))
         shape = signs * _unit(bump, axes) + _unit(noise * first, axes)

@@ -58,6 +58,7 @@ def run(folder: Path, report: str) -> dict[str, Any]:
     said: list[str] = []
     warned: list[str] = []
     handler = logging.Handler()
+    # A handler of one line, which mypy takes for a mistake.
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("common.evaluation").addHandler(handler)
     for name in ("curves", "curve", "failure_curves"):
@@ -95,7 +96,7 @@ def main(folder: Path) -> None:
     found["team"] = {"rank": team.rank, "size": team.size}
     (folder / f"{team.rank}.json").write_text(json.dumps(found))
     team.wait()
-    team.leave()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import select
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,13 +203,15 @@ def report(tmp_path_factory: pytest.TempPathFactory, chest: SimpleNamespace) -> 
                 found.append(Example(f"{id_} ({CLASSES[int(y)]})", x[0, 0].numpy(), None, views))
             return found
 
+        def first(name: str, number: int) -> Any:
+            return batches(name, slice(0, number))
+
         subjects = []
         for name in models:
             checkpoint = folder / f"{name[:20]}.ckpt"
             checkpoint.write_text(name)
             margins = np.random.default_rng(0).gamma(4, 0.1, 320) if name == names[-1] else None
-            few = lambda number, name=name: batches(name, slice(0, number))  # noqa: E731
-            subjects.append(Subject(name, checkpoint, batches(name, slice(None)), margins, few))
+            subjects.append(Subject(name, checkpoint, batches(name, slice(None)), margins, partial(first, name)))
         return compare(
             folder / names[0][:20], subjects, parse_attacks(attacks), (0, 0.2, 0.4, 0.8),
             [ACCURACY, LOSS], examples=examples, shown=2, fingerprint={"data": "test"}, checks=checks,

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
 import yaml
 from matplotlib.image import imread
@@ -29,9 +31,6 @@ from common.search.claim import Claim, Lost, Watch, lock, place
 from common.search.curve import read_curve
 from common.search.plan import Plan, name_of, placeholders, read_plan
 from common.search.trials import Trials, open_study
-
-optuna = pytest.importorskip("optuna")
-np = pytest.importorskip("numpy")
 
 PAPER = list(csv.DictReader((Path(__file__).parents[1] / "data" / "auc_robust_appendix_a.csv").open()))
 CHOSEN = {"heart": "5", "hippocampus": "0.5", "prostate": "3", "cephalometric": "1.0", "bccd": "3.5"}

@@ -169,14 +169,15 @@ def test_a_linf_query_is_that_of_algorithm_2(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_an_l2_query_is_that_of_algorithm_3(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     draws = Draws(monkeypatch, seed)
+    monkeypatch.setattr(Problem, "choose", lambda _, number: seed % number)
     h, w, channels = 4, 11, 3
     images, radius = uniform(5, channels, w, w), torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     problem = Problem(lambda x: x, images, radius, norm=2)
     noise = problem.inside(uniform(5, channels, w, w, seed=2) - 0.5)[1] * 0.9
     noise[3] = 0
     found = SquareAttack(9)._bumps(problem, noise, (h, h))
-    first, second, turn, signs = draws.made
-    bump = paper_bump(h) if turn.item() < 0.5 else paper_bump(h).T
+    first, second, signs = draws.made
+    bump = paper_bump(h).T if seed % 2 else paper_bump(h)
     bump = bump / np.linalg.norm(bump)
     for i in range(5):
         nu, eps = noise[i].numpy().copy(), float(radius[i])
@@ -547,3 +548,10 @@ def test_a_setting_cannot_be_changed_afterwards() -> None:
 def test_images_without_spatial_dimensions() -> None:
     with pytest.raises(ValueError, match=r"needs images of shape \(B, C, \*spatial\), got \(2, 4\)"):
         SquareAttack(2)(lambda x: x.sum(1, keepdim=True), torch.zeros(2, 4), 1.0)
+
+
+def test_both_directions_of_a_bump_are_chosen() -> None:
+    problem = Problem(lambda x: x, torch.zeros(1, 1, 4, 4), 1.0, norm=2, generator=torch.Generator().manual_seed(0))
+    chosen = [problem.choose(2) for _ in range(200)]
+    assert set(chosen) == {0, 1}
+    assert 70 < sum(chosen) < 130

@@ -200,7 +200,6 @@ def test_alone_without_torchrun(environment: dict[str, str], monkeypatch: pytest
     team = Team.of_environment()
     assert team == Team(0, 1)
     team.wait()
-    team.leave()
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
