@@ -16,7 +16,7 @@ import shutil
 import time
 from pathlib import Path
 
-from steps import Steps
+from steps import Command, Steps
 
 # --- what one may want to change -------------------------------------------------------------------------------------
 
@@ -58,6 +58,7 @@ EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "-
 TRAINERS = tuple(SETTINGS)
 DATASET, NAME, CONFIGURATION, FOLD = "4", "Dataset004_Hippocampus", "2d", "0"
 PLANS = "nnUNetPlans_small"
+COMMON = ("-p", PLANS, "-device", "cpu", "-tr")
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -121,23 +122,29 @@ class Demo(Steps):
 
     def run(self) -> Path:
         """All steps in their order; the folder of the report."""
-        self.step("data", "1/7 hippocampus MRI, 74 volumes", self.link_data, str(SOURCE))
+        self.step("data", "1/6 hippocampus MRI, 74 volumes", self.link_data, str(SOURCE))
         plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", CONFIGURATION, "--verify_dataset_integrity"]
-        self.command("preprocess", "2/7 plan and preprocess", [*plan, "-np", "2"])
+        self.commands("2/6 plan and preprocess", [Command("preprocess", [*plan, "-np", "2"])])
         # What decides about a result is part of its stamp, so that a change above never mixes with old results.
         choices = json.dumps([SETTINGS, BATCH_SIZE, FEATURES, VALIDATION_STEP])
-        self.step("prepare", "3/7 split, small plans, settings", self.prepare_training, choices)
-        common = ["-p", PLANS, "-device", "cpu", "-tr"]
-        for number, trainer in enumerate(TRAINERS, start=4):
-            train = ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *common, trainer]
-            output = self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
-            decides = json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES, VALIDATION_STEP])
-            settings = {"nnUNet_adversarial": str(self.settings_file(trainer))}
-            self.command(trainer, f"{number}/7 train {trainer}", train, decides, output, settings)
+        self.step("prepare", "3/6 split, small plans, settings", self.prepare_training, choices)
+        standard, *others = [self._training(trainer) for trainer in TRAINERS]
+        self.commands(f"4/6 train {standard.name}", [standard])
+        self.commands(f"5/6 train {' and '.join(other.name for other in others)}, side by side", others)
         report = self.work / "report"
-        evaluate = ["adv-nnunet", "evaluate", "-d", DATASET, "-c", CONFIGURATION, "-f", FOLD, *common, *TRAINERS]
-        self.command("evaluate", "7/7 attack all three", [*evaluate, *EVALUATE, "-o", str(report)], choices, report)
+        evaluate = ["adv-nnunet", "evaluate", "-d", DATASET, "-c", CONFIGURATION, "-f", FOLD, *COMMON, *TRAINERS]
+        evaluate += [*EVALUATE, "-o", str(report)]
+        self.commands("6/6 attack all three", [Command("evaluate", evaluate, choices, report)])
         return report
+
+    def _training(self, trainer: str) -> Command:
+        return Command(
+            trainer,
+            ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *COMMON, trainer],
+            json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES, VALIDATION_STEP]),
+            self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}",
+            {"nnUNet_adversarial": str(self.settings_file(trainer))},
+        )
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from steps import Steps
+from steps import Command, Steps
 
 # --- what one may want to change -------------------------------------------------------------------------------------
 
@@ -59,25 +59,27 @@ class Demo(Steps):
 
     def run(self) -> Path:
         """All steps in their order; the folder of the report."""
-        self.step("data", "1/6 blood cells, 96 + 24 images", self.copy_data, str(SOURCE))
+        self.step("data", "1/5 blood cells, 96 + 24 images", self.copy_data, str(SOURCE))
         data = f"data={self.data / 'bccd.yaml'}"
         common = [data, f"imgsz={IMAGE_SIZE}", *COMMON, f"project={self.runs}", "exist_ok=True"]
         train = ["adv-yolo", "detect", "train"]
-        name = "2/6 train STD"
-        self.command("STD", name, [*train, f"model={MODEL}", *STANDARD, *common, "name=STD"], "", self.runs / "STD")
+        words = [*train, f"model={MODEL}", *STANDARD, *common, "name=STD"]
+        self.commands("2/5 train STD", [Command("STD", words, output=self.runs / "STD")])
         standard = self.weights("STD")
         decides = json.dumps([MODEL, STANDARD])
         thresholds = ["adv-yolo", "thresholds", f"model={standard}", data, f"imgsz={IMAGE_SIZE}", "device=cpu"]
-        self.command("thresholds", "3/6 thresholds for AMAT", thresholds, decides)
-        for number, (method, arguments) in enumerate(METHODS.items(), start=4):
+        self.commands("3/5 thresholds for AMAT", [Command("thresholds", thresholds, decides)])
+        trainings = []
+        for method, arguments in METHODS.items():
             own = [f"thresholds={standard.with_name('thresholds.json')}"] if method == "AMAT" else []
-            command = [*train, f"model={standard}", *ATTACK, *arguments, *own, *common, f"name={method}"]
-            self.command(method, f"{number}/6 train {method}", command, decides, self.runs / method)
+            words = [*train, f"model={standard}", *ATTACK, *arguments, *own, *common, f"name={method}"]
+            trainings.append(Command(method, words, decides, self.runs / method))
+        self.commands(f"4/5 train {' and '.join(METHODS)}, side by side", trainings)
         report = self.work / "report"
         models = ",".join(str(self.weights(name)) for name in ("STD", *METHODS))
         evaluate = ["adv-yolo", "evaluate", f"model={models}", data, f"imgsz={IMAGE_SIZE}", *EVALUATE, f"out={report}"]
         trained = json.dumps([MODEL, STANDARD, ATTACK, METHODS, COMMON])
-        self.command("evaluate", "6/6 attack all three", evaluate, trained, report)
+        self.commands("5/5 attack all three", [Command("evaluate", evaluate, trained, report)])
         return report
 
 

@@ -11,11 +11,36 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+
+
+@dataclass(frozen=True, eq=False)
+class Command:
+    """A console command of the installed environment; its output goes to a log.
+
+    Args:
+        name: of its log and stamp.
+        arguments: its words.
+        depends_on: what decides about its result beside them.
+        output: the folder that it makes; what an unfinished or older call left there goes first.
+        variables: of its environment.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    depends_on: str = ""
+    output: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> str:
+        """What its stamp says."""
+        return json.dumps([list(self.arguments), self.depends_on])
 
 
 class Steps:
@@ -38,58 +63,85 @@ class Steps:
 
     def step(self, name: str, title: str, action: Callable[[], None], depends_on: str) -> None:
         """Run `action` unless a stamp says that it succeeded before with the same `depends_on`."""
-        stamp = self.stamps / name
         print(f"{title} ... ", end="", flush=True)
-        if stamp.exists() and stamp.read_text() == depends_on:
+        if self._done(name, depends_on):
             print("done before")
             return
-        stamp.unlink(missing_ok=True)
         start = time.monotonic()
         action()
-        stamp.write_text(depends_on)
+        (self.stamps / name).write_text(depends_on)
         print(f"{time.monotonic() - start:.0f} s")
 
-    def command(
-        self,
-        name: str,
-        title: str,
-        arguments: list[str],
-        depends_on: str = "",
-        output: Path | None = None,
-        variables: Mapping[str, str] | None = None,
-    ) -> None:
-        """A step that is one console command of the installed environment; its output goes to a log.
+    def commands(self, title: str, commands: Sequence[Command]) -> None:
+        """A step of console commands that do not wait for each other: each gets its share of the threads.
 
-        `output` is the folder that the command makes; what an unfinished or older call left there goes first.
+        What is done is kept when another one fails, which ends those that still run.
         """
+        print(f"{title} ... ", end="", flush=True)
+        waiting = [command for command in commands if not self._done(command.name, command.stamp)]
+        if not waiting:
+            print("done before")
+            return
+        threads = int(self.environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        share = {} if len(waiting) == 1 else {"OMP_NUM_THREADS": str(max(1, threads // len(waiting)))}
+        start = time.monotonic()
+        running: dict[Command, subprocess.Popen[bytes]] = {}
+        try:
+            for command in waiting:
+                running[command] = self._start(command, share)
+            while running:
+                time.sleep(0.2)
+                for command, process in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[command]
+                    if process.returncode != 0:
+                        self._give_up(command, process.returncode)
+                    (self.stamps / command.name).write_text(command.stamp)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+        print(f"{time.monotonic() - start:.0f} s")
 
-        def action() -> None:
-            if output is not None and output.exists():
-                shutil.rmtree(output)
-            log = self.logs / f"{name}.log"
-            executable = Path(sysconfig.get_path("scripts")) / arguments[0]
-            if not executable.exists():
-                sys.exit(
-                    f"\nexpected the command {arguments[0]} in {executable.parent}, found none; "
-                    "call this script by its make target, which installs it"
-                )
-            with log.open("w") as out:
-                code = subprocess.call(
-                    [str(executable), *arguments[1:]],
-                    env=self.environment | dict(variables or {}),
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    cwd=self.work,
-                )
-            if code != 0:
-                tail = "\n".join("    " + text for text in log.read_text(errors="replace").splitlines()[-25:])
-                sys.exit(
-                    f"failed with exit status {code}\n\n  {shlex.join(arguments)}\n\n"
-                    f"The end of its log, {log}:\n{tail}\n\n"
-                    "Once the cause is mended, call the demo again: finished steps are kept."
-                )
+    def _done(self, name: str, depends_on: str) -> bool:
+        """Whether the step is done; a stamp of another one goes."""
+        stamp = self.stamps / name
+        if stamp.exists() and stamp.read_text() == depends_on:
+            return True
+        stamp.unlink(missing_ok=True)
+        return False
 
-        self.step(name, title, action, json.dumps([arguments, depends_on]))
+    def _log(self, command: Command) -> Path:
+        return self.logs / f"{command.name}.log"
+
+    def _start(self, command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        if command.output is not None and command.output.exists():
+            shutil.rmtree(command.output)
+        executable = Path(sysconfig.get_path("scripts")) / command.arguments[0]
+        if not executable.exists():
+            sys.exit(
+                f"\nexpected the command {command.arguments[0]} in {executable.parent}, found none; "
+                "call this script by its make target, which installs it"
+            )
+        with self._log(command).open("w") as out:
+            return subprocess.Popen(
+                [str(executable), *command.arguments[1:]],
+                env=self.environment | dict(variables) | dict(command.variables),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=self.work,
+            )
+
+    def _give_up(self, command: Command, code: int) -> NoReturn:
+        log = self._log(command)
+        tail = "\n".join("    " + text for text in log.read_text(errors="replace").splitlines()[-25:])
+        sys.exit(
+            f"failed with exit status {code}\n\n  {shlex.join(command.arguments)}\n\n"
+            f"The end of its log, {log}:\n{tail}\n\n"
+            "Once the cause is mended, call the demo again: finished steps are kept."
+        )
 
 
 class LightningDemo(Steps):
@@ -100,7 +152,8 @@ class LightningDemo(Steps):
         tool: adv-classify or adv-landmark.
         data: what is read, for the reader.
         content: the configuration that all trainings have in common.
-        methods: their names, with arguments of their own; {STD} in a value is the checkpoint of that training.
+        methods: their names, with arguments of their own, the standard one first; {STD} in a value of another is its
+            checkpoint.
         evaluate: words for the tool's evaluate.
     """
 
@@ -122,24 +175,28 @@ class LightningDemo(Steps):
 
     def run(self) -> Path:
         """All steps in their order; the folder of the reports."""
-        decides, count = json.dumps([self.content, self.methods]), len(self.methods) + 2
+        decides = json.dumps([self.content, self.methods])
         configuration, report = self.work / "demo.yaml", self.work / "report"
         text = yaml.safe_dump(dict(self.content), sort_keys=False)
 
         def configure() -> None:
             configuration.write_text(text)
 
-        self.step("data", f"1/{count} {self.data}", configure, decides)
-        for number, (name, arguments) in enumerate(self.methods.items(), start=2):
-            command = [self.tool, "fit", "--config", str(configuration), "--model.method.name", name]
-            for key, value in arguments.items():
-                command += [f"--model.method.{key}", str(value).replace("{STD}", str(self.checkpoint("STD")))]
-            command += ["--trainer.default_root_dir", str(self.work / name)]
-            self.command(name, f"{number}/{count} train {name}", command, decides, self.work / name)
+        self.step("data", f"1/4 {self.data}", configure, decides)
+        standard, *others = [self._training(name, configuration, decides) for name in self.methods]
+        self.commands(f"2/4 train {standard.name}", [standard])
+        self.commands(f"3/4 train {' and '.join(other.name for other in others)}, side by side", others)
         evaluate = [self.tool, "evaluate", *(str(self.checkpoint(name)) for name in self.methods)]
         evaluate += ["--names", f"[{','.join(self.methods)}]", *self.words, "--out", str(report)]
-        self.command("evaluate", f"{count}/{count} attack all of them", evaluate, decides, report)
+        self.commands("4/4 attack all of them", [Command("evaluate", evaluate, decides, report)])
         return report
+
+    def _training(self, name: str, configuration: Path, decides: str) -> Command:
+        words = [self.tool, "fit", "--config", str(configuration), "--model.method.name", name]
+        for key, value in self.methods[name].items():
+            words += [f"--model.method.{key}", str(value).replace("{STD}", str(self.checkpoint("STD")))]
+        words += ["--trainer.default_root_dir", str(self.work / name)]
+        return Command(name, words, decides, self.work / name)
 
     @classmethod
     def main(cls, description: str | None, folder: str, *demo: Any) -> None:
