@@ -107,9 +107,12 @@ def probes(attack: Attack) -> dict[str, Attack]:
         raise TypeError(
             f"only attacks of common.attacks that follow gradients are checked, got {type(attack).__name__}"
         )
+    longer: GradientAttack | APGD = replace(attack, steps=2 * attack.steps)
+    if isinstance(longer, GradientAttack):  # of the same length: halves that do not reach the sphere would not, either
+        longer = replace(longer, step_scale=2 * longer.step_scale)
     return {
         "checked": attack,
-        "steps": replace(attack, steps=2 * attack.steps),
+        "steps": longer,
         "restarts": attack,  # from other starting points: every attack of an evaluation has its own
         "black box": SquareAttack(max(100, 5 * attack.steps), attack.norm),
         "unlimited": Unlimited(replace(attack, restarts=1)),

@@ -10,19 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from common.attacks.ascent import Ascent
 from common.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, total
-from common.attacks.settings import check_count, check_fraction
-from common.norms import check_norm
+from common.attacks.settings import check_fraction
 from common.objective import Objective
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(Ascent):
     """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it saw.
 
     A run of N steps costs N gradients and one forward pass, as PGD's.
@@ -46,33 +45,17 @@ class APGD:
     momentum: float = 0.75
     rho: float = 0.75
 
-    access: ClassVar[str] = "white box"
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_norm(self.norm))
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
-        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start, "of the radius"))
+        super().__post_init__()
         check_fraction("rho", self.rho)
         if check_fraction("momentum", self.momentum) == 0:
             raise ValueError("momentum must be above 0, or nothing moves")
 
     @property
-    def gradients(self) -> int:
-        """Gradients per image."""
-        return self.steps * self.restarts
-
-    @property
-    def queries(self) -> int:
-        """Forward passes without a gradient, per image."""
-        return self.restarts
-
-    @property
     def description(self) -> str:
         """What it does, for a report."""
-        start = "a random point of the ball" if self.random_start else "the input"
-        runs = f", the worst of {self.restarts} runs" if self.restarts > 1 else ""
-        return f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length from {start}; largest loss{runs}"
+        steps = f"{self.steps} steps of adaptive length from {self._where}"
+        return f"APGD (Croce & Hein 2020): {steps}; largest loss{self._runs}"
 
     def __call__(
         self,
@@ -87,8 +70,7 @@ class APGD:
         with attacking(objective):
             problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
             runs = Worst()
-            for run in range(self.restarts):
-                start = self.random_start if run == 0 else self.random_start or 1.0
+            for start in self.starts:
                 runs.offer(*self._climb(problem, start))
             return problem.result(runs.values[0], runs.terms)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from common.attacks.ascent import Ascent
 from common.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking
-from common.attacks.settings import check_count, check_fraction
-from common.norms import check_norm, norm
+from common.norms import norm
 from common.objective import Objective
 
 
 @dataclass(frozen=True)
-class GradientAttack:
+class GradientAttack(Ascent):
     """Iterated steepest ascent on the summed loss terms inside an Lp ball (Madry et al. 2018; Kurakin et al. 2017).
 
     One step: z = x_t + alpha * g/||g||_2 (L2) or x_t + alpha * sign(g) (Linf), alpha = step_scale * radius / steps,
@@ -43,36 +43,19 @@ class GradientAttack:
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
 
-    access: ClassVar[str] = "white box"
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_norm(self.norm))
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
+        super().__post_init__()
         if not (math.isfinite(self.step_scale) and self.step_scale > 0):
             raise ValueError(f"step_scale must be positive (1 just reaches the radius), got {self.step_scale!r}")
-        object.__setattr__(self, "random_start", check_fraction("random_start", self.random_start, "of the radius"))
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
 
     @property
-    def gradients(self) -> int:
-        """Gradients per image."""
-        return self.steps * self.restarts
-
-    @property
-    def queries(self) -> int:
-        """Forward passes without a gradient, per image."""
-        return self.restarts
-
-    @property
     def description(self) -> str:
         """What it does, for a report."""
-        start = "a random point of the ball" if self.random_start else "the input"
         found = "largest loss" if self.keep == "best" else "last step"
-        runs = f", the worst of {self.restarts} runs" if self.restarts > 1 else ""
         step = f"{self.step_scale / self.steps:.3g}"
-        return f"{self.steps} gradient steps of level x {step} from {start}; {found}{runs}"
+        return f"{self.steps} gradient steps of level x {step} from {self._where}; {found}{self._runs}"
 
     def __call__(
         self,
@@ -106,8 +89,7 @@ class GradientAttack:
             if thresholds is not None:
                 limits = torch.as_tensor(thresholds, dtype=problem.images.dtype, device=images.device)
             runs = Worst()
-            for run in range(self.restarts):
-                start = self.random_start if run == 0 else self.random_start or 1.0
+            for start in self.starts:
                 iterate, terms, crossing = self._climb(problem, start, limits, final_pass)
                 if terms is None:
                     return problem.result(iterate, None, crossing)

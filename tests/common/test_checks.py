@@ -113,6 +113,7 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], nn.Module], GradientAttack, set[st
     "inputs rounded to few grey values": (Rounded, PGD, {"radius", "black box", "unlimited", "noise"}),
     "a loss that is 0 where the decision is right": (Saturated, PGD, {"unlimited", "noise"}),
     "gradients shattered by a ripple": (Shattered, PGD, {"radius", "black box"}),
+    "steps that do not reach the sphere": (nn.Identity, replace(PGD, step_scale=0.4, random_start=0.0), {"steps"}),
     "steps of no length": (nn.Identity, replace(IDLE, random_start=0.0), {"black box", "unlimited", "noise"}),
     "steps of no length from a random start": (nn.Identity, IDLE, {"black box", "unlimited", "noise"}),
 }
@@ -261,7 +262,8 @@ def test_what_is_checked_and_with_what() -> None:
     tried = probes(replace(PGD, restarts=3))
     assert list(tried) == ["checked", "steps", "restarts", "black box", "unlimited", "noise"]
     assert tried["checked"] == tried["restarts"] == replace(PGD, restarts=3)
-    assert tried["steps"] == replace(PGD, restarts=3, steps=20)
+    assert tried["steps"] == replace(PGD, restarts=3, steps=20, step_scale=2 * PGD.step_scale)
+    assert probes(APGD(10))["steps"] == APGD(20)
     assert tried["black box"] == SquareAttack(100)
     assert probes(replace(PGD, steps=50, norm=math.inf))["black box"] == SquareAttack(250, math.inf)
     assert tried["unlimited"] == Unlimited(PGD)
