@@ -7,6 +7,7 @@ A module of a subcommand has ``add_arguments(parser)`` and ``run(args) -> int``,
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     args = _parser(argv).parse_args(argv)
     try:
-        return int(import_module(COMMANDS[args.command][0]).run(args) or 0)
+        status = int(import_module(COMMANDS[args.command][0]).run(args) or 0)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads, head for example, has seen enough; the flush at the exit must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except MISTAKES as error:
         if args.debug:
             raise

@@ -285,6 +285,17 @@ def test_environment_files_and_checkpoint(toy: Callable[..., Path]) -> None:
     assert "Traceback" not in Path("runs/search/delta_1/evaluate.log").read_text()
 
 
+def test_nobody_reads_the_output(toy: Callable[..., Path]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "common.cli", "search", str(toy()), "--dry-run"]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_dry_run(toy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = toy(train="'a b'", environment={"HOME_OF": "{folder}"}, files={"x.yaml": "delta: {delta}"})
     assert search(path, "--dry-run") == 0
