@@ -356,9 +356,8 @@ def _page(
         tables=tables,
         evaluation=entries[0].evaluation,
         curves=[
-            {"table": table, "attack": attack, "sources": [_uri(figures.curve(table, attack, t)) for t in themes]}
+            [(attack, [_uri(figures.curve(table, attack, t)) for t in themes]) for attack in figures.aimed(table)]
             for table in tables
-            for attack in figures.aimed(table)
         ],
         failures=failures,
         infinity=float("inf"),

@@ -257,7 +257,6 @@ def test_the_page_loads_whole_and_asks_for_nothing_else(browser: Browser, page: 
     assert headings == [
         "findings",
         "results",
-        "curves",
         "failures",
         "margins",
         "examples",
@@ -325,7 +324,7 @@ def test_pictures_for_the_eye(browser: Browser, page: Path) -> None:
     for name, width, dark in (("light", DESK, False), ("dark", DESK, True), ("phone", PHONE, False)):
         browser.open(page, width, dark=dark)
         brightness[name] = browser.value("getComputedStyle(document.body).backgroundColor")
-        sources = browser.value("document.querySelector('#curves ~ .grid img').currentSrc.length")
+        sources = browser.value("document.querySelector('#results ~ .curves img').currentSrc.length")
         brightness[name + " curve"] = sources
         assert browser.picture(f"{name}.png").stat().st_size > 50_000
         assert troubles(browser) == []
