@@ -3,8 +3,8 @@
     adv-nnunet evaluate ... --attacks pgd20 apgd20 pgd100 apgd100 --checks 0 -o REPORT
     python benchmarks/apgd_on_hosts.py REPORT [REPORT ...]
 
-Prints a table in Markdown: for each model of each report and each pair pgd<N>, apgd<N>, the mean loss over samples and
-the first metric at every noise level.
+Prints a table in Markdown for each report: a row for each model and each pair pgd<N>, apgd<N>; at every noise level the
+mean loss over samples, and the metric that --metric names (the report's first one otherwise), under PGD -> under APGD.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ def pairs(attacks: list[str]) -> list[tuple[str, str]]:
     return [(name, f"a{name}") for name in attacks if re.fullmatch(r"pgd\d+", name) and f"a{name}" in attacks]
 
 
-def rows(name: str, record: dict[str, Any]) -> list[list[str]]:
-    metric, results = next(iter(record["results"].items()))
-    found = []
+def table(record: dict[str, Any], metric: str | None) -> list[list[str]]:
+    metric = metric or next(iter(record["results"]))
+    if metric not in record["results"]:
+        raise SystemExit(f"the report has no metric {metric!r}; it has: {', '.join(record['results'])}")
+    levels = record["configuration"]["evaluation"]["levels"][1:]
+    lines = [["model", "gradients", *(f"level {level:g}" for level in levels)]]
     for model, attacks in record["attacks"].items():
-        values = results["models"][model]["attacks"]
+        values = record["results"][metric]["models"][model]["attacks"]
         for pgd, apgd in pairs(list(attacks)):
-            for k, level in enumerate(record["configuration"]["evaluation"]["levels"][1:]):
+            cells = []
+            for k in range(len(levels)):
                 losses = [attacks[attack]["mean_loss"][k] for attack in (pgd, apgd)]
                 metrics = [values[attack]["values"][k + 1] for attack in (pgd, apgd)]
-                found.append(
-                    [name, model, str(attacks[pgd]["gradients_per_image"]), f"{level:g}"]
-                    + [f"{loss:.4g}" for loss in losses]
-                    + [f"{metric} {metrics[0]:.4g}", f"{metrics[1]:.4g}"]
-                )
-    return found
+                cells.append(f"{losses[0]:.4g} → {losses[1]:.4g}; {metric} {metrics[0]:.3g} → {metrics[1]:.3g}")
+            lines.append([model, str(attacks[pgd]["gradients_per_image"]), *cells])
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", help="report.json files, or their folders")
-    head = ["report", "model", "gradients", "level", "loss, PGD", "loss, APGD", "metric, PGD", "metric, APGD"]
-    lines = [head, ["---"] * len(head)]
-    for path in parser.parse_args().reports:
+    parser.add_argument("--metric", help="default: the first of each report")
+    args = parser.parse_args()
+    for path in args.reports:
         file = path / "report.json" if path.is_dir() else path
-        found = rows(path.name if path.is_dir() else path.parent.name, json.loads(file.read_text()))
-        if not found:
+        head, *lines = table(json.loads(file.read_text()), args.metric)
+        if not lines:
             raise SystemExit(f"{file} has no pair of attacks pgd<N> and apgd<N> with the same N")
-        lines += found
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        print(f"\n{file}\n")
+        print("\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]))
 
 
 if __name__ == "__main__":
