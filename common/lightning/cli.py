@@ -199,11 +199,15 @@ class Tool(ABC):
         return parser
 
     def _parsed(self, parser: Any, argv: Sequence[str], checkpoints: str) -> tuple[Any, Any]:
-        """The arguments and the data module: of ``--data``, else of ``--config``, else of the checkpoint's run."""
+        """The arguments and the data module: of ``--data``, else of ``--config``, else of the checkpoint's run.
+
+        ``--data.NAME`` alone changes what the configuration says.
+        """
         import yaml
 
-        given = parser.parse_args(argv)
-        if given.data is None:
+        words, about_data = _split(argv)
+        given = parser.parse_args(words)
+        if not any(word.partition("=")[0] in ("--data", "--data.class_path") for word in about_data):
             first = given[checkpoints][0] if isinstance(given[checkpoints], list) else given[checkpoints]
             path = Path(given.config) if given.config else Path(first).parent.parent / CONFIG
             if not path.is_file():
@@ -213,7 +217,8 @@ class Tool(ABC):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict) or "data" not in content:
                 raise ValueError(f"{path} has no data section")
-            given = parser.parse_object({"data": content["data"]}, given)
+            parser.set_defaults({"data": content["data"]})
+        given = parser.parse_args(argv)
         # jsonargparse 4.49 has renamed it, and 5 will have the new name only.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         return given, instantiate(given).data
@@ -303,6 +308,18 @@ class Tool(ABC):
                     "checkpoints": {s.name: "/".join(s.checkpoint.parts[-4:]) for s in study.subjects},
                 },
             )
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line without those of ``--data`` and ``--data.NAME``, and those."""
+    words: tuple[list[str], list[str]] = ([], [])
+    value = False
+    for word in argv:
+        option = word.partition("=")[0]
+        about_data = option == "--data" or option.startswith("--data.")
+        words[about_data or (value and not word.startswith("--"))].append(word)
+        value = about_data and "=" not in word
+    return words
 
 
 def run_name(path: str) -> str:

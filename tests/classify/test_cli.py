@@ -320,6 +320,7 @@ def test_mistakes_of_our_own_commands(standard: Path, tmp_path: Path, tools: Any
     assert "the data has no split 'training'" in fails(command, checkpoint, "--split", "training")
     four = tools.write_npz(tmp_path / "four.npz", classes=4)
     message = fails(command, checkpoint, *data_of(standard, file=str(four)))
+    assert fails(command, checkpoint, "--data.file", four) == message
     assert "predicts 3 classes" in message
     assert "the data has 4" in message
     other = tmp_path / "other.ckpt"

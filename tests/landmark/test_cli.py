@@ -355,6 +355,9 @@ def test_mistakes_of_our_own_commands(standard: Path, tmp_path: Path, tools: Any
     two = tools.write_table(tmp_path / "two", names=("dot", "end"))
     message = fails(command, checkpoint, *data_of(standard, root=str(two)))
     assert message == f"{checkpoint} finds 3 landmarks (corner, dot, end), the data has 2 (dot, end)"
+    assert fails(command, checkpoint, "--data.root", two) == fails(command, "--data.init_args.root", two, checkpoint)
+    assert fails(command, checkpoint, f"--data.root={two}", "--split", "val") == message
+    assert "'colour' is not accepted" in fails(command, checkpoint, "--data.colour", 1)
     colour = fails(command, checkpoint, *data_of(standard, channels=3))
     assert colour == f"{checkpoint} takes images of 1 channel(s), the data has 3"
     size = fails(command, checkpoint, *data_of(standard, size=[32, 64]))
