@@ -59,7 +59,7 @@ def run(folder: Path, report: str) -> dict[str, Any]:
     warned: list[str] = []
     handler = logging.Handler()
     # A handler of one line, which mypy takes for a mistake.
-    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]  # a recorder
     logging.getLogger("common.evaluation").addHandler(handler)
     for name in ("curves", "curve", "failure_curves"):
         setattr(figures, name, lambda *_: b"not drawn")  # takes most of the time of a report

@@ -325,7 +325,7 @@ def test_half_precision_ends_with_the_network() -> None:
     for kind in KINDS:
         torch.manual_seed(0)
         model = nn.Conv2d(1, 9, 3, padding=1)
-        objective = LandmarkObjective(model, points, SIZE, radius=RADIUS, heatmap=kind)  # type: ignore[arg-type]
+        objective = LandmarkObjective(model, points, SIZE, radius=RADIUS, heatmap=kind)  # type: ignore[arg-type]  # wrong on purpose
         with torch.autocast("cpu", torch.bfloat16):
             loss, terms, maps = objective.loss_and_predictions(images)
             found = (loss, terms, objective(images), objective.distance(maps, maps.flip(0)))
