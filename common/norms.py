@@ -33,29 +33,32 @@ def check_norm(p: float | str) -> float:
 def per_sample(values: float | Tensor, like: Tensor) -> Tensor:
     """A number or a (B,) tensor as a (B, 1, ..., 1) tensor that broadcasts against ``like``, on its device and dtype.
 
+    A tensor that has that shape already is taken as it is.
+
     Raises:
-        ValueError: if a tensor has neither one element nor shape (B,).
+        ValueError: if a tensor has neither one element nor one of these shapes.
     """
+    shape = (like.shape[0], *([1] * (like.ndim - 1)))
     if isinstance(values, (int, float)):
         values = torch.full((), values, dtype=like.dtype, device=like.device)  # as_tensor would wait for the device
     else:
         values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+        if values.shape == shape:
+            return values
     if values.ndim > 1 or (values.ndim == 1 and values.shape[0] not in (1, like.shape[0])):
         raise ValueError(
             f"a per-sample quantity must be a number or have shape ({like.shape[0]},), got {tuple(values.shape)}"
         )
-    return values.expand(like.shape[0]).reshape(-1, *([1] * (like.ndim - 1)))
+    return values.expand(like.shape[0]).reshape(shape)
 
 
-def norm(delta: Tensor, p: float = 2) -> Tensor:
+def norm(delta: Tensor, p: float = 2, *, keepdim: bool = False) -> Tensor:
     """Lp norm of every sample, over all its dimensions.
 
     Args:
         delta: shape (B, *any).
         p: 2 or inf.
-
-    Returns:
-        Shape (B,).
+        keepdim: gives (B, 1, ..., 1) instead of (B,).
     """
     p = check_norm(p)
     if delta.ndim < 2:
@@ -63,8 +66,8 @@ def norm(delta: Tensor, p: float = 2) -> Tensor:
     axes = tuple(range(1, delta.ndim))  # reduced as they are: flatten(1) would copy channels_last tensors
     if p == math.inf and delta.numel() > 0:
         # vector_norm(ord=inf) was measured to take 15 times as long on a CPU. NaN goes through all three.
-        return torch.maximum(delta.amax(axes), -delta.amin(axes))
-    length: Tensor = torch.linalg.vector_norm(delta, ord=p, dim=axes)
+        return torch.maximum(delta.amax(axes, keepdim), -delta.amin(axes, keepdim))
+    length: Tensor = torch.linalg.vector_norm(delta, ord=p, dim=axes, keepdim=keepdim)
     return length
 
 
@@ -73,7 +76,7 @@ def project(delta: Tensor, radius: float | Tensor, p: float = 2) -> Tensor:
 
     Args:
         delta: shape (B, *any).
-        radius: one number, or shape (B,), >= 0.
+        radius: one number, or shape (B,) or (B, 1, ..., 1), >= 0.
         p: 2 or inf.
 
     Returns:
@@ -82,11 +85,10 @@ def project(delta: Tensor, radius: float | Tensor, p: float = 2) -> Tensor:
     p = check_norm(p)
     bound = per_sample(radius, delta)
     if p == math.inf:
-        return torch.minimum(torch.maximum(delta, -bound), bound)
-    length = norm(delta, 2).reshape(bound.shape)
-    outside = length > bound
-    # Divide only where the sample is outside: its length is positive there, and no 0/0 arises elsewhere.
-    return delta * torch.where(outside, bound / torch.where(outside, length, torch.ones_like(length)), 1.0)
+        raised = torch.maximum(delta, -bound)
+        return torch.minimum(raised, bound, out=raised)
+    quotient = bound / norm(delta, 2, keepdim=True)
+    return delta * torch.fmin(quotient, torch.ones_like(quotient))  # fmin takes the 1 for 0/0
 
 
 def steepest(gradient: Tensor, p: float = 2, peak: Tensor | None = None) -> Tensor:
@@ -95,16 +97,16 @@ def steepest(gradient: Tensor, p: float = 2, peak: Tensor | None = None) -> Tens
     Args:
         gradient: shape (B, *any), finite.
         p: 2 or inf.
-        peak: its Linf norm, (B,), where the caller has it already.
+        peak: its Linf norm, (B, 1, ..., 1), where the caller has it already.
     """
     p = check_norm(p)
     if p == math.inf:
         return gradient.sign()
     # Scaling by the largest entry first keeps the squares of tiny gradients from underflowing to a zero length.
-    peak = per_sample(norm(gradient, math.inf) if peak is None else peak, gradient)
-    scaled = gradient / torch.where(peak > 0, peak, 1.0)
-    length = per_sample(norm(scaled, 2), gradient)
-    return scaled / torch.where(length > 0, length, 1.0)
+    peak = norm(gradient, math.inf, keepdim=True) if peak is None else peak
+    tiny = torch.finfo(gradient.dtype).tiny  # in place of 0, so that nothing divides 0 by 0
+    direction = gradient / peak.clamp_min(tiny)
+    return direction.div_(norm(direction, 2, keepdim=True).clamp_min_(tiny))
 
 
 def random_in_ball(

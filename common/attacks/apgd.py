@@ -88,31 +88,29 @@ class APGD(Ascent):
         peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
         for k in range(self.steps):
             terms, direction = problem.slope(iterate)
-            with torch.no_grad():
-                loss = total(terms).to(previous.dtype)
-                rises += loss > previous
-                previous = loss
-                best.offer(terms, iterate, noise, direction)
-                if k == 0:
-                    peak = best.loss
-                if k == end:
-                    # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better. What is
-                    # halved goes on from here, as in the authors' code: Algorithm 1 would first take one more step.
-                    stuck = ~halved & (best.loss <= peak)
-                    halve = (rises < self.rho * (k - begin)) | stuck
-                    step = torch.where(broadcast(halve, step), step / 2, step)
-                    noise = torch.where(broadcast(halve, noise), best.values[1], noise)
-                    direction = torch.where(broadcast(halve, noise), best.values[2], direction)
-                    previous = torch.where(halve, best.loss, previous)
-                    halved, peak, rises = halve, best.loss, torch.zeros_like(rises)
-                    begin, end = k, checkpoints.get(k)
-                share = 1.0 if k == 0 else self.momentum
-                _, ahead = problem.inside(torch.addcmul(noise, step, direction))
-                moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
-                before = noise
-                iterate, noise = problem.inside(moved)
-        with torch.no_grad():
-            best.offer(problem.terms(iterate), iterate, noise, noise)
+            loss = total(terms).to(previous.dtype)
+            rises += loss > previous
+            previous = loss
+            best.offer(terms, iterate, noise, direction)
+            if k == 0:
+                peak = best.loss
+            if k == end:
+                # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better. What is
+                # halved goes on from here, as in the authors' code: Algorithm 1 would first take one more step.
+                stuck = ~halved & (best.loss <= peak)
+                halve = (rises < self.rho * (k - begin)) | stuck
+                step = torch.where(broadcast(halve, step), step / 2, step)
+                noise = torch.where(broadcast(halve, noise), best.values[1], noise)
+                direction = torch.where(broadcast(halve, noise), best.values[2], direction)
+                previous = torch.where(halve, best.loss, previous)
+                halved, peak, rises = halve, best.loss, torch.zeros_like(rises)
+                begin, end = k, checkpoints.get(k)
+            share = 1.0 if k == 0 else self.momentum
+            _, ahead = problem.inside(torch.addcmul(noise, step, direction))
+            moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
+            before = noise
+            iterate, noise = problem.inside(moved)
+        best.offer(problem.terms(iterate), iterate, noise, noise)
         return best.terms, best.values[0]
 
 

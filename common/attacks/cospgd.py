@@ -100,5 +100,4 @@ class CosPGD(GradientAttack):
             raise TypeError("CosPGD attacks segmentations; this model predicts something else. Use pgd or apgd")
         with attacking(objective):
             result = super().__call__(CosineWeighted(objective), images, radius, **how)
-            with torch.no_grad():
-                return replace(result, terms=check_terms(objective(result.images), images))
+            return replace(result, terms=check_terms(objective(result.images), images))

@@ -106,21 +106,19 @@ class GradientAttack(Ascent):
         iterate, noise = problem.start(start)
         for _ in range(self.steps):
             terms, direction = problem.slope(iterate)
-            with torch.no_grad():
-                if crossing is not None:
-                    crossing = self._crossing(crossing, terms, noise, limits)
-                if best is not None:
-                    best.offer(terms, iterate)
-                iterate, noise = problem.inside(torch.addcmul(noise, alpha, direction))
-        if not final_pass and best is None and self.restarts == 1:
-            return iterate, None, crossing
-        with torch.no_grad():
-            terms = problem.terms(iterate)
             if crossing is not None:
                 crossing = self._crossing(crossing, terms, noise, limits)
             if best is not None:
                 best.offer(terms, iterate)
-                return best.values[0], best.terms, crossing
+            iterate, noise = problem.inside(torch.addcmul(noise, alpha, direction, out=direction))
+        if not final_pass and best is None and self.restarts == 1:
+            return iterate, None, crossing
+        terms = problem.terms(iterate)
+        if crossing is not None:
+            crossing = self._crossing(crossing, terms, noise, limits)
+        if best is not None:
+            best.offer(terms, iterate)
+            return best.values[0], best.terms, crossing
         return iterate, terms, crossing
 
     def _crossing(self, crossing: Tensor, terms: Tensor, noise: Tensor, limits: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ class Noise:
         generator: torch.Generator | None = None,
     ) -> AttackResult:
         """Adds noise to a batch; see :class:`common.attacks.GradientAttack`, whose arguments these are."""
-        with attacking(objective), torch.no_grad():
+        with attacking(objective):
             problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
             shape = tuple(images.shape)
             noise = problem.normal(shape) if self.kind == "gaussian" else 2 * problem.uniform(shape) - 1

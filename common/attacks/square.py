@@ -76,7 +76,7 @@ class SquareAttack:
         """
         if images.ndim < 3:
             raise ValueError(f"the Square Attack needs images of shape (B, C, *spatial), got {tuple(images.shape)}")
-        with attacking(objective), torch.no_grad():
+        with attacking(objective):
             problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
             propose = self._squares if self.norm == math.inf else self._bumps
             iterate, noise = problem.inside(self._start(problem))

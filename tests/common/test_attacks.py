@@ -303,6 +303,29 @@ def test_an_image_outside_its_bounds_keeps_its_values_and_moves_only_inwards(tin
 
 
 @pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_an_image_inside_its_bounds_is_attacked_alike_beside_one_outside(
+    tiny: SimpleNamespace, p: float, keep: Any
+) -> None:
+    inside = uniform(2, 3, 8, 8)
+    beside = inside.clone()
+    beside[1, 0, 0, :2] = torch.tensor([-0.5, 1.5])
+    attack = GradientAttack(5, 4.0, p, keep=keep)
+    expected, found = (attack(classify(tiny, 2), images, 3.0, bounds=(0, 1)).images for images in (inside, beside))
+    assert ((expected[0] == 0) | (expected[0] == 1)).any()  # the bounds matter
+    assert torch.equal(found[0], expected[0])
+    assert found[1].min() >= -0.5 and found[1].max() <= 1.5 and (found[1] > 1).sum() <= 1
+
+
+def test_a_radius_with_a_gradient_is_taken_as_a_number(tiny: SimpleNamespace) -> None:
+    images, radius = uniform(2, 3, 8, 8), torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+    found = pgd(classify(tiny, 2), images, radius, steps=2, step_scale=2.0, bounds=(0, 1), random_start=False)
+    plain = pgd(classify(tiny, 2), images, radius.detach(), steps=2, step_scale=2.0, bounds=(0, 1), random_start=False)
+    assert not found.images.requires_grad and not found.norms.requires_grad
+    assert torch.equal(found.images, plain.images)
+
+
+@pytest.mark.parametrize("p", ORDERS)
 def test_a_zero_gradient_moves_nothing_and_harms_no_neighbour(tiny: SimpleNamespace, p: float) -> None:
     images = uniform(3, 2, 4)
     slopes = (uniform(3, 2, 4, seed=1) - 0.5) * torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64).reshape(3, 1, 1)

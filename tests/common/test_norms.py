@@ -29,6 +29,8 @@ def reference_norm(delta: Tensor, p: float) -> np.ndarray:
 def test_norm_is_that_of_the_flattened_sample(batch: int, shape: tuple[int, ...], p: float) -> None:
     delta = draw(batch, shape)
     np.testing.assert_allclose(norm(delta, p), reference_norm(delta, p), rtol=1e-14)
+    kept = norm(delta, p, keepdim=True)
+    assert kept.shape == (batch, *[1] * len(shape)) and torch.equal(kept.flatten(), norm(delta, p))
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -176,6 +178,8 @@ def test_per_sample_shapes() -> None:
     like = torch.empty(3, 2, 4, 4, dtype=torch.float64)
     assert per_sample(2.0, like).shape == per_sample(torch.tensor([2.0]), like).shape == (3, 1, 1, 1)
     assert per_sample(torch.tensor([1, 2, 3]), like).dtype == torch.float64
+    there = torch.ones(3, 1, 1, 1, dtype=torch.float64)
+    assert per_sample(there, like) is there
     for wrong in (torch.ones(2), torch.ones(3, 1)):
         with pytest.raises(ValueError, match=r"must be a number or have shape \(3,\), got \("):
             per_sample(wrong, like)
