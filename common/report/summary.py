@@ -286,15 +286,21 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
         if sum(steps):
             notes.append(f"{entry.name}: {sum(steps)} attack steps met a non-finite gradient and moved nothing.")
     for table in tables:
-        sign = 1 if table.metric.higher_is_better else -1
-        gain = sign * np.diff(table.values, axis=2)
+        aimed = [a for a, attack in enumerate(table.attacks) if attack not in table.controls]
+        values, clean = table.values[:, aimed], table.values[:, aimed, :1]
+        # Where a metric is about single samples, an attack that gets anywhere moves it.
+        if table.metric.fails_at is not None and values[:, :, 1:].size:
+            notes += [
+                f"{table.models[m]}: {table.metric.name} is {table.show(clean[m, 0, 0])} at every noise level. Either "
+                "the levels are too small to change it, or the model says the same whatever it is shown."
+                for m in np.flatnonzero((values == clean).all((1, 2)))
+            ]
+        gain = np.diff(values if table.metric.higher_is_better else -values, axis=2)
         # A percent of the clean value: less can be the noise of the attack itself.
-        suspicious = (gain > 0.01 * np.abs(table.values[:, :, :1])).any(2)
-        suspicious &= np.array([attack not in table.controls for attack in table.attacks])
         notes += [
-            f"{table.models[m]}: {table.metric.name} improves as the noise of {table.attacks[a]} grows. An attack that "
-            "does this is too weak, or the model hides its gradients; its robustness may be overrated."
-            for m, a in np.argwhere(suspicious)
+            f"{table.models[m]}: {table.metric.name} improves as the noise of {table.attacks[aimed[a]]} grows. An "
+            "attack that does this is too weak, or the model hides its gradients; its robustness may be overrated."
+            for m, a in np.argwhere((gain > 0.01 * np.abs(clean)).any(2))
         ]
     return notes
 

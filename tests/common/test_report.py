@@ -539,6 +539,22 @@ def test_cautions() -> None:
     assert masking.startswith("odd: ADI improves as the noise of pgd100 grows.")
 
 
+def test_a_metric_that_no_attack_moves_is_pointed_out() -> None:
+    """Of several models the one; not if only a control leaves it, nor for a metric that knows no failures."""
+    still, moved = {"pgd100": (0.75, 0.75, 0.75)}, {"pgd100": (0.9, 0.9, 0.8)}
+    controls = {"gaussian": (0.75, 0.75, 0.75)}
+    models = [Entry("moved", evaluation(moved | controls)), Entry("still", evaluation(still | controls))]
+    (note,) = cautions(models, tabulate(models, [DICE], resample=False))
+    assert note.startswith("still: ADI is 0.7500 at every noise level. Either the levels are too small")
+    assert cautions(models, tabulate(models, [MEAN], resample=False)) == []
+    controls["gaussian"] = (0.75, 0.7, 0.6)
+    models = [Entry("still", evaluation(still | controls))]
+    assert len(cautions(models, tabulate(models, [DICE], resample=False))) == 1
+    improving = [Entry("odd", evaluation(controls | {"pgd100": (0.75, 0.75, 0.8)}))]
+    (note,) = cautions(improving, tabulate(improving, [DICE], resample=False))
+    assert note.startswith("odd: ADI improves as the noise of pgd100 grows.")
+
+
 def test_format_table() -> None:
     (table,) = tabulate(entries(), [MEAN])
     lines = format_table(table).splitlines()
