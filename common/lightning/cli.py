@@ -207,9 +207,12 @@ class Tool(ABC):
 
         words, about_data = _split(argv)
         given = parser.parse_args(words)
+        paths = given[checkpoints] if isinstance(given[checkpoints], list) else [given[checkpoints]]
+        for path in paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"there is no checkpoint {path}")
         if not any(word.partition("=")[0] in ("--data", "--data.class_path") for word in about_data):
-            first = given[checkpoints][0] if isinstance(given[checkpoints], list) else given[checkpoints]
-            path = Path(given.config) if given.config else Path(first).parent.parent / CONFIG
+            path = Path(given.config) if given.config else Path(paths[0]).parent.parent / CONFIG
             if not path.is_file():
                 raise FileNotFoundError(
                     f"there is no configuration {path}; name one with --config, or the data with --data"

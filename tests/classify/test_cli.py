@@ -311,6 +311,7 @@ def test_mistakes_of_our_own_commands(standard: Path, tmp_path: Path, tools: Any
     checkpoint = best(standard)
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes(checkpoint.read_bytes())
+    assert "there is no checkpoint nowhere.ckpt" in fails(command, "nowhere.ckpt")
     assert "there is no configuration" in fails(command, moved)
     assert "name one with --config, or the data with --data" in fails(command, moved)
     assert "there is no configuration none.yaml" in fails(command, moved, "--config", "none.yaml")
