@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.lightning.cli import Study, Tool
+from advmed.integrations.lightning.cli import Study, Tool
 
 
 class Classify(Tool):
@@ -39,15 +39,16 @@ class Classify(Tool):
     @property
     def rule(self) -> str:
         """See :attr:`Tool.rule`."""
-        from common.thresholds import DEFAULT_RULE
+        from advmed.thresholds import DEFAULT_RULE
 
         return DEFAULT_RULE
 
     def measure(self, path: str, data: Any, **how: Any) -> Any:
         """See :meth:`Tool.measure`."""
-        from adv_classify.thresholds import measure
+        from adv_classify.module import RobustClassifier
+        from advmed.integrations.lightning.calibration import measure
 
-        return measure(path, data, **how)
+        return measure(RobustClassifier.standard(path, data), path, data, **how)
 
     def default_levels(self, norm: float, data: Any, split: str) -> list[float]:
         """The same noise in every value whatever the norm: 0, 2, 4 and 8 / 255."""
@@ -67,7 +68,7 @@ class Classify(Tool):
     def study(self, given: Any, names: Sequence[str], data: Any, device: Any) -> Study:
         """See :meth:`Tool.study`."""
         from adv_classify import evaluate as host
-        from common.comparison import Subject
+        from advmed.evaluation.subjects import Subject
 
         models = [
             host.load_model(name, path, data, given.split, device, gradcam=given.gradcam)

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from common.lightning import SampleData
-from common.lightning.data import SPLITS
-from common.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning import SampleData
+from advmed.integrations.lightning.data import SPLITS
+from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
 
 
 @dataclass(frozen=True)

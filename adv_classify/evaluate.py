@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,16 +18,14 @@ from adv_classify.data import ClassificationData, ImageDataset
 from adv_classify.external import torch_attack
 from adv_classify.gradcam import GradCam, agreement
 from adv_classify.module import RobustClassifier, mean_average_precision
-from adv_classify.objective import ClassificationObjective, MarginObjective
-from common.attacks import AttackResult, GradientAttack
-from common.attacks.names import Attack, parse_attacks
-from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
-from common.lightning import MARGINS
-from common.lightning.evaluation import in_batches, picture
-from common.margins import read_margins
-from common.metric import Metric
-from common.objective import untraced
-from common.report import Example, View
+from adv_classify.objective import ClassificationObjective
+from advmed.attacks import PGD, Attack, Margin, parse_attacks
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
+from advmed.evaluation.metric import Metric
+from advmed.integrations.lightning import MARGINS
+from advmed.integrations.lightning.evaluation import in_batches, picture
+from advmed.margins import read_margins
+from advmed.report import Example, View
 
 BOUNDS = (0.0, 1.0)
 
@@ -49,59 +47,6 @@ class TrainedModel:
         """Images, labels and ids on the device."""
         batch = default_collate([self.dataset[i] for i in indices])
         return batch["image"].to(self.device), batch["label"].to(self.device), batch["id"]
-
-
-@dataclass(frozen=True)
-class MarginAttack(GradientAttack):
-    """PGD on the margin of the logits (Carlini and Wagner 2017); the image with the largest margin is kept.
-
-    Args:
-        targets: number of wrong classes whose own margins are raised one after the other, beginning with the most
-            likely of the clean image, as in the targeted attacks of Croce and Hein 2020; 0 raises the largest margin.
-    """
-
-    targets: int = 0
-
-    @property
-    def gradients(self) -> int:
-        """Gradients per image, for as many wrong classes as there may be."""
-        return super().gradients * max(1, self.targets)
-
-    @property
-    def description(self) -> str:
-        """What it does, for a report."""
-        goal = f"each of up to {self.targets} wrong classes" if self.targets else "the largest wrong class"
-        return f"{super().description}; climbs the margin of {goal}"
-
-    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
-        """Attacks a batch; the terms of the result are those of ``objective``."""
-        model, labels = objective.model, objective.labels
-        largest = MarginObjective(model, labels)
-        goals: list[Tensor | None] = [None]
-        if self.targets:
-            with torch.inference_mode(False), untraced(objective):  # the goals are part of what is differentiated
-                wrong = model(images).scatter(1, labels[:, None], -torch.inf)
-                goals = list(wrong.argsort(1, descending=True)[:, : min(self.targets, wrong.shape[1] - 1)].unbind(1))
-        best, margins = None, None
-        for goal in goals:
-            result = super().__call__(MarginObjective(model, labels, goal), images, radius, **how)
-            with untraced(objective):
-                found = largest(result.images)[:, 0]
-            if best is None or margins is None:
-                best, margins = result, found
-                continue
-            better = found > margins
-            margins = torch.where(better, found, margins)
-            best = AttackResult(
-                torch.where(better[:, None, None, None], result.images, best.images),
-                None,
-                torch.where(better, result.norms, best.norms),
-                None,
-                best.nonfinite + result.nonfinite,
-            )
-        assert best is not None
-        with untraced(objective):
-            return replace(best, terms=objective(best.images))
 
 
 def load_model(
@@ -143,9 +88,8 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
             raise ValueError(f"attack {name!r} is given twice")
         margin = re.fullmatch(r"(margin|targeted)([1-9][0-9]*(?:x[1-9][0-9]*)?)", name)
         if margin:
-            like = parse_attacks([f"pgd{margin[2]}"], norm=norm)
-            settings = asdict(cast(GradientAttack, next(iter(like.values()))))
-            attacks[name] = MarginAttack(**settings, targets=9 if margin[1] == "targeted" else 0)
+            (like,) = parse_attacks([f"pgd{margin[2]}"], norm=norm).values()
+            attacks[name] = replace(cast(PGD, like), loss=Margin(targets=9 if margin[1] == "targeted" else 0))
             continue
         try:
             attacks |= parse_attacks([name], norm=norm)
@@ -155,7 +99,7 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
 
 
 def make_batches(model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
-    """The images in batches, or some of them; see :func:`common.lightning.evaluation.in_batches`."""
+    """The images in batches, or some of them; see :func:`advmed.integrations.lightning.evaluation.in_batches`."""
     return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), *limits)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from common.attacks import AttackResult
-from common.attacks.names import EXPECTED
-from common.guard import still
-from common.norms import norm
+from advmed.attacks import AttackResult
+from advmed.attacks.names import EXPECTED
+from advmed.guard import preserved
+from advmed.norms import norm
 
 DESCRIPTIONS = {
     "autoattack": "AutoAttack (Croce & Hein 2020) of torchattacks: APGD-CE, targeted APGD-DLR, targeted FAB, Square",
@@ -63,7 +63,7 @@ class TorchAttack:
         bounds: Any = None,
         generator: torch.Generator | None = None,
     ) -> AttackResult:
-        """Attacks a batch; see :class:`common.attacks.GradientAttack`.
+        """Attacks a batch; see :class:`advmed.attacks.PGD`.
 
         Args:
             objective: a :class:`adv_classify.objective.ClassificationObjective`.
@@ -78,7 +78,7 @@ class TorchAttack:
         if bounds is None or tuple(bounds) != (0.0, 1.0):
             raise ValueError(f"{self.name} of torchattacks needs images in [0, 1], got bounds {bounds}")
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        with torch.inference_mode(False), torch.enable_grad(), still(objective.model):
+        with torch.inference_mode(False), torch.enable_grad(), preserved(objective.model):
             classes = objective.model(images[:1]).shape[1]
             if classes < LEAST_CLASSES.get(self.name, 2):
                 raise ValueError(

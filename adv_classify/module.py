@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_average_precision
 
-from adv_classify import thresholds as standard
 from adv_classify.network import Network, make_network
 from adv_classify.objective import ClassificationObjective
-from common.attacks import GradientAttack
-from common.lightning import Method, RobustModule, plain
-from common.settings import AttackSettings, MethodSettings
-from common.thresholds import Thresholds
+from advmed.attacks import PGD
+from advmed.integrations.lightning import MethodOptions, RobustModule, plain
+from advmed.integrations.lightning.calibration import measure
+from advmed.methods import AttackSettings
+from advmed.thresholds import Thresholds
+from advmed.training.settings import TrainingSettings
 
 PREDICTIONS = "predictions.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(AttackSettings):
-    """The attack of the training, on images in [0, 1]; see :class:`common.settings.AttackSettings`."""
+class ClassifierAttack(AttackSettings):
+    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`."""
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)
 
@@ -57,13 +58,14 @@ class RobustClassifier(RobustModule):
     """
 
     command = "adv-classify"
-    sections: ClassVar = {"network": Network, "method": Method, "attack": Attack}
+    objective_class = ClassificationObjective
+    sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
 
     def __init__(
         self,
         network: Network = Network(),  # noqa: B008 - frozen, as the next two
-        method: Method = Method(),  # noqa: B008 - frozen
-        attack: Attack = Attack(),
+        method: MethodOptions = MethodOptions(),  # noqa: B008 - frozen
+        attack: ClassifierAttack = ClassifierAttack(),
         *,
         class_weights: Literal["none", "balanced"] = "none",
         label_smoothing: float = 0.0,
@@ -115,7 +117,24 @@ class RobustClassifier(RobustModule):
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
         data = self.trainer.datamodule
-        return standard.measure(path, data, rule=rule, device=self.device, weight=self.class_weight)
+        return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
+
+    @classmethod
+    def standard(cls, path: str | Path, data: Any, like: RobustClassifier | None = None) -> RobustClassifier:
+        """A trained standard model whose thresholds are for the data, and for a training ``like`` this one.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it does not have the classes of the data.
+        """
+        model = cls.from_checkpoint(path)
+        if model.num_classes != data.num_classes:
+            raise ValueError(
+                f"{path} predicts {model.num_classes} classes, the data has {data.num_classes} ({data.class_names})"
+            )
+        if like is not None and like.class_weight is not None:
+            model.class_weight = like.class_weight
+        return model
 
     @staticmethod
     def made_of(values: Mapping[str, Any]) -> str | None:
@@ -133,7 +152,7 @@ class RobustClassifier(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, batch["image"][0].numel())
             assert settings.eps is not None
-            attack = GradientAttack(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.norm)
             objective = ClassificationObjective(self.network, batch["label"])
             attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self(attacked).float().softmax(1)
@@ -174,7 +193,7 @@ def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:
     return precision[present].mean()
 
 
-def resolved(settings: MethodSettings, values: int) -> MethodSettings:
+def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
     """Settings with the defaults that depend on the number of values of an image filled in."""
     size = 1.0 if settings.norm == math.inf else math.sqrt(values)
     eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (_EPS_PER_VALUE, _DELTA_PER_VALUE)
@@ -195,4 +214,4 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequ
                 writer.writerow((sample, names[row.index(max(row))], *(f"{value:.6f}" for value in row)))
 
 
-__all__ = ["Attack", "Method", "Network", "RobustClassifier"]
+__all__ = ["ClassifierAttack", "MethodOptions", "Network", "RobustClassifier"]

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common.lightning.weights import load_weights
+from advmed.integrations.lightning.weights import load_weights
 
 PREFIXES = ("network.model.", "model.", "module.")
 """What weights of ours, and of others' wrappers, are called by before their own name."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.distances import at_least_float32, softmax_divergence
+from advmed.distances import at_least_float32, softmax_divergence
+from advmed.objective import ClassScores
 
 
 class ClassificationObjective:
@@ -47,6 +47,11 @@ class ClassificationObjective:
             return terms.mean(), terms, logits
         return self._terms(logits, self.label_smoothing).mean(), terms.detach(), logits
 
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        """The logits beside the true classes."""
+        truth = functional.one_hot(self.labels, predictions.shape[1]).to(predictions.dtype)
+        return ClassScores(predictions, truth, None, exclusive=True)
+
     def distance(self, clean: Tensor, other: Tensor) -> Tensor:
         """KL divergence of the softmax outputs, (B,)."""
         return softmax_divergence(clean, other)
@@ -57,29 +62,3 @@ class ClassificationObjective:
         if self.weight is not None:
             loss = loss * self.weight[self.labels]
         return loss[:, None]
-
-
-class MarginObjective:
-    """How far the best wrong class is above the true one: ``images (B, C, H, W) -> (B, 1)``.
-
-    max_{j != y} z_j - z_y of the logits z, above 0 where the image is misclassified, and nowhere else (Carlini and
-    Wagner 2017, the function inside f_6). Cross-entropy rises for other reasons, too, where there are many classes.
-
-    Args:
-        model: images to logits, (B, classes).
-        labels: class numbers, (B,), int64.
-        targets: wrong classes, (B,), int64: z_j - z_y of these alone; None for the best of all.
-    """
-
-    names = ("margin",)
-
-    def __init__(self, model: nn.Module, labels: Tensor, targets: Tensor | None = None) -> None:
-        self.model, self.labels, self.targets = model, labels, targets
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The margin."""
-        logits = at_least_float32(self.model(images))
-        true = self.labels[:, None]
-        if self.targets is not None:
-            return logits.gather(1, self.targets[:, None]) - logits.gather(1, true)
-        return logits.scatter(1, true, -torch.inf).amax(1, keepdim=True) - logits.gather(1, true)

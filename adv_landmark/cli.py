@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.lightning.cli import Study, Tool
+from advmed.integrations.lightning.cli import Study, Tool
 
 
 class Landmark(Tool):
@@ -45,7 +45,7 @@ class Landmark(Tool):
     def measure(self, path: str, data: Any, **how: Any) -> Any:
         """See :meth:`Tool.measure`."""
         from adv_landmark.module import RobustLandmarks
-        from common.lightning.thresholds import measure
+        from advmed.integrations.lightning.calibration import measure
 
         return measure(RobustLandmarks.standard(path, data), path, data, **how)
 
@@ -64,7 +64,7 @@ class Landmark(Tool):
         """See :meth:`Tool.study`."""
         from adv_landmark import evaluate as host
         from adv_landmark.data import BOUNDS
-        from common.comparison import Subject
+        from advmed.evaluation.subjects import Subject
 
         metrics = host.metrics(data.unit, given.radii)
         models = [

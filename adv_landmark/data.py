@@ -24,9 +24,9 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from common.lightning import SampleData
-from common.lightning.data import SPLITS
-from common.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning import SampleData
+from advmed.integrations.lightning.data import SPLITS
+from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
 
 BOUNDS = (-1.0, 1.0)
 """Lowest and highest value of an image."""

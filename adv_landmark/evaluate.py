@@ -15,13 +15,13 @@ from torch.utils.data import default_collate
 from adv_landmark.data import LandmarkData, LandmarkDataset
 from adv_landmark.maps import decode
 from adv_landmark.module import RobustLandmarks, check_model
-from common.attacks.names import Attack
-from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
-from common.lightning import MARGINS
-from common.lightning.evaluation import in_batches, picture
-from common.margins import read_margins
-from common.metric import Metric
-from common.report import Example, View
+from advmed.attacks import Attack
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
+from advmed.evaluation.metric import Metric
+from advmed.integrations.lightning import MARGINS
+from advmed.integrations.lightning.evaluation import in_batches, picture
+from advmed.margins import read_margins
+from advmed.report import Example, View
 
 
 @dataclass
@@ -62,7 +62,7 @@ def load_model(name: str, path: str | Path, data: LandmarkData, split: str, devi
 
 
 def make_batches(model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
-    """The images in batches, or some of them; see :func:`common.lightning.evaluation.in_batches`."""
+    """The images in batches, or some of them; see :func:`advmed.integrations.lightning.evaluation.in_batches`."""
     return in_batches(model.dataset.samples.ids, model.batch_size, partial(load, model), *limits)
 
 

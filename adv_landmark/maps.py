@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.distances import at_least_float32
+from advmed.distances import at_least_float32
 
 
 @dataclass(frozen=True)

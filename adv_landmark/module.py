@@ -18,12 +18,13 @@ from adv_landmark.data import BOUNDS, scale_points
 from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import Heatmap, LandmarkObjective
-from common.attacks import GradientAttack
-from common.lightning import Method, RobustModule, plain
-from common.lightning.images import read_image
-from common.lightning.thresholds import measure
-from common.settings import AttackSettings, MethodSettings
-from common.thresholds import Thresholds
+from advmed.attacks import PGD
+from advmed.integrations.lightning import MethodOptions, RobustModule, plain
+from advmed.integrations.lightning.calibration import measure
+from advmed.integrations.lightning.images import read_image
+from advmed.methods import AttackSettings
+from advmed.thresholds import Thresholds
+from advmed.training.settings import TrainingSettings
 
 PREDICTIONS, OVERLAYS = "predictions.csv", "overlays"
 RULE = "mean+2std"
@@ -42,8 +43,8 @@ _LINF_EPS, _LINF_DELTA = 2 / 255, 0.5 / 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(AttackSettings):
-    """The attack of the training, on images in [-1, 1]; see :class:`common.settings.AttackSettings`."""
+class LandmarkAttack(AttackSettings):
+    """The attack of the training, on images in [-1, 1]; see :class:`advmed.methods.AttackSettings`."""
 
     bounds: tuple[float, float] | Literal["sample"] | None = BOUNDS
 
@@ -71,13 +72,14 @@ class RobustLandmarks(RobustModule):
     """
 
     command = "adv-landmark"
-    sections: ClassVar = {"network": Network, "method": Method, "attack": Attack}
+    objective_class = LandmarkObjective
+    sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": LandmarkAttack}
 
     def __init__(
         self,
         network: Network = Network(),  # noqa: B008 - frozen, as the next two
-        method: Method = Method(),  # noqa: B008 - frozen
-        attack: Attack = Attack(),
+        method: MethodOptions = MethodOptions(),  # noqa: B008 - frozen
+        attack: LandmarkAttack = LandmarkAttack(),
         *,
         heatmap: Heatmap = "dice",
         heatmap_weight: float | None = None,
@@ -183,7 +185,7 @@ class RobustLandmarks(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, images[0].numel())
             assert settings.eps is not None
-            attack = GradientAttack(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.norm)
             objective = self.objective_of(images, batch["points"])
             attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self.errors(self(attacked), batch)
@@ -240,7 +242,7 @@ def check_model(model: RobustLandmarks, path: str | Path, data: Any) -> None:
         raise ValueError(f"{path} was trained on images of {model.size}, the data's are resized to {tuple(data.size)}")
 
 
-def resolved(settings: MethodSettings, values: int) -> MethodSettings:
+def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
     """Settings with the defaults that depend on the number of values of an image filled in."""
     level = _L2_PER_VALUE * math.sqrt(values)
     eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (level, level)
@@ -285,4 +287,4 @@ def overlay(path: Path, points: Sequence[Sequence[float]], names: Sequence[str])
     return image
 
 
-__all__ = ["Attack", "Method", "Network", "RobustLandmarks"]
+__all__ = ["LandmarkAttack", "MethodOptions", "Network", "RobustLandmarks"]

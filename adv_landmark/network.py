@@ -11,7 +11,7 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.lightning.weights import load_weights
+from advmed.integrations.lightning.weights import load_weights
 
 PREFIXES = ("network.model.encoder.", "encoder.", "module.")
 """What an encoder's weights are called by before their own name, in checkpoints of ours and in others' wrappers."""

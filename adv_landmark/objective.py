@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adv_landmark.maps import encode, split_maps
-from common.distances import bernoulli_divergence
+from advmed.distances import bernoulli_divergence
 
 Heatmap = Literal["dice", "bce"]
 

@@ -109,13 +109,13 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings(args: argparse.Namespace) -> None:
     from adv_nnunet.settings import Settings
-    from common.settings import settings_text
+    from advmed.training.settings import settings_text
 
     print(settings_text(Settings(), see="docs/nnunet.md for what each of them does; null takes the default"), end="")
 
 
 def _thresholds(args: argparse.Namespace) -> None:
-    from adv_nnunet import thresholds as standard
+    from adv_nnunet import calibration as standard
 
     _require_environment()
     device = _device(args.device)
@@ -176,9 +176,9 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
 
 def _evaluate(args: argparse.Namespace) -> None:
     from adv_nnunet import evaluate as host
-    from common.attacks.names import parse_attacks
-    from common.comparison import Subject, check_numbers, compare
-    from common.metrics import check_levels
+    from advmed.attacks.names import parse_attacks
+    from advmed.evaluation.auc import check_levels
+    from advmed.evaluation.subjects import Subject, check_numbers, compare
 
     if (args.i is None) != (args.l is None):
         raise ValueError("-i and -l belong together: raw images and their labels")
@@ -281,7 +281,7 @@ def _short(checkpoint: Path) -> str:
 def _device(name: str) -> Any:
     import torch
 
-    from common.team import device_of_rank
+    from advmed.distributed import device_of_rank
 
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device here; choose another with -device cpu")

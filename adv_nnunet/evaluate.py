@@ -32,13 +32,13 @@ from torch.utils.checkpoint import checkpoint
 
 from adv_nnunet.objective import SampleTerms, inference_loss
 from adv_nnunet.trainer import STATE, segmentation_counts
-from common.attacks.cospgd import Voxels
-from common.attacks.names import Attack
-from common.comparison import spread
-from common.evaluation import EvaluationBatch, LoadedBatch, at_levels
-from common.metric import Metric
-from common.metrics import Counts, adi, dice_per_sample, tvdi
-from common.report import Example, View
+from advmed.attacks import Attack
+from advmed.evaluation.dice import Counts, adi, dice_per_sample, tvdi
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
+from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import spread
+from advmed.objective import ClassScores
+from advmed.report import Example, View
 
 Case = Callable[[], tuple[np.ndarray, np.ndarray]]
 """Loads a case as the network receives it, preprocessed and padded: image (C, z, y, x), segmentation (1, z, y, x)."""
@@ -106,9 +106,13 @@ class InferenceObjective:
         """Cross-entropy and negative Dice of every image, (B, 2)."""
         return self.terms.at_full_resolution(self.model(images), self.target)
 
-    def voxels(self, images: Tensor) -> Voxels:
-        """Logits, truth, and which voxels count, for CosPGD."""
-        return self.terms.voxels(self.model(images), self.target)
+    def predictions(self, images: Tensor) -> Tensor:
+        """The logits, (B, heads, *spatial)."""
+        return self.model(images)
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        """The classes of the voxels."""
+        return self.terms.class_scores(predictions, self.target)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.attacks.cospgd import Voxels
-from common.distances import sigmoid_divergence, softmax_divergence
+from advmed.distances import sigmoid_divergence, softmax_divergence
+from advmed.objective import ClassScores
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -89,22 +89,24 @@ class SampleTerms:
         divergence = softmax_divergence if isinstance(self.loss, DC_and_CE_loss) else sigmoid_divergence
         return divergence(_first(clean), _first(other))
 
-    def voxels(self, output: Tensor, target: Tensor) -> Voxels:
+    def class_scores(self, output: Tensor, target: Tensor) -> ClassScores:
         """Output and target of one scale, voxel by voxel; a voxel to ignore is background, and not valid."""
         loss = self.loss
         if isinstance(loss, DC_and_CE_loss):
             valid = None if loss.ignore_label is None else target != loss.ignore_label
             labels = target if valid is None else torch.where(valid, target, 0)
             truth = torch.zeros_like(output, dtype=torch.float32).scatter_(1, labels.long(), 1)
-            return Voxels(output, truth, valid, exclusive=True)
+            return ClassScores(output, truth, valid, exclusive=True)
         valid = (target[:, -1:] == 0) if loss.use_ignore_label else None
-        return Voxels(output, (target[:, :-1] if loss.use_ignore_label else target).float(), valid, exclusive=False)
+        return ClassScores(
+            output, (target[:, :-1] if loss.use_ignore_label else target).float(), valid, exclusive=False
+        )
 
     def _at_one_scale(self, output: Tensor, target: Tensor) -> Tensor:
         loss, space = self.loss, tuple(range(2, output.ndim))
         if isinstance(loss, DC_and_CE_loss):
             labels = target[:, 0].long()
-            _, truth, valid, _ = self.voxels(output, target)
+            _, truth, valid, _ = self.class_scores(output, target)
             per_voxel = functional.cross_entropy(
                 output,
                 labels,
@@ -117,7 +119,7 @@ class SampleTerms:
             weight = None if loss.ce.weight is None else loss.ce.weight[labels.clamp(0, output.shape[1] - 1)]
             ce = _mean(per_voxel.flatten(1), None if valid is None else valid[:, 0].flatten(1), weight)
         else:
-            _, truth, valid, _ = self.voxels(output, target)
+            _, truth, valid, _ = self.class_scores(output, target)
             per_voxel = functional.binary_cross_entropy_with_logits(
                 output, truth, loss.ce.weight, reduction="none", pos_weight=loss.ce.pos_weight
             )
@@ -210,6 +212,10 @@ class SegmentationObjective:
         with torch.no_grad():
             terms = self.terms(output, self.target)
         return self.batch_loss(output, self.target), terms, output
+
+    def class_scores(self, predictions: Outputs) -> ClassScores:
+        """The classes of the voxels at full resolution."""
+        return self.terms.class_scores(_first(predictions), _first(self.target))
 
     def distance(self, clean: Outputs, other: Outputs) -> Tensor:
         """See :meth:`SampleTerms.distance`."""

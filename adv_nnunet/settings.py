@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.settings import MethodSettings, read_settings
+from advmed.training.settings import TrainingSettings, read_settings
 
 VARIABLE = "nnUNet_adversarial"
 """Environment variable that may name a settings file."""
@@ -25,7 +25,7 @@ _EPS_PER_VALUE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodSettings):
+class Settings(TrainingSettings):
     """The settings of ``nnUNetTrainerAMAT``, ``nnUNetTrainerSAT`` and the other trainers of ours.
 
     Noise is measured in the units of nnU-Net's normalised intensities, over the network's whole input.

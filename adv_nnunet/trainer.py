@@ -21,16 +21,17 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adv_nnunet import thresholds as standard
+from adv_nnunet import calibration as standard
 from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from adv_nnunet.settings import FILE, find_settings
-from common.methods import AdaptiveRadiusMethod, Method
-from common.metrics import Counts, confusion_counts, dice_per_sample, region_confusion_counts
-from common.run import LOG_KEYS as RUN_KEYS
-from common.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
-from common.settings import is_adaptive, settings_text
-from common.thresholds import RunningThresholds, Thresholds
+from advmed.distributed import from_first_rank
+from advmed.evaluation.dice import Counts, confusion_counts, dice_per_sample, region_confusion_counts
+from advmed.methods import AdaptiveRadiusMethod, Method, method_class
+from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.run import LOG_KEYS as RUN_KEYS
+from advmed.training.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.settings import settings_text
 
 STATE = "advmed"
 """Key of our state in a checkpoint; the stock host ignores it."""
@@ -39,7 +40,7 @@ LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 
 
 class AdversarialTraining:
-    """Puts a training method of :mod:`common.methods` into an nnU-Net trainer; to be listed before it as a base class.
+    """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
     clipping, validation, logs, checkpoints, distributed training. Checkpoints name the stock trainer, so they predict
@@ -161,7 +162,7 @@ class AdversarialTraining:
                 labels = np.unique(segmentation[:])
                 if not np.any((labels > 0) & (labels != self.label_manager.ignore_label)):
                     empty.append(case)
-        broken = self._from_first_rank(broken)
+        broken = from_first_rank(broken)
         if broken:
             raise ValueError(
                 f"{len(broken)} preprocessed case(s) hold NaN or infinite values: {', '.join(broken[:10])}. Mend the "
@@ -177,7 +178,7 @@ class AdversarialTraining:
     def _set_up_method(self) -> None:
         settings, state = self.settings, self._saved_state
         thresholds = None
-        if self.method_name == "AMAT":
+        if method_class(self.method_name, SegmentationObjective).needs_thresholds(SegmentationObjective):
             thresholds = self._thresholds_of(state) if state else self._resolve_thresholds()
         self.run = MethodRun(self.method_name, settings, thresholds, epochs=self.num_epochs)
         if state is not None:
@@ -191,7 +192,7 @@ class AdversarialTraining:
         if settings.thresholds != "auto":
             return self._load_thresholds(Path(settings.thresholds))
         # The first rank looks for all: another could look later, and find what the first has just written.
-        path, checkpoint = self._from_first_rank((standard.find_file(self), standard.find_checkpoint(self)))
+        path, checkpoint = from_first_rank((standard.find_file(self), standard.find_checkpoint(self)))
         if path is not None:
             found = self._load_thresholds(path, " (found beside the standard training)")
             if standard.is_outdated(found, path):
@@ -210,11 +211,11 @@ class AdversarialTraining:
                     f"... {measured}; mean Dice of that network on clean training samples "
                     f"{measured.notes['training_dice']}; written to {checkpoint.parent / standard.FILE}"
                 )
-            return self._from_first_rank(measured)
+            return from_first_rank(measured)
         if settings.warmup_epochs == 0:
             searched = " or ".join(str(folder) for folder in standard.standard_folders(self))
             raise ValueError(
-                f"AMAT has no thresholds. There is no {standard.FILE} and no finished standard training "
+                f"{self.method_name} has no thresholds. There is no {standard.FILE} and no finished standard training "
                 f"({standard.CHECKPOINT}) in {searched}, and 'warmup_epochs: 0' rules out self-calibration. Train the "
                 f"fold with the stock trainer first, name a file with 'thresholds: PATH' in the settings, or remove "
                 f"'warmup_epochs'."
@@ -239,7 +240,7 @@ class AdversarialTraining:
             f"Adversarial training: {self.method_name}, settings from {self.settings_origin}; "
             f"{self.run.warmup_epochs} epoch(s) of clean warm-up"
         )
-        samples = self.sample_ids() if is_adaptive(self.method_name) else None
+        samples = self.sample_ids() if method_class(self.method_name).keeps_sizes else None
         if samples is not None:
             what = f"samples ({self.settings.sample_id})"
             for line in self.run.outlook(len(samples), self._samples_per_epoch(), what):
@@ -256,7 +257,7 @@ class AdversarialTraining:
     def get_dataloaders(self) -> Any:
         """The host's loaders, which also say what they cut where ids need it."""
         own = super().get_dataloaders
-        if not is_adaptive(self.method_name) or self.settings.sample_id == "case":
+        if not method_class(self.method_name).keeps_sizes or self.settings.sample_id == "case":
             return own()
         return with_loader(own, SliceLoader if self.settings.sample_id == "slice" else CellLoader)
 
@@ -407,13 +408,6 @@ class AdversarialTraining:
                 "The checkpoint was trained on other samples (another data set, fold, splits_final.json or sample_id): "
                 "restore them, or start a new training without --c.",
             )
-
-    def _from_first_rank(self, value: Any) -> Any:
-        if not self.is_ddp:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        return values[0]
 
     def hard_dice(self, outputs: Tensor | list[Tensor], targets: Tensor | list[Tensor]) -> float:
         """Mean Dice of the predictions of a batch at full resolution, over samples and classes that occur."""

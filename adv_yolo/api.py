@@ -12,9 +12,9 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model
-from common.attacks import AttackResult, pgd
-from common.attacks.problem import Bounds
-from common.guard import still
+from advmed.attacks import AttackResult, pgd
+from advmed.attacks.problem import Bounds
+from advmed.guard import preserved
 
 
 def attack(
@@ -67,7 +67,7 @@ def attack(
         check_batch(batch, network)
         device = next(network.parameters()).device
         batch = {k: _usable(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with still(network):  # training flags among what it restores
+        with preserved(network):  # training flags among what it restores
             network.eval()
             objective = DetectionObjective(network, ImageTerms(network), batch)
             return pgd(

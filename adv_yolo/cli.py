@@ -222,7 +222,7 @@ def _device(found: dict[str, Any], arguments: dict[str, Any]) -> Any:
     import torch
     from ultralytics.utils.torch_utils import select_device
 
-    from common.team import device_of_rank
+    from advmed.distributed import device_of_rank
 
     arguments.pop("device", None)
     device = select_device(found.get("device") or "", verbose=False)
@@ -242,9 +242,9 @@ def _thresholds(found: dict[str, Any]) -> None:
     from ultralytics.cfg import get_cfg
     from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
-    from adv_yolo import thresholds as standard
+    from adv_yolo import calibration as standard
     from adv_yolo.settings import RULE
-    from common.thresholds import std_factor
+    from advmed.thresholds import std_factor
 
     rule = found["rule"] or RULE
     std_factor(rule)
@@ -267,9 +267,9 @@ def _evaluate(found: dict[str, Any]) -> None:
     from ultralytics.utils import LOGGER
 
     from adv_yolo import evaluate as host
-    from common.attacks.names import parse_attacks
-    from common.comparison import Subject, check_numbers, compare
-    from common.metrics import check_levels
+    from advmed.attacks.names import parse_attacks
+    from advmed.evaluation.auc import check_levels
+    from advmed.evaluation.subjects import Subject, check_numbers, compare
 
     paths = _listed(found["model"])
     names = _listed(found["names"]) if found["names"] else [_name(path) for path in paths]

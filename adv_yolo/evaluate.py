@@ -20,15 +20,15 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
+from adv_yolo.calibration import CleanBatches, load_network, on_device
 from adv_yolo.objective import DetectionObjective, ImageTerms
-from adv_yolo.thresholds import CleanBatches, load_network, on_device
 from adv_yolo.trainer import relative_names
-from common.attacks.names import Attack
-from common.comparison import spread
-from common.evaluation import EvaluationBatch, LoadedBatch, Scores, at_levels
-from common.margins import read_margins
-from common.metric import Metric
-from common.report import Example, View
+from advmed.attacks import Attack
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
+from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import spread
+from advmed.margins import read_margins
+from advmed.report import Example, View
 
 CONFIDENCE = 0.25
 """A detection counts for the average IoU, and is drawn, above this confidence: the host's default for prediction."""

@@ -28,7 +28,7 @@ from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import bbox2dist
 
-from common.distances import bernoulli_divergence
+from advmed.distances import bernoulli_divergence
 
 Normalizer = Literal["image", "batch"]
 HEADS = ("Detect", "v10Detect")

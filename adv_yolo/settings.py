@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from common.settings import MethodSettings, make_settings
+from advmed.training.settings import TrainingSettings, make_settings
 
 RULE = "mean+2std"
 """Default rule for thresholds (arXiv 2206.01736, section 3.7: BCCD)."""
@@ -26,7 +26,7 @@ _HOST = ("seed",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodSettings):
+class Settings(TrainingSettings):
     """The arguments that our trainers add to Ultralytics' own. ``warmup_epochs`` is called ``clean_epochs`` there.
 
     Noise is measured on the image tensor in [0, 1], over all its values.

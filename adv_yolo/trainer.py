@@ -26,14 +26,14 @@ from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, color
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
-from adv_yolo import thresholds as standard
+from adv_yolo import calibration as standard
 from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
-from common.guard import held_statistics
-from common.methods import AdaptiveRadiusMethod
-from common.run import LOG_KEYS, MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
-from common.settings import is_adaptive
-from common.thresholds import RunningThresholds, Thresholds
+from advmed.distributed import from_first_rank
+from advmed.guard import frozen_statistics
+from advmed.methods import AdaptiveRadiusMethod, method_class
+from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.run import LOG_KEYS, MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 
 STATE = "advmed"
 """Attribute of the network in ``last.pt`` that holds our state, in plain types; the stock host ignores it."""
@@ -47,7 +47,7 @@ MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 
 
 class AdversarialTraining:
-    """Puts a training method of :mod:`common.methods` into an Ultralytics detection trainer; a base class before it.
+    """Puts a training method of :mod:`advmed.methods` into an Ultralytics detection trainer; a base class before it.
 
     Data, augmentation, schedule, optimizer, gradient accumulation, precision, EMA, validation, logs, plots and
     checkpoints stay the host's. Our arguments (:class:`adv_yolo.settings.Settings`) are passed as the host's are.
@@ -65,7 +65,7 @@ class AdversarialTraining:
         check_early(self.settings, host, self.method_name)
         if host.get("resume") and own:
             LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
-        if is_adaptive(self.method_name) and not host.get("resume"):
+        if method_class(self.method_name, DetectionObjective).keeps_sizes and not host.get("resume"):
             separate_images(host, self.method_name)
         self.run: MethodRun | None = None
         self.terms: ImageTerms | None = None
@@ -134,7 +134,7 @@ class AdversarialTraining:
 
     def _thresholds(self, state: dict[str, Any] | None) -> Thresholds | RunningThresholds | None:
         """From the checkpoint, from a file, from a trained model, or by self-calibration; and says which."""
-        if self.method_name != "AMAT":
+        if not method_class(self.method_name).needs_thresholds(DetectionObjective):
             return None
         assert self.terms is not None
         names, settings = self.terms.names, self.settings
@@ -145,22 +145,19 @@ class AdversarialTraining:
         if path == "auto":
             if settings.warmup_epochs == 0:
                 raise ValueError(
-                    "AMAT has no thresholds: clean_epochs=0 rules out self-calibration. Name a file of 'adv-yolo "
-                    "thresholds' or a trained model with thresholds=PATH, or remove clean_epochs."
+                    f"{self.method_name} has no thresholds: clean_epochs=0 rules out self-calibration. Name a file of "
+                    "'adv-yolo thresholds' or a trained model with thresholds=PATH, or remove clean_epochs."
                 )
             _log("thresholds are self-calibrated: clean epochs first, then the statistics of the clean loss")
             return running()
         if path.endswith(".pt"):
-            measured: list[Any] = [None]
+            measured = None
             if RANK in {-1, 0}:
-                measured = [
-                    standard.measure(path, self.data, self.args, rule=settings.rule or RULE, device=self.device)
-                ]
-            if RANK != -1:
-                torch.distributed.broadcast_object_list(measured)
-            measured[0].require(names, f"the thresholds of {path}")
-            _log(f"thresholds measured on {path}: {measured[0]}")
-            return measured[0]
+                measured = standard.measure(path, self.data, self.args, rule=settings.rule or RULE, device=self.device)
+            measured = from_first_rank(measured)
+            measured.require(names, f"the thresholds of {path}")
+            _log(f"thresholds measured on {path}: {measured}")
+            return measured
         taken, remark = load_thresholds(settings, path, names)
         _log(f"thresholds from the file {path}{remark}: {taken}")
         return taken
@@ -207,7 +204,7 @@ class AdversarialTraining:
         if self.run is not None and not self.run.warming_up:
             adversarial_only = not self.run.method.learns_from_clean or self.settings.bn == "adversarial"
             if adversarial_only:
-                self._held.enter_context(held_statistics(unwrap_model(self.model)))
+                self._held.enter_context(frozen_statistics(unwrap_model(self.model)))
         return batch
 
     def method_loss(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,7 +218,7 @@ class AdversarialTraining:
         assert self.run is not None
         assert self.terms is not None
         model = unwrap_model(self.model)
-        hold = partial(held_statistics, model) if self._only_clean() else ExitStack
+        hold = partial(frozen_statistics, model) if self._only_clean() else ExitStack
         objective = DetectionObjective(model, self.terms, batch, predictions, hold)
         sequential = self.settings.backward == "sequential"
         ids = [self._ids.get(name, name) for name in batch["im_file"]]

@@ -3,8 +3,8 @@
     python benchmarks/attacks.py [--checkpoint FILE [--config FILE]] [--samples 400] [--processes 5] [--json FILE]
 
 (a) Mean loss and accuracy under PGD (steps of 2.5 and 5 radii / N) and under APGD, at equal numbers of gradients.
-(b) Accuracy under APGD on cross-entropy of `common` and of torchattacks (the APGD-CE of AutoAttack), equal steps.
-(c) Time of PGD with 100 steps of `common` over that of torchattacks, same images; `--processes 0` leaves it out.
+(b) Accuracy under APGD on cross-entropy of `advmed` and of torchattacks (the APGD-CE of AutoAttack), equal steps.
+(c) Time of PGD with 100 steps of `advmed` over that of torchattacks, same images; `--processes 0` leaves it out.
 
 Without a checkpoint of adv-classify (and its run's configuration, or --config), trains a small ResNet adversarially on
 the PneumoniaMNIST subset of examples/data first, in about a minute. A ratio of times is the median over the repeats of
@@ -35,9 +35,8 @@ from adv_classify import ClassificationObjective
 from adv_classify.data import ClassificationData, MedMNIST
 from adv_classify.module import RobustClassifier
 from adv_classify.network import Network, make_network
-from common.attacks import APGD, GradientAttack
-from common.attacks.names import Attack
-from common.methods import AT
+from advmed.attacks import APGD, PGD, Attack
+from advmed.methods import AT
 
 SOURCE = Path(__file__).resolve().parents[1] / "examples/data/pneumoniamnist/pneumoniamnist.npz"
 BOUNDS = (0.0, 1.0)
@@ -124,7 +123,7 @@ def against_pgd(classifier: Classifier, radii: dict[float, float], steps: Sequen
     rows: list[list[object]] = []
     for p, radius in radii.items():
         for number in steps:
-            attacks: list[Attack] = [GradientAttack(number, s, p, random_start=1.0, keep="best") for s in SCALES]
+            attacks: list[Attack] = [PGD(number, s, p, random_start=1.0, keep="best") for s in SCALES]
             found = [classifier.ours(attack, radius) for attack in (*attacks, APGD(number, p))]
             rows.append([NAMES[p], number, *(loss for loss, _ in found), *(accuracy for _, accuracy in found)])
     return rows
@@ -148,9 +147,9 @@ def times(model: nn.Module, images: Tensor, labels: Tensor, radii: dict[float, f
         settings = {"eps": radius, "alpha": 5 * radius / TIMED, "steps": TIMED, "random_start": True}
         kind = torchattacks.PGDL2 if p == 2 else torchattacks.PGD
         reference = kind(classifier.model, **settings)
-        attack = GradientAttack(TIMED, 5.0, p, random_start=1.0)
+        attack = PGD(TIMED, 5.0, p, random_start=1.0)
 
-        def ours(attack: GradientAttack = attack, radius: float = radius) -> None:
+        def ours(attack: PGD = attack, radius: float = radius) -> None:
             for images, labels in classifier.batches():
                 attack(
                     ClassificationObjective(classifier.model, labels), images, radius, bounds=BOUNDS, final_pass=False
@@ -216,11 +215,11 @@ def main() -> None:
     results = {"a": against_pgd(classifier, radii, args.steps)}
     table("(a) Largest loss found, and accuracy (%), with N gradients", header, results["a"])
     results["b"] = against_torchattacks(classifier, radii, args.steps)
-    table("(b) Accuracy (%) under APGD-CE", ["norm", "N", "common", "torchattacks"], results["b"])
+    table("(b) Accuracy (%) under APGD-CE", ["norm", "N", "advmed", "torchattacks"], results["b"])
     if args.processes:
         timed = Classifier(model, *take(data, [args.split, "train"], args.timed, device), args.batch)
         header, results["c"] = times_of_processes(timed, radii, args)
-        table(f"(c) Time of PGD-{TIMED}, common / torchattacks", header, results["c"])
+        table(f"(c) Time of PGD-{TIMED}, advmed / torchattacks", header, results["c"])
     if args.json:
         about = {"torch": torch.__version__, "threads": args.threads, "device": args.device, "clean": clean}
         args.json.write_text(json.dumps(about | results, indent=1) + "\n", encoding="utf-8")

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 
 from adv_classify import ClassificationObjective
 from adv_classify.network import Network, make_network
-from common.guard import still
-from common.methods import AT, DPAAT, TRADES, Method
+from advmed.guard import preserved
+from advmed.methods import AT, DPAAT, TRADES, Method
 
 CLASSES = 7
 
@@ -50,7 +50,7 @@ def main() -> None:
     def passes() -> None:
         for _ in range(2):
             cross_entropy(network(images), labels).backward()
-        with still(network):
+        with preserved(network):
             for _ in range(args.steps):
                 inputs = images.detach().requires_grad_()
                 torch.autograd.grad(cross_entropy(network(inputs), labels), inputs)

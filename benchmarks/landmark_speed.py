@@ -23,8 +23,8 @@ from timing import interleaved, ratio
 from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import LandmarkObjective
-from common.guard import still
-from common.methods import AMAT, SAT, Method
+from advmed.guard import preserved
+from advmed.methods import AMAT, SAT, Method
 
 LANDMARKS = 19
 
@@ -59,7 +59,7 @@ def main() -> None:
         loss = objective()
         for _ in range(2):
             loss(images).sum(1).mean().backward()
-        with still(network):
+        with preserved(network):
             for _ in range(args.steps):
                 inputs = images.detach().requires_grad_()
                 torch.autograd.grad(loss(inputs).sum(), inputs)

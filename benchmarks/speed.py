@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--threads 1] [--device cpu] [--repeats 15] [--json FILE]
 
-(a) PGD-20 of `common` against torchattacks' PGDL2 on the same model and batch: as the training methods call it, which
+(a) PGD-20 of `advmed` against torchattacks' PGDL2 on the same model and batch: as the training methods call it, which
     gives what torchattacks gives; and as `pgd`, which looks at the last iterate once more for its loss terms.
 (b) An AMAT step against the sum of its parts: two stock forward-backward passes, and n forward and input-only
     backward passes of the same network and loss.
@@ -30,8 +30,8 @@ from timing import interleaved, ratio
 from torch import Tensor, nn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
-from common.attacks import GradientAttack, pgd
-from common.methods import AMAT, SAT
+from advmed.attacks import PGD, pgd
+from advmed.methods import AMAT, SAT
 
 STEPS = 20
 
@@ -52,7 +52,7 @@ def against_torchattacks(repeats: int, device: torch.device) -> dict[str, float]
     objective.model = model
 
     scale = alpha * STEPS / eps
-    attack = GradientAttack(STEPS, scale, random_start=True)
+    attack = PGD(STEPS, scale, random_start=True)
     seconds = interleaved(
         {
             "attack": lambda: attack(objective, images, eps, bounds=(0.0, 1.0), final_pass=False),
@@ -63,7 +63,7 @@ def against_torchattacks(repeats: int, device: torch.device) -> dict[str, float]
         device,
     )
     return {
-        "a. PGD-20 of common / torchattacks PGDL2": ratio(seconds, "attack", "torchattacks"),
+        "a. PGD-20 of advmed / torchattacks PGDL2": ratio(seconds, "attack", "torchattacks"),
         "a. the same, with the last iterate's loss terms": ratio(seconds, "pgd", "torchattacks"),
     }
 

@@ -25,10 +25,10 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 
+from adv_yolo.calibration import CleanBatches
 from adv_yolo.objective import DetectionObjective, ImageTerms, make_criterion
-from adv_yolo.thresholds import CleanBatches
-from common.guard import still
-from common.methods import AMAT, SAT
+from advmed.guard import preserved
+from advmed.methods import AMAT, SAT
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data" / "bccd" / "bccd.yaml"
 
@@ -54,7 +54,7 @@ class Detector:
 
     def input_gradients(self, steps: int) -> None:
         """The passes that no attack can do without."""
-        with still(self.network):
+        with preserved(self.network):
             for _ in range(steps):
                 images = self.images.detach().requires_grad_()
                 loss, _ = self.criterion(self.network(images), self.batch)

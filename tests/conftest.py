@@ -9,14 +9,16 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from common.bootstrap import resamples
-from common.report import figures
+from advmed.evaluation.intervals import resamples
+from advmed.report import figures
+from helpers import models
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +163,21 @@ def audit() -> Callable[..., dict[str, Any]]:
         return record
 
     return read
+
+
+@pytest.fixture
+def tiny() -> SimpleNamespace:
+    """Tiny models and objectives."""
+    return SimpleNamespace(
+        Affine=models.Affine,
+        Logistic=models.Logistic,
+        Classifier=models.Classifier,
+        Compared=models.Compared,
+        cnn=models.cnn,
+    )
+
+
+@pytest.fixture(scope="session")
+def chest() -> SimpleNamespace:
+    """Chest X-rays, and small networks of them that are trained once."""
+    return SimpleNamespace(xrays=models.xrays, trained=models.trained, Objective=models.Classifier)

@@ -71,7 +71,7 @@ def test_isolated_mode_has_it_too(trainers: str, tmp_path: Path) -> None:
 
 
 def test_start_up_imports_nothing_of_ours(tmp_path: Path) -> None:
-    code = "import sys; print([m for m in ('torch', 'numpy', 'adv_nnunet', 'common', 'nnunetv2') if m in sys.modules])"
+    code = "import sys; print([m for m in ('torch', 'numpy', 'adv_nnunet', 'advmed', 'nnunetv2') if m in sys.modules])"
     assert python(code, cwd=tmp_path) == "[]"
 
 
@@ -116,10 +116,10 @@ def test_the_distribution_is_complete(tmp_path: Path) -> None:
     assert scripts["adv-yolo"] == "adv_yolo.cli:main"
     assert installed.metadata["License-Expression"] == "Apache-2.0"
     for package, name in (
-        ("common", "py.typed"),
+        ("advmed", "py.typed"),
         ("adv_nnunet", "py.typed"),
         ("adv_yolo", "py.typed"),
-        ("common.report", "template.html"),
+        ("advmed.report", "template.html"),
     ):
         code = f"from importlib.resources import files; print(files({package!r}).joinpath({name!r}).is_file())"
         assert python(code, cwd=tmp_path) == "True", f"{package}/{name} is missing from the installed package"
@@ -128,7 +128,10 @@ def test_the_distribution_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("common.run, common.evaluation, common.report, common.settings", ["nnunetv2", "ultralytics", "torchattacks"]),
+        (
+            "advmed.training.run, advmed.evaluation.loop, advmed.report, advmed.training.settings",
+            ["nnunetv2", "ultralytics", "torchattacks"],
+        ),
         ("adv_nnunet.trainer, adv_nnunet.evaluate, adv_nnunet.cli", ["ultralytics", "adv_yolo", "torchattacks"]),
         ("adv_yolo.trainer, adv_yolo.evaluate, adv_yolo.cli", ["nnunetv2", "adv_nnunet.trainer", "torchattacks"]),
     ],

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from adv_classify import ClassificationObjective
 from adv_classify.data import MedMNIST
-from common.methods import DPAAT
+from advmed.methods import DPAAT
 
 DATA = Path(__file__).parents[1] / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 

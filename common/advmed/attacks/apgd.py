@@ -1,0 +1,125 @@
+"""APGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", Algorithm 1): gradient ascent with momentum whose step length looks after itself, for any objective.
+
+Where it stops rising, a sample halves its step and goes on from the best point it has seen. So there is no step length
+to choose, which is what makes PGD's numbers depend on who tuned it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advmed.attacks.base import GradientAttack, check_fraction
+from advmed.attacks.losses import AttackLoss, attack_by_loss
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, total
+from advmed.objective import Objective
+
+
+@dataclass(frozen=True)
+class APGD(GradientAttack):
+    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it saw.
+
+    A run of N steps costs N gradients and one forward pass, as PGD's.
+
+    Args:
+        steps: number of gradient steps, >= 1.
+        norm: 2 or inf.
+        random_start: fraction in [0, 1] of the radius from whose ball the start is drawn.
+        restarts: runs per sample, of which the worst is kept; runs after the first always start at random.
+        momentum: alpha of the paper, in (0, 1]: the share of the new step, the rest being the last one's.
+        rho: a step length is halved where fewer than this share of its steps made the loss larger, in [0, 1].
+        loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int
+    norm: float = 2.0
+    random_start: float = 1.0
+    restarts: int = 1
+    momentum: float = 0.75
+    rho: float = 0.75
+    loss: AttackLoss | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("rho", self.rho)
+        if check_fraction("momentum", self.momentum) == 0:
+            raise ValueError("momentum must be above 0, or nothing moves")
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        return self._described(f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length", "largest loss")
+
+    def __call__(
+        self,
+        objective: Objective,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        bounds: Bounds = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
+        """Attacks a batch; see :class:`advmed.attacks.PGD`, whose arguments these are."""
+        if self.loss is not None:
+            return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
+        with attacking(objective):
+            problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
+            runs = Worst()
+            for start in self.starts:
+                runs.offer(*self._climb(problem, start))
+            return problem.result(runs.values[0], runs.terms)
+
+    def _climb(self, problem: Problem, start: float) -> tuple[Tensor, Tensor]:
+        """One run: terms and iterate of its largest loss."""
+        checkpoints = dict(itertools.pairwise(_checkpoints(self.steps)))  # the end of an interval by its begin
+        begin, end = 0, checkpoints.get(0)
+        iterate, noise = problem.start(start)
+        before, step = noise, 2 * problem.radius
+        count = problem.nonfinite.shape
+        previous = torch.full(count, math.inf, device=noise.device, dtype=noise.dtype)  # the first step rises nowhere
+        rises = torch.zeros(count, device=noise.device)
+        best = Worst()
+        halved = torch.zeros(count, dtype=torch.bool, device=noise.device)
+        peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
+        for k in range(self.steps):
+            terms, direction = problem.slope(iterate)
+            loss = total(terms).to(previous.dtype)
+            rises += loss > previous
+            previous = loss
+            best.offer(terms, iterate, noise, direction)
+            if k == 0:
+                peak = best.loss
+            if k == end:
+                # Condition 1 and 2 of the paper: too few steps rose; the same step found nothing better. What is
+                # halved goes on from here, as in the authors' code: Algorithm 1 would first take one more step.
+                stuck = ~halved & (best.loss <= peak)
+                halve = (rises < self.rho * (k - begin)) | stuck
+                step = torch.where(broadcast(halve, step), step / 2, step)
+                noise = torch.where(broadcast(halve, noise), best.values[1], noise)
+                direction = torch.where(broadcast(halve, noise), best.values[2], direction)
+                previous = torch.where(halve, best.loss, previous)
+                halved, peak, rises = halve, best.loss, torch.zeros_like(rises)
+                begin, end = k, checkpoints.get(k)
+            share = 1.0 if k == 0 else self.momentum
+            _, ahead = problem.inside(torch.addcmul(noise, step, direction))
+            moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
+            before = noise
+            iterate, noise = problem.inside(moved)
+        best.offer(problem.terms(iterate), iterate, noise, noise)
+        return best.terms, best.values[0]
+
+
+def _checkpoints(steps: int) -> list[int]:
+    """The steps at which step lengths are looked at, 0 first: intervals that shrink from 22 % to 6 % of all steps."""
+    shares = [0, 22]  # in percent: 0.57 * 100 is above 57 in floating point
+    while shares[-1] < 100:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 3, 6))
+    return list(dict.fromkeys(-(-share * steps // 100) for share in shares))

@@ -1,0 +1,216 @@
+"""What an attack can climb in place of the host's own loss: any attack of this folder takes one as its ``loss``.
+
+``PGD(100, 5.0, loss=CosineWeighted())`` is CosPGD, ``APGD(100, loss=Margin())`` climbs the margin of the logits. A loss
+makes objectives of the host's objective, which must show its classes (:class:`advmed.objective.ClassObjective`); what
+the attack finds is judged, and reported, by the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from advmed.attacks.problem import AttackResult, Bounds, attacking, broadcast
+from advmed.distances import at_least_float32
+from advmed.objective import ClassObjective, ClassScores, Objective, check_terms, classes_of, model_of
+
+
+class AttackLoss(Protocol):
+    """A loss to attack with; a frozen dataclass, whose fields belong to what an evaluation's numbers depend on."""
+
+    name: ClassVar[str]
+
+    @property
+    def goals(self) -> int:
+        """How many objectives it may make."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What is climbed, for a report; completes "...; "."""
+        ...
+
+    def objectives(self, objective: ClassObjective, images: Tensor, /) -> Sequence[Objective]:
+        """What is climbed, one after the other: each ``images -> (B, 1)``. Called without gradients."""
+        ...
+
+    def judge(self, objective: ClassObjective, /) -> Objective:
+        """What decides between the points that were found: the largest value wins."""
+        ...
+
+
+def attack_by_loss(
+    attack: Any,
+    loss: AttackLoss,
+    objective: Objective,
+    images: Tensor,
+    radius: float | Tensor,
+    *,
+    bounds: Bounds,
+    generator: torch.Generator | None,
+) -> AttackResult:
+    """Attacks every objective of a loss, and keeps of each sample the point that its judge finds worst.
+
+    Args:
+        attack: a dataclass with the field ``loss``.
+        loss: makes the objectives.
+        objective: of the host; the terms of the result are its.
+        images: as in :meth:`advmed.attacks.PGD.__call__`, as what follows.
+        radius: noise bound.
+        bounds: lowest and highest value of an input.
+        generator: source of randomness.
+
+    Raises:
+        TypeError: for an objective that shows no classes.
+    """
+    shown = classes_of(objective, loss.name)
+    own = replace(attack, loss=None)
+
+    def run(goal: Objective) -> AttackResult:
+        found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator)
+        return found
+
+    with attacking(objective):
+        goals = loss.objectives(shown, images)
+        best = run(goals[0])
+        if len(goals) > 1:
+            judge = loss.judge(shown)
+            worst = judge(best.images)[:, 0]
+            for goal in goals[1:]:
+                found = run(goal)
+                value = judge(found.images)[:, 0]
+                better = value > worst
+                worst = torch.where(better, value, worst)
+                best = replace(
+                    best,
+                    images=torch.where(broadcast(better, found.images), found.images, best.images),
+                    norms=torch.where(better, found.norms, best.norms),
+                    nonfinite=best.nonfinite + found.nonfinite,
+                )
+        return replace(best, terms=check_terms(objective(best.images), images), crossing=None)
+
+
+@dataclass(frozen=True)
+class CosineWeighted:
+    """CosPGD (Agnihotri et al. 2024, "CosPGD: an efficient white-box adversarial attack for pixel-wise prediction
+    tasks").
+
+    A segmentation fails voxel by voxel. The summed cross-entropy goes on rising at voxels that are wrong already; this
+    loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
+    that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
+    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken.
+    """
+
+    name: ClassVar[str] = "cosine-weighted cross-entropy"
+    goals: ClassVar[int] = 1
+    description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
+
+    def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
+        """See :meth:`AttackLoss.objectives`."""
+        return [OfClasses(objective, self.value)]
+
+    def judge(self, objective: ClassObjective) -> Objective:
+        """See :meth:`AttackLoss.judge`."""
+        return OfClasses(objective, self.value)
+
+    @staticmethod
+    def value(scores: ClassScores) -> Tensor:
+        """The mean over the voxels that count, (B, 1); the cosine is a weight, and no gradient goes through it."""
+        logits, truth, valid, exclusive = scores
+        logits, truth = logits.float(), truth.float()
+        if exclusive:
+            prediction, loss = logits.softmax(1), -(truth * logits.log_softmax(1)).sum(1, keepdim=True)
+        else:
+            prediction = torch.cat([logits.sigmoid(), (-logits).sigmoid()], 1)  # a region is a choice of two
+            loss = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1, keepdim=True)
+            truth = torch.cat([truth, 1 - truth], 1)
+        weighted = functional.cosine_similarity(prediction, truth, 1).detach()[:, None] * loss
+        if valid is None:
+            return weighted.flatten(1).mean(1, keepdim=True)
+        return (weighted * valid).flatten(1).sum(1, keepdim=True) / valid.flatten(1).sum(1, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far the best wrong class of an image is above the true one: max_{j != y} z_j - z_y of the logits z.
+
+    Above 0 where the image is misclassified, and nowhere else (Carlini and Wagner 2017, the function inside f_6).
+    Cross-entropy rises for other reasons, too, where there are many classes.
+
+    Args:
+        targets: number of wrong classes whose own margins are raised one after the other, beginning with the most
+            likely of the clean image, as in the targeted attacks of Croce and Hein 2020; 0 raises the largest margin.
+    """
+
+    targets: int = 0
+
+    name: ClassVar[str] = "margin of the logits"
+
+    @property
+    def goals(self) -> int:
+        """One, or one for each target."""
+        return max(1, self.targets)
+
+    @property
+    def description(self) -> str:
+        """What is climbed, for a report."""
+        goal = f"each of up to {self.targets} wrong classes" if self.targets else "the largest wrong class"
+        return f"climbs the margin of {goal}"
+
+    def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
+        """See :meth:`AttackLoss.objectives`."""
+        if not self.targets:
+            return [self.judge(objective)]
+        scores = objective.class_scores(objective.predictions(images))
+        wrong = scores.logits.scatter(1, _true(scores), -torch.inf)
+        number = min(self.targets, wrong.shape[1] - 1)
+        goals = wrong.argsort(1, descending=True)[:, :number].unbind(1)
+        return [OfClasses(objective, partial(margin, targets=goal)) for goal in goals]
+
+    def judge(self, objective: ClassObjective) -> Objective:
+        """See :meth:`AttackLoss.judge`."""
+        return OfClasses(objective, margin)
+
+
+def margin(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
+    """z_j - z_y of the logits, (B, 1): of the best wrong class j, or of the classes ``targets``, (B,), int64.
+
+    Raises:
+        TypeError: for predictions that are no single choice of a class for each image.
+    """
+    true, logits = _true(scores), at_least_float32(scores.logits)
+    if targets is not None:
+        return logits.gather(1, targets[:, None]) - logits.gather(1, true)
+    return logits.scatter(1, true, -torch.inf).amax(1, keepdim=True) - logits.gather(1, true)
+
+
+def _true(scores: ClassScores) -> Tensor:
+    if scores.logits.ndim != 2 or not scores.exclusive:
+        raise TypeError(
+            f"the margin of the logits is for one class an image, logits (B, classes), got {tuple(scores.logits.shape)}"
+        )
+    return scores.truth.argmax(1, keepdim=True)
+
+
+class OfClasses:
+    """The objective of a loss of the classes: ``images -> (B, 1)``.
+
+    Args:
+        objective: of the host.
+        value: the loss, (B, 1), of its classes.
+    """
+
+    names = ("loss",)
+
+    def __init__(self, objective: ClassObjective, value: Callable[[ClassScores], Tensor]) -> None:
+        self.objective, self.value, self.model = objective, value, model_of(objective)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss."""
+        return self.value(self.objective.class_scores(self.objective.predictions(images)))

@@ -1,0 +1,217 @@
+"""PGD (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks") and I-FGSM (Kurakin et al.
+2017, "Adversarial examples in the physical world"): the two attacks of the AMAT paper (arXiv 2206.01736, section 3.3),
+which trains with PGD-20 and evaluates with PGD-100 and I-FGSM-10, all in L2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from advmed.attacks.base import GradientAttack
+from advmed.attacks.losses import AttackLoss, attack_by_loss
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking
+from advmed.norms import norm
+from advmed.objective import Objective
+
+
+@dataclass(frozen=True)
+class PGD(GradientAttack):
+    """Iterated steepest ascent on the summed loss terms inside an Lp ball.
+
+    One step: z = x_t + alpha * g/||g||_2 (L2) or x_t + alpha * sign(g) (Linf), alpha = step_scale * radius / steps,
+    then projection onto the ball around x and onto the bounds. All lengths are per sample. Steps of ``step_scale`` 1
+    from the image itself are I-FGSM.
+
+    Args:
+        steps: number of gradient steps, >= 1.
+        step_scale: a in alpha = a * radius / steps, > 0. Below 1 the sphere is out of reach.
+        norm: 2 or inf.
+        random_start: fraction in [0, 1] of the radius from whose ball the start is drawn (True: 1, False: 0).
+        restarts: runs per sample, of which the one with the largest loss is kept; runs after the first always start
+            at random, or they would all be the same.
+        keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss.
+        loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int
+    step_scale: float
+    norm: float = 2.0
+    random_start: float = 0.0
+    restarts: int = 1
+    keep: Literal["last", "best"] = "last"
+    loss: AttackLoss | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.step_scale) and self.step_scale > 0):
+            raise ValueError(f"step_scale must be positive (1 just reaches the radius), got {self.step_scale!r}")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        found = "largest loss" if self.keep == "best" else "last step"
+        return self._described(
+            f"{self.steps} gradient steps of level x {self.step_scale / self.steps:.3g}",
+            found,
+        )
+
+    def __call__(
+        self,
+        objective: Objective,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        bounds: Bounds = None,
+        thresholds: Tensor | Sequence[float] | None = None,
+        patience: int | None = None,
+        generator: torch.Generator | None = None,
+        final_pass: bool = True,
+    ) -> AttackResult:
+        """Attacks a batch.
+
+        Works inside or outside autocast, ``no_grad`` and ``inference_mode``. Where the objective names its ``model``,
+        the model is held still (:func:`advmed.guard.preserved`).
+
+        Args:
+            objective: images -> (B, K) loss terms; their sum is what rises.
+            images: clean input x, shape (B, C, *spatial), floating point.
+            radius: noise bound, one number or (B,), >= 0, in the units of the images; 0 gives the image back exactly.
+            bounds: lowest and highest value of an input; an image that exceeds them itself may keep its values.
+            thresholds: K numbers, for ``crossing`` and ``patience``.
+            patience: a sample stays where it is so many steps after one of its terms has reached its threshold (Zhang
+                et al. 2020, friendly adversarial training); None: all steps.
+            generator: source of the random starts; without one they are not repeatable. No global random state moves.
+            final_pass: False leaves the loss terms of the last iterate to a caller who computes them anyway
+                (only with ``keep="last"`` and one run).
+        """
+        if self.loss is not None:
+            return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
+        with attacking(objective):
+            problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
+            limits = None
+            if thresholds is not None:
+                limits = torch.as_tensor(thresholds, dtype=problem.images.dtype, device=images.device)
+            runs = Worst()
+            for start in self.starts:
+                iterate, terms, crossing = self._climb(problem, start, limits, patience, final_pass)
+                if terms is None:
+                    return problem.result(iterate, None, crossing)
+                runs.offer(terms, iterate, *([] if crossing is None else [crossing]))
+            return problem.result(runs.values[0], runs.terms, None if limits is None else runs.values[1])
+
+    def _climb(
+        self, problem: Problem, start: float, limits: Tensor | None, patience: int | None, final_pass: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One run: the iterate, its terms (None without the final pass), and the crossing if there are limits."""
+        alpha = problem.radius * (self.step_scale / self.steps)
+        best = Worst() if self.keep == "best" else None
+        crossing = None if limits is None else torch.zeros_like(problem.radius).flatten()
+        since = torch.zeros_like(problem.nonfinite)  # steps since a term reached its threshold, that one included
+        iterate, noise = problem.start(start)
+        for _ in range(self.steps):
+            terms, direction = problem.slope(iterate)
+            if limits is not None and crossing is not None:
+                inside = _inside(terms, limits)
+                crossing = torch.where(inside, norm(noise, self.norm), crossing)
+                if patience is not None:
+                    since = since + ((since > 0) | ~inside)
+                    direction = direction * (since <= patience).reshape(alpha.shape)
+            if best is not None:
+                best.offer(terms, iterate)
+            iterate, noise = problem.inside(torch.addcmul(noise, alpha, direction, out=direction))
+        if not final_pass and best is None and self.restarts == 1:
+            return iterate, None, crossing
+        terms = problem.terms(iterate)
+        if limits is not None and crossing is not None:
+            crossing = torch.where(_inside(terms, limits), norm(noise, self.norm), crossing)
+        if best is not None:
+            best.offer(terms, iterate)
+            return best.values[0], best.terms, crossing
+        return iterate, terms, crossing
+
+
+def _inside(terms: Tensor, limits: Tensor) -> Tensor:
+    """Which samples have every term below its threshold, (B,)."""
+    if limits.numel() != terms.shape[1]:
+        raise ValueError(f"{limits.numel()} thresholds were given for K = {terms.shape[1]} loss terms")
+    return (terms < limits).all(1)
+
+
+def pgd(
+    objective: Objective,
+    images: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int,
+    step_scale: float,
+    norm: float = 2,
+    bounds: Bounds = None,
+    random_start: float | bool = True,
+    restarts: int = 1,
+    thresholds: Tensor | Sequence[float] | None = None,
+    keep: Literal["last", "best"] = "last",
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """Projected gradient ascent from a random point of the ball, with step alpha = step_scale * radius / steps.
+
+    Args:
+        objective: images -> (B, K) loss terms.
+        images: shape (B, C, *spatial).
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        steps: number of gradient steps.
+        step_scale: a in alpha = a * radius / steps.
+        norm: 2 or inf.
+        bounds: None, or (lowest, highest): numbers or (B,) tensors.
+        random_start: True (anywhere in the ball), False (at the image), or a fraction of the radius.
+        restarts: number of runs, of which the worst for the model is kept per sample.
+        thresholds: K thresholds; with them the result has ``crossing``.
+        keep: "last" iterate, or the "best" (largest loss) of all.
+        generator: makes random starts repeatable.
+
+    Returns:
+        The adversarial images, their terms, norms and crossings.
+
+    Raises:
+        ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
+    """
+    _check_radius(radius)
+    attack = PGD(steps, step_scale, norm, random_start, restarts, keep)
+    return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
+
+
+def ifgsm(
+    objective: Objective,
+    images: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int,
+    norm: float = 2,
+    bounds: Bounds = None,
+    thresholds: Tensor | Sequence[float] | None = None,
+    keep: Literal["last", "best"] = "last",
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """Iterative FGSM, or basic iterative method: PGD from the image itself with step alpha = radius / steps.
+
+    Arguments, result and errors as in :func:`pgd`; nothing is random (``generator`` is accepted and not used).
+    """
+    _check_radius(radius)
+    attack = PGD(steps, 1.0, norm, 0.0, 1, keep)
+    return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
+
+
+def _check_radius(radius: float | Tensor) -> None:
+    values = torch.as_tensor(radius)
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")

@@ -1,0 +1,263 @@
+"""The problem that every attack looks for a solution of: the largest loss in a ball around each image, inside bounds.
+
+An attack is a search; what it searches is here, once: the projection, the gradient and what can go wrong with it, the
+books on the worst point seen. Nothing is decided per sample in Python and nothing waits for the device: radii, bounds,
+loss scales and records are tensors with one entry per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advmed.guard import preserved
+from advmed.norms import norm, per_sample, project, random_in_ball, steepest
+from advmed.objective import Objective, check_terms, model_of
+
+Bounds = tuple[float | Tensor, float | Tensor] | Literal["sample"] | None
+"""The lowest and highest value an input may take: None (any), a pair of numbers or of (B,) tensors, or "sample" (every
+sample's own minimum and maximum)."""
+
+# float16 loses gradients below 6e-8. The direction of an attack step does not depend on the scale of the loss, so a
+# sample's loss is scaled up before the backward pass, and down again by this factor when its gradient overflows.
+_HALF_SCALE = 2.0**15  # the largest power of two that terms in float16 can receive as their gradient
+_HALF_BACKOFF = 2.0**-4
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, for every sample of the batch.
+
+    Attributes:
+        images: the adversarial input, shape of the images, no gradient.
+        terms: its loss terms, (B, K); None if the attack was told to leave the last pass to its caller.
+        norms: ||x~ - x||_p, (B,).
+        crossing: norm of the last iterate on the path at which every term was below its threshold, 0 if there was
+            none, (B,); None without thresholds. Without ``terms`` the last iterate itself has not been looked at yet.
+        nonfinite: number of steps that a non-finite gradient cost the sample, (B,), int64.
+    """
+
+    images: Tensor
+    terms: Tensor | None
+    norms: Tensor
+    crossing: Tensor | None
+    nonfinite: Tensor
+
+
+class Slope(NamedTuple):
+    """What a backward pass at an iterate tells.
+
+    Attributes:
+        terms: loss terms there, (B, K), no gradient.
+        direction: of steepest ascent, of unit length in the norm, shape of the images; 0 where there is no gradient.
+    """
+
+    terms: Tensor
+    direction: Tensor
+
+
+class Problem:
+    """A batch under attack: max L(x~) over ||x~ - x||_p <= radius, inside the bounds, for each sample.
+
+    Args:
+        objective: images -> (B, K) loss terms; their sum L is what is to rise.
+        images: clean input x, shape (B, C, *spatial), floating point.
+        radius: one number or (B,), >= 0.
+        norm: p, 2 or inf.
+        bounds: lowest and highest value of an input; an image that exceeds them itself may keep its values.
+        generator: source of randomness; without one nothing random is repeatable. No global random state moves.
+
+    Attributes:
+        images: x in float32 or float64: steps and norms of half-precision images are computed in float32, and only the
+            network sees them in half.
+        radius: (B, 1, ..., 1).
+        nonfinite: gradients that were not finite so far, (B,), int64.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        norm: float,
+        bounds: Bounds = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_bounds(bounds)
+        images = images.detach()
+        if images.is_inference():
+            images = images.clone()  # inference tensors cannot take part in autograd
+        self.objective, self.norm, self.dtype = objective, norm, images.dtype
+        self.images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+        self.radius = per_sample(radius, self.images)
+        self._box = _box(self.images, bounds)
+        self._scale = _loss_scale(images)
+        self.nonfinite = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
+        if generator is None:
+            generator = torch.Generator(images.device)
+            generator.seed()
+        self.generator = generator
+
+    def terms(self, iterate: Tensor) -> Tensor:
+        """The loss terms at an iterate, (B, K)."""
+        return check_terms(self.objective(iterate.to(self.dtype)), self.images)
+
+    def slope(self, iterate: Tensor) -> Slope:
+        """The loss terms at an iterate, and where they rise most; a gradient that is not finite is counted and 0."""
+        with torch.enable_grad():
+            iterate = iterate.detach().requires_grad_()
+            terms = self.terms(iterate)
+        scale = torch.ones_like(terms) if self._scale is None else self._scale.to(terms.dtype).expand_as(terms)
+        (gradient,) = torch.autograd.grad(terms, iterate, scale)
+        # A norm is finite only if every entry is: one reduction finds the broken samples, without a sync.
+        peak = norm(gradient, math.inf, keepdim=True)
+        broken = ~(peak < math.inf)
+        self.nonfinite += broken.flatten()
+        if self._scale is not None:
+            self._scale = torch.where(broken.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
+        return Slope(terms.detach(), steepest(gradient, self.norm, peak).masked_fill_(broken, 0.0))
+
+    def start(self, fraction: float) -> tuple[Tensor, Tensor]:
+        """An iterate and its noise: the image itself, or a point drawn from the ball of that fraction of the radius."""
+        if fraction == 0:
+            return self.images, torch.zeros_like(self.images)
+        return self.inside(random_in_ball(self.images, self.radius.flatten() * fraction, self.norm, self.generator))
+
+    def uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers in [0, 1), from the problem's source of randomness."""
+        drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.images.device, self.images.dtype)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers of the standard normal distribution, from the problem's source of randomness."""
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.images.device, self.images.dtype)
+
+    def signs(self, shape: tuple[int, ...]) -> Tensor:
+        """Numbers that are -1 or 1, either as likely."""
+        return torch.where(self.uniform(shape) < 0.5, -1.0, 1.0).to(self.images.dtype)
+
+    def choose(self, number: int) -> int:
+        """A whole number below ``number``; where the source of randomness is on the CPU, no device is waited for."""
+        return int(torch.rand((), generator=self.generator, device=self.generator.device).item() * number)
+
+    def inside(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The iterate and its noise, projected onto the ball and then onto the bounds.
+
+        The bounds contain the image, so clamping moves the noise towards 0 and never out of the ball.
+        """
+        noise = project(noise, self.radius, self.norm)
+        iterate = self.images + noise
+        if self._box is not None:
+            low, high = self._box
+            torch.maximum(iterate, low, out=iterate)
+            torch.minimum(iterate, high, out=iterate)
+            torch.sub(iterate, self.images, out=noise)
+        return iterate, noise
+
+    def result(self, iterate: Tensor, terms: Tensor | None, crossing: Tensor | None = None) -> AttackResult:
+        """What the search found."""
+        iterate = torch.where(self.radius > 0, iterate, self.images)  # radius 0 gives the image back, bit for bit
+        norms = norm(iterate - self.images, self.norm)
+        return AttackResult(iterate.to(self.dtype), terms, norms, crossing, self.nonfinite)
+
+
+@contextmanager
+def attacking(objective: Objective) -> Iterator[None]:
+    """Gradients off but in :meth:`Problem.slope`, inference mode off, the objective's model held still."""
+    model = model_of(objective)
+    with torch.inference_mode(False), torch.no_grad(), nullcontext() if model is None else preserved(model):
+        yield
+
+
+class Worst:
+    """Per sample, what belongs to the largest loss offered so far; a loss that is not finite never wins.
+
+    Attributes:
+        terms: loss terms of the winner, (B, K); of what was offered first where no loss was finite.
+        values: what was offered with them.
+        loss: that largest loss, (B,); -inf where none was finite.
+    """
+
+    terms: Tensor
+    values: tuple[Tensor, ...]
+    loss: Tensor
+
+    def __init__(self) -> None:
+        self.empty = True
+
+    def offer(self, terms: Tensor, *values: Tensor) -> Tensor:
+        """Takes what is worse for the model.
+
+        Args:
+            terms: loss terms, (B, K).
+            *values: tensors of B samples each, such as the iterate.
+
+        Returns:
+            Which samples took it, (B,), bool.
+        """
+        loss = total(terms)
+        if self.empty:
+            self.empty, self.terms, self.values = False, terms, values
+            self.loss = torch.where(loss.isfinite(), loss, -math.inf)
+            return loss.isfinite()
+        wins = (loss > self.loss) & loss.isfinite()
+        self.terms = torch.where(wins[:, None], terms, self.terms)
+        self.values = tuple(
+            torch.where(broadcast(wins, new), new, old) for new, old in zip(values, self.values, strict=True)
+        )
+        self.loss = torch.where(wins, loss, self.loss)
+        return wins
+
+
+def total(terms: Tensor) -> Tensor:
+    """L, the sum over the K terms, (B,); half-precision terms are summed in float32."""
+    return terms.sum(1, dtype=torch.promote_types(terms.dtype, torch.float32))
+
+
+def check_bounds(bounds: Bounds) -> None:
+    """Raises ValueError if ``bounds`` are none of the forms of :data:`Bounds`, or two numbers in the wrong order."""
+    if bounds is None or (isinstance(bounds, str) and bounds == "sample"):
+        return
+    if isinstance(bounds, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
+        raise ValueError(f"bounds must be None, 'sample' or a pair (lowest, highest), got {bounds!r}")
+    low, high = bounds
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and not low < high:
+        raise ValueError(f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}")
+
+
+def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
+    """The bounds, widened where the image itself lies outside of them."""
+    if bounds is None:
+        return None
+    if bounds == "sample":
+        axes = tuple(range(1, images.ndim))
+        low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+        # An image with a NaN has no range; clamping to NaN would spread it over the rest of the image.
+        return torch.where(low.isnan(), -math.inf, low), torch.where(high.isnan(), math.inf, high)
+    low, high = (per_sample(bound, images) for bound in bounds)
+    # Two numbers a sample are read faster than two images; on a CPU it costs no wait to see that they will do.
+    if images.device.type == "cpu" and bool(((images >= low) & (images <= high)).all()):
+        return low, high
+    return torch.minimum(images, low), torch.maximum(images, high)
+
+
+def broadcast(flags: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to go with ``like``."""
+    return flags.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def _loss_scale(images: Tensor) -> Tensor | None:
+    """(B, 1) loss scales where the passes run in float16, else None."""
+    kind = images.device.type
+    half = images.dtype == torch.float16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    )
+    return torch.full((images.shape[0], 1), _HALF_SCALE, device=images.device) if half else None

@@ -1,0 +1,74 @@
+"""Several processes: those that train together, and those that share an evaluation.
+
+An evaluation by several is started as ``torchrun --nproc-per-node 2 --no-python adv-classify evaluate ...``: each
+process measures every n-th batch and writes it to the folder that they share; then all read what the others wrote. What
+a batch's numbers are does not depend on who measured it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+_PATIENCE = timedelta(days=7)  # a process may have to wait for the others as long as their batches take
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks; plain types. Alone: the one value."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first_rank(value: Any) -> Any:
+    """The value that the first process has, in all of them."""
+    if not is_distributed():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of an evaluation.
+
+    Attributes:
+        rank: which one it is, from 0; 0 writes the report.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Processes:
+        """The processes that torchrun started, joined; one alone without it."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1 or "MASTER_ADDR" not in os.environ:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def device_of_rank(name: str) -> str:
+    """``cuda`` as the GPU of this process under torchrun; any other device as it is."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if name == "cuda" and rank is not None and torch.cuda.device_count() > 1 else name

@@ -1,0 +1,245 @@
+"""Is the attack strong enough to be believed? Signs of masked gradients, each with its figures and a verdict.
+
+The signs are those of Athalye et al. 2018 ("Obfuscated gradients give a false sense of security", section 3.1) and
+Carlini et al. 2019 ("On evaluating adversarial robustness"): more steps or restarts must not help, an attack without
+gradients must not be the stronger one, an attack without limit must succeed, and the loss must rise with the radius. A
+model whose gradients lead nowhere, and an attack that is broken, both look robust; here they are told apart from one
+that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advmed.attacks import APGD, PGD, Attack, AttackResult, Noise, SquareAttack
+from advmed.evaluation.loop import Evaluation, Scores
+from advmed.evaluation.metric import Metric
+from advmed.norms import norm
+
+Array = NDArray[Any]
+
+MOST_GAIN = 0.05
+"""By how much of its value a metric may get worse under a stronger attack; more on fewer than 40 samples."""
+LEAST_SHARE = 0.9
+"""What "nearly every sample" means."""
+SLACK = 1e-3
+"""What of a loss counts as the same loss, relative to the largest one of the sample."""
+
+
+@dataclass(frozen=True)
+class Unlimited:
+    """An attack whose radius is the norm of the image itself: enough to make any image out of nothing.
+
+    Args:
+        attack: what attacks.
+    """
+
+    attack: PGD | APGD
+
+    access: ClassVar[str] = "white box"
+
+    @property
+    def norm(self) -> float:
+        """2 or inf."""
+        return self.attack.norm
+
+    @property
+    def gradients(self) -> int:
+        """Gradients per image."""
+        return self.attack.gradients
+
+    @property
+    def queries(self) -> int:
+        """Forward passes without a gradient per image."""
+        return self.attack.queries
+
+    @property
+    def description(self) -> str:
+        """What it does, for a report."""
+        return f"{self.attack.description}; the noise may be as large as the image"
+
+    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
+        """Attacks a batch; see :class:`advmed.attacks.PGD`."""
+        return self.attack(objective, images, norm(images, self.norm).clamp_min(radius), **how)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question, and what was seen.
+
+    Attributes:
+        name: short name.
+        question: what should be the case.
+        verdict: "passed", "failed", or "not measured".
+        finding: the figures, in a sentence.
+        figures: the same as numbers, JSON-ready.
+    """
+
+    name: str
+    question: str
+    verdict: Literal["passed", "failed", "not measured"]
+    finding: str
+    figures: Mapping[str, float]
+
+
+def strongest(attacks: Mapping[str, Attack]) -> str | None:
+    """Name of the first attack that climbs the loss of the host by gradients, which is checked; None without one.
+
+    Attacks on another loss (margins, CosPGD) are not: what the checks compare is the host's.
+    """
+    return next((n for n, attack in attacks.items() if isinstance(attack, PGD | APGD) and attack.loss is None), None)
+
+
+def probes(attack: Attack) -> dict[str, Attack]:
+    """The attack, and those that tell whether it is to be believed, by the names of their checks.
+
+    Raises:
+        TypeError: for an attack that is none of ours.
+    """
+    if not isinstance(attack, PGD | APGD):
+        raise TypeError(
+            f"only attacks of advmed.attacks that follow gradients are checked, got {type(attack).__name__}"
+        )
+    longer: PGD | APGD = replace(attack, steps=2 * attack.steps)
+    if isinstance(longer, PGD):  # of the same length: halves that do not reach the sphere would not, either
+        longer = replace(longer, step_scale=2 * longer.step_scale)
+    return {
+        "checked": attack,
+        "steps": longer,
+        "restarts": attack,  # from other starting points: every attack of an evaluation has its own
+        "black box": SquareAttack(max(100, 5 * attack.steps), attack.norm),
+        "unlimited": Unlimited(replace(attack, restarts=1)),
+        "noise": Noise("gaussian", attack.norm),
+    }
+
+
+def level_to_check(evaluation: Evaluation, attack: str, metric: Metric) -> float:
+    """The level at which an attack decides about most samples: the share that fails is nearest to a half.
+
+    The middle one for a metric without a notion of failure.
+    """
+    levels = evaluation.levels[1:]
+    if metric.fails_at is None:
+        return levels[(len(levels) - 1) // 2]
+    shares = [np.nanmean(metric.failed(evaluation.scores(attack, level))) for level in levels]
+    return levels[int(np.argmin(np.abs(np.array(shares) - 0.5)))]
+
+
+def check(evaluation: Evaluation, attack: str, probed: Evaluation | None, metric: Metric) -> list[Check]:
+    """All checks of an attack on a model.
+
+    Args:
+        evaluation: of the model.
+        attack: name of the attack in it that is checked, see :func:`strongest`.
+        probed: the same model under :func:`probes`, on few samples at one level; None if that was not measured.
+        metric: the metric that verdicts rest on.
+    """
+    found = [_rises(evaluation, attack)]
+    if probed is None:
+        return found + [
+            Check(name, question, "not measured", "Not measured.", {})
+            for name, question in QUESTIONS.items()
+            if name != "radius"
+        ]
+    return [
+        *found,
+        _stronger(probed, "steps", metric, probed.scores("steps", probed.levels[-1])),
+        _stronger(probed, "restarts", metric, _worse(probed, "checked", "restarts")),
+        _black_box(probed, metric),
+        _unlimited(probed, metric),
+        _noise(probed),
+    ]
+
+
+QUESTIONS = {
+    "radius": "The loss rises with the radius for nearly every sample.",
+    "steps": "Twice the steps do not help.",
+    "restarts": "The worst of twice the runs is no worse.",
+    "black box": "An attack without gradients is not the stronger one.",
+    "unlimited": "With noise as large as the image, nearly every sample fails.",
+    "noise": "The attack raises the loss, and more than noise of the same norm.",
+}
+
+
+def _rises(evaluation: Evaluation, attack: str) -> Check:
+    loss = np.stack([evaluation.at(attack, level).loss for level in evaluation.levels]).astype(np.float64)
+    slack = SLACK * np.abs(loss).max(0)
+    share = float((np.diff(loss, axis=0) >= -slack).all(0).mean())
+    return _check("radius", share >= LEAST_SHARE, f"It does for {share:.0%} of {loss.shape[1]} samples.", share=share)
+
+
+def _stronger(probed: Evaluation, name: str, metric: Metric, scores: Scores) -> Check:
+    before, after, gain = _gain(probed, metric, scores)
+    finding = f"{metric.label} goes from {before:.4g} to {after:.4g}."
+    return _check(name, gain <= _allowed(probed), finding, before=before, after=after, gain=gain)
+
+
+def _black_box(probed: Evaluation, metric: Metric) -> Check:
+    level = probed.levels[-1]
+    white, black, gain = _gain(probed, metric, probed.scores("black box", level))
+    share = float((probed.at("black box", level).loss > _at_least(probed, "checked")).mean())
+    finding = (
+        f"{metric.label} is {white:.4g} with gradients and {black:.4g} without; without them the loss is the larger "
+        f"one for {share:.0%} of {len(probed.ids)} samples."
+    )
+    passed = gain <= _allowed(probed) and 1 - share >= LEAST_SHARE
+    return _check("black box", passed, finding, white_box=white, black_box=black, gain=gain, share=share)
+
+
+def _unlimited(probed: Evaluation, metric: Metric) -> Check:
+    if metric.fails_at is None:
+        return Check("unlimited", QUESTIONS["unlimited"], "not measured", "The metric has no notion of failure.", {})
+    share = float(np.nanmean(metric.failed(probed.scores("unlimited", probed.levels[-1]))))
+    return _check("unlimited", share >= LEAST_SHARE, f"{share:.0%} of {len(probed.ids)} samples fail.", share=share)
+
+
+def _noise(probed: Evaluation) -> Check:
+    level = probed.levels[-1]
+    attacked, noise, clean = (
+        c.loss.astype(np.float64) for c in (probed.at("checked", level), probed.at("noise", level), probed.clean)
+    )
+    share = float(((attacked > clean) & (attacked > noise)).mean())
+    rise, control = float((attacked - clean).mean()), float((noise - clean).mean())
+    finding = (
+        f"Larger than both clean and with noise for {share:.0%} of {len(attacked)} samples; the loss rises by "
+        f"{rise:.3g} on the mean, by {control:.3g} with noise."
+    )
+    return _check("noise", share >= LEAST_SHARE and rise > control, finding, share=share, rise=rise, noise_rise=control)
+
+
+def _gain(probed: Evaluation, metric: Metric, scores: Scores) -> tuple[float, float, float]:
+    """The metric under the checked attack and from other scores, and how much worse those make it, relatively."""
+    before, after = metric.of(probed.scores("checked", probed.levels[-1])), metric.of(scores)
+    sign = 1 if metric.higher_is_better else -1
+    return before, after, sign * (before - after) / max(abs(metric.of(probed.clean.scores)), abs(before), 1e-12)
+
+
+def _allowed(probed: Evaluation) -> float:
+    """Two samples of few may turn without telling anything."""
+    return max(MOST_GAIN, 2 / len(probed.ids))
+
+
+def _worse(probed: Evaluation, *names: str) -> Scores:
+    """The scores of each sample under whichever of the attacks had the larger loss."""
+    conditions = [probed.at(name, probed.levels[-1]) for name in names]
+    worst = np.argmax([np.nan_to_num(c.loss, nan=-np.inf) for c in conditions], axis=0)
+    return {
+        name: np.stack([c.scores[name] for c in conditions])[worst, np.arange(len(worst))]
+        for name in conditions[0].scores
+    }
+
+
+def _at_least(probed: Evaluation, name: str) -> Array:
+    """The losses under an attack, and what counts as the same."""
+    loss = probed.at(name, probed.levels[-1]).loss.astype(np.float64)
+    return loss + SLACK * np.abs(loss)
+
+
+def _check(name: str, passed: bool, finding: str, **figures: float) -> Check:
+    return Check(name, QUESTIONS[name], "passed" if passed else "failed", finding, figures)

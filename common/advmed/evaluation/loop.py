@@ -1,0 +1,506 @@
+"""The evaluation loop: every batch clean, then under every attack at every noise level, scored by the host.
+
+The loop knows no task. A host gives batches, each with an objective to attack and a ``score`` that turns images into
+the per-sample ingredients of its metric (Dice: TP, FP, FN), and computes the metric afterwards from the
+:class:`Evaluation`. Every finished batch is one file, so a killed run goes on where it was and ends with the same
+numbers: random starts depend on (seed, attack, level, batch number) and on nothing that ran before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from advmed.attacks import Attack, AttackResult
+from advmed.attacks.problem import total
+from advmed.distributed import Processes
+from advmed.evaluation.auc import check_levels
+from advmed.objective import Objective, check_terms, inspecting
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "advmed.evaluation/1"
+ALONE = Processes()
+_CLEAN = ("clean", 0.0)
+
+Scores = Mapping[str, NDArray[Any]]
+"""Per-sample ingredients of a metric, by name; the first dimension of every array is the sample."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (passes done, passes in total, what was just done); a pass is a batch at one attack and level."""
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A batch on its device, ready to be attacked.
+
+    Attributes:
+        images: as the network receives them, floating point, shape (B, C, *spatial).
+        objective: images -> loss terms (B, K), closed over the model and the targets of this batch.
+        score: images -> the ingredients of the metric, a dict of tensors whose first dimension is B and whose other
+            dimensions are the same in every batch. Called without gradients.
+    """
+
+    images: Tensor
+    objective: Objective
+    score: Callable[[Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """A batch that may never have to be loaded: its sample ids, and a function that loads it.
+
+    Attributes:
+        ids: B sample ids, unique in the whole evaluation.
+        load: makes the :class:`LoadedBatch`; not called for batches that an earlier run has finished.
+    """
+
+    ids: Sequence[str]
+    load: Callable[[], LoadedBatch]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The samples under one attack at one level.
+
+    Attributes:
+        norm: achieved norm of the noise, (N,).
+        loss: loss summed over the K terms, (N,).
+        nonfinite: attack steps lost to a non-finite gradient, (N,), int64.
+        scores: the ingredients of the metric, each of shape (N, ...).
+        seconds: time of the attack on all N samples, without loading and scoring; clean: of one forward pass.
+    """
+
+    norm: NDArray[Any]
+    loss: NDArray[Any]
+    nonfinite: NDArray[Any]
+    scores: Scores
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measured; samples are in the order of the batches.
+
+    Attributes:
+        configuration: everything the numbers depend on, JSON-ready: format, attacks, levels, seed, bounds, fingerprint.
+        attacks: the attacks by name.
+        levels: the noise levels, 0 first.
+        ids: the N sample ids.
+        clean: the samples as they are.
+        attacked: the samples under (attack name, level > 0).
+    """
+
+    configuration: Mapping[str, Any]
+    attacks: Mapping[str, Attack]
+    levels: tuple[float, ...]
+    ids: tuple[str, ...]
+    clean: Condition
+    attacked: Mapping[tuple[str, float], Condition]
+
+    def at(self, attack: str, level: float) -> Condition:
+        """The samples under ``attack`` at ``level``; level 0 is the clean samples, for every attack.
+
+        Raises:
+            KeyError: for an attack or level that was not evaluated.
+        """
+        if attack not in self.attacks or level not in self.levels:
+            raise KeyError(
+                f"{attack} at level {level:g} was not evaluated; there are the attacks {', '.join(self.attacks)} "
+                f"at the levels {' '.join(f'{level:g}' for level in self.levels)}"
+            )
+        return self.clean if level == 0 else self.attacked[attack, level]
+
+    def scores(self, attack: str, level: float) -> Scores:
+        """The ingredients of the metric under ``attack`` at ``level``, by name, each of shape (N, ...)."""
+        return self.at(attack, level).scores
+
+    def curve(self, attack: str, metric: Callable[[Scores], float]) -> tuple[float, ...]:
+        """A metric under ``attack`` at every one of ``levels``."""
+        return tuple(float(metric(self.scores(attack, level))) for level in self.levels)
+
+
+def evaluate(
+    batches: Sequence[EvaluationBatch],
+    attacks: Mapping[str, Attack],
+    levels: Sequence[float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    fingerprint: str = "",
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> Evaluation:
+    """Measures every batch clean and under every attack at every level.
+
+    One batch at a time is loaded; of it only per-sample numbers are kept. With a ``folder`` each finished batch is
+    written to ``folder/parts`` at once, and batches found there are not computed again. Resumed or not, the scores
+    are the same bit for bit on the same machine; seconds are those of the run that measured them.
+
+    Args:
+        batches: the batches, in a fixed order.
+        attacks: attacks by name, see :func:`advmed.attacks.names.parse_attacks`.
+        levels: noise levels, 0 first: radii in the attack's norm over a sample's whole input.
+        bounds: lowest and highest value of an input, None for none.
+        seed: of the random starts.
+        folder: where finished batches are kept, None for nowhere.
+        fingerprint: what else the numbers depend on, such as the hash of the model file; required with a folder, so
+            that a resumed run cannot mix the numbers of two models.
+        progress: called after every pass of this process.
+        processes: the processes that share the work; more than one need a folder.
+
+    Raises:
+        ValueError: for levels, ids, images, terms or scores that are not as described, or a folder that holds the
+            numbers of another configuration; nothing is written in that last case.
+    """
+    levels = check_levels(levels)
+    if not attacks:
+        raise ValueError("evaluate needs one or more attacks, got none")
+    _check_ids(batches)
+    configuration = describe(attacks, levels, bounds=bounds, seed=seed, fingerprint=fingerprint)
+    passes = [_CLEAN, *((name, level) for name in attacks for level in levels[1:])]
+    finished: dict[int, list[Condition]] = {}
+    if folder is not None:
+        if not fingerprint:
+            raise ValueError("a folder needs a fingerprint, such as the hash of the model file that is evaluated")
+        parts = folder / "parts"
+        parts.mkdir(parents=True, exist_ok=True)
+        # All files are looked at before the first is written: a folder of another configuration stays untouched.
+        for number, batch in enumerate(batches):
+            part = _read_part(_part(parts, number), _for_batch(configuration, number, batch), passes)
+            if part is not None:
+                finished[number] = part
+    elif processes.size > 1:
+        raise ValueError("several processes need a folder, through which they share what they have measured")
+    mine = range(processes.rank, len(batches), processes.size)
+    done = len(finished.keys() & mine) * len(passes)
+
+    def report(name: str, level: float) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(mine) * len(passes), f"{name} at {level:g}")
+
+    processes.wait()  # all have read what was there before the first writes
+    for number in mine:
+        if number in finished:
+            continue
+        batch = batches[number]
+        finished[number] = _measure(number, batch, attacks, passes, bounds, seed, report)
+        if folder is not None:
+            _write_part(_part(parts, number), _for_batch(configuration, number, batch), passes, finished[number])
+    processes.wait()
+    for number, batch in enumerate(batches):
+        if number not in finished:
+            finished[number] = _theirs(_part(parts, number), _for_batch(configuration, number, batch), passes)
+
+    joined = {key: _join([finished[number][k] for number in range(len(batches))]) for k, key in enumerate(passes)}
+    return Evaluation(
+        configuration=configuration,
+        attacks=dict(attacks),
+        levels=levels,
+        ids=tuple(id_ for batch in batches for id_ in batch.ids),
+        clean=joined.pop(_CLEAN),
+        attacked=joined,
+    )
+
+
+def describe(
+    attacks: Mapping[str, Attack],
+    levels: Sequence[float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    fingerprint: str = "",
+) -> dict[str, Any]:
+    """The configuration of :func:`evaluate` called with these arguments, JSON-ready."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "format": FORMAT,
+                "attacks": {name: _settings(attack) for name, attack in attacks.items()},
+                "levels": check_levels(levels),
+                "seed": seed,
+                "bounds": bounds,
+                "fingerprint": fingerprint,
+            }
+        )
+    )
+    return plain
+
+
+def evaluate_with_bar(
+    name: str,
+    batches: Sequence[EvaluationBatch],
+    attacks: Mapping[str, Attack],
+    levels: Sequence[float],
+    *,
+    folder: Path,
+    overwrite: bool = False,
+    processes: Processes = ALONE,
+    **how: Any,
+) -> Evaluation:
+    """:func:`evaluate` as a command runs it: with a progress bar, and the finished batches in ``folder/name``.
+
+    Args:
+        name: of the model.
+        batches: as in :func:`evaluate`, like all other arguments.
+        attacks: attacks by name.
+        levels: noise levels, 0 first.
+        folder: of the report.
+        overwrite: forget the batches that an earlier run has finished.
+        processes: the processes that share the work; only the first shows a bar.
+        **how: ``bounds``, ``seed`` and ``fingerprint`` of :func:`evaluate`.
+    """
+    if overwrite and processes.rank == 0:
+        shutil.rmtree(folder / name / "parts", ignore_errors=True)
+    processes.wait()
+    passes = len(range(processes.rank, len(batches), processes.size)) * (1 + len(attacks) * (len(levels) - 1))
+    with tqdm(total=passes, desc=name, unit="pass", disable=processes.rank > 0 or None) as bar:  # no bar in a log file
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+
+        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, processes=processes, **how)
+
+
+def attack_batch(
+    batch: LoadedBatch,
+    attacks: Mapping[str, Attack],
+    name: str,
+    level: float,
+    *,
+    number: int,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> AttackResult:
+    """Attacks batch ``number`` exactly as :func:`evaluate` does, for example to draw pictures of it afterwards."""
+    key = f"{seed}/{name}/{float(level)}/{number}".encode()
+    # The generator is on the CPU, whose noise is the same on every machine.
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big", signed=True))
+    return attacks[name](batch.objective, batch.images, level, bounds=bounds, generator=generator)
+
+
+def at_levels(
+    batch: LoadedBatch,
+    attack: Attack,
+    levels: Sequence[float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[float, Tensor]]:
+    """The images of a batch clean and attacked, for pictures: an attack of their own, not the noise of the evaluation.
+
+    Args:
+        batch: the batch.
+        attack: the attack.
+        levels: noise levels > 0.
+        bounds: lowest and highest value of an input, None for none.
+        seed: of the random starts.
+
+    Yields:
+        Level and images, 0 and the clean ones first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    yield 0.0, batch.images
+    for level in levels:
+        yield level, attack(batch.objective, batch.images, level, bounds=bounds, generator=generator).images
+
+
+def _measure(
+    number: int,
+    batch: EvaluationBatch,
+    attacks: Mapping[str, Attack],
+    passes: Sequence[tuple[str, float]],
+    bounds: tuple[float, float] | None,
+    seed: int,
+    report: Callable[[str, float], None],
+) -> list[Condition]:
+    """All passes over one batch; whatever it holds on the device is let go with the return."""
+    loaded = batch.load()
+    _check_images(loaded.images, batch.ids)
+    conditions = []
+    for name, level in passes:
+        start = time.perf_counter()
+        result = (
+            attack_batch(loaded, attacks, name, level, number=number, bounds=bounds, seed=seed)
+            if level > 0
+            else _not_attacked(loaded)
+        )
+        assert result.terms is not None  # an attack leaves them out only when told to
+        loss = _array(total(result.terms))  # waits for the device: the attack has really ended
+        seconds = time.perf_counter() - start
+        with inspecting(loaded.objective):
+            scores = _check_scores(loaded.score(result.images), batch.ids)
+        conditions.append(Condition(_array(result.norms), loss, _array(result.nonfinite), scores, seconds))
+        report(name, level)
+    return conditions
+
+
+def _not_attacked(batch: LoadedBatch) -> AttackResult:
+    with inspecting(batch.objective):
+        terms = check_terms(batch.objective(batch.images), batch.images)
+    zeros = torch.zeros(len(batch.images))
+    return AttackResult(batch.images, terms, norms=zeros, crossing=None, nonfinite=zeros.long())
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
+    return tensor.numpy().copy()  # a host may use the memory again
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    """The attack's settings for JSON, which has no infinity."""
+    settings = asdict(cast(Any, attack))
+    loss: Any = getattr(attack, "loss", None)
+    settings.pop("loss", None)
+    if loss is not None:
+        settings["loss"] = {"name": loss.name, **asdict(loss)}
+    return {**settings, "norm": "inf" if attack.norm == float("inf") else attack.norm}
+
+
+def _check_ids(batches: Sequence[EvaluationBatch]) -> None:
+    counts = Counter(id_ for batch in batches for id_ in batch.ids)
+    if not batches or any(len(batch.ids) == 0 for batch in batches):
+        raise ValueError(f"evaluate needs one or more batches of one or more samples, got {len(batches)} batches")
+    twice = [id_ for id_, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"sample ids must be unique, got {_listed(twice)} more than once")
+
+
+def _check_images(images: Tensor, ids: Sequence[str]) -> None:
+    if images.ndim < 2 or len(images) != len(ids) or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point of shape (B, C, *spatial) with B = {len(ids)} as there are ids, "
+            f"got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    broken = (~images.isfinite()).flatten(1).any(1).tolist()
+    if any(broken):
+        names = [id_ for id_, bad in zip(ids, broken, strict=True) if bad]
+        raise ValueError(f"images hold NaN or infinite values, check the preprocessing of {_listed(names)}")
+
+
+def _check_scores(scores: Mapping[str, Tensor], ids: Sequence[str]) -> dict[str, NDArray[Any]]:
+    shapes = {name: tuple(value.shape) for name, value in scores.items()}
+    if not shapes or any(shape[:1] != (len(ids),) for shape in shapes.values()):
+        raise ValueError(f"score must return tensors whose first dimension is B = {len(ids)}, got shapes {shapes}")
+    return {name: _array(value) for name, value in scores.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _join(parts: Sequence[Condition]) -> Condition:
+    """One condition of all batches."""
+    names = list(parts[0].scores)
+    if any(list(part.scores) != names for part in parts):
+        raise ValueError(f"score must return the same names for every batch, got {[list(p.scores) for p in parts]}")
+    for name in names:
+        shapes = {part.scores[name].shape[1:] for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"score {name!r} must have the same shape (B, ...) in every batch, got {shapes}; pad it")
+    return Condition(
+        norm=np.concatenate([part.norm for part in parts]),
+        loss=np.concatenate([part.loss for part in parts]),
+        nonfinite=np.concatenate([part.nonfinite for part in parts]),
+        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in names},
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+# Parts: one .npz file per batch, with its whole configuration in it. Arrays are named <attack>@<level>/<quantity>.
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"batch_{number:05d}.npz"
+
+
+def _for_batch(configuration: Mapping[str, Any], number: int, batch: EvaluationBatch) -> dict[str, Any]:
+    return {**configuration, "batch": number, "ids": list(batch.ids)}
+
+
+def _write_part(
+    path: Path,
+    configuration: Mapping[str, Any],
+    passes: Sequence[tuple[str, float]],
+    conditions: Sequence[Condition],
+) -> None:
+    """Writes a finished batch, or nothing: a kill in the middle leaves no half file under the final name."""
+    arrays: dict[str, Any] = {"configuration": np.array(json.dumps(configuration))}
+    for (name, level), condition in zip(passes, conditions, strict=True):
+        for quantity in ("norm", "loss", "nonfinite", "seconds"):
+            arrays[f"{name}@{level}/{quantity}"] = getattr(condition, quantity)
+        for score, value in condition.scores.items():
+            arrays[f"{name}@{level}/score/{score}"] = value
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def _read_part(
+    path: Path, configuration: Mapping[str, Any], passes: Sequence[tuple[str, float]]
+) -> list[Condition] | None:
+    """Reads a finished batch; None if there is none, or its file is damaged.
+
+    Raises:
+        ValueError: if it was made with another configuration.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        found: dict[str, Any] = json.loads(str(arrays["configuration"]))
+    except Exception as error:  # a damaged archive makes its readers raise almost anything
+        logger.warning("%s is damaged (%s: %s); its batch is measured again", path, type(error).__name__, error)
+        return None
+    if found != configuration:
+        names = [name for name in configuration if found.get(name) != configuration[name]]
+        differences = "; ".join(
+            f"{name} {_short(found.get(name))}, now {_short(configuration[name])}" for name in names
+        )
+        raise ValueError(
+            f"{path} was measured with another configuration: {differences}. "
+            "Choose another folder, or delete this one to start anew"
+        )
+    return [_condition(arrays, f"{name}@{level}/") for name, level in passes]
+
+
+def _theirs(path: Path, configuration: Mapping[str, Any], passes: Sequence[tuple[str, float]]) -> list[Condition]:
+    """Reads what another process has measured."""
+    part = _read_part(path, configuration, passes)
+    if part is None:
+        raise RuntimeError(f"{path}, which another process was to write, is not there: do they share the folder?")
+    return part
+
+
+def _condition(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Condition:
+    norm, loss, nonfinite, seconds = (arrays[prefix + name] for name in ("norm", "loss", "nonfinite", "seconds"))
+    start = prefix + "score/"
+    scores = {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
+    return Condition(norm, loss, nonfinite, scores, float(seconds))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

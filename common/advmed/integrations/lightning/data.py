@@ -1,0 +1,123 @@
+"""Samples with stable ids, in the order that a resumed run goes on with."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning.pytorch import LightningDataModule
+
+SPLITS = ("train", "val", "test")
+
+
+class Split(Protocol):
+    """The samples of one split, as far as this module looks at them."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Their stable ids."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class SampleData(LightningDataModule):
+    """Training, validation and test samples; a subclass fills ``splits`` and makes data sets of them.
+
+    A batch is a dict with ``image`` (B, C, H, W), ``id`` and the host's targets.
+
+    Args:
+        batch_size: per process.
+        workers: processes that read images.
+        seed: of the order of images.
+    """
+
+    splits: Mapping[str, Split]
+
+    def __init__(self, *, batch_size: int, workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._resumed: Tensor | None = None
+
+    @abstractmethod
+    def dataset(self, split: str, *, augment: bool = False) -> Dataset[dict[str, Any]]:
+        """The samples of a split; call :meth:`require` first."""
+
+    @abstractmethod
+    def truth(self, split: str) -> list[Any]:
+        """What the numbers of an evaluation depend on beside images and ids: arrays, or what repr tells apart."""
+
+    def fingerprint(self, split: str) -> str:
+        """Tells the truth of a split from others, so that numbers of two are not mixed in a resumed evaluation."""
+        found = hashlib.sha256()
+        for part in self.truth(split):
+            found.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        return found.hexdigest()
+
+    def order(self, generator: torch.Generator) -> Sampler[int] | None:
+        """The order of training samples; None: every one once an epoch, shuffled."""
+        return None
+
+    def require(self, split: str) -> None:
+        """Raises ValueError if there is no such split."""
+        if split not in self.splits:
+            raise ValueError(f"the data has no split {split!r}; there are {', '.join(self.splits)}")
+
+    @property
+    def train_ids(self) -> list[str]:
+        """The ids of all training samples."""
+        return self.splits["train"].ids
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Augmented training samples."""
+        self._generator = generator = torch.Generator().manual_seed(self.seed)
+        if self._resumed is not None:
+            generator.set_state(self._resumed)
+        sampler, count = self.order(generator), len(self.splits["train"])
+        return DataLoader(
+            self.dataset("train", augment=True),
+            batch_size=self.batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            generator=generator,
+            drop_last=count > self.batch_size > 1 == count % self.batch_size,  # BatchNorm needs two images
+            **self._workers(),
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Validation samples."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Test samples."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Test samples where there are some, else validation samples."""
+        return self.loader("test" if "test" in self.splits else "val")
+
+    def loader(self, split: str) -> DataLoader[dict[str, Any]]:
+        """The samples of a split as they are, in their order."""
+        return DataLoader(self.dataset(split), batch_size=self.batch_size, **self._workers())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes a resumed run go on with the order, and in this process the augmentation, of the next epoch."""
+        return {"order": self._generator.get_state(), "augmentation": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        self._resumed = state_dict["order"]
+        torch.set_rng_state(state_dict["augmentation"])
+
+    def _workers(self) -> dict[str, Any]:
+        return {"num_workers": self.workers, "persistent_workers": self.workers > 0}

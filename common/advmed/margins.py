@@ -1,0 +1,261 @@
+"""Per-sample state that outlives a step: AMAT's margins E(i), and any other number a method keeps for each sample.
+
+The table lives on the model's device, so a look-up or an update is one indexing operation there; the host only turns
+id strings into rows, and never waits for the device.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advmed.distributed import gathered, is_distributed
+
+
+class MarginStore:
+    """One number per sample id; an id never set has the initial value.
+
+    Args:
+        initial: value of a sample that was never set (AMAT: delta), finite.
+        device: where the table lives; :meth:`to` moves it.
+        additive: values move by steps of a given size, in both directions; see :meth:`merge`.
+
+    Raises:
+        ValueError: if ``initial`` is not finite.
+    """
+
+    def __init__(self, initial: float = 0.0, *, device: torch.device | str = "cpu", additive: bool = False) -> None:
+        if not math.isfinite(initial):
+            raise ValueError(f"the initial value of a margin must be finite, got {initial!r}")
+        self.initial = float(initial)
+        self.additive = additive
+        self._rows: dict[str, int] = {}
+        # Row 0 stands for every id that was never set; ids begin at row 1.
+        self._values = torch.full((1,), self.initial, device=device)
+        self._visits = torch.zeros(1, dtype=torch.int64, device=device)
+        self._merged = self._values.clone()  # the values at the last merge, and the visits then
+        self._merged_visits = self._visits.clone()
+
+    def __len__(self) -> int:
+        """Number of ids that have been set."""
+        return len(self._rows)
+
+    def __contains__(self, sample: str) -> bool:
+        return sample in self._rows
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table lives."""
+        return self._values.device
+
+    def to(self, device: torch.device | str) -> MarginStore:
+        """Moves the table, if it is not there yet; returns the store itself."""
+        if self.device != torch.device(device):
+            for name in ("_values", "_visits", "_merged", "_merged_visits"):
+                setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def get(self, ids: Sequence[str]) -> Tensor:
+        """The values of the samples, shape (B,), float32, on the store's device."""
+        rows = [self._rows.get(sample, 0) for sample in ids]
+        return self._values[self._on_device(rows)]
+
+    def set(self, ids: Sequence[str], values: Tensor | Sequence[float]) -> None:
+        """Writes the values of the samples, and counts a visit of each.
+
+        An id that occurs twice takes its last value (and two visits). A value that is not finite is not written: the
+        sample keeps what it has.
+
+        Args:
+            ids: B sample ids.
+            values: shape (B,).
+
+        Raises:
+            ValueError: if there are not as many values as ids.
+        """
+        values = torch.as_tensor(values, dtype=torch.float32, device=self.device).detach()
+        if values.shape != (len(ids),):
+            raise ValueError(f"expected one value for each of {len(ids)} ids, got shape {tuple(values.shape)}")
+        if not len(ids):
+            return
+        self._register(ids)
+        rows = [self._rows[sample] for sample in ids]
+        every = self._on_device(rows)
+        self._visits.index_add_(0, every, torch.ones_like(every))
+        last = {row: position for position, row in enumerate(rows)}
+        if len(last) < len(rows):  # writing one row twice has no defined order on a device
+            every, values = self._on_device(list(last)), values[self._on_device(list(last.values()))]
+        self._values[every] = torch.where(values.isfinite(), values, self._values[every])
+
+    def _register(self, ids: Iterable[str]) -> None:
+        for sample in ids:
+            self._rows.setdefault(sample, len(self._rows) + 1)
+        missing = len(self._rows) + 1 - len(self._values)
+        if missing > 0:
+            missing = max(missing, len(self._values))  # doubling keeps the cost of growth constant per sample
+            fill = self._values.new_full((missing,), self.initial)
+            none = self._visits.new_zeros(missing)
+            self._values, self._merged = torch.cat((self._values, fill)), torch.cat((self._merged, fill))
+            self._visits = torch.cat((self._visits, none))
+            self._merged_visits = torch.cat((self._merged_visits, none))
+
+    def _on_device(self, rows: list[int]) -> Tensor:
+        index = torch.tensor(rows, dtype=torch.int64)
+        if self.device.type == "cuda":
+            return index.pin_memory().to(self.device, non_blocking=True)
+        return index.to(self.device)
+
+    # What the table holds; these read the device, and belong at the end of an epoch.
+
+    def ids(self) -> list[str]:
+        """The ids that have been set, in the order in which they were first met."""
+        return list(self._rows)
+
+    def values(self) -> Tensor:
+        """Their values, shape (len,), on the CPU."""
+        return self._values[1 : len(self) + 1].cpu()
+
+    def visits(self) -> Tensor:
+        """How often each was set, shape (len,), int64, on the CPU."""
+        return self._visits[1 : len(self) + 1].cpu()
+
+    def quantiles(self, q: Sequence[float] = (0.05, 0.5, 0.95)) -> list[float]:
+        """Quantiles of the values; the initial value while the store is empty."""
+        values = self.values() if len(self) else torch.tensor([self.initial])
+        return [float(x) for x in torch.quantile(values.double(), torch.tensor(list(q), dtype=torch.float64))]
+
+    def histogram(self, bins: int = 20) -> tuple[Tensor, Tensor]:
+        """Counts (bins,) and edges (bins + 1,) of the values."""
+        counts, edges = torch.histogram(self.values(), bins)
+        return counts.long(), edges
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the columns id, margin, visits."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("id", "margin", "visits"))
+            writer.writerows(zip(self._rows, self.values().tolist(), self.visits().tolist(), strict=True))
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole store as plain lists and numbers: readable by JSON, and by a host without this package."""
+        return {
+            "initial": self.initial,
+            "ids": self.ids(),
+            "values": self.values().tolist(),
+            "visits": self.visits().tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces the content of the store.
+
+        Raises:
+            ValueError: if the state is not one of a store, or its parts do not fit together.
+        """
+        missing = [key for key in ("initial", "ids", "values", "visits") if key not in state]
+        if missing:
+            raise ValueError(f"not the state of a margin store: {', '.join(missing)} missing, got {sorted(state)}")
+        try:
+            ids = list(state["ids"])
+            values = torch.tensor([float(x) for x in (state["initial"], *state["values"])])
+            visits = torch.tensor([0, *map(operator.index, state["visits"])], dtype=torch.int64)
+            rows = {sample: row for row, sample in enumerate(ids, start=1)}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"damaged margin state: {error}") from error
+        if not len(rows) == len(ids) == len(values) - 1 == len(visits) - 1:
+            raise ValueError(
+                f"damaged margin state: {len(ids)} ids ({len(rows)} different), {len(values) - 1} values, "
+                f"{len(visits) - 1} visits"
+            )
+        if not values.isfinite().all():
+            raise ValueError("damaged margin state: a margin is not finite")
+        self.initial = float(state["initial"])
+        self._rows = rows
+        self._values, self._visits = values.to(self.device), visits.to(self.device)
+        self._merged, self._merged_visits = self._values.clone(), self._visits.clone()
+
+    def require_known(self, known: Iterable[str], hint: str = "") -> None:
+        """Checks that the store is about this data set.
+
+        Args:
+            known: every id the data set can have.
+            hint: what the user should do, added to the message.
+
+        Raises:
+            ValueError: naming some of the ids that are not among ``known``.
+        """
+        strangers = sorted(set(self._rows) - set(known))
+        if strangers:
+            raise ValueError(
+                f"{len(strangers)} of {len(self)} margins belong to samples that are not in this data set, for example "
+                f"{', '.join(strangers[:3])}. {hint}".strip()
+            )
+
+    # Several processes
+
+    def merge(self, states: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Makes the stores of all processes equal, as if the processes had taken their turns one after another.
+
+        Each process tells what its visits changed since the last merge. For every sample, growth adds up (two
+        processes that both enlarged a margin by delta enlarge it by 2 delta, as two visits would) and shrinkage
+        multiplies (so that no margin falls below zero), unless values are ``additive``. A sample visited by one process
+        takes that process's value.
+
+        Args:
+            states: for tests and for hosts with an exchange of their own: the :meth:`changes` of all processes, in the
+                order of their ranks. Default: gathered with ``torch.distributed``; nothing happens without it.
+        """
+        if states is None:
+            if not is_distributed():
+                return
+            states = gathered(self.changes())
+        merged = zip(self._rows, self._merged[1:].tolist(), self._merged_visits[1:].tolist(), strict=False)
+        base = {sample: (value, visits) for sample, value, visits in merged if visits}
+        table = {sample: [value, visits] for sample, (value, visits) in base.items()}
+        for state in states:  # in the order of the ranks, so that every process ends with the same table
+            for sample, value, visits in zip(state["ids"], state["values"], state["visits"], strict=True):
+                start = base.get(sample, (self.initial, 0))[0]
+                entry = table.setdefault(sample, [start, 0])
+                shrunk = 0 <= value < start and not self.additive
+                entry[0] = entry[0] * (value / start) if shrunk else entry[0] + (value - start)
+                entry[1] += visits
+        values, visited = zip(*table.values(), strict=True) if table else ((), ())
+        self.load_state_dict({"initial": self.initial, "ids": list(table), "values": values, "visits": visited})
+
+    def clamp(self, lowest: float, highest: float | None = None) -> None:
+        """Puts every value between the two; for after :meth:`merge`, which knows no bounds and may have passed them."""
+        for table in (self._values, self._merged):
+            table.clamp_(lowest, highest)
+
+    def changes(self) -> dict[str, Any]:
+        """The samples visited since the last merge: their ids, values, and visits since then."""
+        size = len(self) + 1
+        since = (self._visits[:size] - self._merged_visits[:size]).cpu()
+        rows = since.nonzero().flatten().tolist()
+        if not rows:
+            return {"ids": [], "values": [], "visits": []}
+        ids = self.ids()
+        return {
+            "ids": [ids[row - 1] for row in rows],
+            "values": self._values[:size].cpu()[rows].tolist(),
+            "visits": since[rows].tolist(),
+        }
+
+
+def read_margins(path: str | Path) -> NDArray[Any] | None:
+    """The values that :meth:`MarginStore.to_csv` wrote, (n,); None if there is no file or nothing in it."""
+    if not Path(path).is_file():
+        return None
+    with open(path, newline="", encoding="utf-8") as file:
+        values = np.array([float(row["margin"]) for row in csv.DictReader(file)])
+    return values if values.size and np.isfinite(values).all() else None

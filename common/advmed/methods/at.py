@@ -1,0 +1,25 @@
+"""AT: adversarial training (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from advmed.methods.base import Backward, FixedRadiusMethod, MixedLoss, Step
+from advmed.objective import Objective
+
+
+class AT(FixedRadiusMethod):
+    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all."""
+
+    name = "AT"
+    learns_from_clean = False
+
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """See :meth:`Method.step`; the ids are not used."""
+        attacked = self._attack(objective, images, self.eps)
+        mixed = MixedLoss(objective, backward)
+        loss, _ = mixed.add(attacked.images, 1.0)
+        logs = {"loss_adversarial": loss, "nonfinite": attacked.nonfinite.sum()}
+        return Step(mixed.total(), logs, adversarial=attacked.images)

@@ -1,0 +1,435 @@
+"""What every training method is: a step from (objective, images, ids) to a loss, and a state that can be resumed.
+
+A method is one file: its settings (a :class:`MethodSettings` with fields of its own) and its class, which declares what
+it needs. The list of all methods is in :mod:`advmed.methods`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from advmed.attacks.pgd import PGD
+from advmed.attacks.problem import AttackResult, Bounds, check_bounds
+from advmed.clock import Clock
+from advmed.distributed import is_distributed
+from advmed.margins import MarginStore
+from advmed.norms import check_norm
+from advmed.objective import Objective, training_pass
+from advmed.thresholds import RunningThresholds, Thresholds
+
+Backward = Callable[[Tensor], None]
+"""Back-propagates a scalar; a host's own scaler belongs in here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The settings of a method; the fields of a subclass are its own. Their union is what a host reads.
+
+    A subclass that checks its fields calls the check of this class, so that the union checks all.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadiusSettings(MethodSettings):
+    """Of the methods with a noise level.
+
+    Attributes:
+        eps: radius of the noise of AT, SAT, TRADES, MART and FAT, and first size of DPAAT, >= 0; None: the host's
+            default.
+    """
+
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_optional(self, "eps", zero=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """The attack of a training.
+
+    Attributes:
+        steps: gradient steps (both papers: 20).
+        step_scale: a in alpha = a * radius / steps. Default 4, the authors' released setting; the papers give none.
+        norm: 2 or inf.
+        random_start: fraction of the radius from whose ball an attack starts. Default 0: the path then begins at the
+            clean image, which "crossing" needs, and a step is repeatable. TRADES, which cannot start there, takes 0.01
+            for 0.
+        bounds: lowest and highest value of an input, as a pair; "sample": each sample's own; None: no bounds.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    steps: int = 20
+    step_scale: float = 4.0
+    norm: float | Literal["inf"] = 2.0
+    random_start: float = 0.0
+    bounds: tuple[float, float] | Literal["sample"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        PGD(self.steps, self.step_scale, self.p, self.random_start)
+        check_bounds(self.bounds)
+
+    @property
+    def p(self) -> float:
+        """The norm as a number."""
+        return float(self.norm)
+
+
+class AttackOptions(TypedDict, total=False):
+    """The arguments that every method has for its attack: the fields of :class:`AttackSettings`, and a seed."""
+
+    steps: int
+    step_scale: float
+    norm: float | Literal["inf"]
+    random_start: float
+    bounds: Bounds
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method makes of one batch.
+
+    Attributes:
+        loss: the training loss, a scalar. Back-propagate it, unless the step was given ``backward``: then it is
+            detached, and all its gradients are in place already.
+        logs: values worth logging, detached scalars on the device.
+        terms: the clean loss terms, (B, K), detached; None where the method makes no clean pass.
+        adversarial: the adversarial images, None where there are none.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+    terms: Tensor | None = None
+    adversarial: Tensor | None = field(default=None, repr=False)
+
+
+class Method(ABC):
+    """A training method. It knows objectives, radii and ids, and no framework.
+
+    Attributes:
+        name: as in a configuration.
+        settings: the class of its settings.
+        keeps_sizes: whether every sample has a noise level of its own, under its id.
+        needs_classes: whether predictions must be classes (:class:`advmed.objective.ClassObjective`).
+        learns_from_clean: whether clean images are among those that it back-propagates a loss of.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[MethodSettings]] = MethodSettings
+    keeps_sizes: ClassVar[bool] = False
+    needs_classes: ClassVar[bool] = False
+    learns_from_clean: bool = True
+
+    @classmethod
+    def needs_thresholds(cls, objective: type) -> bool:
+        """Whether it needs thresholds, with objectives of this class."""
+        return False
+
+    @classmethod
+    def compares_predictions(cls, settings: MethodSettings) -> bool:
+        """Whether its loss joins the clean and the attacked pass, which are then back-propagated together."""
+        return False
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Any,
+        thresholds: Thresholds | RunningThresholds | None = None,
+        **attack: Unpack[AttackOptions],
+    ) -> Self:
+        """The method with these settings, and others that it does not know.
+
+        Args:
+            settings: an instance of its class of settings.
+            thresholds: where it needs some.
+            **attack: see :class:`AdversarialMethod`.
+
+        Raises:
+            ValueError: if a number that it needs is None.
+        """
+        return cls()
+
+    @abstractmethod
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """Computes the training loss of a batch, and updates what the method knows about its samples.
+
+        Args:
+            objective: images -> (B, K) loss terms, closed over model and targets.
+            images: shape (B, C, *spatial).
+            ids: B stable sample ids.
+            backward: with it, each part of the loss is back-propagated as soon as it is known, so that the graphs of
+                the clean and of the adversarial pass never live at the same time: the peak memory of a standard step.
+                (Where the loss joins the two passes, they are back-propagated together.)
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        return {"method": self.name}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run.
+
+        Raises:
+            ValueError: if it is the state of another method.
+        """
+        if state.get("method") != self.name:
+            raise ValueError(f"the saved state is of the method {state.get('method')!r}, this run trains {self.name!r}")
+
+    def begin_epoch(self) -> None:  # noqa: B027 - most methods do not know of epochs
+        """Called before the first step of every epoch."""
+
+    def merge(self) -> None:  # noqa: B027 - most methods have nothing to exchange
+        """Makes the state of all processes equal; on all of them, once an epoch and before a state is saved."""
+
+
+class AdversarialMethod(Method):
+    """A method that trains on attacked images.
+
+    Args:
+        steps: see :class:`AttackSettings`, as all but the last.
+        step_scale: a in alpha = a * radius / steps.
+        norm: 2 or inf.
+        random_start: fraction of the radius from whose ball an attack starts.
+        bounds: lowest and highest value of an input, "sample", or None.
+        seed: seed of the random starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = AttackSettings.steps,
+        step_scale: float = AttackSettings.step_scale,
+        norm: float | Literal["inf"] = AttackSettings.norm,
+        random_start: float = AttackSettings.random_start,
+        bounds: Bounds = AttackSettings.bounds,
+        seed: int = 0,
+    ) -> None:
+        self.attack = PGD(steps, step_scale, check_norm(norm), random_start)
+        check_bounds(bounds)
+        self.bounds = bounds
+        self.seed = seed
+        self.steps_done = 0
+        self.clock = Clock()
+
+    def _attack(
+        self,
+        objective: Objective,
+        images: Tensor,
+        radius: float | Tensor,
+        thresholds: Tensor | Sequence[float] | None = None,
+        patience: int | None = None,
+    ) -> AttackResult:
+        """x~ = PGD(x, y, radius), without the terms of x~: the training pass on x~ computes them anyway."""
+        generator = None
+        if self.attack.random_start:
+            # A seed for each step and process: a resumed run needs to know only how many steps were made.
+            rank = torch.distributed.get_rank() if is_distributed() else 0
+            generator = torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done)) & (2**63 - 1))
+        self.steps_done += 1
+        with self.clock(images.device):
+            return self.attack(
+                objective,
+                images,
+                radius,
+                bounds=self.bounds,
+                thresholds=thresholds,
+                patience=patience,
+                generator=generator,
+                final_pass=False,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        return {**super().state_dict(), "steps_done": self.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        self.steps_done = int(state["steps_done"])
+
+
+class FixedRadiusMethod(AdversarialMethod):
+    """A method with one noise level for all samples.
+
+    Args:
+        eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
+        **attack: see :class:`AdversarialMethod`.
+    """
+
+    settings: ClassVar[type[MethodSettings]] = RadiusSettings
+
+    def __init__(self, eps: float, **attack: Unpack[AttackOptions]) -> None:
+        super().__init__(**attack)
+        self.eps = check_positive("eps", eps, zero=True)
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Any,
+        thresholds: Thresholds | RunningThresholds | None = None,
+        **attack: Unpack[AttackOptions],
+    ) -> Self:
+        """See :meth:`Method.from_settings`."""
+        return cls(cls._eps(settings), **attack)
+
+    @classmethod
+    def _eps(cls, settings: RadiusSettings) -> float:
+        return required(cls.name, "eps, the radius of its noise", settings.eps)
+
+
+class AdaptiveRadiusMethod(AdversarialMethod):
+    """A method in which every sample has a noise level of its own, which moves each time the sample is met.
+
+    Args:
+        first: every sample's first level.
+        growth: the most that a level grows a visit.
+        lowest: no level falls below it.
+        highest: no level rises above it; None: no limit.
+        additive: whether levels shrink by steps of a given size, too.
+        **attack: see :class:`AdversarialMethod`.
+
+    Attributes:
+        store: the :class:`MarginStore` with the levels.
+    """
+
+    keeps_sizes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        first: float,
+        growth: float,
+        *,
+        lowest: float = 0.0,
+        highest: float | None = None,
+        additive: bool = False,
+        **attack: Unpack[AttackOptions],
+    ) -> None:
+        super().__init__(**attack)
+        self.growth, self.lowest, self.highest = growth, lowest, highest
+        self.store = MarginStore(self._bounded(torch.tensor(first)).item(), additive=additive)
+
+    def _levels(self, ids: Sequence[str], images: Tensor) -> Tensor:
+        """The levels of a batch's samples, (B,), on the device of the images."""
+        check_ids(ids, images)
+        return self.store.to(images.device).get(ids)
+
+    def _bounded(self, levels: Tensor) -> Tensor:
+        return levels.clamp(self.lowest, self.highest)
+
+    def outlook(self, visits: float, eps: float | None) -> list[str]:
+        """How far levels can get in a run, completing "N samples, each met about V times in this run: ...".
+
+        Args:
+            visits: how often a sample is met.
+            eps: the noise level of interest; None: not known.
+
+        Returns:
+            That line, and a warning where it is not far enough.
+        """
+        reach = visits * self.growth
+        norm = f"L{self.attack.norm:g} norm"
+        lines = [
+            f"margins can reach about {reach:.2f} ({norm}, delta {self.growth:g}"
+            + (")" if eps is None else f", eps {eps:g})")
+        ]
+        if eps is not None and reach < eps:
+            lines.append(
+                f"WARNING: margins cannot reach the noise levels of interest (about eps = {eps:g}) in so short a run, "
+                f"because a margin grows by at most delta a visit. Raise delta to about {eps / visits:.2g}, "
+                f"or train longer."
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """Levels and counters, in plain types."""
+        return {**super().state_dict(), "margins": self.store.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        self.store.load_state_dict(state["margins"])
+
+    def merge(self) -> None:
+        """Makes the levels of all processes equal."""
+        self.store.merge()
+        self.store.clamp(self.lowest, self.highest)
+
+
+@dataclass
+class MixedLoss:
+    """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`."""
+
+    objective: Objective
+    backward: Backward | None
+    loss: Tensor | None = None
+
+    def add(self, images: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Adds weight * L(images).
+
+        Returns:
+            The loss L(images), detached, and its terms, (B, K), detached.
+        """
+        loss, terms = training_pass(self.objective, images)
+        part = loss * weight
+        if self.backward is not None:
+            self.backward(part)
+            part = part.detach()
+        self.loss = part if self.loss is None else self.loss + part
+        return loss.detach(), terms
+
+    def total(self) -> Tensor:
+        """The sum of the parts."""
+        assert self.loss is not None
+        return self.loss
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> float:
+    """Returns ``value`` as a float.
+
+    Raises:
+        ValueError: if it is not a finite number > 0 (>= 0 with ``zero``).
+    """
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+    return number
+
+
+def check_ids(ids: Sequence[str], images: Tensor) -> None:
+    """Raises ValueError if there is not one id for each image."""
+    if len(ids) != images.shape[0]:
+        raise ValueError(f"{len(ids)} sample ids for a batch of {images.shape[0]} images")
+
+
+def check_optional(settings: object, *names: str, zero: bool = False) -> None:
+    """Raises ValueError for a field that is neither None nor a finite number > 0 (>= 0 with ``zero``)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            check_positive(name, value, zero=zero)
+
+
+def required(method: str, what: str, value: float | None) -> float:
+    """Returns a number that a method cannot do without.
+
+    Raises:
+        ValueError: if it is None.
+    """
+    if value is None:
+        raise ValueError(f"{method} needs {what}")
+    return value

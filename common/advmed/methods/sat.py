@@ -1,0 +1,26 @@
+"""SAT: standard adversarial training, half clean and half attacked (Goodfellow et al. 2015, "Explaining and Harnessing
+Adversarial Examples"; arXiv 2206.01736, eq. 1), the baseline of the AMAT paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from advmed.methods.base import Backward, FixedRadiusMethod, MixedLoss, Step
+from advmed.objective import Objective
+
+
+class SAT(FixedRadiusMethod):
+    """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all."""
+
+    name = "SAT"
+
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """See :meth:`Method.step`; the ids are not used."""
+        attacked = self._attack(objective, images, self.eps)
+        mixed = MixedLoss(objective, backward)
+        clean, terms = mixed.add(images, 0.5)
+        adversarial, _ = mixed.add(attacked.images, 0.5)
+        logs = {"loss_clean": clean, "loss_adversarial": adversarial, "nonfinite": attacked.nonfinite.sum()}
+        return Step(mixed.total(), logs, terms, attacked.images)

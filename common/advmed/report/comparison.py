@@ -1,0 +1,439 @@
+"""``advmed compare``: the reports of several runs in one table and one figure, with paired differences.
+
+Reports of the same samples have drawn the same resamples (:mod:`advmed.evaluation.intervals`), so that the difference
+of two models has an interval of its own, which is narrower than those of the models suggest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmed.evaluation.auc import auc_robust_of_curves
+from advmed.evaluation.intervals import interval
+from advmed.report.write import FORMAT as REPORT
+
+Array = NDArray[Any]
+
+FORMAT = "advmed.comparison/1"
+SUMMARY = ("clean", "mean", "AUC_robust")
+"""The numbers that are compared."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that was written before.
+
+    Attributes:
+        path: its report.json.
+        record: what that holds.
+        draws: bootstrap draws by metric, (count, models, attacks, levels); empty if their file is not there.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    draws: Mapping[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Reads ``report.json``, or that of a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is no report, or one of another format.
+        """
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}; give the folder of a report, or its report.json")
+        try:
+            record = json.loads(path.read_text())
+            found = record["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no report of an evaluation") from error
+        if found != REPORT:
+            raise ValueError(
+                f"{path} is in the format {found}, and only {REPORT} can be compared: call evaluate again on its "
+                f"folder (what was measured is not measured again)"
+            )
+        draws = path.with_name("draws.npz")
+        if not draws.is_file():
+            return cls(path, record)
+        try:
+            with np.load(draws, allow_pickle=False) as archive:
+                return cls(path, record, {name: archive[name].astype(np.float64) for name in archive.files})
+        except Exception as error:  # a damaged archive makes its readers raise almost anything
+            raise ValueError(f"{draws} is damaged: call evaluate again on its folder to write it anew") from error
+
+    @property
+    def name(self) -> str:
+        """Short name: the folder, with what is above it where that only names the norm."""
+        parts = self.path.resolve().parent.parts
+        return "/".join(parts[-2:]) if parts[-1] in ("L2", "Linf") else parts[-1]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics, the most important first."""
+        found: dict[str, Any] = self.record["configuration"]["metrics"]
+        return found
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return list(self.record["configuration"]["models"])
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Attacks, levels, seed and bounds."""
+        found: dict[str, Any] = self.record["configuration"]["evaluation"]
+        return found
+
+    @property
+    def aimed(self) -> list[str]:
+        """Names of the attacks that are some, the strongest first."""
+        efforts = next(iter(self.record["attacks"].values()))
+        return [name for name, effort in efforts.items() if effort["access"] != "none"]
+
+    def setting(self, metric: str, attack: str) -> dict[str, Any]:
+        """What two reports must share for their numbers to stand in one column."""
+        return {
+            "metric": {"name": metric, **self.metrics[metric]},
+            "attack": {"name": attack, **self.evaluation["attacks"][attack]},
+            "levels": self.evaluation["levels"],
+            "bounds": self.evaluation["bounds"],
+            "noise level": self.record["configuration"]["level_unit"],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        report: name of its report.
+        model: name, unique in the comparison.
+        curve: the metric at each level, (L,).
+        draws: the same on resampled samples, (count, L); None without.
+        seed: of those draws.
+        doubts: names of the checks of the attack that failed.
+    """
+
+    report: str
+    model: str
+    curve: Array
+    draws: Array | None
+    seed: tuple[Any, ...]
+    doubts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Models whose numbers can stand in one column.
+
+    Attributes:
+        metric: name.
+        unit: such as "mm".
+        higher_is_better: direction.
+        attack: name.
+        level_unit: what a noise level is.
+        levels: 0 first.
+        scale: what values are divided by for AUC_robust.
+        rows: the models.
+    """
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+    attack: str
+    level_unit: str
+    levels: tuple[float, ...]
+    scale: float
+    rows: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        """Metric and unit."""
+        return f"{self.metric} ({self.unit})" if self.unit else self.metric
+
+    @property
+    def columns(self) -> list[str]:
+        """Headings: clean, every level, their mean, AUC_robust."""
+        return ["clean", *(f"{level:g}" for level in self.levels[1:]), "mean", "AUC_robust"]
+
+    def numbers(self, curves: Array) -> Array:
+        """Curves (..., L) as the columns of the table, (..., L + 2)."""
+        mean, auc = curves[..., 1:].mean(-1), auc_robust_of_curves(self.levels, curves, self.scale)
+        return np.concatenate([curves, mean[..., None], auc[..., None]], axis=-1)
+
+    def intervals(self, row: Row) -> Array:
+        """Of the numbers of a model, (2, L + 2); NaN without draws."""
+        if row.draws is None:
+            return np.full((2, len(self.columns)), np.nan)
+        return interval(self.numbers(row.draws))
+
+    def differences(self, row: Row, baseline: Row) -> tuple[Array, Array]:
+        """Numbers of a model less those of another, (L + 2,), and the paired intervals, (2, L + 2).
+
+        NaN where the two are of other samples.
+        """
+        gain = self.numbers(row.curve) - self.numbers(baseline.curve)
+        paired = row.seed == baseline.seed
+        if not paired or row.draws is None or baseline.draws is None:
+            return (gain if paired else np.full_like(gain, np.nan)), np.full((2, gain.size), np.nan)
+        return gain, interval(self.numbers(row.draws) - self.numbers(baseline.draws))
+
+
+def compare_reports(
+    reports: Sequence[Report], *, metric: str | None = None, attack: str | None = None, tasks: bool = False
+) -> list[Section]:
+    """The models of all reports, side by side.
+
+    Args:
+        reports: two or more, or one with several models.
+        metric: the metric; default: the first of each report.
+        attack: the attack; default: the first of each report.
+        tasks: reports that measured something else become sections of their own, instead of being refused.
+
+    Raises:
+        ValueError: for reports that lack the metric or attack, or whose numbers cannot stand in one column.
+    """
+    chosen = [(report, *_choose(report, metric, attack)) for report in reports]
+    first = chosen[0][0].setting(*chosen[0][1:])
+    groups: dict[str, list[tuple[Report, str, str]]] = {}
+    for report, name, method in chosen:
+        setting = report.setting(name, method)
+        differ = [key for key in first if setting[key] != first[key]]
+        if differ and not tasks:
+            there, here = ({key: s[key] for key in differ} for s in (first, setting))
+            raise ValueError(
+                f"{report.path} cannot stand beside {reports[0].path}: they differ in {', '.join(differ)} "
+                f"({_short(here)}, there {_short(there)}). Evaluate them alike, or put them side by side with --tasks"
+            )
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append((report, name, method))
+    twice = len({model for report in reports for model in report.models}) < sum(len(r.models) for r in reports)
+    return [_section(members, twice) for members in groups.values()]
+
+
+def _choose(report: Report, metric: str | None, attack: str | None) -> tuple[str, str]:
+    """The metric and attack of a report."""
+    for kind, name, known in (("metric", metric, list(report.metrics)), ("attack", attack, report.aimed)):
+        if name is not None and name not in known:
+            raise ValueError(f"{report.path} has no {kind} {name!r}; it has {', '.join(known)}")
+        if not known:
+            raise ValueError(f"{report.path} has no {kind} to compare")
+    return metric or next(iter(report.metrics)), attack or report.aimed[0]
+
+
+def _section(members: Sequence[tuple[Report, str, str]], twice: bool) -> Section:
+    report, metric, attack = members[0]
+    rows = [row for member in members for row in _rows(*member, twice)]
+    names = [row.model for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two models are called alike in reports of the same name, {sorted(names)}; rename a folder")
+    about = report.metrics[metric]
+    scale = about["scale"]
+    if scale is None:  # the paper's way: the largest value of all that are compared
+        values = np.concatenate([row.curve for row in rows])
+        scale = 1.0 if about["higher_is_better"] else float(np.nanmax(values))
+    return Section(
+        metric,
+        about["unit"],
+        about["higher_is_better"],
+        attack,
+        report.record["configuration"]["level_unit"],
+        tuple(report.evaluation["levels"]),
+        scale,
+        tuple(rows),
+    )
+
+
+def _rows(report: Report, metric: str, attack: str, twice: bool) -> Iterator[Row]:
+    found, draws = report.record["results"][metric]["models"], report.draws.get(metric)
+    a = list(report.evaluation["attacks"]).index(attack)
+    for m, model in enumerate(report.models):
+        values = found[model]["attacks"][attack]["values"]
+        yield Row(
+            report.name,
+            f"{report.name}: {model}" if twice else model,
+            np.array([math.nan if value is None else value for value in values], dtype=np.float64),
+            None if draws is None or not len(draws) else draws[:, m, a],
+            (report.record["bootstrap"]["seed"], report.record["results"][metric]["draws"]),
+            tuple(c["name"] for c in report.record["checks"].get(model, []) if c["verdict"] == "failed"),
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+# What is written
+
+
+def format_sections(sections: Sequence[Section], baseline: str | None = None) -> str:
+    """Tables in Markdown: the models, then their differences from the baseline (default: the first model)."""
+    lines = []
+    for section in sections:
+        rows, reference = section.rows, _reference(section, baseline)
+        lines += [f"**{section.label}** under {section.attack}; noise level: {section.level_unit}", ""]
+        lines += _markdown(["model", *section.columns], [[_mark(row), *_cells(section, row)] for row in rows])
+        others = [row for row in rows if row is not reference and row.seed == reference.seed]
+        if others:
+            lines += ["", f"Differences from {reference.model}, paired by sample, with 95 % intervals:", ""]
+            changes = [[row.model, *_changes(section, row, reference)] for row in others]
+            lines += _markdown(["model", *section.columns], changes)
+        left = [row.model for row in rows if row.seed != reference.seed]
+        if left:
+            lines += [
+                "",
+                f"Of other samples than {reference.model}, hence without differences: {', '.join(left)}.",
+            ]
+        doubted = [f"{row.model} ({', '.join(row.doubts)})" for row in rows if row.doubts]
+        if doubted:
+            lines += ["", f"! Checks of the attack failed, do not rely on the robustness of: {'; '.join(doubted)}."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _reference(section: Section, baseline: str | None) -> Row:
+    """The model that the others are compared with.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if baseline is None:
+        return section.rows[0]
+    found = [row for row in section.rows if row.model == baseline]
+    if not found:
+        raise ValueError(f"there is no model {baseline!r}; there are {', '.join(row.model for row in section.rows)}")
+    return found[0]
+
+
+def _mark(row: Row) -> str:
+    return f"{row.model} !" if row.doubts else row.model
+
+
+def _cells(section: Section, row: Row) -> list[str]:
+    low, high = section.intervals(row)
+    return [
+        f"{value:.4g}" + (f" ({a:.4g} to {b:.4g})" if np.isfinite([a, b]).all() else "")
+        for value, a, b in zip(section.numbers(row.curve), low, high, strict=True)
+    ]
+
+
+def _changes(section: Section, row: Row, reference: Row) -> list[str]:
+    """Differences; bold where the interval does not hold 0."""
+    gain, (low, high) = section.differences(row, reference)
+    texts = []
+    for value, a, b in zip(gain, low, high, strict=True):
+        text = f"{value:+.4g}" + (f" ({a:+.4g} to {b:+.4g})" if np.isfinite([a, b]).all() else "")
+        texts.append(f"**{text}**" if a > 0 or b < 0 else text)
+    return texts
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def write_comparison(folder: Path, sections: Sequence[Section], baseline: str | None = None) -> list[Path]:
+    """Writes compare.md, compare.csv (one number per row), compare.json and compare.png.
+
+    Args:
+        folder: made if it is not there; a comparison in it is renewed.
+        sections: see :func:`compare_reports`.
+        baseline: the model that the others are compared with; default: the first of each section.
+
+    Raises:
+        ValueError: if a section has no such model; nothing is written.
+    """
+    table, picture = format_sections(sections, baseline), draw(sections)
+    rows = [row for section in sections for row in _tidy(section, _reference(section, baseline))]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"compare.{kind}" for kind in ("md", "csv", "json", "png")]
+    paths[0].write_text(table)
+    with paths[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    paths[2].write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1, allow_nan=False))
+    paths[3].write_bytes(picture)
+    return paths
+
+
+def _tidy(section: Section, reference: Row) -> Iterator[dict[str, Any]]:
+    """One number per row."""
+
+    def plain(value: float) -> float | None:
+        return float(value) if math.isfinite(value) else None
+
+    for row in section.rows:
+        gain, bounds = section.differences(row, reference)
+        intervals = section.intervals(row)
+        for k, (column, value) in enumerate(zip(section.columns, section.numbers(row.curve), strict=True)):
+            yield {
+                "report": row.report,
+                "model": row.model,
+                "metric": section.metric,
+                "higher_is_better": section.higher_is_better,
+                "attack": section.attack,
+                "column": column,
+                "value": plain(value),
+                "low": plain(intervals[0, k]),
+                "high": plain(intervals[1, k]),
+                "baseline": reference.model,
+                "difference": plain(gain[k]),
+                "difference_low": plain(bounds[0, k]),
+                "difference_high": plain(bounds[1, k]),
+                "failed_checks": " ".join(row.doubts),
+            }
+
+
+def draw(sections: Sequence[Section]) -> bytes:
+    """One panel for each section: the metric over the noise level, with intervals."""
+    from matplotlib.figure import Figure
+
+    from advmed.report import figures
+
+    figure = Figure(figsize=(5.6 * len(sections), 4.0), layout="constrained", facecolor=figures.LIGHT.background)
+    for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):
+        for m, row in enumerate(section.rows):
+            low, high = section.intervals(row)[:, : len(section.levels)]
+            figures.draw_line(axes, section.levels, row.curve, low, high, m, _mark(row), figures.LIGHT)
+        figures.finish(axes, section.levels, section.label, section.higher_is_better, figures.LIGHT)
+        axes.set_title(section.attack, loc="left", fontsize=11, color=figures.LIGHT.ink)
+    return figures.png(figure)
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``advmed compare``."""
+    parser.add_argument("reports", nargs="+", type=Path, help="report.json files, or their folders")
+    parser.add_argument("--metric", default=None, help="default: the first of each report")
+    parser.add_argument("--attack", default=None, help="default: the first of each report")
+    parser.add_argument("--baseline", default=None, help="model to compare the others with; default: the first")
+    parser.add_argument("--tasks", action="store_true", help="put reports of other tasks side by side, in one figure")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="write compare.md, .csv, .json and .png into this folder"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares the reports; returns the exit status."""
+    reports = [Report.read(path) for path in args.reports]
+    if len({report.path.resolve() for report in reports}) < len(reports):
+        raise ValueError("a report is given twice")
+    sections = compare_reports(reports, metric=args.metric, attack=args.attack, tasks=args.tasks)
+    print(format_sections(sections, args.baseline))
+    if args.out is not None:
+        print("Written: " + ", ".join(str(path) for path in write_comparison(args.out, sections, args.baseline)))
+    return 0

@@ -1,0 +1,333 @@
+"""From evaluations to the numbers of a report: the metric at every level, its attacked mean and AUC_robust."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmed.evaluation.auc import auc_robust_of_curves
+from advmed.evaluation.checks import Check
+from advmed.evaluation.intervals import interval, resamples
+from advmed.evaluation.loop import Evaluation
+from advmed.evaluation.metric import Metric
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the report.
+
+    Attributes:
+        name: as shown, such as "AMAT".
+        evaluation: what was measured.
+        margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
+        checks: whether the attacks are to be believed (:mod:`advmed.evaluation.checks`); empty where not looked at.
+    """
+
+    name: str
+    evaluation: Evaluation
+    margins: Array | None = None
+    checks: Sequence[Check] = ()
+
+    def __post_init__(self) -> None:
+        if self.margins is not None and (self.margins.size == 0 or not np.isfinite(self.margins).all()):
+            raise ValueError(f"margins of {self.name} must be one or more finite numbers, got {self.margins}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One metric of M models under A attacks at L levels.
+
+    Attributes:
+        metric: the metric.
+        models: M names.
+        attacks: A names.
+        levels: L noise levels, 0 first.
+        values: shape (M, A, L); level 0 is the clean value, the same for every attack.
+        scale: what the values were divided by for AUC_robust.
+        controls: names of the attacks that are none, but noise of the same norm.
+        draws: the values on resampled samples, shape (count, M, A, L); the count is 0 where there are none.
+    """
+
+    metric: Metric
+    models: tuple[str, ...]
+    attacks: tuple[str, ...]
+    levels: tuple[float, ...]
+    values: Array
+    scale: float
+    controls: tuple[str, ...]
+    draws: Array
+
+    @property
+    def attacked_mean(self) -> Array:
+        """Mean over the levels above 0 ("Avg." in the paper's tables), shape (M, A)."""
+        return np.asarray(self.values[:, :, 1:].mean(2))
+
+    @property
+    def auc(self) -> Array:
+        """AUC_robust, shape (M, A); NaN where a value is missing or negative, so that it is not defined."""
+        return auc_robust_of_curves(self.levels, self.values, self.scale)
+
+    @property
+    def intervals(self) -> Array:
+        """Bootstrap intervals of the values, shape (2, M, A, L)."""
+        return interval(self.draws)
+
+    @property
+    def auc_draws(self) -> Array:
+        """AUC_robust of the draws, shape (count, M, A)."""
+        return auc_robust_of_curves(self.levels, self.draws, self.scale)
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(attack, heading) of the columns as shown; the first column is the clean value, of no attack."""
+        headings = [*(f"{level:g}" for level in self.levels[1:]), "mean", "AUC_robust"]
+        return [("", "clean"), *((attack, heading) for attack in self.attacks for heading in headings)]
+
+    @property
+    def cells(self) -> Array:
+        """The numbers under ``columns``, shape (M, 1 + A * (L + 1))."""
+        return _in_columns(self.values, self.auc)
+
+    @property
+    def cell_intervals(self) -> Array:
+        """Bootstrap intervals of the cells, shape (2, M, 1 + A * (L + 1)); NaN where there are none."""
+        return interval(_in_columns(self.draws, self.auc_draws))
+
+    @property
+    def interval_text(self) -> list[list[str]]:
+        """The intervals as shown; empty where there are none."""
+        low, high = self.cell_intervals
+        return [
+            [
+                f"{_show(a, d)} to {_show(b, d)}" if np.isfinite([a, b]).all() else ""
+                for a, b, d in zip(lows, highs, self._digits, strict=True)
+            ]
+            for lows, highs in zip(low, high, strict=True)
+        ]
+
+    @property
+    def text(self) -> list[list[str]]:
+        """The cells as shown, with as many digits as the paper gives."""
+        digits = self._digits
+        return [[_show(value, d) for value, d in zip(row, digits, strict=True)] for row in self.cells]
+
+    @property
+    def best(self) -> Array:
+        """Which cells are the best of their column, as far as the shown digits tell, bool; all False for one model."""
+        sign = 1 if self.metric.higher_is_better else -1
+        columns = zip(self.cells.T, self._digits, strict=True)
+        rounded = _last(sign * np.stack([column.round(digits) for column, digits in columns], axis=1))
+        return np.asarray((rounded == rounded.max(0)) & np.isfinite(rounded) & (len(self.models) > 1))
+
+    def show(self, value: float) -> str:
+        """A value of the metric as text."""
+        return _show(value, _digits(self.values))
+
+    def show_auc(self, value: float) -> str:
+        """An AUC_robust as text."""
+        return _show(value, _digits(self.auc))
+
+    @property
+    def _digits(self) -> list[int]:
+        """Digits behind the point, by column."""
+        values, auc = _digits(self.values), _digits(self.auc)
+        return [auc if heading == "AUC_robust" else values for _, heading in self.columns]
+
+
+def _in_columns(values: Array, auc: Array) -> Array:
+    """Values (..., M, A, L) and AUC_robust (..., M, A) as the columns of a table, (..., M, 1 + A * (L + 1))."""
+    attacked = values[..., 1:]
+    blocks = np.concatenate([attacked, attacked.mean(-1, keepdims=True), auc[..., None]], axis=-1)
+    width = blocks.shape[-2] * blocks.shape[-1]  # said, because of no draws nothing can be inferred
+    return np.concatenate([values[..., :1, 0], blocks.reshape(*blocks.shape[:-2], width)], axis=-1)
+
+
+def _digits(values: Array) -> int:
+    largest = np.max(np.abs(values[np.isfinite(values)]), initial=0)
+    return 4 if largest <= 1 else 3 if largest < 10 else 2
+
+
+def _show(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
+def tabulate(
+    entries: Sequence[Entry],
+    metrics: Sequence[Metric],
+    groups: Sequence[str] | None = None,
+    *,
+    resample: bool = True,
+) -> list[Table]:
+    """One table per metric.
+
+    Args:
+        entries: the models.
+        metrics: the metrics.
+        groups: to which each sample belongs, for the bootstrap, see :func:`advmed.evaluation.intervals.resamples`.
+        resample: False for tables without intervals.
+
+    Raises:
+        ValueError: without models or metrics, for names given twice, or for models that were not evaluated alike
+            (samples, attacks, levels, seed, bounds), whose numbers must not stand side by side.
+    """
+    for kind, names in (("model", [e.name for e in entries]), ("metric", [m.name for m in metrics])):
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"a report needs one or more {kind}s of different names, got {names}")
+    first = entries[0].evaluation
+    for entry in entries[1:]:
+        ours, theirs = ({**e.configuration, "ids": e.ids, "fingerprint": ""} for e in (entry.evaluation, first))
+        differ = [name for name in ours if ours[name] != theirs[name]]
+        if differ:
+            raise ValueError(
+                f"{entry.name} and {entries[0].name} were not evaluated alike: they differ in {', '.join(differ)}. "
+                "Evaluate both on the same samples with the same attacks, levels, seed and bounds"
+            )
+    return [_tabulate(entries, metric, groups, metric.resamples if resample else 0) for metric in metrics]
+
+
+def _tabulate(entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | None, count: int) -> Table:
+    first = entries[0].evaluation
+    values = np.array([[e.evaluation.curve(attack, metric.of) for attack in first.attacks] for e in entries])
+    drawn = resamples(first.ids, groups, count=count)
+    draws = np.stack([_draw(entry.evaluation, metric, drawn) for entry in entries], axis=1)
+    scale = metric.scale
+    if scale is None:
+        scale = 1.0 if metric.higher_is_better else float(np.max(values[np.isfinite(values)], initial=0))
+    controls = tuple(name for name, attack in first.attacks.items() if attack.access == "none")
+    names = tuple(e.name for e in entries)
+    return Table(metric, names, tuple(first.attacks), first.levels, values, scale, controls, draws)
+
+
+def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Array:
+    """The metric on resampled samples under every attack at every level, shape (count, A, L)."""
+    clean = metric.resampled(evaluation.clean.scores, drawn)
+    curves = [
+        [clean, *(metric.resampled(evaluation.scores(attack, level), drawn) for level in evaluation.levels[1:])]
+        for attack in evaluation.attacks
+    ]
+    return np.moveaxis(np.array(curves), 2, 0)
+
+
+def findings(table: Table) -> list[str]:
+    """What the table says, in sentences: who is robust, how far it holds, what it costs on clean images.
+
+    They speak of the attack that hurts most, on the mean over models.
+    """
+    sign = 1 if table.metric.higher_is_better else -1
+    name = table.metric.label
+    aimed = np.array([attack not in table.controls for attack in table.attacks])
+    a = int(np.argmin(np.where(aimed, _last(sign * table.attacked_mean).mean(0), np.inf)))
+    attack, level, auc = table.attacks[a], f"{table.levels[-1]:g}", table.auc[:, a]
+    clean, attacked = table.values[:, 0, 0], table.values[:, a, -1]
+    rank = [int(i) for i in np.argsort(-_last(sign * auc), kind="stable")]
+    best = rank[0]
+    low, high = interval(table.auc_draws[:, :, a])
+
+    def within(m: int) -> str:
+        known = np.isfinite([low[m], high[m]]).all()
+        return f" (95 % interval {table.show_auc(low[m])} to {table.show_auc(high[m])})" if known else ""
+
+    if len(table.models) == 1:
+        sentences = [
+            f"{name} goes from {table.show(clean[0])} on clean images to {table.show(attacked[0])} "
+            f"under {attack} at noise level {level}; AUC_robust is {table.show_auc(auc[0])}{within(0)}."
+        ]
+    else:
+        second, worst = rank[1], int(np.argmin(_last(sign * attacked)))
+        sentences = [
+            f"{table.models[best]} is the most robust of {len(table.models)} models under {attack}: "
+            f"AUC_robust {table.show_auc(auc[best])}{within(best)}, followed by {table.models[second]} "
+            f"with {table.show_auc(auc[second])}{within(second)}."
+        ]
+        if worst != best:
+            sentences.append(
+                f"At noise level {level}, {name} is {table.show(attacked[best])} for {table.models[best]} "
+                f"and {table.show(attacked[worst])} for {table.models[worst]}."
+            )
+        other = int(np.argmax(_last(np.where(np.arange(len(rank)) == best, np.nan, sign * clean))))
+        gain = sign * (clean[best] - clean[other])
+        verdict = "no better or worse than" if gain == 0 else "better than" if gain > 0 else "worse than"
+        sentences.append(
+            f"On clean images, {table.models[best]} has {name} {table.show(clean[best])}, {verdict} "
+            f"the best of the others ({table.models[other]}, {table.show(clean[other])})."
+        )
+    return sentences
+
+
+def verdict(entries: Sequence[Entry]) -> tuple[bool | None, str]:
+    """The first line of a report: whether its numbers are to be believed, as far as the checks can tell.
+
+    Returns:
+        True if no check failed, False if one did, None if there was none; and a sentence.
+    """
+    failed = {entry.name: [check.name for check in entry.checks if check.verdict == "failed"] for entry in entries}
+    bad = {name: names for name, names in failed.items() if names}
+    if bad:
+        which = "; ".join(f"{name} ({', '.join(names)})" for name, names in bad.items())
+        return False, f"Do not rely on the robustness of these models: checks of the attack failed for {which}."
+    if not all(entry.checks for entry in entries):
+        return None, "Whether the attacks are strong enough was not checked."
+    counts = [sum(check.verdict == "passed" for check in entry.checks) for entry in entries]
+    models = "the model" if len(entries) == 1 else f"any of the {len(entries)} models"
+    return True, f"No sign of hidden gradients or a weak attack in {models}: all of {min(counts)} checks passed."
+
+
+def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
+    """What a reader must know before believing the numbers; empty if nothing was noticed."""
+    notes = []
+    for entry in entries:
+        steps = [int(condition.nonfinite.sum()) for condition in entry.evaluation.attacked.values()]
+        if sum(steps):
+            notes.append(f"{entry.name}: {sum(steps)} attack steps met a non-finite gradient and moved nothing.")
+    for table in tables:
+        aimed = [a for a, attack in enumerate(table.attacks) if attack not in table.controls]
+        values, clean = table.values[:, aimed], table.values[:, aimed, :1]
+        # Where a metric is about single samples, an attack that gets anywhere moves it.
+        if table.metric.fails_at is not None and values[:, :, 1:].size:
+            notes += [
+                f"{table.models[m]}: {table.metric.name} is {table.show(clean[m, 0, 0])} at every noise level. Either "
+                "the levels are too small to change it, or the model says the same whatever it is shown."
+                for m in np.flatnonzero((values == clean).all((1, 2)))
+            ]
+        gain = np.diff(values if table.metric.higher_is_better else -values, axis=2)
+        # A percent of the clean value: less can be the noise of the attack itself.
+        notes += [
+            f"{table.models[m]}: {table.metric.name} improves as the noise of {table.attacks[aimed[a]]} grows. An "
+            "attack that does this is too weak, or the model hides its gradients; its robustness may be overrated."
+            for m, a in np.argwhere((gain > 0.01 * np.abs(clean)).any(2))
+        ]
+    return notes
+
+
+def format_table(table: Table) -> str:
+    """The table as aligned plain text, the best of each column marked with ``*``."""
+    columns = table.columns
+    starts = {1 + a * (len(table.levels) + 1): attack for a, attack in enumerate(table.attacks)}
+    head = [
+        ["", *(starts.get(k, "") for k in range(len(columns)))],
+        [table.metric.label, *(heading for _, heading in columns)],
+    ]
+    marked = [
+        [model, *(text + ("*" if best else " ") for text, best in zip(texts, bests, strict=True))]
+        for model, texts, bests in zip(table.models, table.text, table.best, strict=True)
+    ]
+    head = [[row[0], *(cell + " " for cell in row[1:])] for row in head]
+    widths = [max(map(len, column)) for column in zip(*head, *marked, strict=True)]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in [*head, *marked]
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join(line.rstrip() for line in [*lines[:2], rule, *lines[2:]])
+
+
+def _last(values: Array) -> Array:
+    """Values for ranking, where a missing one comes last."""
+    return np.where(np.isnan(values), -np.inf, values)

@@ -1,0 +1,358 @@
+"""Thresholds xi: the loss that a sample may have under attack (arXiv 2206.01736, section 2.2).
+
+xi comes from V, the loss terms of a well-trained model over the clean training samples: ``mean`` takes xi = mean(V),
+``mean+2std`` takes xi = mean(V) + 2 std(V), for each of the K terms by itself (section 2.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmed.distributed import gathered, is_distributed
+
+FORMAT = "advmed.thresholds/1"
+DEFAULT_RULE = "mean"
+_RULE = re.compile(r"mean(?:\+(\d+(?:\.\d+)?)std)?")
+
+
+def std_factor(rule: str) -> float:
+    """The factor f of a rule: 0 for ``mean``, f for ``mean+<f>std``.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    match = _RULE.fullmatch(rule.replace(" ", "")) if isinstance(rule, str) else None
+    if match is None:
+        raise ValueError(f"the rule for thresholds must be 'mean' or 'mean+<number>std' (mean+2std), got {rule!r}")
+    return float(match[1] or 0)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """K thresholds, one per loss term, and where they come from.
+
+    Attributes:
+        values: the K thresholds xi.
+        names: the names of the K loss terms.
+        rule: the rule that made them of mean and std, if any.
+        mean: per term, over the samples.
+        std: per term, over the samples (population).
+        n: number of samples.
+        source: the checkpoint of the model that was measured.
+        source_sha256: its hash.
+        notes: anything else worth keeping (data set, fold, quality of the model), plain values.
+
+    Raises:
+        ValueError: if values and names do not fit together, or a value is NaN.
+    """
+
+    values: tuple[float, ...]
+    names: tuple[str, ...]
+    rule: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    n: int | None = None
+    source: str | None = None
+    source_sha256: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("values", "mean", "std"):
+            value = getattr(self, name)
+            if value is not None:
+                numbers = value.tolist() if isinstance(value, Tensor) else value
+                object.__setattr__(self, name, tuple(float(x) for x in numbers))
+        object.__setattr__(self, "names", tuple(str(x) for x in self.names))
+        if len(self.values) != len(self.names) or not self.values:
+            raise ValueError(f"{len(self.values)} thresholds for {len(self.names)} loss terms {list(self.names)}")
+        if any(map(math.isnan, self.values)):
+            raise ValueError(f"a threshold is NaN: {dict(zip(self.names, self.values, strict=True))}")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} < {value:.6g}" for name, value in zip(self.names, self.values, strict=True))
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The values on the device and of the dtype of ``like``, shape (K,)."""
+        return torch.tensor(self.values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+    def require(self, names: Sequence[str], origin: str = "the thresholds") -> None:
+        """Checks that these thresholds fit a model with the given loss terms.
+
+        Raises:
+            ValueError: saying both what the model has and what these thresholds are for.
+        """
+        if tuple(names) != self.names:
+            raise ValueError(
+                f"{origin} do not fit this model: they are for K = {len(self.names)} loss terms {list(self.names)}, "
+                f"the model's loss has K = {len(names)} terms {list(names)}. Make thresholds of this model's own "
+                f"standard training, or change the settings so that the terms agree."
+            )
+
+    def by_rule(self, rule: str | None, origin: str = "the thresholds") -> Thresholds:
+        """These thresholds, made of the same mean and std by another rule; None changes nothing.
+
+        Raises:
+            ValueError: for an unknown rule, or if mean and std are not known.
+        """
+        if rule is None or (self.rule is not None and std_factor(rule) == std_factor(self.rule)):
+            return self
+        factor = std_factor(rule)
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                f"{origin} hold no mean and std that the rule {rule!r} could be applied to. Remove 'rule' from the "
+                f"settings to use the values as they are, or make the thresholds anew."
+            )
+        values = tuple(m + factor * s for m, s in zip(self.mean, self.std, strict=True))
+        return replace(self, values=values, rule=rule)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the thresholds as a JSON file."""
+        content = {"format": FORMAT, **asdict(self), "notes": dict(self.notes)}
+        content["values"] = [x if math.isfinite(x) else str(x) for x in self.values]
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Thresholds:
+        """Reads a file written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not one of thresholds.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no thresholds file {path}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError("another format")
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a thresholds file of the format {FORMAT}: {error}") from error
+
+
+class TermStatistics:
+    """Streaming mean and standard deviation of K loss terms, on the terms' device, with no host sync.
+
+    Args:
+        names: the names of the K terms.
+        memory: number of samples to remember: older ones fade out exponentially. None: all count alike.
+
+    Merging batches follows Chan, Golub and LeVeque (1979), in float64 where the device has it.
+    """
+
+    def __init__(self, names: Sequence[str], memory: float | None = None) -> None:
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be a positive number of samples, got {memory!r}")
+        self.names = tuple(names)
+        self.memory = memory
+        self._n = torch.zeros((), dtype=torch.float64)
+        self._mean = torch.zeros(len(self.names), dtype=torch.float64)
+        self._m2 = torch.zeros(len(self.names), dtype=torch.float64)
+
+    def update(self, terms: Tensor) -> None:
+        """Takes in the terms of a batch, shape (B, K); a sample with a term that is not finite is left out."""
+        if terms.ndim != 2 or terms.shape[1] != len(self.names):
+            raise ValueError(f"expected terms of shape (B, {len(self.names)}), got {tuple(terms.shape)}")
+        wide = torch.float32 if terms.device.type == "mps" else torch.float64
+        terms = terms.detach().to(wide)
+        if self._mean.device != terms.device:
+            self._n, self._mean, self._m2 = (x.to(terms.device, wide) for x in (self._n, self._mean, self._m2))
+        counted = terms.isfinite().all(1)
+        n = counted.sum().to(wide)
+        safe = n.clamp_min(1)
+        mean = torch.where(counted[:, None], terms, 0).sum(0) / safe
+        m2 = torch.where(counted[:, None], (terms - mean) ** 2, 0).sum(0)
+        if self.memory is not None:
+            fade = torch.exp(-n / self.memory)
+            self._n, self._m2 = self._n * fade, self._m2 * fade
+        self._add(n, mean, m2)
+
+    def _add(self, n: Tensor, mean: Tensor, m2: Tensor) -> None:
+        sum_n = self._n + n
+        shift = mean - self._mean
+        share = n / sum_n.clamp_min(1e-12)
+        self._m2 = self._m2 + m2 + shift**2 * self._n * share
+        self._mean = self._mean + shift * share
+        self._n = sum_n
+
+    @property
+    def n(self) -> float:
+        """Number of samples taken in (with ``memory``: their weight)."""
+        return float(self._n)
+
+    @property
+    def mean(self) -> Tensor:
+        """(K,), float64."""
+        return self._mean
+
+    @property
+    def std(self) -> Tensor:
+        """(K,), float64; the population's."""
+        return (self._m2 / self._n.clamp_min(1e-12)).clamp_min(0).sqrt()
+
+    def tensor(self, rule: str) -> Tensor:
+        """The thresholds by ``rule`` as a (K,) tensor on the statistics' device, with no host sync."""
+        return self._mean + std_factor(rule) * self.std
+
+    def thresholds(self, rule: str, **provenance: Any) -> Thresholds:
+        """The thresholds by ``rule``.
+
+        Args:
+            rule: ``mean`` or ``mean+2std``.
+            **provenance: ``source``, ``source_sha256``, ``notes`` of :class:`Thresholds`.
+
+        Raises:
+            ValueError: if nothing was taken in.
+        """
+        factor = std_factor(rule)
+        n = self.n
+        if not n > 0:
+            raise ValueError("there are no thresholds to be had from no samples: no finite loss term was seen")
+        mean, std = self._mean.tolist(), self.std.tolist()
+        values = [m + factor * s for m, s in zip(mean, std, strict=True)]
+        return Thresholds(tuple(values), self.names, rule, tuple(mean), tuple(std), round(n), **provenance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "names": list(self.names),
+            "memory": self.memory,
+            "n": self.n,
+            "mean": self._mean.tolist(),
+            "m2": self._m2.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces the statistics.
+
+        Raises:
+            ValueError: if the state is about other terms.
+        """
+        if tuple(state["names"]) != self.names:
+            raise ValueError(f"the statistics are of the terms {list(state['names'])}, not {list(self.names)}")
+        self.memory = state["memory"]
+        device, dtype = self._mean.device, self._mean.dtype
+        self._n = torch.tensor(state["n"], dtype=dtype, device=device)
+        self._mean = torch.tensor(state["mean"], dtype=dtype, device=device)
+        self._m2 = torch.tensor(state["m2"], dtype=dtype, device=device)
+
+    def merge(self, states: Sequence[Mapping[str, Any]] | None = None, *, average: bool = False) -> None:
+        """Pools the statistics of all processes.
+
+        Args:
+            states: the :meth:`state_dict` of all processes. Default: gathered with ``torch.distributed``; nothing
+                happens without it.
+            average: for statistics that are merged again and again. The processes' weights are averaged, so that what
+                they share already is not counted once more by each merge, and ``n`` is the number of samples per
+                process. Otherwise the weights add up, which is meant for once, when all processes have finished.
+        """
+        if states is None:
+            if not is_distributed():
+                return
+            states = gathered(self.state_dict())
+        device, dtype = self._mean.device, self._mean.dtype
+        pooled = TermStatistics(self.names, self.memory)
+        weight = 1.0 / len(states) if average else 1.0
+        for state in states:
+            n, mean, m2 = (torch.tensor(state[key], dtype=torch.float64) for key in ("n", "mean", "m2"))
+            pooled._add(n * weight, mean, m2 * weight)
+        self._n, self._mean, self._m2 = (x.to(device, dtype) for x in (pooled._n, pooled._mean, pooled._m2))
+
+
+class RunningThresholds:
+    """Self-calibrated thresholds, for users who have no standard model: the rule on the clean terms of the training.
+
+    A clean warm-up fills the statistics; afterwards they follow the clean terms L0 that adversarial training computes
+    anyway. After :meth:`begin` they can fall below the warm-up's thresholds but never rise above them: otherwise large
+    margins would raise the clean loss, which would raise the thresholds, which would raise the margins.
+
+    Args:
+        names: the names of the K terms.
+        rule: ``mean`` or ``mean+2std``.
+        memory: number of samples the statistics remember (about an epoch).
+    """
+
+    def __init__(self, names: Sequence[str], rule: str = DEFAULT_RULE, memory: float | None = None) -> None:
+        self.factor = std_factor(rule)
+        self.rule = rule
+        self.statistics = TermStatistics(names, memory)
+        self._ceiling: Tensor | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the K terms."""
+        return self.statistics.names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        return str(self.current()) if self.statistics.n else f"{self.rule} of the clean terms, not yet measured"
+
+    def update(self, terms: Tensor) -> None:
+        """Takes in the clean terms of a batch, (B, K)."""
+        self.statistics.update(terms)
+
+    def begin(self) -> None:
+        """Ends the warm-up: from here on the thresholds can only fall.
+
+        Raises:
+            ValueError: if the warm-up saw no sample.
+        """
+        self._ceiling = torch.tensor(self.statistics.thresholds(self.rule).values, dtype=torch.float64)
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The thresholds now, shape (K,), on the device and of the dtype of ``like``."""
+        now = self.statistics.tensor(self.rule).to(like.device, like.dtype)
+        if self._ceiling is None:
+            return now
+        if self._ceiling.device != like.device:
+            self._ceiling = self._ceiling.to(like.device, like.dtype if like.device.type == "mps" else torch.float64)
+        return torch.minimum(now, self._ceiling.to(like.dtype))
+
+    def current(self) -> Thresholds:
+        """The thresholds now, as a record."""
+        now = self.statistics.thresholds(self.rule, source="self-calibrated")
+        if self._ceiling is None:
+            return now
+        values = [min(pair) for pair in zip(now.values, self._ceiling.tolist(), strict=True)]
+        return replace(now, values=tuple(values))
+
+    def require(self, names: Sequence[str], origin: str = "the self-calibrated thresholds") -> None:
+        """As :meth:`Thresholds.require`."""
+        Thresholds((0.0,) * len(self), self.names).require(names, origin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        ceiling = None if self._ceiling is None else self._ceiling.tolist()
+        return {"rule": self.rule, "statistics": self.statistics.state_dict(), "ceiling": ceiling}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces statistics and ceiling; the rule stays the one this object was made with."""
+        self.statistics.load_state_dict(state["statistics"])
+        ceiling = state["ceiling"]
+        self._ceiling = None if ceiling is None else torch.tensor(ceiling, dtype=torch.float64)
+
+    def merge(self) -> None:
+        """Makes the statistics of all processes equal (:meth:`TermStatistics.merge`)."""
+        self.statistics.merge(average=True)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

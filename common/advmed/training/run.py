@@ -1,0 +1,243 @@
+"""A method in the course of a training: what every host does around :meth:`advmed.methods.Method.step`.
+
+A host calls, in this order: :meth:`MethodRun.begin_epoch`, :meth:`MethodRun.step` for each batch,
+:meth:`MethodRun.end_epoch`; and lets :meth:`MethodRun.state_dict` ride in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method
+from advmed.methods.base import Backward, Step
+from advmed.objective import Objective
+from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
+from advmed.training.settings import TrainingSettings
+
+LOG_KEYS = (
+    "loss_clean",
+    "loss_adversarial",
+    "loss_sync",
+    "expanded",
+    "nonfinite",
+    "attack_seconds",
+    "margin_q05",
+    "margin_q50",
+    "margin_q95",
+)
+"""What an epoch is summed up in; a method has some of them."""
+
+
+class MethodRun:
+    """A method with its clean warm-up, its log and its state.
+
+    Args:
+        name: of the method, such as "AMAT".
+        settings: the resolved settings.
+        thresholds: of AMAT.
+        epochs: length of the training.
+
+    Attributes:
+        method: the :class:`advmed.methods.Method`.
+        warmup_epochs: epochs of standard training at the beginning.
+        warming_up: whether the present epoch is one of them.
+
+    Raises:
+        ValueError: for settings that the method cannot work with, or a warm-up that leaves no adversarial epoch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: TrainingSettings,
+        thresholds: Thresholds | RunningThresholds | None = None,
+        *,
+        epochs: int,
+    ) -> None:
+        self.name, self.settings, self.epochs = name, settings, epochs
+        self.method: Method = settings.make_method(name, thresholds)
+        self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
+        self.warming_up = self.warmup_epochs > 0
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._snapshot: tuple[int, dict[str, Any]] | None = None
+
+    @property
+    def thresholds(self) -> Thresholds | RunningThresholds | None:
+        """The method's thresholds, if it has any."""
+        return getattr(self.method, "thresholds", None)
+
+    def begin_epoch(self, epoch: int) -> list[str]:
+        """To be called before the first batch of every epoch.
+
+        An epoch that begins a second time (the host ran out of memory, or went back to a checkpoint) begins with the
+        state that it began with before.
+
+        Args:
+            epoch: counted from 0.
+
+        Returns:
+            Lines for the host's log.
+        """
+        lines = []
+        if self._snapshot is not None and self._snapshot[0] == epoch:
+            self.method.load_state_dict(self._snapshot[1])
+            lines.append(f"Epoch {epoch + 1} begins again: margins and thresholds are back at its start")
+        else:
+            self.method.begin_epoch()
+            self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
+        self._totals, self._counts = {}, {}
+        self.warming_up = epoch < self.warmup_epochs
+        if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
+            self.thresholds.begin()
+            lines.append(f"Warm-up done. Thresholds: {self.thresholds}")
+        return lines
+
+    def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
+        """The method's step, or a standard one during the warm-up; see :meth:`advmed.methods.Method.step`."""
+        if not self.warming_up:
+            step = self.method.step(objective, images, ids, backward)
+        else:
+            step = STD().step(objective, images, ids, backward)
+            if isinstance(self.thresholds, RunningThresholds) and step.terms is not None:
+                self.thresholds.update(step.terms)
+        for key, value in step.logs.items():  # sums on the device: nobody waits for it
+            self._totals[key] = self._totals[key] + value if key in self._totals else value
+            self._counts[key] = self._counts.get(key, 0) + 1
+        return step
+
+    def end_epoch(self) -> dict[str, float]:
+        """To be called after the last batch of every epoch, in all processes: makes their margins equal.
+
+        Returns:
+            One value for each of :data:`LOG_KEYS`, NaN where the method has none: means over the steps, the number of
+            attack steps lost to a gradient that was not finite, seconds of attacks, and quantiles of the margins (AMAT)
+            or perturbation sizes (DPAAT).
+        """
+        self.method.merge()
+        values = dict.fromkeys(LOG_KEYS, math.nan)
+        values |= {key: float(total) / self._counts[key] for key, total in self._totals.items()}
+        if "nonfinite" in self._totals:
+            values["nonfinite"] = float(self._totals["nonfinite"])
+        if isinstance(self.method, AdversarialMethod):
+            values["attack_seconds"] = self.method.clock.drain()
+        if isinstance(self.method, AdaptiveRadiusMethod):
+            low, median, high = self.method.store.quantiles()
+            values |= {"margin_q05": low, "margin_q50": median, "margin_q95": high}
+        self._totals, self._counts = {}, {}
+        return values
+
+    def outlook(self, samples: int, visits_per_epoch: float, what: str = "samples") -> list[str]:
+        """How far margins can grow in this run, with a warning where that is not far enough.
+
+        Args:
+            samples: number of samples that have a margin.
+            visits_per_epoch: samples drawn in an epoch.
+            what: what they are.
+        """
+        if not isinstance(self.method, AdaptiveRadiusMethod):
+            return []
+        visits = (self.epochs - self.warmup_epochs) * visits_per_epoch / max(1, samples)
+        met = f"{samples} {what}, each met about {visits:.1f} times in this run"
+        visits = max(1.0, visits)  # a sample that is met at all is met once
+        first, *warnings = self.method.outlook(visits, self.settings.eps)
+        return [f"{met}: {first}", *warnings]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        thresholds = self.thresholds
+        return {
+            "version": 1,
+            "method": self.method.state_dict(),
+            "settings": {key: str(value) for key, value in vars(self.settings).items()},
+            "thresholds": dict(vars(thresholds)) if isinstance(thresholds, Thresholds) else None,
+            "warmup_epochs": self.warmup_epochs,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Takes the state of an earlier run; the thresholds are those that the run was made with (:func:`saved`).
+
+        Returns:
+            Lines for the host's log, one if settings have changed.
+        """
+        self.warmup_epochs = int(state["warmup_epochs"])
+        self.method.load_state_dict(state["method"])
+        self._snapshot = None
+        changed = [
+            f"{name} {state['settings'].get(name)} -> {value}"
+            for name, value in vars(self.settings).items()
+            if str(value) != state["settings"].get(name)
+        ]
+        return [f"WARNING: settings changed since the checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def saved_thresholds(
+    state: Mapping[str, Any], names: Sequence[str], running: Callable[[], RunningThresholds]
+) -> Thresholds | RunningThresholds:
+    """The thresholds of a state of :meth:`MethodRun.state_dict`, to make the resumed run with.
+
+    Args:
+        state: the saved state.
+        names: the model's K loss terms.
+        running: makes empty self-calibrated thresholds; :meth:`MethodRun.load_state_dict` fills them.
+
+    Raises:
+        ValueError: if the state is of a model with other loss terms.
+    """
+    if state["thresholds"] is None:
+        return running()
+    saved = Thresholds(**state["thresholds"])
+    saved.require(names, "the thresholds in the checkpoint")
+    return saved
+
+
+def self_calibrated(
+    names: Sequence[str], settings: TrainingSettings, samples_per_epoch: float, default_rule: str = DEFAULT_RULE
+) -> RunningThresholds:
+    """Self-calibrated thresholds that remember about an epoch."""
+    return RunningThresholds(names, settings.rule or default_rule, memory=samples_per_epoch)
+
+
+def load_thresholds(settings: TrainingSettings, path: str, names: Sequence[str]) -> tuple[Thresholds, str]:
+    """Thresholds from a file, by the rule of the settings if they name one, and a remark for the log.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no thresholds file, of another model, or the rule cannot be applied to it.
+    """
+    origin = f"the thresholds in {path}"
+    found = Thresholds.load(path)
+    found.require(names, origin)
+    taken = found.by_rule(settings.rule, origin)
+    return taken, "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+
+
+def fingerprint(ids: Iterable[str]) -> dict[str, Any]:
+    """Tells one set of samples from another."""
+    names = sorted(ids)
+    return {"count": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
+def _warmup(
+    method: Method, settings: TrainingSettings, thresholds: Thresholds | RunningThresholds | None, epochs: int
+) -> int:
+    if not isinstance(method, AdversarialMethod):
+        return 0
+    warmup = settings.warmup_epochs
+    if warmup is None:
+        warmup = max(1, epochs // 10) if isinstance(thresholds, RunningThresholds) else 0
+    if warmup >= epochs:
+        raise ValueError(
+            f"warmup_epochs ({warmup}) leaves no adversarial epoch of {epochs}; lower it or raise 'epochs'"
+        )
+    if isinstance(thresholds, RunningThresholds) and warmup == 0:
+        raise ValueError(
+            f"{method.name} has no thresholds: 'warmup_epochs: 0' rules out self-calibration; name a thresholds file"
+        )
+    return warmup

@@ -1,0 +1,171 @@
+"""The settings of a training: those of its method, of its attack, and of the run around them.
+
+A host derives its own settings from :class:`TrainingSettings`, reads them with :func:`read_settings`, and writes what
+they resolved to with :func:`settings_text`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from advmed.methods import AttackSettings, EveryMethodSettings, Method, MethodSettings, method_class
+from advmed.methods.base import AttackOptions
+from advmed.thresholds import RunningThresholds, Thresholds, std_factor
+
+S = TypeVar("S", bound="TrainingSettings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(MethodSettings):
+    """What a run needs around its method.
+
+    Attributes:
+        thresholds: "auto", or the path of a thresholds file (AMAT, FAT).
+        rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
+            file was made, and "mean" where there is none.
+        warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
+        backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
+            other, at the peak memory of a standard step.
+        seed: seed of the network's weights and of random starts; None: unseeded weights, as the host has them.
+    """
+
+    thresholds: str = "auto"
+    rule: str | None = None
+    warmup_epochs: int | None = None
+    backward: Literal["together", "sequential"] = "together"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule is not None:
+            std_factor(self.rule)
+        if self.warmup_epochs is not None and self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
+
+    def check_method(self, name: str) -> None:
+        """Raises ValueError if the method of that name cannot work with these settings."""
+        if self.backward == "sequential" and method_class(name).compares_predictions(self):
+            raise ValueError(
+                f"{name} compares the predictions of its two passes, which therefore cannot be back-propagated one "
+                f"after the other: use backward 'together'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
+    """What a training needs to know, on every host: the fields of all bases.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        EveryMethodSettings.__post_init__(self)  # and on to that of RunSettings
+        AttackSettings.__post_init__(self)
+
+    def attack_options(self) -> AttackOptions:
+        """The arguments of a method for its attack."""
+        return {
+            "steps": self.steps,
+            "step_scale": self.step_scale,
+            "norm": self.norm,
+            "random_start": self.random_start,
+            "bounds": self.bounds,
+            "seed": self.seed or 0,
+        }
+
+    def make_method(self, name: str, thresholds: Thresholds | RunningThresholds | None = None) -> Method:
+        """The training method of that name with these settings.
+
+        Raises:
+            ValueError: if the method is unknown, cannot work with them, or a number that it needs is None.
+        """
+        kind = method_class(name)
+        self.check_method(name)
+        return kind.from_settings(self, thresholds, **self.attack_options())
+
+
+def read_settings(kind: type[S], path: str | Path) -> S:
+    """Reads settings from a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: one message for everything that is wrong in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no settings file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold 'name: value' lines, got a {type(content).__name__}")
+    return make_settings(kind, content, str(path))
+
+
+def make_settings(kind: type[S], values: Mapping[str, Any], origin: str) -> S:
+    """Settings from plain values, each checked against the type of its field (by jsonargparse).
+
+    Raises:
+        ValueError: naming ``origin`` and every value that is wrong, with the nearest name for an unknown one.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    problems, accepted = [], {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            problems.append(f"unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            continue
+        try:
+            if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
+                raise ArgumentError(None, "null")
+            accepted[name] = parser.parse_object({name: value}, defaults=False)[name]
+        except ArgumentError:
+            problems.append(f"{name} must be {_describe(hints[name])}, got {value!r}")
+    if not problems:
+        try:
+            return kind(**accepted)
+        except ValueError as error:
+            problems.append(str(error))
+    more = "" if all(name in known for name in values) else f"\nThe settings are: {', '.join(known)}."
+    raise ValueError(f"{origin}: " + "; ".join(problems) + more)
+
+
+def settings_text(settings: TrainingSettings, **notes: Any) -> str:
+    """Settings with every default filled in, as YAML that :func:`read_settings` reads.
+
+    Args:
+        settings: what to write.
+        **notes: written above them as comments.
+    """
+    content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    comments = "".join(f"# {name}: {value}\n" for name, value in notes.items())
+    return comments + str(yaml.safe_dump(content, sort_keys=False))
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    if origin is tuple:
+        return "a pair of numbers"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, "null")

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmed.attacks import PGD, CosineWeighted, parse_attacks
+from advmed.objective import ClassScores
+
+
+class Segmentation:
+    """A convolution whose voxels are classes or regions, with its mean cross-entropy as the host's loss."""
+
+    def __init__(self, classes: int = 3, dimensions: int = 2, exclusive: bool = True, ignored: bool = False) -> None:
+        torch.manual_seed(classes + dimensions)
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        self.model = nn.Sequential(kind(2, 8, 3, padding=1), nn.Tanh(), kind(8, classes, 1)).double()
+        size = (5, 4, 3)[:dimensions]
+        self.images = torch.randn(4, 2, *size, dtype=torch.float64)
+        self.exclusive = exclusive
+        if exclusive:
+            labels = self.model(self.images).argmax(1, keepdim=True)
+            self.truth = torch.zeros(4, classes, *size).scatter_(1, labels, 1)
+        else:
+            self.truth = (self.model(self.images) > 0).float()
+        self.valid = (torch.rand(4, 1, *size) < 0.7) if ignored else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        if self.exclusive:
+            loss = -(self.truth * logits.log_softmax(1)).sum(1)
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, self.truth.double(), reduction="none").sum(1)
+        return loss.flatten(1).mean(1, keepdim=True)
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        return ClassScores(predictions, self.truth, self.valid, self.exclusive)
+
+    def wrong(self, images: Tensor) -> Tensor:
+        """Share of wrong voxels, (B,)."""
+        return (self.model(images).argmax(1) != self.truth.argmax(1)).double().flatten(1).mean(1)
+
+
+def weighted(objective: Segmentation | Independent) -> Any:
+    """The objective that is climbed."""
+    (climbed,) = CosineWeighted().objectives(objective, objective.images)
+    return climbed
+
+
+def by_hand(objective: Segmentation, images: Tensor) -> Tensor:
+    """The weighted loss, voxel by voxel."""
+    logits = objective.model(images).detach()
+    found = []
+    for b in range(len(images)):
+        losses = []
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in images.shape[2:])).reshape(-1, images.ndim - 2):
+            at = tuple(place.tolist())
+            if objective.valid is not None and not objective.valid[(b, 0, *at)]:
+                continue
+            z, t = logits[(b, slice(None), *at)].double(), objective.truth[(b, slice(None), *at)].double()
+            if objective.exclusive:
+                p = z.exp() / z.exp().sum()
+                loss = -(t * p.log()).sum()
+            else:
+                yes = 1 / (1 + (-z).exp())
+                loss = -(t * yes.log() + (1 - t) * (1 - yes).log()).sum()
+                p, t = torch.cat([yes, 1 - yes]), torch.cat([t, 1 - t])
+            losses.append(float(p @ t / (p.norm() * t.norm()) * loss))
+        found.append(sum(losses) / max(1, len(losses)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_the_weighted_loss_voxel_by_voxel(dimensions: int, exclusive: bool, ignored: bool) -> None:
+    objective = Segmentation(3, dimensions, exclusive, ignored)
+    images = objective.images + 0.5 * torch.randn_like(objective.images)
+    found = weighted(objective)(images)[:, 0]
+    assert torch.allclose(found.double(), by_hand(objective, images), rtol=1e-5)
+
+
+def test_the_weight_has_no_gradient() -> None:
+    objective = Segmentation()
+    images = (objective.images + 0.3).requires_grad_()
+    (found,) = torch.autograd.grad(weighted(objective)(images).sum(), images)
+    logits, truth = objective.model(images), objective.truth.double()
+    weight = nn.functional.cosine_similarity(logits.softmax(1), truth, 1).detach()
+    loss = (weight * -(truth * logits.log_softmax(1)).sum(1)).flatten(1).mean(1)
+    (expected,) = torch.autograd.grad(loss.sum(), images)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, torch.autograd.grad(objective(images).sum(), images)[0], atol=1e-3)
+
+
+def test_all_voxels_to_be_ignored_give_nothing_and_no_nan() -> None:
+    objective = Segmentation(ignored=True)
+    assert objective.valid is not None
+    objective.valid[0] = False
+    result = PGD(5, 5.0, loss=CosineWeighted())(objective, objective.images, 1.0)
+    assert result.images.isfinite().all()
+    assert torch.equal(result.images[0], objective.images[0])
+    assert (result.norms[1:] > 0.9).all()
+
+
+class Independent:
+    """Voxels that are each their own logit, right by margins from 0.5 to 1.5."""
+
+    def __init__(self) -> None:
+        self.model = nn.Conv1d(1, 1, 1, bias=False).double()
+        nn.init.constant_(self.model.weight, 4.0)
+        self.images = torch.linspace(0.5, 1.5, 32, dtype=torch.float64)[None, None]
+        self.truth = torch.ones_like(self.images)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return nn.functional.softplus(-self.model(images)).mean(2)
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        return ClassScores(predictions, self.truth, None, exclusive=False)
+
+
+def test_noise_goes_where_something_is_left_to_break() -> None:
+    """Cross-entropy goes on rising where a voxel is lost already, and spends the noise there."""
+    objective = Independent()
+    radius = 1.1 * float(objective.images.norm())  # noise of this norm can break them all
+
+    def broken(attack: PGD) -> int:
+        return int((objective.model(attack(objective, objective.images, radius).images) < 0).sum())
+
+    assert broken(PGD(200, 5.0, loss=CosineWeighted())) > broken(PGD(200, 5.0))
+
+
+def test_the_result_is_in_terms_of_the_host() -> None:
+    objective = Segmentation()
+    attack = PGD(8, 2.0, random_start=1.0, restarts=3, loss=CosineWeighted())
+    result = attack(objective, objective.images, 0.5, generator=torch.Generator().manual_seed(1))
+    assert result.terms is not None
+    assert torch.allclose(result.terms, objective(result.images))
+    assert (result.norms <= 0.5 + 1e-9).all()
+
+
+def test_a_task_without_voxels_is_told_so() -> None:
+    model = nn.Linear(3, 2)
+
+    def objective(images: Tensor) -> Tensor:
+        return model(images)
+
+    attack: Any = parse_attacks(["cospgd10"])["cospgd10"]
+    assert attack.loss == CosineWeighted()
+    assert attack.steps == 10
+    with pytest.raises(
+        TypeError,
+        match="the cosine-weighted cross-entropy is for predictions that are classes",
+    ):
+        attack(objective, torch.zeros(1, 3), 1.0)

@@ -1,0 +1,103 @@
+"""One of several CPU processes, started by test_processes.py as torchrun would: ``team_rank.py FOLDER``.
+
+A script of its own, because a started process could not import a test module.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advmed.attacks.names import parse_attacks
+from advmed.distributed import Processes
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
+from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import Subject, compare
+from advmed.report import figures
+
+ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
+LEVELS = (0, 0.5, 2)
+SHARE = Metric("share", lambda s: float(s["right"].mean()), per_sample=lambda s: s["right"], fails_at=0.5, is_mean=True)
+LOSS = Metric("loss", lambda s: float(s["loss"].mean()), higher_is_better=False, per_sample=lambda s: s["loss"])
+BATCHES = 5
+
+
+def subject(folder: Path, name: str, loaded: list[str]) -> Subject:
+    """A small network of random weights, and five batches of two images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(len(name))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False)
+    checkpoint = folder / f"{name}.ckpt"
+
+    def load(number: int) -> LoadedBatch:
+        loaded.append(f"{name} {number}")
+        images = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(number))
+        labels = model(images).argmax(1)
+
+        def objective(images: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(model(images), labels, reduction="none")[:, None]
+
+        def score(images: Tensor) -> dict[str, Tensor]:
+            return {"right": (model(images).argmax(1) == labels).double(), "loss": objective(images)[:, 0]}
+
+        return LoadedBatch(images, objective, score)
+
+    batches = [EvaluationBatch([f"{n}a", f"{n}b"], lambda n=n: load(n)) for n in range(BATCHES)]
+    return Subject(name, checkpoint, batches, few=lambda number: batches[: number // 2])
+
+
+def run(folder: Path, report: str) -> dict[str, Any]:
+    """A comparison of two models; what this process loaded, said and warned of."""
+    loaded: list[str] = []
+    said: list[str] = []
+    warned: list[str] = []
+    handler = logging.Handler()
+    # A handler of one line, which mypy takes for a mistake.
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]  # a recorder
+    logging.getLogger("advmed.evaluation.loop").addHandler(handler)
+    for name in ("curves", "curve", "failure_curves"):
+        setattr(figures, name, lambda *_: b"not drawn")  # takes most of the time of a report
+    page = compare(
+        folder / report,
+        [subject(folder, "one", loaded), subject(folder, "other", loaded)],
+        ATTACKS,
+        LEVELS,
+        [SHARE, LOSS],
+        examples=lambda attack, levels, ids: [],
+        fingerprint={},
+        checks=4,
+        bounds=(0.0, 1.0),
+        groups=lambda id_: id_[:1],
+        say=said.append,
+        title="Shared",
+        level_unit="L2 norm of the noise",
+    )
+    logging.getLogger("advmed.evaluation.loop").removeHandler(handler)
+    return {"loaded": loaded, "said": said, "warned": warned, "page": str(page), "exists": page.exists()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {"shared": run(folder, "shared"), "again": run(folder, "shared")}
+    processes = Processes.of_environment()
+    if processes.rank == 0:
+        (folder / "shared" / "one" / "parts" / "batch_00001.npz").write_bytes(b"no archive")
+        whole = folder / "shared" / "other" / "parts" / "batch_00002.npz"
+        whole.write_bytes(whole.read_bytes()[:-100])  # cut off
+        (folder / "shared" / "other" / "parts" / "batch_00003.npz").unlink()
+    processes.wait()
+    found["mended"] = run(folder, "shared")
+    found["team"] = {"rank": processes.rank, "size": processes.size}
+    (folder / f"{processes.rank}.json").write_text(json.dumps(found))
+    processes.wait()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

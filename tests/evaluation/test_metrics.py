@@ -1,0 +1,175 @@
+"""Metrics against the paper's tables, hand-computed cases and an independent NumPy count."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advmed.evaluation.auc import auc_robust, check_levels
+from advmed.evaluation.dice import (
+    Counts,
+    adi,
+    confusion_counts,
+    dice_per_class,
+    dice_per_sample,
+    region_confusion_counts,
+    tvdi,
+)
+
+APPENDIX_A = list(csv.DictReader((Path(__file__).parents[1] / "data" / "auc_robust_appendix_a.csv").open()))
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(";")]
+
+
+def test_appendix_a_is_complete() -> None:
+    assert len(APPENDIX_A) == 34
+
+
+@pytest.mark.parametrize("row", APPENDIX_A, ids=lambda row: f"{row['dataset']}-{row['delta']}")
+def test_auc_robust_reproduces_the_paper(row: dict[str, str]) -> None:
+    table = [numbers(other["values"]) for other in APPENDIX_A if other["dataset"] == row["dataset"]]
+    lower = row["better"] == "lower"
+    value = auc_robust(
+        numbers(row["levels"]),
+        numbers(row["values"]),
+        higher_is_better=not lower,
+        scale=max(map(max, table)) if lower else None,
+    )
+    # The values are printed with four digits themselves: half a unit of the last one, and what theirs add to it.
+    assert value == pytest.approx(float(row["auc_robust"]), abs=1e-4)
+
+
+def test_auc_robust_closed_forms() -> None:
+    assert auc_robust([0, 1, 7], [0.8, 0.8, 0.8]) == pytest.approx(0.8)
+    # From 1 to 0 in a straight line: area 1/2, however the levels lie.
+    assert auc_robust([0, 1, 4], [1.0, 0.75, 0.0]) == pytest.approx(math.sqrt(0.5))
+    assert auc_robust([0, 2], [90.0, 10.0], scale=100) == pytest.approx(math.sqrt(0.9 * 0.5))
+    assert auc_robust([0, 2], [2.0, 6.0], higher_is_better=False, scale=8) == pytest.approx(math.sqrt(0.25 * 0.5))
+
+
+@pytest.mark.parametrize(
+    "levels", [[], [0], [1, 2], [0, 2, 2], [0, 3, 2], [0, math.nan, 2], [0, math.inf], [-1, 0, 1], [math.nan, 1]]
+)
+def test_levels_that_are_none(levels: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"start at 0 .* increase strictly"):
+        check_levels(levels)
+    with pytest.raises(ValueError, match="start at 0"):
+        auc_robust(levels, [0.5] * len(levels))
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5, 0.5], [0.5, math.nan], [math.inf, 0.5], [0.5, -0.1]])
+def test_values_that_are_none(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="one finite value >= 0 for each of 2 levels"):
+        auc_robust([0, 1], values)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_scale_must_be_positive(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale of AUC_robust must be finite and > 0"):
+        auc_robust([0, 1], [1, 1], scale=scale)
+
+
+def test_lower_is_better_needs_a_scale() -> None:
+    with pytest.raises(ValueError, match="needs a scale"):
+        auc_robust([0, 1], [1.6, 3.8], higher_is_better=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 6, 5), (2, 4, 3, 5)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_against_numpy(shape: tuple[int, ...], masked: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    prediction = torch.randint(0, 5, shape, generator=generator)
+    truth = torch.randint(0, 5, shape, generator=generator)
+    ignore = torch.rand(shape, generator=generator) < 0.3 if masked else None
+    classes = (3, 1, 9)
+    counts = confusion_counts(prediction, truth, classes, ignore=ignore)
+
+    for n in range(shape[0]):
+        kept = np.ones(shape[1:], bool) if ignore is None else ~ignore[n].numpy()
+        p, t = prediction[n].numpy()[kept], truth[n].numpy()[kept]
+        for c, label in enumerate(classes):
+            assert counts.tp[n, c] == np.sum((p == label) & (t == label))
+            assert counts.fp[n, c] == np.sum((p == label) & (t != label))
+            assert counts.fn[n, c] == np.sum((p != label) & (t == label))
+    assert {count.dtype for count in counts} == {torch.int64}
+    assert {tuple(count.shape) for count in counts} == {(shape[0], 3)}
+
+
+def test_region_counts_let_regions_overlap() -> None:
+    prediction = torch.tensor([[[1, 1, 1, 0, 0], [0, 1, 0, 0, 0]]])
+    truth = torch.tensor([[[1, 1, 0, 0, 1], [0, 1, 1, 0, 0]]]).bool()
+    counts = region_confusion_counts(prediction, truth)
+    assert [count.tolist() for count in counts] == [[[2, 1]], [[1, 0]], [[1, 1]]]
+    without_ends = region_confusion_counts(prediction, truth, ignore=torch.tensor([[True, False, False, False, True]]))
+    assert [count.tolist() for count in without_ends] == [[[1, 1]], [[1, 0]], [[0, 1]]]
+
+
+def test_counts_refuse_what_they_cannot_count() -> None:
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 4, 4\) and \(4, 4\)"):
+        confusion_counts(labels, labels[0], [1])
+    with pytest.raises(ValueError, match=r"integer labels.*torch\.float32.*argmax"):
+        confusion_counts(labels.float(), labels, [1])
+    with pytest.raises(ValueError, match=r"region_confusion_counts for masks"):
+        confusion_counts(labels, labels.bool(), [1])
+    for classes in ([], [1, 1]):
+        with pytest.raises(ValueError, match="different foreground labels"):
+            confusion_counts(labels, labels, classes)
+    with pytest.raises(ValueError, match="threshold probabilities first"):
+        region_confusion_counts(torch.rand(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"bool mask of shape \(2, 4, 4\), got torch\.int64"):
+        confusion_counts(labels, labels, [1], ignore=labels)
+    with pytest.raises(ValueError, match=r"bool mask of shape \(2, 4, 4\), got torch\.bool of shape \(4, 4\)"):
+        confusion_counts(labels, labels, [1], ignore=labels[0].bool())
+
+
+# Sample 0 has both classes, sample 1 only the first, sample 2 a false alarm of the second, sample 3 none.
+COUNTS = Counts(
+    tp=torch.tensor([[4, 1], [3, 0], [0, 0], [0, 0]]),
+    fp=torch.tensor([[0, 2], [1, 0], [0, 5], [0, 0]]),
+    fn=torch.tensor([[2, 0], [1, 0], [0, 0], [0, 0]]),
+)
+
+
+def test_dice_by_hand() -> None:
+    nan = math.nan
+    expected = torch.tensor([[8 / 10, 2 / 4], [6 / 8, nan], [nan, 0], [nan, nan]], dtype=torch.float64)
+    torch.testing.assert_close(dice_per_class(COUNTS), expected, equal_nan=True)
+    expected = torch.tensor([0.65, 0.75, 0, nan], dtype=torch.float64)
+    torch.testing.assert_close(dice_per_sample(COUNTS), expected, equal_nan=True)
+
+
+def test_adi_weighs_samples_alike() -> None:
+    assert adi(COUNTS) == pytest.approx((0.65 + 0.75 + 0) / 3)
+    # Per class first would be ((0.8 + 0.75) / 2 + (0.5 + 0) / 2) / 2: another number, so the order is pinned down.
+    assert adi(COUNTS) != pytest.approx(((0.8 + 0.75) / 2 + 0.25) / 2)
+
+
+def test_adi_of_one_class_is_equation_3() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tp, fp, fn = (torch.randint(1, 50, (9, 1), generator=generator) for _ in range(3))
+    rows = zip(tp.flatten().tolist(), fp.flatten().tolist(), fn.flatten().tolist(), strict=True)
+    assert adi(Counts(tp, fp, fn)) == pytest.approx(sum(2 * t / (2 * t + p + n) for t, p, n in rows) / 9)
+
+
+def test_tvdi_is_equation_5_per_class() -> None:
+    assert tvdi(COUNTS) == pytest.approx((14 / (14 + 1 + 3) + 2 / (2 + 7 + 0)) / 2)
+
+
+def test_absent_classes_are_left_out_of_tvdi_and_nothing_is_nan() -> None:
+    assert tvdi(Counts(*(count[1:2] for count in COUNTS))) == pytest.approx(0.75)
+    nothing = Counts(*(count[3:] for count in COUNTS))
+    assert math.isnan(adi(nothing))
+    assert math.isnan(tvdi(nothing))
+
+
+def test_counts_travel_as_scores() -> None:
+    scores = {name: count.numpy() for name, count in COUNTS._asdict().items()}
+    assert adi(Counts.of({**scores, "other": np.zeros(4)})) == adi(COUNTS)

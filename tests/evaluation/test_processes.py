@@ -1,0 +1,212 @@
+"""Two real processes (gloo on the CPU) at one evaluation, against one that does it alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import advmed
+from advmed.attacks.names import parse_attacks
+from advmed.distributed import Processes, device_of_rank
+from advmed.evaluation.loop import evaluate
+
+SCRIPT = Path(__file__).with_name("processes_rank.py")
+WORLD = 2
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("team_rank", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes meet, and the files of their models."""
+    made: Path = tmp_path_factory.mktemp("team")
+    for name in ("one", "other"):
+        (made / f"{name}.ckpt").write_text(name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """What each process ended with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "PYTHONPATH": str(Path(advmed.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        logs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(logs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, worker: ModuleType, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One process that does everything."""
+    pictures = {name: getattr(worker.figures, name) for name in ("curves", "curve", "failure_curves")}
+    try:
+        found: dict[str, Any] = worker.run(folder, "alone")
+    finally:
+        for name, draw in pictures.items():
+            setattr(worker.figures, name, draw)
+    return found
+
+
+def without_time(report: Any) -> Any:
+    """A record without when it was made and how long its passes took."""
+    if isinstance(report, Mapping):
+        return {key: without_time(value) for key, value in report.items() if key not in ("seconds", "created")}
+    return [without_time(value) for value in report] if isinstance(report, list) else report
+
+
+def assert_same_report(folder: Path) -> None:
+    """Bit by bit, in all files but what tells the time."""
+    ours, theirs = folder / "shared", folder / "alone"
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+    for name in ("results.csv", "samples.csv", "table.csv"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    records = [without_time(json.loads((path / "report.json").read_text())) for path in (ours, theirs)]
+    assert records[0] == records[1]
+    with np.load(ours / "draws.npz") as left, np.load(theirs / "draws.npz") as right:
+        assert left.files == right.files == ["share", "loss"]
+        for name in left.files:
+            assert left[name].tobytes() == right[name].tobytes()
+    parts = sorted(path.relative_to(ours) for path in ours.rglob("*.npz") if path.parent.name == "parts")
+    assert len(parts) == 2 * (5 + 2)  # models x (batches, batches of the checks)
+    for part in parts:
+        with np.load(ours / part) as left, np.load(theirs / part) as right:
+            assert left.files == right.files
+            for name in left.files:
+                assert name.endswith("/seconds") or left[name].tobytes() == right[name].tobytes(), (part, name)
+
+
+@needs_gloo
+def test_the_work_is_shared_and_the_report_is_that_of_one_process(
+    folder: Path, ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    assert [found["team"] for found in ranks] == [{"rank": 0, "size": 2}, {"rank": 1, "size": 2}]
+    # Batches 0, 2, 4 and 1, 3 of each model, and one batch each of its checks.
+    assert ranks[0]["shared"]["loaded"] == [f"{name} {n}" for name in ("one", "other") for n in (0, 2, 4, 0)]
+    assert ranks[1]["shared"]["loaded"] == [f"{name} {n}" for name in ("one", "other") for n in (1, 3, 1)]
+    assert sorted(alone["loaded"]) == sorted(ranks[0]["shared"]["loaded"] + ranks[1]["shared"]["loaded"])
+    assert_same_report(folder)
+
+
+@needs_gloo
+def test_the_first_process_speaks_and_all_see_the_page(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for turn in ("shared", "again", "mended"):
+        assert ranks[0][turn]["said"] == [text.replace("alone", "shared") for text in alone["said"]]
+        assert ranks[1][turn]["said"] == []
+        assert all(found[turn]["exists"] for found in ranks)
+    assert ranks[0]["shared"]["page"] == ranks[1]["shared"]["page"]
+    assert alone["warned"] == ranks[0]["shared"]["warned"] == ranks[1]["shared"]["warned"] == []
+
+
+@needs_gloo
+def test_what_is_finished_is_measured_by_nobody(ranks: list[dict[str, Any]]) -> None:
+    assert [found["again"]["loaded"] for found in ranks] == [[], []]
+
+
+@needs_gloo
+def test_a_damaged_part_is_measured_again_by_its_owner_and_said_by_all(ranks: list[dict[str, Any]]) -> None:
+    """Two parts were damaged and one taken away between the turns; the files of the report are those of before."""
+    assert ranks[0]["mended"]["loaded"] == ["other 2"]
+    assert ranks[1]["mended"]["loaded"] == ["one 1", "other 3"]
+    for found in ranks:
+        first, second = found["mended"]["warned"]
+        assert "batch_00001.npz is damaged" in first
+        assert "batch_00002.npz is damaged" in second
+        assert first.endswith("its batch is measured again")
+
+
+def test_several_processes_need_a_folder(worker: ModuleType, folder: Path) -> None:
+    batches = worker.subject(folder, "one", []).batches
+    with pytest.raises(ValueError, match="several processes need a folder"):
+        evaluate(batches, parse_attacks(["pgd2"]), (0, 1), processes=Processes(0, 2))
+
+
+def test_processes_that_do_not_share_a_folder_are_told(
+    worker: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "wait", lambda self: None)  # the other one is done, elsewhere
+    batches = worker.subject(folder, "one", []).batches
+    with pytest.raises(RuntimeError, match=r"batch_00001\.npz, .* is not there: do they share the folder\?"):
+        evaluate(batches, parse_attacks(["pgd2"]), (0, 1), folder=tmp_path, fingerprint="x", processes=Processes(0, 2))
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"batch_0000{n}.npz" for n in (0, 2, 4)]
+
+
+def test_more_processes_than_batches(
+    worker: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has nothing to do reads what the others have."""
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    loaded: list[str] = []
+    batches = worker.subject(folder, "one", loaded).batches
+    how: dict[str, Any] = {"folder": tmp_path, "fingerprint": "x"}
+    alone = evaluate(batches, parse_attacks(["pgd2"]), (0, 1), **how)
+    loaded.clear()
+    idle = evaluate(batches, parse_attacks(["pgd2"]), (0, 1), **how, processes=Processes(7, 8))
+    assert loaded == []
+    np.testing.assert_array_equal(idle.at("pgd2", 1).loss, alone.at("pgd2", 1).loss)
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "MASTER_ADDR": "here"}, {"WORLD_SIZE": "4"}])
+def test_alone_without_torchrun(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes = Processes.of_environment()
+    assert processes == Processes(0, 1)
+    processes.wait()
+
+
+def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert device_of_rank("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [device_of_rank(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_of_rank("cuda") == "cuda"

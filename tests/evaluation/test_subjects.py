@@ -1,0 +1,372 @@
+"""Several models in one report: what is measured again and what is not, what is drawn, and what is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from advmed.attacks import Noise
+from advmed.attacks.names import parse_attacks
+from advmed.evaluation.checks import QUESTIONS, probes
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
+from advmed.evaluation.subjects import Subject, compare, with_control
+from advmed.report import Example, Metric, View, figures, format_table, tabulate
+from advmed.report.summary import Entry
+
+LEVELS = (0, 0.5, 2)
+ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
+ERROR = Metric("error", lambda scores: float(scores["loss"].mean()), higher_is_better=False, unit="mm")
+SHARE = Metric("share", lambda scores: float((scores["loss"] < 1).mean()))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the drawing of curves, which takes most of the time of a report."""
+    for name in ("curves", "curve", "failure_curves", "margin_histogram"):
+        monkeypatch.setattr(figures, name, lambda *_: b"not drawn")
+
+
+@pytest.fixture
+def loads() -> list[str]:
+    """The models whose batches were loaded."""
+    return []
+
+
+@pytest.fixture
+def subject(tmp_path: Path, loads: list[str]) -> Callable[..., Subject]:
+    """A model, its steepness in its file; two batches of two images."""
+
+    def make(name: str, steepness: float = 1.0, margins: Any = None) -> Subject:
+        path = tmp_path / f"{name}.ckpt"
+        path.write_text(str(steepness))
+
+        def load(number: int) -> LoadedBatch:
+            loads.append(name)
+            images = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(number)) * 0.4 - 0.2
+
+            def objective(images: Tensor) -> Tensor:
+                return torch.nn.functional.softplus(float(path.read_text()) * images.flatten(1).sum(1, keepdim=True))
+
+            return LoadedBatch(images, objective, lambda images: {"loss": objective(images)[:, 0]})
+
+        batches = [EvaluationBatch([f"{n}a", f"{n}b"], lambda n=n: load(n)) for n in range(2)]
+        return Subject(name, path, batches, margins)
+
+    return make
+
+
+class Drawn:
+    """Notes what the pictures were asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, list[float], list[str]]] = []
+
+    def __call__(self, attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str]) -> list[Example]:
+        self.calls.append((*attack, list(levels), list(ids)))
+        image = np.linspace(0, 1, 20).reshape(4, 5)
+        views = [View("steep", "", 0, image), View("steep", attack[0], levels[0], image + 0.01, note="as attacked")]
+        return [Example("0a", image, None, views)]
+
+
+def run(folder: Path, subjects: Sequence[Subject], **changes: Any) -> tuple[Path, list[str]]:
+    """A comparison; the path of the page, and what was said."""
+    said: list[str] = []
+    given: dict[str, Any] = {
+        "examples": Drawn(),
+        "fingerprint": {"split": "val"},
+        "bounds": (-1.0, 1.0),
+        "say": said.append,
+        "title": "Two models",
+        "level_unit": "L2 norm of the noise",
+        "attacks": ATTACKS,
+        "levels": LEVELS,
+        "metrics": [ERROR, SHARE],
+        **changes,
+    }
+    page = compare(folder, subjects, **given)
+    return page, said
+
+
+def parts(folder: Path, name: str) -> list[Mapping[str, Any]]:
+    files = sorted((folder / name / "parts").iterdir())
+    return [json.loads(str(np.load(path, allow_pickle=False)["configuration"])) for path in files]
+
+
+def test_all_models_are_in_one_report(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    margins = np.array([0.5, 1.5])
+    page, _ = run(tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5, margins)], settings={"data": "x"})
+    assert page == tmp_path / "own" / "report.html"
+    assert loads == ["steep", "steep", "flat", "flat"]
+    record = json.loads((tmp_path / "own" / "report.json").read_text())
+    assert list(record["results"]) == ["error", "share"]
+    assert list(record["results"]["error"]["models"]) == ["steep", "flat"]
+    assert record["title"] == "Two models"
+    assert record["configuration"]["level_unit"] == "L2 norm of the noise"
+    assert record["configuration"]["settings"] == {"data": "x"}
+    assert record["margins"]["flat"]["n"] == 2
+    assert list(record["margins"]) == ["flat"]
+    for model in ("steep", "flat"):
+        curve = record["results"]["error"]["models"][model]["attacks"]["ifgsm2"]
+        assert curve["levels"] == [0, 0.5, 2]
+        assert curve["values"] == sorted(curve["values"])
+        assert len(parts(tmp_path / "own", model)) == 2
+
+
+def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, subject: Any) -> None:
+    """The worst noise of length eps adds steepness * eps * sqrt(20) to the sum, and no more than the bounds allow."""
+    model = subject("steep", 0.3)
+    sums = torch.cat([batch.load().images.flatten(1).sum(1) for batch in model.batches])
+    for bounds, limit in (((-1.0, 1.0), 20.0), (None, np.inf), ((-1.0, 0.3), 6.0)):
+        folder = tmp_path / f"{limit}"
+        run(folder, [model], bounds=bounds, levels=(0, 0.5, 30), attacks=parse_attacks(["ifgsm10"]))
+        record = json.loads((folder / "report.json").read_text())
+        found = record["results"]["error"]["models"]["steep"]["attacks"]["ifgsm10"]["values"]
+        for level, value in zip((0, 0.5, 30), found, strict=True):
+            worst = (sums + level * 20**0.5).clamp_max(limit) if level else sums
+            assert value == pytest.approx(float(torch.nn.functional.softplus(0.3 * worst).mean()), rel=2e-3)
+        evaluation = record["configuration"]["evaluation"]
+        assert evaluation["bounds"] == (None if bounds is None else list(bounds))
+
+
+def test_the_tables_are_said_and_then_the_page(
+    tmp_path: Path, subject: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subjects = [subject("steep", 3.0), subject("flat", 0.5)]
+    page, said = run(tmp_path / "own", subjects)
+    assert len(said) == 3
+    assert all(text.startswith("\n") for text in said)
+    assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
+    for text, metric in zip(said, (ERROR, SHARE), strict=False):
+        lines = text.strip("\n").splitlines()
+        assert lines[0].split() == ["pgd3", "ifgsm2", "gaussian"]
+        assert lines[1].startswith(metric.label)
+        assert [line.split()[0] for line in lines[3:]] == ["steep", "flat"]
+    capsys.readouterr()
+    del subjects
+    compare(
+        tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5)], ATTACKS, LEVELS, [ERROR, SHARE],
+        examples=Drawn(), fingerprint={"split": "val"}, bounds=(-1.0, 1.0), title="Two models",
+        level_unit="L2 norm of the noise",
+    )  # fmt: skip
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)  # printed where nobody says how
+
+
+def test_what_is_said_is_what_is_written(tmp_path: Path, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's margins and numbers stay together with its name."""
+    entries: list[Entry] = []
+    import advmed.evaluation.subjects as here
+
+    original = here.write_report
+
+    def noted(folder: Path, given: Sequence[Entry], *rest: Any, **more: Any) -> Path:
+        entries.extend(given)
+        return original(folder, given, *rest, **more)
+
+    monkeypatch.setattr(here, "write_report", noted)
+    _, said = run(tmp_path / "own", [subject("steep", 3.0, np.array([1.0])), subject("flat", 0.5, np.array([2.0]))])
+    assert [(e.name, float(e.margins[0])) for e in entries if e.margins is not None] == [("steep", 1), ("flat", 2)]
+    assert said[:2] == [f"\n{format_table(table)}" for table in tabulate(entries, [ERROR, SHARE])]
+
+
+def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_path: Path, subject: Any) -> None:
+    drawn = Drawn()
+    page, _ = run(tmp_path / "own", [subject("steep")], examples=drawn)
+    assert drawn.calls == [("pgd3", ATTACKS["pgd3"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
+    text = page.read_text()
+    assert "as attacked" in text
+    turned = Drawn()
+    run(tmp_path / "turned", [subject("steep")], examples=turned, attacks=dict(reversed(ATTACKS.items())))
+    assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
+
+
+RIGHT = Metric(
+    "right", lambda s: float((s["loss"] < 1).mean()), per_sample=lambda s: (s["loss"] < 1) * 1.0, fails_at=0.5
+)
+
+
+def checked(model: Subject) -> Subject:
+    """With batches for the checks: of the first samples, in one batch."""
+    whole = model.batches[0]
+
+    def few(number: int) -> list[EvaluationBatch]:
+        def load() -> LoadedBatch:
+            loaded = whole.load()
+            return LoadedBatch(loaded.images[:number], loaded.objective, loaded.score)
+
+        return [EvaluationBatch(list(whole.ids)[:number], load)]
+
+    return replace(model, few=few)
+
+
+def test_noise_is_added_as_a_control_and_stays_one(tmp_path: Path, subject: Any) -> None:
+    page, said = run(tmp_path / "own", [subject("steep", 3.0)])
+    record = json.loads((page.parent / "report.json").read_text())
+    assert {name: told["access"] for name, told in record["attacks"]["steep"].items()} == {
+        "pgd3": "white box",
+        "ifgsm2": "white box",
+        "gaussian": "none",
+    }
+    assert "gaussian noise (control)" in page.read_text()
+    assert "gaussian" in said[0]
+
+
+def test_a_control_that_was_asked_for_is_the_only_one() -> None:
+    assert list(with_control(ATTACKS)) == ["pgd3", "ifgsm2", "gaussian"]
+    assert with_control(ATTACKS)["gaussian"] == Noise("gaussian", 2)
+    assert with_control(parse_attacks(["pgd3"], norm=np.inf))["gaussian"] == Noise("gaussian", np.inf)
+    own = parse_attacks(["uniform", "pgd3"])
+    assert with_control(own) == own
+    assert with_control({}) == {}
+
+
+def test_the_attack_is_checked_and_the_verdict_said(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    models = [checked(subject("steep", 3.0)), checked(subject("flat", 0.5))]
+    page, said = run(tmp_path / "own", models, checks=2, metrics=[ERROR, RIGHT])
+    assert loads == ["steep"] * 3 + ["flat"] * 3
+    record = json.loads((page.parent / "report.json").read_text())
+    for model in ("steep", "flat"):
+        assert [one["name"] for one in record["checks"][model]] == list(QUESTIONS)
+        assert record["checks"][model][1]["finding"].startswith("right goes from ")  # the metric that knows failures
+        (place,) = [path.name for path in (tmp_path / "own" / model).iterdir() if path.name != "parts"]
+        assert place in ("checks_2_0.5", "checks_2_2")
+        (probed,) = parts(tmp_path / "own" / model, place)
+        assert probed["ids"] == ["0a", "0b"]
+        assert list(probed["attacks"]) == list(probes(ATTACKS["pgd3"]))
+    assert said[-1].startswith(f"\n{record['verdict']['text']}\n\nReport: ")
+    assert record["verdict"]["text"] in page.read_text()
+    run(tmp_path / "own", models, checks=2, metrics=[ERROR, RIGHT])
+    assert len(loads) == 6  # nor are checks made again
+
+
+@pytest.mark.parametrize("why", ["no checks", "no samples for them", "no attack of ours"])
+def test_what_is_not_checked_is_said(tmp_path: Path, subject: Any, why: str) -> None:
+    model = subject("steep") if why == "no samples for them" else checked(subject("steep"))
+    changes: dict[str, Any] = {"attacks": parse_attacks(["square5"])} if why == "no attack of ours" else {}
+    _, said = run(tmp_path / "own", [model], checks=0 if why == "no checks" else 2, **changes)
+    assert said[-1].startswith("\nWhether the attacks are strong enough was not checked.")
+
+
+def test_pictures_are_of_samples_that_fail_first_and_last(tmp_path: Path, subject: Any) -> None:
+    """The sum of the pixels decides when a sample of this model fails."""
+    model = subject("steep", 0.2)
+    sums = {
+        id_: float(total)
+        for batch in model.batches
+        for id_, total in zip(batch.ids, batch.load().images.flatten(1).sum(1), strict=True)
+    }
+    order = sorted(sums, key=lambda id_: -sums[id_])
+    grid = np.linspace(0, 3, 61)
+    drawn = Drawn()
+    how: dict[str, Any] = {"metrics": [RIGHT], "levels": list(grid), "attacks": parse_attacks(["ifgsm3"])}
+    run(tmp_path / "own", [model], examples=drawn, shown=2, **how)
+    assert drawn.calls[0][3] == [order[0], order[-1]]
+    none = Drawn()
+    page, _ = run(tmp_path / "none", [model], examples=none, shown=0, **how)
+    assert none.calls == []
+    assert "as attacked" not in page.read_text()
+    plain = Drawn()
+    run(tmp_path / "plain", [model], examples=plain, shown=3)  # no metric knows failures: at even distances
+    assert plain.calls[0][3] == ["0a", "0b", "1b"]
+
+
+def test_groups_are_drawn_whole(tmp_path: Path, subject: Any) -> None:
+    page, _ = run(tmp_path / "own", [subject("steep", 3.0)], groups=lambda id_: id_[0])
+    assert json.loads((page.parent / "report.json").read_text())["bootstrap"]["groups"] == 2
+    with np.load(page.parent / "draws.npz") as archive:
+        assert len(np.unique(archive["error"][:, 0, 0, 0])) <= 3  # two groups: either twice, or both
+
+
+def test_what_is_finished_is_not_computed_again(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    models = [subject("steep", 3.0), subject("flat")]
+    _, first = run(tmp_path / "own", models)
+    assert len(loads) == 4
+    _, second = run(tmp_path / "own", models)
+    assert len(loads) == 4
+    assert first == second
+    cut = replace(models[1], batches=[*models[1].batches[:1], EvaluationBatch(["1a", "1b"], lambda: 1 / 0)])  # type: ignore[arg-type]  # never called
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "cut", [models[0], cut])
+    assert loads[4:] == ["steep", "steep", "flat"]
+    _, third = run(tmp_path / "cut", models)
+    assert loads[7:] == ["flat"]
+    assert [text.replace("cut", "own") for text in third] == first
+
+
+def test_numbers_are_of_the_file_of_the_model(tmp_path: Path, subject: Any) -> None:
+    run(tmp_path / "own", [subject("steep", 3.0)], fingerprint={"split": "val", "kept": Path("a")})
+    for configuration in parts(tmp_path / "own", "steep"):
+        assert json.loads(configuration["fingerprint"]) == {
+            "checkpoint": hashlib.sha256(b"3.0").hexdigest(),
+            "split": "val",
+            "kept": "a",
+        }
+        assert configuration["bounds"] == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "split", "seed", "levels", "attacks", "bounds"])
+def test_numbers_of_another_evaluation_are_refused_unless_they_may_go(
+    tmp_path: Path, subject: Any, loads: list[str], change: str
+) -> None:
+    run(tmp_path / "own", [subject("steep", 3.0)])
+    before = {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
+    model = subject("steep", 2.0 if change == "checkpoint" else 3.0)  # another file of the same name
+    changes = {
+        "checkpoint": {},
+        "split": {"fingerprint": {"split": "test"}},
+        "seed": {"seed": 1},
+        "levels": {"levels": (0, 1)},
+        "attacks": {"attacks": parse_attacks(["pgd3", "ifgsm3"])},
+        "bounds": {"bounds": None},
+    }[change]
+    what = {"checkpoint": "fingerprint", "split": "fingerprint"}.get(change, change)
+    loads.clear()
+    with pytest.raises(ValueError, match=f"was measured with another configuration: {what}"):
+        run(tmp_path / "own", [model], **changes)
+    assert loads == []
+    assert {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()} == before
+    run(tmp_path / "own", [model], overwrite=True, **changes)
+    assert loads == ["steep", "steep"]
+    assert (tmp_path / "own" / "report.json").read_bytes() != before[tmp_path / "own" / "report.json"]
+
+
+def test_another_report_of_the_same_numbers_is_refused_unless_it_may_go(
+    tmp_path: Path, subject: Any, loads: list[str]
+) -> None:
+    run(tmp_path / "own", [subject("steep")])
+    with pytest.raises(FileExistsError, match=r"another configuration \(it differs in level_unit\)"):
+        run(tmp_path / "own", [subject("steep")], level_unit="Linf norm of the noise")
+    assert len(loads) == 2
+    page, _ = run(tmp_path / "own", [subject("steep")], level_unit="Linf norm of the noise", overwrite=True)
+    assert "Linf norm of the noise" in page.read_text()
+    assert len(loads) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"level_unit": "Linf norm"}, "level_unit"), ({"settings": {"data": "y"}}, "settings"), ({}, "models")],
+)
+def test_another_report_is_refused_before_another_model_is_measured(
+    tmp_path: Path, subject: Any, loads: list[str], changes: dict[str, Any], what: str
+) -> None:
+    run(tmp_path / "own", [subject("steep")])
+    loads.clear()
+    with pytest.raises(FileExistsError, match=f"it differs in .*{what}"):
+        run(tmp_path / "own", [subject("flat"), subject("steep")], **changes)
+    assert loads == []
+
+
+def test_models_need_names_of_their_own(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    for models in ([subject("steep"), subject("steep")], []):
+        with pytest.raises(ValueError, match="a report needs one or more models of different names"):
+            run(tmp_path / "own", models)
+    assert loads == []
+    assert not (tmp_path / "own").exists()

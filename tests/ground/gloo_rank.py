@@ -1,0 +1,178 @@
+"""One of several CPU processes, started by test_distributed.py: ``gloo_rank.py RANK WORLD MEETING OUTPUT``.
+
+A script of its own, because a spawned process could not import a test module.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from advmed.distances import softmax_divergence
+from advmed.margins import MarginStore
+from advmed.methods import AMAT, DPAAT
+from advmed.thresholds import RunningThresholds, TermStatistics
+
+EPOCHS, BATCHES = 3, 4
+DPAATS: dict[str, dict[str, Any]] = {
+    "dpaat": {"sync_weight": 2.0},
+    "dpaat epoch": {"sync_weight": 2.0, "average": "epoch"},
+    "dpaat plain": {"sync_weight": 0.0},
+}
+
+
+def store_of(rank: int, world: int) -> list[dict[str, Any]]:
+    """Samples of its own, and one that all ranks meet; states after each of two merges and a third without news."""
+    store, states = MarginStore(0.25), []
+    for epoch in range(2):
+        for i in range(3):
+            store.set([f"rank{rank}_{i}"], [0.1 * (rank + 1) + i + epoch])
+        store.set(["shared"], store.get(["shared"]) * 0.5 if epoch else store.get(["shared"]) + 0.25)
+        store.merge()
+        states.append(store.state_dict())
+    store.merge()
+    return [*states, store.state_dict()]
+
+
+def batch_of(rank: int, epoch: int, batch: int, shared: bool) -> tuple[list[str], Tensor, Tensor]:
+    """Ids, images and labels of a batch: the ranks' own samples, or with ``shared`` samples that all may meet."""
+    generator = torch.Generator().manual_seed(epoch * 100 + batch + 10 * rank)
+    index = torch.randperm(10, generator=generator)[:3]
+    owner = 0 if shared else rank
+    table = torch.Generator().manual_seed(1000 + owner)
+    images = torch.randn(10, 2, 6, generator=table)
+    labels = torch.randint(0, 2, (10,), generator=table) * 2.0 - 1.0
+    return [f"rank{owner}_{i}" for i in index.tolist()], images[index], labels[index]
+
+
+def method_of(kind: str) -> AMAT:
+    thresholds: Any = [0.7] if kind == "fixed" else RunningThresholds(["loss"], "mean+2std")
+    return AMAT(0.25, thresholds, steps=4, step_scale=2.0, refinement="crossing", margin_max=0.9)
+
+
+def train(method: AMAT, rank: int, epoch: int, shared: bool) -> None:
+    weight = torch.randn(12, generator=torch.Generator().manual_seed(5))
+    for batch in range(BATCHES):
+        ids, images, labels = batch_of(rank, epoch, batch, shared)
+        method.step(
+            lambda x, labels=labels: torch.nn.functional.softplus(-labels * (x.flatten(1) @ weight))[:, None],
+            images,
+            ids,
+        )
+
+
+def amat_of(rank: int, kind: str, shared: bool) -> list[dict[str, Any]]:
+    method, states = method_of(kind), []
+    for epoch in range(EPOCHS):
+        train(method, rank, epoch, shared)
+        method.merge()
+        states.append(method.state_dict())
+    return states
+
+
+class Share:
+    """A process's part of a batch: attacked on the model itself, trained through what averages the gradients."""
+
+    def __init__(self, model: nn.Module, network: nn.Module, labels: Tensor) -> None:
+        self.model, self.network, self.labels = model, network, labels
+
+    def _terms(self, logits: Tensor) -> Tensor:
+        return cross_entropy(logits, self.labels, reduction="none")[:, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._terms(self.model(images))
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.network(images)
+        terms = self._terms(logits)
+        return terms.mean(), terms.detach(), logits
+
+    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss_and_predictions(images)[:2]
+
+    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
+        return softmax_divergence(clean, other)
+
+
+def dpaat_of(rank: int, world: int, settings: dict[str, Any], rate: float = 0.5) -> dict[str, list[Any]]:
+    """This process's share of every global batch of six of twelve samples, each met twice an epoch by one process."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randn(12, 2, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (12,), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    network = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimiser = torch.optim.SGD(model.parameters(), rate)
+    method = DPAAT(0.5, eps_min=0.2, step_size=0.1, steps=4, step_scale=2.0, **settings)
+    found: dict[str, list[Any]] = {"gradients": [], "sizes": [], "increases": []}
+    for _ in range(EPOCHS):
+        method.begin_epoch()
+        for batch in torch.randperm(12, generator=generator).split(6) * 2:
+            mine = batch[rank::world]
+            step = method.step(Share(model, network, labels[mine]), images[mine], [f"s{i}" for i in mine.tolist()])
+            optimiser.zero_grad()
+            step.loss.backward()
+            found["gradients"].append(torch.cat([p.grad.flatten() for p in model.parameters()]).tolist())
+            found["increases"].append(method.state_dict()["increases"])
+            optimiser.step()
+        method.merge()
+        margins = method.state_dict()["margins"]
+        found["sizes"].append(dict(zip(margins["ids"], margins["values"], strict=True)))
+    return found
+
+
+def terms_of(rank: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(50 * rank + epoch)
+    return torch.rand(5 + 3 * rank, 2, generator=generator, dtype=torch.float64) * (1 + rank)
+
+
+def statistics_of(rank: int) -> dict[str, Any]:
+    statistics = TermStatistics(["a", "b"])
+    for epoch in range(EPOCHS):
+        statistics.update(terms_of(rank, epoch))
+    statistics.merge()
+    return statistics.state_dict()
+
+
+def running_of(rank: int, memory: float | None) -> list[dict[str, Any]]:
+    running, states = RunningThresholds(["a", "b"], "mean", memory), []
+    for epoch in range(EPOCHS):
+        running.update(terms_of(rank, epoch))
+        running.merge()
+        if epoch == 0:
+            running.begin()
+        states.append(running.state_dict() | {"now": running.tensor(torch.zeros((), dtype=torch.float64)).tolist()})
+    return states
+
+
+def main(rank: int, world: int, meeting: str, output: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    found = {
+        "store": store_of(rank, world),
+        "amat": amat_of(rank, "fixed", shared=False),
+        "amat shared": amat_of(rank, "fixed", shared=True),
+        "amat running": amat_of(rank, "running", shared=True),
+        "statistics": statistics_of(rank),
+        "running": running_of(rank, None),
+        "running, fading": running_of(rank, 20.0),
+    } | {name: dpaat_of(rank, world, settings) for name, settings in DPAATS.items()}
+    with open(output, "w", encoding="utf-8") as file:
+        json.dump(found, file)
+    dist.barrier()  # or one leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

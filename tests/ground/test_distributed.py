@@ -1,0 +1,162 @@
+"""Merging across two real processes (gloo on the CPU), against one process that meets every sample."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import advmed
+
+SCRIPT = Path(__file__).with_name("gloo_rank.py")
+WORLD = 2
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank ended with."""
+    folder = tmp_path_factory.mktemp("gloo")
+    # The folder of `advmed`, whether it is installed or not; the script's own folder has none of that name.
+    env = os.environ | {"PYTHONPATH": str(Path(advmed.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    outputs = [folder / f"{rank}.json" for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(WORLD), (folder / "meeting").as_uri(), str(output)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        logs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(logs)
+    return [json.loads(output.read_text()) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gloo_rank", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DPAATS = ["dpaat", "dpaat epoch", "dpaat plain"]
+
+
+@pytest.mark.parametrize(
+    "name", ["store", "amat", "amat shared", "amat running", "statistics", "running", "running, fading", *DPAATS]
+)
+def test_all_ranks_end_equal(ranks: list[dict[str, Any]], name: str) -> None:
+    assert ranks[0][name] == ranks[1][name]
+
+
+def test_store(ranks: list[dict[str, Any]]) -> None:
+    for epoch, state in enumerate(ranks[0]["store"][:2]):
+        table = dict(zip(state["ids"], zip(state["values"], state["visits"], strict=True), strict=True))
+        assert len(table) == 7
+        for rank in range(WORLD):
+            for i in range(3):
+                exact = torch.tensor(0.1 * (rank + 1) + i + epoch).item()  # float32, as one process would hold it
+                assert table[f"rank{rank}_{i}"] == (exact, epoch + 1)
+        # Two growths of 0.25 from 0.25; then halved by each.
+        assert table["shared"] == ((0.75, 2), (0.1875, 4))[epoch]
+    assert ranks[0]["store"][2] == ranks[0]["store"][1]
+
+
+def test_amat_on_disjoint_samples_is_one_process_that_meets_all(
+    ranks: list[dict[str, Any]], worker: ModuleType
+) -> None:
+    method = worker.method_of("fixed")
+    for epoch in range(worker.EPOCHS):
+        for rank in range(WORLD):
+            worker.train(method, rank, epoch, shared=False)
+        single, merged = method.margins.state_dict(), ranks[0]["amat"][epoch]["margins"]
+        assert len(set(single["values"])) > 3
+        for key in ("values", "visits"):
+            assert dict(zip(single["ids"], single[key], strict=True)) == dict(
+                zip(merged["ids"], merged[key], strict=True)
+            )
+
+
+def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(
+    ranks: list[dict[str, Any]], worker: ModuleType
+) -> None:
+    for epoch, state in enumerate(ranks[0]["amat shared"]):
+        margins = state["margins"]
+        assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
+        for value, visits in zip(margins["values"], margins["visits"], strict=True):
+            assert 0 <= value <= min(0.9, 0.25 * (visits + 1)) + 1e-6
+
+
+@pytest.mark.parametrize("name", DPAATS)
+def test_dpaat_on_shares_of_a_batch_is_one_process_with_the_whole(
+    ranks: list[dict[str, Any]], worker: ModuleType, name: str
+) -> None:
+    """What a sample's loss increase is compared with is the mean of all shares, and so are the gradients."""
+    found, whole = ranks[0][name], worker.dpaat_of(0, 1, worker.DPAATS[name])
+    assert len(found["gradients"]) == worker.EPOCHS * 4
+    np.testing.assert_allclose(found["gradients"], whole["gradients"], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found["increases"], whole["increases"], rtol=1e-6)
+    for epoch in range(worker.EPOCHS):
+        assert len(whole["sizes"][epoch]) == 12
+        assert found["sizes"][epoch] == pytest.approx(whole["sizes"][epoch], abs=1e-6)
+    assert len({round(size, 3) for size in whole["sizes"][-1].values()}) > 3
+
+
+@pytest.mark.parametrize("name", DPAATS)
+def test_shares_of_dpaat_by_themselves_would_end_elsewhere(worker: ModuleType, name: str) -> None:
+    """Or the test above would be none: half a batch has another mean, whatever its gradients are."""
+    settings, alone = worker.DPAATS[name], {}
+    for rank in range(WORLD):
+        alone |= worker.dpaat_of(rank, WORLD, settings, rate=0.0)["sizes"][0]
+    whole = worker.dpaat_of(0, 1, settings, rate=0.0)["sizes"][0]
+    assert alone.keys() == whole.keys()
+    assert alone != pytest.approx(whole, abs=1e-6)
+
+
+def test_statistics_pool_every_sample_once(ranks: list[dict[str, Any]], worker: ModuleType) -> None:
+    every = [
+        torch.cat([worker.terms_of(rank, done) for rank in range(WORLD) for done in range(epoch + 1)]).numpy()
+        for epoch in range(worker.EPOCHS)
+    ]
+    state = ranks[0]["statistics"]
+    assert state["n"] == len(every[-1])
+    np.testing.assert_allclose(state["mean"], every[-1].mean(0), rtol=1e-12)
+    np.testing.assert_allclose(np.sqrt(np.array(state["m2"]) / state["n"]), every[-1].std(0), rtol=1e-12)
+    for epoch, state in enumerate(ranks[0]["running"]):
+        # Merged after every epoch: nothing counts twice.
+        pooled = state["statistics"]
+        np.testing.assert_allclose(pooled["mean"], every[epoch].mean(0), rtol=1e-12)
+        np.testing.assert_allclose(np.sqrt(np.array(pooled["m2"]) / pooled["n"]), every[epoch].std(0), rtol=1e-12)
+        np.testing.assert_allclose(state["ceiling"], every[0].mean(0), rtol=1e-12)
+        np.testing.assert_allclose(state["now"], np.minimum(every[epoch].mean(0), every[0].mean(0)), rtol=1e-12)
+
+
+def test_merging_does_not_lengthen_the_memory(ranks: list[dict[str, Any]], worker: ModuleType) -> None:
+    """The weight is the mean of what the ranks would have by themselves."""
+    alone = 0.0
+    for epoch, state in enumerate(ranks[0]["running, fading"]):
+        counts = [len(worker.terms_of(rank, epoch)) for rank in range(WORLD)]
+        alone = sum(alone * np.exp(-n / 20.0) + n for n in counts) / WORLD
+        assert state["statistics"]["n"] == pytest.approx(alone, rel=1e-12)

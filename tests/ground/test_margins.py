@@ -1,0 +1,391 @@
+"""The margin store against a dictionary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import struct
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from advmed.margins import MarginStore
+
+
+def filled(values: dict[str, float], initial: float = 0.1, *, additive: bool = False) -> MarginStore:
+    store = MarginStore(initial, additive=additive)
+    store.set(list(values), list(values.values()))
+    return store
+
+
+def content(store: MarginStore) -> dict[str, tuple[float, int]]:
+    return dict(zip(store.ids(), zip(store.values().tolist(), store.visits().tolist(), strict=True), strict=True))
+
+
+def single(number: float) -> float:
+    """The float32 nearest to a number."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+# Look-up and update
+
+
+def test_an_id_never_set_has_the_initial_value_and_is_not_added() -> None:
+    store = MarginStore(0.25)
+    assert store.get(["a", "b"]).tolist() == [0.25, 0.25]
+    assert len(store) == 0
+    assert "a" not in store
+    assert store.ids() == []
+    assert store.get([]).shape == (0,)
+    store.set([], [])
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_updates_equal_a_dictionary(seed: int) -> None:
+    """Growth over several doublings, duplicates, values that are not finite, any string as an id."""
+    rng = np.random.default_rng(seed)
+    store, values, visits = MarginStore(0.5), {}, {}
+    for _ in range(60):
+        ids = [f"case {i}/ü\n{i % 3}" for i in rng.integers(0, 200, size=rng.integers(1, 12))]
+        assert store.get(ids).tolist() == [values.get(i, 0.5) for i in ids]
+        new = rng.normal(size=len(ids)).astype(np.float32)
+        new[rng.random(len(ids)) < 0.2] = rng.choice([np.nan, np.inf, -np.inf])
+        store.set(ids, torch.from_numpy(new))
+        for i in ids:
+            visits[i] = visits.get(i, 0) + 1
+            values.setdefault(i, 0.5)
+        for i, value in dict(zip(ids, new.tolist(), strict=True)).items():  # the last value of a duplicate
+            if math.isfinite(value):
+                values[i] = value
+    assert len(store) == len(values) > 100
+    assert store.ids() == list(values)
+    assert content(store) == {i: (values[i], visits[i]) for i in values}
+    assert all(i in store for i in values)
+
+
+def test_the_last_of_a_duplicate_wins_and_counts_twice() -> None:
+    store = MarginStore(1.0)
+    store.set(["a", "b", "a", "a"], [2.0, 3.0, 4.0, 5.0])
+    assert content(store) == {"a": (5.0, 3), "b": (3.0, 1)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_not_written(bad: float) -> None:
+    store = filled({"a": 2.0})
+    store.set(["a", "new", "b"], [bad, bad, 3.0])
+    assert content(store) == {"a": (2.0, 2), "new": (single(0.1), 1), "b": (3.0, 1)}
+
+
+def test_dtypes_and_gradients_of_the_values() -> None:
+    store = MarginStore()
+    for values in (
+        [1, 2],
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        torch.tensor([1.0, 2.0], requires_grad=True),
+        torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    ):
+        store.set(["a", "b"], values)
+        assert store.get(["b", "a"]).tolist() == [2.0, 1.0]
+        assert store.get(["a"]).dtype == torch.float32
+        assert not store.get(["a"]).requires_grad
+
+
+def test_what_get_returned_does_not_change_later() -> None:
+    store = filled({"a": 1.0})
+    before = store.get(["a"])
+    store.set(["a"], [2.0])
+    assert before.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("values", [[1.0], [[1.0], [2.0]], 1.0, [1.0, 2.0, 3.0]])
+def test_one_value_for_each_id(values: Any) -> None:
+    store = MarginStore()
+    with pytest.raises(ValueError, match=r"expected one value for each of 2 ids, got shape \("):
+        store.set(["a", "b"], values)
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("initial", [math.nan, math.inf])
+def test_the_initial_value_must_be_finite(initial: float) -> None:
+    with pytest.raises(ValueError, match=f"the initial value of a margin must be finite, got {initial}"):
+        MarginStore(initial)
+
+
+def test_to_the_device_it_is_on() -> None:
+    store = filled({"a": 1.0})
+    assert store.to("cpu") is store
+    assert store.device == torch.device("cpu")
+    assert store.get(["a"]).tolist() == [1.0]
+
+
+# Reports
+
+
+def test_quantiles_and_histogram_against_numpy() -> None:
+    values = np.random.default_rng(0).gamma(2, size=101).astype(np.float32)
+    store = filled({str(i): float(v) for i, v in enumerate(values)})
+    q = [0.0, 0.05, 0.31, 0.5, 0.95, 1.0]
+    np.testing.assert_allclose(store.quantiles(q), np.quantile(values.astype(np.float64), q), rtol=1e-12)
+    assert store.quantiles() == store.quantiles([0.05, 0.5, 0.95])
+    counts, edges = store.histogram(13)
+    expected, expected_edges = np.histogram(values, 13)
+    assert counts.tolist() == expected.tolist()
+    np.testing.assert_allclose(edges, expected_edges, rtol=1e-6)
+    assert counts.dtype == torch.int64
+
+
+def test_reports_of_an_empty_and_of_a_constant_store(tmp_path: Path) -> None:
+    store = MarginStore(0.5)
+    assert store.quantiles() == [0.5, 0.5, 0.5]
+    assert store.histogram(4)[0].tolist() == [0, 0, 0, 0]
+    store.to_csv(tmp_path / "empty.csv")
+    assert (tmp_path / "empty.csv").read_text().split() == ["id,margin,visits"]
+    store.set(["a", "b"], [2.0, 2.0])
+    assert store.quantiles() == [2, 2, 2]
+    assert store.histogram(4)[0].sum() == 2
+
+
+def test_csv(tmp_path: Path) -> None:
+    store = MarginStore(0.1)
+    store.set(['with, comma "and" quotes', "größe\n2", "plain"], [0.1, 1e-7, 3.0])
+    store.set(["plain"], [4.5])
+    path = tmp_path / "margins.csv"
+    store.to_csv(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["id", "margin", "visits"]
+    assert {i: (float(v), int(n)) for i, v, n in rows} == content(store)
+
+
+# State
+
+
+def test_state_is_json_and_comes_back_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([10.0 ** rng.uniform(-44, 38, 500), [0.0, 1 / 3, -1.5]]).astype(np.float32)
+    store = filled({f"ü{i}": float(v) for i, v in enumerate(values)}, initial=1 / 3)
+    store.set(["ü3", "ü3"], [1.0, 0.1])
+    state = json.loads(json.dumps(store.state_dict(), allow_nan=False))
+    assert {type(x) for key in ("ids", "values", "visits") for x in state[key]} == {str, float, int}
+    other = filled({"something else": 9.0}, initial=7.0)
+    other.load_state_dict(state)
+    assert other.ids() == store.ids()
+    assert torch.equal(other.values().view(torch.int32), store.values().view(torch.int32))
+    assert torch.equal(other.visits(), store.visits())
+    assert other.initial == 1 / 3
+    assert other.get(["unknown"]).tolist() == [single(1 / 3)]
+    assert other.state_dict() == store.state_dict()
+    other.set(["new"], [2.0])  # and it goes on growing
+    assert other.get(["ü3", "new"]).tolist() == [single(0.1), 2.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": None}, "not the state of a margin store: ids missing"),
+        ({"initial": None, "visits": None}, "not the state of a margin store: initial, visits missing, got "),
+        ({"ids": ["a"]}, r"damaged margin state: 1 ids \(1 different\), 2 values, 2 visits"),
+        ({"ids": ["a", "a"]}, r"damaged margin state: 2 ids \(1 different\), 2 values, 2 visits"),
+        ({"values": [1.0]}, "damaged margin state: 2 ids .*, 1 values, 2 visits"),
+        ({"visits": [1, 2, 3]}, "damaged margin state: 2 ids .*, 2 values, 3 visits"),
+        ({"values": [1.0, math.nan]}, "damaged margin state: a margin is not finite"),
+        ({"values": [1.0, math.inf]}, "damaged margin state: a margin is not finite"),
+        ({"values": [1.0, 1e300]}, "damaged margin state: a margin is not finite"),
+        ({"initial": math.nan}, "damaged margin state: a margin is not finite"),
+        ({"initial": [1.0]}, "damaged margin state: "),
+        ({"values": [1.0, "x"]}, "damaged margin state: "),
+        ({"values": [1.0, [2.0]]}, "damaged margin state: "),
+        ({"values": 3}, "damaged margin state: "),
+        ({"visits": [1, 1.5]}, "damaged margin state: "),
+        ({"visits": [1, 2**70]}, "damaged margin state: "),
+        ({"ids": ["a", ["b"]]}, "damaged margin state: "),
+    ],
+)
+def test_damaged_states(change: dict[str, Any], message: str) -> None:
+    state = {"initial": 0.1, "ids": ["a", "b"], "values": [1.0, 2.0], "visits": [1, 1]} | change
+    state = {key: value for key, value in state.items() if value is not None}
+    store = filled({"kept": 3.0})
+    with pytest.raises(ValueError, match=message):
+        store.load_state_dict(state)
+    assert content(store) == {"kept": (3.0, 1)}
+    assert store.initial == 0.1
+
+
+def test_margins_of_another_data_set() -> None:
+    store = filled({f"other_{i:02}": 1.0 for i in range(12)} | {"case_1": 1.0})
+    store.require_known([*store.ids(), "case_2"])
+    message = (
+        r"12 of 13 margins belong to samples that are not in this data set, for example other_00, other_01, other_02\. "
+        r"Delete the state\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        store.require_known(["case_1", "case_2"], "Delete the state.")
+    with pytest.raises(ValueError, match=r"other_02\.$"):
+        store.require_known(iter(["case_1"]))
+    MarginStore().require_known([])
+
+
+# Several processes
+
+
+def merged(*stores: MarginStore) -> MarginStore:
+    """Merges all stores, checks that they end equal, and returns the first."""
+    changes = [store.changes() for store in stores]
+    json.dumps(changes)
+    for store in stores:
+        store.merge(changes)
+    for store in stores[1:]:
+        assert store.state_dict() == stores[0].state_dict()
+    return stores[0]
+
+
+def copies(values: dict[str, float], count: int = 2, *, additive: bool = False) -> list[MarginStore]:
+    """Stores that already share values."""
+    stores = [filled(values, additive=additive) for _ in range(count)]
+    for store in stores:
+        store.load_state_dict(store.state_dict())
+    return stores
+
+
+def test_growth_adds_up_and_shrinkage_multiplies() -> None:
+    first, second = copies({"grown": 2.0, "shrunk": 2.0, "both": 2.0, "one": 2.0, "none": 2.0})
+    first.set(["grown", "shrunk", "both", "one"], [2.5, 1.0, 3.0, 1.7])
+    second.set(["grown", "shrunk", "both"], [3.0, 0.5, 1.0])
+    store = merged(first, second)
+    assert content(store) == {
+        "grown": (3.5, 3),
+        "shrunk": (0.25, 3),
+        "both": (1.5, 3),
+        "one": (single(1.7), 2),
+        "none": (2.0, 1),
+    }
+
+
+def test_steps_in_both_directions_add_up_where_values_are_additive() -> None:
+    first, second = copies(
+        {"grown": 2.0, "shrunk": 2.0, "both": 2.0, "below": 0.25, "one": 2.0, "none": 2.0}, additive=True
+    )
+    first.set(["grown", "shrunk", "both", "below", "one"], [2.5, 1.5, 2.5, 0.0, 1.7])
+    second.set(["grown", "shrunk", "both", "below"], [2.5, 1.75, 1.5, 0.125])
+    store = merged(first, second)
+    assert content(store) == {
+        "grown": (3.0, 3),
+        "shrunk": (1.25, 3),
+        "both": (2.0, 3),
+        "below": (-0.125, 3),  # whoever uses the store clamps
+        "one": (single(1.7), 2),
+        "none": (2.0, 1),
+    }
+    assert first.additive
+    first.set(["grown", "new"], [2.5, 0.05])
+    second.set(["new"], [0.1])
+    merged(first, second)
+    assert first.get(["grown"]).item() == 2.5
+    assert first.get(["new"]).item() == pytest.approx(0.05, rel=1e-6)
+
+
+def test_two_expansions_are_two_visits() -> None:
+    """What AMAT does on two processes, from the first visit of a sample on."""
+    stores = [MarginStore(0.25), MarginStore(0.25)]
+    for store in stores:
+        store.set(["a"], store.get(["a"]) + 0.25)
+    assert content(merged(*stores)) == {"a": (0.75, 2)}
+    for store in stores:
+        store.set(["a"], store.get(["a"]) + 0.25)
+    assert content(merged(*stores)) == {"a": (1.25, 4)}
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_single_visitors_value_is_taken_as_it_is(seed: int, additive: bool) -> None:
+    """Disjoint samples: bit for bit what one process would hold, whatever the values were before and are now."""
+    rng = np.random.default_rng(seed)
+    ids = [f"s{i}" for i in range(300)]
+    lowest = -3 if additive else -6  # steps of a given size do not cross ten orders of magnitude
+    start = dict(zip(ids, (10.0 ** rng.uniform(lowest, 4, 300)).tolist(), strict=True))
+    first, second = copies(start, additive=additive)
+    whole = filled(start)
+    for _ in range(2):
+        new = (10.0 ** rng.uniform(lowest, 4, 300)).astype(np.float32)
+        new[::17] = 0
+        for store, part in ((first, slice(0, 150)), (second, slice(150, 280))):
+            store.set(ids[part], torch.from_numpy(new[part]))
+            whole.set(ids[part], torch.from_numpy(new[part]))
+        merged(first, second)
+        assert torch.equal(first.get(ids).view(torch.int32), whole.get(ids).view(torch.int32))
+        assert content(first) == content(whole)
+
+
+def test_ids_first_met_on_different_ranks_get_one_order() -> None:
+    first, second = copies({"old": 1.0})
+    first.set(["x", "both"], [0.2, 0.3])
+    second.set(["both", "y"], [0.4, 0.05])
+    store = merged(first, second)
+    assert store.ids() == ["old", "x", "both", "y"]
+    assert store.get(["x", "y"]).tolist() == [single(0.2), single(0.05)]
+    assert store.get(["both"]).item() == pytest.approx(0.1 + 0.2 + 0.3, rel=1e-6)  # initial + two growths
+
+
+def test_merging_again_changes_nothing() -> None:
+    first, second = copies({"a": 2.0})
+    first.set(["a", "b"], [3.0, 0.01])
+    second.set(["a"], [1.0])
+    before = merged(first, second).state_dict()
+    for _ in range(3):
+        assert first.changes() == {"ids": [], "values": [], "visits": []}
+        assert merged(first, second).state_dict() == before
+
+
+def test_a_visit_that_changed_nothing_still_counts() -> None:
+    first, second = copies({"a": 2.0})
+    first.set(["a"], [2.0])
+    second.set(["a"], [3.0])
+    assert content(merged(first, second)) == {"a": (3.0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("additive", "values", "expected"),
+    [(False, [1.0, 0.5, 0.25], 2.0 * 0.5 * 0.25 * 0.125), (True, [1.5, 1.75, 2.5], 2.0 - 0.5 - 0.25 + 0.5)],
+)
+def test_order_of_the_ranks_matters_only_to_mixed_changes_with_factors(
+    additive: bool, values: list[float], expected: float
+) -> None:
+    outcomes = set()
+    for order in permutations(values):
+        stores = copies({"a": 2.0}, 3, additive=additive)
+        for store, value in zip(stores, order, strict=True):
+            store.set(["a"], [value])
+        outcomes.add(content(merged(*stores))["a"])
+    assert outcomes == {(expected, 4)}
+
+
+def test_margins_stay_positive_and_finite_from_zero() -> None:
+    first, second = copies({"a": 0.0, "b": 1.0})
+    first.set(["a", "b"], [0.5, 0.0])
+    second.set(["a", "b"], [0.0, 0.0])
+    assert content(merged(first, second)) == {"a": (0.5, 3), "b": (0.0, 3)}
+
+
+def test_merging_without_processes_does_nothing() -> None:
+    store = filled({"a": 2.0})
+    before = store.state_dict()
+    store.merge()
+    assert store.state_dict() == before
+    assert store.changes()["ids"] == ["a"]
+
+
+def test_clamping_is_no_visit_and_no_change() -> None:
+    stores = copies({"low": 0.01, "in": 1.0, "high": 9.0})
+    for store in stores:
+        store.clamp(0.1, 2.0)
+        assert content(store) == {"low": (single(0.1), 1), "in": (1.0, 1), "high": (2.0, 1)}
+    stores[0].set(["in"], [1.5])
+    assert content(merged(*stores)) == {"low": (single(0.1), 1), "in": (1.5, 2), "high": (2.0, 1)}
+    stores[0].clamp(1.2)
+    assert stores[0].get(["low", "high", "unknown"]).tolist() == [single(1.2), 2.0, single(1.2)]

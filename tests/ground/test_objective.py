@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmed.objective import (
+    Objective,
+    PredictingObjective,
+    check_terms,
+    model_of,
+    names_of,
+    predicting,
+    training_pass,
+)
+
+IMAGES = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def two_terms(images: Tensor) -> Tensor:
+    return torch.stack((images.flatten(1).sum(1), images.flatten(1).square().sum(1)), 1)
+
+
+class Coupled:
+    """A host whose batch loss is not the mean of its per-sample terms."""
+
+    names = ("a", "b")
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return two_terms(images)
+
+    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        terms = self(images)
+        return terms.sum().log(), terms
+
+
+def test_any_callable_is_an_objective(tiny: SimpleNamespace) -> None:
+    assert isinstance(two_terms, Objective)
+    assert isinstance(Coupled(), Objective)
+    assert not isinstance(torch.zeros(1), Objective)
+
+
+PREDICTING = ["predictions", "loss_and_predictions", "distance"]
+
+
+def test_an_objective_with_predictions(tiny: SimpleNamespace) -> None:
+    objective = tiny.Compared(tiny.cnn(), torch.zeros(1))
+    assert isinstance(objective, PredictingObjective)
+    assert predicting(objective, "A method") is objective
+    assert not isinstance(Coupled(), PredictingObjective)
+
+
+@pytest.mark.parametrize("present", [[], ["predictions"], ["distance", "predictions"]])
+@pytest.mark.parametrize("absent", ["no attribute", "not callable"])
+def test_what_an_objective_without_predictions_lacks_is_named(present: list[str], absent: str) -> None:
+    class Half(Coupled):
+        pass
+
+    lacking = [name for name in PREDICTING if name not in present]
+    for name in present:
+        setattr(Half, name, lambda self, *images: images)
+    for name in lacking if absent == "not callable" else []:
+        setattr(Half, name, None)
+    message = (
+        rf"^DPAAT compares predictions on clean and attacked images, and Half gives none: it has no "
+        rf"{', '.join(lacking)} \(see advmed\.objective\.PredictingObjective\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        predicting(Half(), "DPAAT")
+
+
+def test_model_is_optional(tiny: SimpleNamespace) -> None:
+    model = nn.Linear(2, 2)
+    assert model_of(tiny.Classifier(model, torch.zeros(1))) is model
+    assert model_of(two_terms) is None
+    assert model_of(SimpleNamespace(model="resnet18")) is None
+
+
+def test_names() -> None:
+    assert names_of(Coupled(), 2) == ("a", "b")
+    assert names_of(two_terms, 1) == ("loss",)
+    assert names_of(two_terms, 3) == ("term_0", "term_1", "term_2")
+
+
+def test_the_training_loss_is_the_batch_mean_of_the_sums() -> None:
+    images = IMAGES.clone().requires_grad_()
+    loss, terms = training_pass(two_terms, images)
+    assert not terms.requires_grad
+    flat = IMAGES.double().flatten(1)
+    torch.testing.assert_close(
+        loss.double().item(), ((flat.sum(1) + (flat**2).sum(1)).mean()).item(), rtol=1e-6, atol=0
+    )
+    loss.backward()
+    torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / 3)
+
+
+def test_the_hosts_own_loss_wins_and_costs_one_pass() -> None:
+    objective, images = Coupled(), IMAGES.clone().requires_grad_()
+    loss, terms = training_pass(objective, images)
+    assert objective.passes == 1
+    assert not terms.requires_grad
+    assert torch.equal(terms, two_terms(IMAGES))
+    assert loss.item() == two_terms(IMAGES).sum().log().item()
+    loss.backward()
+    torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / two_terms(IMAGES).sum())
+
+
+@pytest.mark.parametrize(
+    ("terms", "got"),
+    [
+        (torch.zeros(()), r"\(\)"),
+        (torch.zeros(3), r"\(3,\)"),
+        (torch.zeros(1, 2), r"\(1, 2\)"),
+        (torch.zeros(3, 2, 1), r"\(3, 2, 1\)"),
+        ([[0.0]] * 3, "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_wrong_terms(terms: Any, got: str) -> None:
+    message = rf"must return loss terms of shape \(B, K\) = \(3, K\), one row per sample and not averaged.*got {got}$"
+    with pytest.raises(ValueError, match=message):
+        check_terms(terms, IMAGES)
+    with pytest.raises(ValueError, match=message):
+        training_pass(lambda images: terms, IMAGES)
+
+    class Own:
+        def __call__(self, images: Tensor) -> Tensor:
+            raise AssertionError("the host's own loss makes the pass")
+
+        def loss(self, images: Tensor) -> tuple[Tensor, Any]:
+            return torch.zeros(()), terms
+
+    with pytest.raises(ValueError, match=message):
+        training_pass(Own(), IMAGES)

@@ -1,0 +1,376 @@
+"""Streaming statistics against numpy, and thresholds that survive a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, sha256, std_factor
+
+NAMES = ("ce", "dice", "box")
+
+
+def batches(seed: int, count: int = 12, terms: int = 3, offset: float = 0.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.uniform(-3, 3, terms)
+    return [rng.gamma(1.5, scale, size=(rng.integers(1, 9), terms)) + offset for _ in range(count)]
+
+
+def taken_in(parts: list[np.ndarray], memory: float | None = None) -> TermStatistics:
+    statistics = TermStatistics(NAMES, memory)
+    for part in parts:
+        statistics.update(torch.from_numpy(part))
+    return statistics
+
+
+def weighted(parts: list[np.ndarray], memory: float | None) -> tuple[float, np.ndarray, np.ndarray]:
+    """Weight, mean and standard deviation if a sample counts exp(-m / memory) once m more have come in."""
+    newer = np.cumsum([len(part) for part in parts][::-1])[::-1] - [len(part) for part in parts]
+    weights = np.concatenate(
+        [np.full(len(p), 1.0 if memory is None else math.exp(-m / memory)) for p, m in zip(parts, newer, strict=True)]
+    )
+    values = np.concatenate(parts)
+    mean = np.average(values, axis=0, weights=weights)
+    return weights.sum(), mean, np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("memory", [None, 3.0, 40.0])
+def test_streaming_equals_numpy_over_any_split(seed: int, memory: float | None) -> None:
+    parts = batches(seed)
+    statistics = taken_in(parts, memory)
+    n, mean, std = weighted(parts, memory)
+    assert statistics.n == pytest.approx(n, rel=1e-12)
+    np.testing.assert_allclose(statistics.mean, mean, rtol=1e-10)
+    np.testing.assert_allclose(statistics.std, std, rtol=1e-9)
+    if memory is None:
+        np.testing.assert_allclose(statistics.std, np.concatenate(parts).std(0), rtol=1e-10)
+
+
+def test_a_large_offset_does_not_eat_the_deviation() -> None:
+    """Where mean(x^2) - mean(x)^2 would have no digit left."""
+    parts = [1e8 + np.random.default_rng(i).normal(size=(4, 3)) for i in range(50)]
+    np.testing.assert_allclose(taken_in(parts).std, np.concatenate(parts).std(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("memory", [None, 10.0])
+def test_a_sample_with_a_term_that_is_not_finite_is_left_out(bad: float, memory: float | None) -> None:
+    parts = batches(3)
+    dirty = [np.concatenate([part, np.array([[1.0, bad, 2.0]])]) for part in parts]
+    dirty.insert(4, np.full((3, 3), bad))
+    clean, other = taken_in(parts, memory), taken_in(dirty, memory)
+    assert other.n == clean.n
+    np.testing.assert_allclose(other.mean, clean.mean, rtol=1e-12)
+    np.testing.assert_allclose(other.std, clean.std, rtol=1e-12)
+
+
+def test_one_sample_and_none() -> None:
+    statistics = TermStatistics(["a"])
+    with pytest.raises(ValueError, match="no thresholds to be had from no samples: no finite loss term was seen"):
+        statistics.thresholds("mean")
+    statistics.update(torch.empty(0, 1))
+    statistics.update(torch.tensor([[math.nan]]))
+    with pytest.raises(ValueError, match="no samples"):
+        statistics.thresholds("mean")
+    statistics.update(torch.tensor([[2.5]], requires_grad=True))
+    assert statistics.thresholds("mean+2std").values == (2.5,)
+    assert statistics.std.tolist() == [0]
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 2), (4, 3, 1)])
+def test_terms_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected terms of shape \(B, 3\), got \("):
+        TermStatistics(NAMES).update(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, math.nan])
+def test_memory_must_be_positive(memory: float) -> None:
+    with pytest.raises(ValueError, match="memory must be a positive number of samples, got "):
+        TermStatistics(NAMES, memory)
+
+
+@pytest.mark.parametrize("memory", [None, 20.0])
+def test_statistics_resume_from_json(memory: float | None) -> None:
+    parts = batches(5)
+    half = taken_in(parts[:6], memory)
+    resumed = TermStatistics(NAMES)
+    resumed.load_state_dict(json.loads(json.dumps(half.state_dict())))
+    for part in parts[6:]:
+        resumed.update(torch.from_numpy(part))
+    assert resumed.state_dict() == taken_in(parts, memory).state_dict()
+    with pytest.raises(ValueError, match=r"the statistics are of the terms \['ce', 'dice', 'box'\], not \['ce'\]"):
+        TermStatistics(["ce"]).load_state_dict(half.state_dict())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_pooled_statistics_are_those_of_all_samples(ranks: int) -> None:
+    parts = [batches(10 + rank, count=rank + 3) for rank in range(ranks)]
+    every = np.concatenate([part for rank in parts for part in rank])
+    states = [taken_in(rank).state_dict() for rank in parts]
+    pooled = TermStatistics(NAMES)
+    pooled.merge(states)
+    assert pooled.n == len(every)
+    np.testing.assert_allclose(pooled.mean, every.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(pooled.std, every.std(0), rtol=1e-12)
+    averaged = TermStatistics(NAMES)
+    averaged.merge(states, average=True)
+    assert averaged.n == pytest.approx(len(every) / ranks)
+    np.testing.assert_allclose(averaged.mean, every.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(averaged.std, every.std(0), rtol=1e-12)
+
+
+def test_averaging_at_every_epoch_counts_nothing_twice() -> None:
+    """Three epochs on two ranks without fading: each merge leaves what one process would know of all samples."""
+    parts = [[batches(10 * epoch + rank) for rank in range(2)] for epoch in range(3)]
+    ranks = [TermStatistics(NAMES), TermStatistics(NAMES)]
+    for epoch in range(3):
+        for statistics, new in zip(ranks, parts[epoch], strict=True):
+            for part in new:
+                statistics.update(torch.from_numpy(part))
+        for _ in range(2):  # and merging twice is merging once
+            states = [statistics.state_dict() for statistics in ranks]
+            for statistics in ranks:
+                statistics.merge(states, average=True)
+        seen = np.concatenate([part for done in parts[: epoch + 1] for rank in done for part in rank])
+        assert ranks[0].n == pytest.approx(len(seen) / 2)
+        np.testing.assert_allclose(ranks[0].mean, seen.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(ranks[1].std, seen.std(0), rtol=1e-12)
+
+
+def test_merging_without_processes_does_nothing() -> None:
+    statistics = taken_in(batches(0))
+    before = statistics.state_dict()
+    statistics.merge()
+    assert statistics.state_dict() == before
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"),
+    [("mean", 0), ("mean+2std", 2), ("mean + 2 std", 2), ("mean+0.5std", 0.5), ("mean+10std", 10)],
+)
+def test_rules(rule: str, factor: float) -> None:
+    assert std_factor(rule) == factor
+    parts = batches(1)
+    values = np.concatenate(parts)
+    statistics = taken_in(parts)
+    expected = values.mean(0) + factor * values.std(0)
+    np.testing.assert_allclose(statistics.tensor(rule), expected, rtol=1e-10)
+    made = statistics.thresholds(rule, source="checkpoint.pth", source_sha256="ab", notes={"fold": 0})
+    np.testing.assert_allclose(made.values, expected, rtol=1e-10)
+    np.testing.assert_allclose(made.mean, values.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(made.std, values.std(0), rtol=1e-10)
+    assert (made.n, made.rule, made.names) == (len(values), rule, NAMES)
+    assert (made.source, made.source_sha256, made.notes) == ("checkpoint.pth", "ab", {"fold": 0})
+
+
+@pytest.mark.parametrize(
+    "rule", ["", "median", "mean+std", "mean-2std", "mean+2", "2std", "mean+2std+1", "Mean", None, 2]
+)
+def test_other_rules_are_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be 'mean' or 'mean\+<number>std' \(mean\+2std\), got "):
+        std_factor(rule)
+    with pytest.raises(ValueError, match="the rule for thresholds must be"):
+        RunningThresholds(NAMES, rule)
+
+
+def test_another_rule_for_the_same_statistics() -> None:
+    made = taken_in(batches(1)).thresholds("mean", source="checkpoint.pth")
+    other = made.by_rule("mean+2std")
+    np.testing.assert_allclose(other.values, np.add(made.mean, np.multiply(2, made.std)), rtol=1e-12)
+    assert (other.rule, other.mean, other.std, other.source) == ("mean+2std", made.mean, made.std, "checkpoint.pth")
+    assert other.by_rule("mean").values == pytest.approx(made.values, rel=1e-12)
+    assert made.by_rule(None) is made
+    assert made.by_rule("mean+0std") is made
+    by_hand = Thresholds((0.5,), ("a",))
+    assert by_hand.by_rule(None) is by_hand
+    with pytest.raises(ValueError, match=r"the file x hold no mean and std that the rule 'mean' .* Remove 'rule'"):
+        by_hand.by_rule("mean", "the file x")
+
+
+# Records and files
+
+
+def test_a_record_takes_tensors_and_numbers() -> None:
+    record = Thresholds(torch.tensor([0.5, 2.0]), ["a", "b"], mean=np.array([1, 2]))
+    assert record.values == (0.5, 2.0)
+    assert record.names == ("a", "b")
+    assert record.mean == (1.0, 2.0)
+    assert len(record) == 2
+    assert str(record) == "a < 0.5, b < 2"
+    like = torch.zeros(1, dtype=torch.float64)
+    assert torch.equal(record.tensor(like), torch.tensor([0.5, 2.0], dtype=torch.float64))
+
+
+def test_records_that_do_not_fit_together() -> None:
+    with pytest.raises(ValueError, match=r"2 thresholds for 1 loss terms \['a'\]"):
+        Thresholds((1.0, 2.0), ("a",))
+    with pytest.raises(ValueError, match=r"0 thresholds for 0 loss terms \[\]"):
+        Thresholds((), ())
+    with pytest.raises(ValueError, match=r"a threshold is NaN: \{'a': 1.0, 'b': nan\}"):
+        Thresholds((1.0, math.nan), ("a", "b"))
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1e-300, -2.5, math.inf, -math.inf])
+def test_a_file_gives_the_same_record_back(tmp_path: Path, value: float) -> None:
+    record = Thresholds(
+        (value, 0.1),
+        ("ü", "dice"),
+        rule="mean+2std",
+        mean=(0.1, 0.2),
+        std=(1 / 7, 0.0),
+        n=260,
+        source="fold_0/checkpoint_final.pth",
+        source_sha256="00ff",
+        notes={"dataset": "Dataset004", "dice": 0.88, "levels": [1, 2]},
+    )
+    path = tmp_path / "thresholds.json"
+    record.save(path)
+    assert Thresholds.load(path) == record
+    assert Thresholds.load(str(path)) == record
+    # Strict JSON that other programs can read.
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    assert content["format"] == FORMAT == "advmed.thresholds/1"
+    assert content["names"] == ["ü", "dice"]
+
+
+def test_a_minimal_file(tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.json"
+    path.write_text(json.dumps({"format": FORMAT, "values": [0.5], "names": ["loss"]}))
+    assert Thresholds.load(path) == Thresholds((0.5,), ("loss",))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"format": "advmed.thresholds/2", "values": [1], "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "values": [1]}',
+        '{"format": "advmed.thresholds/1", "values": [1, 2], "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "values": null, "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "values": ["x"], "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "values": [NaN], "names": ["a"]}',
+        '{"format": "advmed.thresholds/1", "values": [1], "names": ["a"], "colour": 1}',
+    ],
+)
+def test_files_that_are_no_thresholds(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "thresholds.json"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"thresholds.json is not a thresholds file of the format advmed.thresholds/1: "
+    ):
+        Thresholds.load(path)
+
+
+def test_binary_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(ValueError, match="is not a thresholds file of the format"):
+        Thresholds.load(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match=r"there is no thresholds file .*missing\.json"):
+        Thresholds.load(tmp_path / "missing.json")
+
+
+def test_thresholds_of_another_model_say_both() -> None:
+    record = Thresholds((1.0, 2.0), ("ce", "dice"))
+    record.require(["ce", "dice"])
+    for names in (["loss"], ["dice", "ce"], ["ce", "dice", "box"]):
+        with pytest.raises(ValueError) as error:
+            record.require(names, "the file x.json")
+        message = str(error.value)
+        assert message.startswith("the file x.json do not fit this model: they are for K = 2 loss terms ['ce', 'dice']")
+        assert f"the model's loss has K = {len(names)} terms {names}" in message
+        assert "Make thresholds of this model's own standard training" in message
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"checkpoint" * 1000)
+    assert sha256(tmp_path / "x") == hashlib.sha256(b"checkpoint" * 1000).hexdigest()
+
+
+# Self-calibration
+
+
+def test_running_thresholds_follow_the_rule_and_never_rise_after_the_warm_up() -> None:
+    running = RunningThresholds(["a", "b"], "mean+2std")
+    like = torch.zeros(())
+    seen: list[np.ndarray] = []
+
+    def now() -> np.ndarray:
+        values = np.concatenate(seen)
+        return values.mean(0) + 2 * values.std(0)
+
+    def take(*rows: tuple[float, float]) -> None:
+        seen.append(np.array(rows))
+        running.update(torch.tensor(rows, dtype=torch.float64))
+
+    assert str(running) == "mean+2std of the clean terms, not yet measured"
+    take((1, 1), (2, 4))
+    low = now()
+    np.testing.assert_allclose(running.tensor(like), low, rtol=1e-6)
+    take((3, 3), (4, 9))
+    ceiling = now()
+    assert (ceiling > low).all()  # the warm-up may raise them
+    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-6)
+    running.begin()
+    take((10, 60))
+    assert (now() > ceiling).all()
+    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-6)
+    np.testing.assert_allclose(running.current().values, ceiling, rtol=1e-12)
+    take(*[(0.5, 80.0)] * 200)
+    expected = np.minimum(now(), ceiling)  # each term by itself
+    assert expected[0] < ceiling[0]
+    np.testing.assert_allclose(running.tensor(like), expected, rtol=1e-6)
+    record = running.current()
+    np.testing.assert_allclose(record.values, expected, rtol=1e-12)
+    assert record.source == "self-calibrated"
+    assert record.n == 205
+    assert str(running) == str(record)
+    assert running.tensor(torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+
+
+def test_running_thresholds_resume_from_json() -> None:
+    parts = batches(2)
+    running = RunningThresholds(NAMES, "mean", memory=15)
+    for i, part in enumerate(parts):
+        if i == 5:
+            running.begin()
+        running.update(torch.from_numpy(part))
+        if i == 8:
+            resumed = RunningThresholds(NAMES, "mean", memory=15)
+            resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+        elif i > 8:
+            resumed.update(torch.from_numpy(part))
+    assert resumed.state_dict() == running.state_dict()
+    assert resumed.current() == running.current()
+    assert torch.equal(resumed.tensor(torch.zeros(())), running.tensor(torch.zeros(())))
+
+
+def test_running_thresholds_need_a_warm_up() -> None:
+    with pytest.raises(ValueError, match="no thresholds to be had from no samples"):
+        RunningThresholds(NAMES).begin()
+
+
+def test_running_thresholds_of_another_model() -> None:
+    running = RunningThresholds(["ce", "dice"])
+    assert len(running) == 2
+    running.require(("ce", "dice"))
+    with pytest.raises(ValueError, match=r"the self-calibrated thresholds do not fit this model: .*K = 2.*K = 1"):
+        running.require(["loss"])

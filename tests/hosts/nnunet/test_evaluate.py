@@ -1,0 +1,372 @@
+"""The attacked function is nnU-Net's prediction; the numbers are those of an independent computation."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import nn
+
+from adv_nnunet import evaluate as host
+from adv_nnunet.cli import main
+from adv_nnunet.evaluate import SlidingWindow
+from advmed.attacks.names import parse_attacks
+from advmed.evaluation.dice import Counts, adi, tvdi
+from advmed.evaluation.loop import evaluate
+
+
+@pytest.fixture(autouse=True)
+def keep_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command takes a thread for every core."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+@pytest.fixture
+def stock_model(with_stock: Path) -> Any:
+    return host.load_model("STD", with_stock.parent, 0, torch.device("cpu"), file="checkpoint_final.pth")
+
+
+def finished(bench: Any, configuration: str = "2d", dataset: str = "main") -> Path:
+    """A model folder of ours, trained for one step, whose predictions are not all background."""
+    bench.make("STD", configuration, dataset=dataset, epochs=1, iterations_per_epoch=1, initial_lr=0.05).run_training()
+    return (
+        Path(bench.results) / bench.world.dataset(dataset) / f"nnUNetTrainerSTD__{bench.world.plans}__{configuration}"
+    )
+
+
+# --- the sliding window ----------------------------------------------------------------------------------------------
+
+SIZES_2D = [(56, 40), (57, 41), (90, 61), (30, 25), (30, 70), (168, 120)]
+SIZES_3D = [(40, 56, 40), (33, 51, 35), (45, 70, 39)]
+
+
+def host_logits(network: nn.Module, predictor: Any, image: torch.Tensor, step: float) -> torch.Tensor:
+    """What nnU-Net predicts for a volume (C, z, y, x), without mirroring."""
+    theirs = nnUNetPredictor(
+        tile_step_size=step, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False, verbose=False
+    )
+    theirs.manual_initialization(
+        network, predictor.plans_manager, predictor.configuration_manager, None, predictor.dataset_json, "", (0, 1)
+    )
+    return theirs.predict_sliding_window_return_logits(image).float()
+
+
+@pytest.mark.parametrize("size", SIZES_2D)
+@pytest.mark.parametrize("step", [0.5, 1.0])
+def test_slices_are_predicted_as_nnunet_does(stock_model: Any, size: tuple[int, int], step: float) -> None:
+    network, predictor = stock_model.window.network, stock_model.predictor
+    image = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = SlidingWindow(network, stock_model.window.patch_size, step)(image.swapaxes(0, 1))
+    theirs = host_logits(network, predictor, image, step).swapaxes(0, 1)
+    assert ours.shape == theirs.shape == (2, 3, *size)
+    assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()  # nnU-Net adds up in float16
+    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.995
+
+
+@pytest.mark.parametrize("size", SIZES_3D)
+def test_volumes_are_predicted_as_nnunet_does(bench: Any, size: tuple[int, int, int]) -> None:
+    model = host.load_model("x", finished(bench, "3d_fullres"), 0, torch.device("cpu"), file="checkpoint_final.pth")
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model.window(image[None])[0]
+    theirs = host_logits(model.window.network, model.predictor, image, 0.5)
+    assert ours.shape == theirs.shape == (3, *size)
+    # nnU-Net adds up in float16, where the Gaussian's weights in the corners of a volume are next to nothing.
+    difference = (ours - theirs).abs()
+    assert (difference < 0.02 * theirs.abs().max()).float().mean() > 0.93
+    assert difference.median() < 0.002 * theirs.abs().max()
+
+
+class Plain(SlidingWindow):
+    """Every tile's activations kept, and the tiles put together by their definition."""
+
+    def _stitched(self, padded: torch.Tensor, tiles: list[tuple[slice, ...]]) -> torch.Tensor:
+        weight = host.compute_gaussian(
+            self.patch_size, sigma_scale=1 / 8, value_scaling_factor=10, dtype=torch.float32, device=padded.device
+        )
+        place = [
+            tuple(n for t, size in zip(tile[::-1], padded.shape[:1:-1], strict=True) for n in (t.start, size - t.stop))
+            for tile in tiles
+        ]
+        total = sum(
+            nn.functional.pad(self.network(padded[(..., *t)]) * weight, p) for t, p in zip(tiles, place, strict=True)
+        )
+        return total / sum(nn.functional.pad(weight, p) for p in place)
+
+
+@pytest.mark.parametrize("size", [(56, 40), (57, 40), (90, 61), (30, 100)])
+def test_gradients_through_recomputed_tiles(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1)
+    )
+    passes = []
+    network[0].register_forward_hook(lambda *_: passes.append(1))
+    image = torch.randn(2, 1, *size)
+    weight = torch.randn(2, 3, *size)
+    gradients, outputs = [], []
+    for window in (SlidingWindow(network, (56, 40)), Plain(network, (56, 40))):
+        leaf = image.clone().requires_grad_()
+        logits = window(leaf)
+        outputs.append(logits.detach())
+        gradients.append(torch.autograd.grad((logits * weight).sum(), leaf)[0])
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-4 * float(gradients[1].abs().max()))
+    tiles = {(56, 40): 1, (57, 40): 2, (90, 61): 9, (30, 100): 4}[size]
+    assert len(passes) == tiles + (2 * tiles if tiles > 2 else tiles), "more than two tiles are computed again"
+
+
+def test_without_gradients_nothing_is_computed_again() -> None:
+    network = nn.Conv2d(1, 2, 1)
+    passes = []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        SlidingWindow(network, (8, 8))(torch.randn(1, 1, 20, 20))
+    assert len(passes) == 16
+
+
+# --- clean numbers ---------------------------------------------------------------------------------------------------
+
+
+def independent_dice(
+    predictions: list[np.ndarray], truths: list[np.ndarray], classes: list[int]
+) -> tuple[float, float, list[float]]:
+    """ADI, TVDI and Dice per slice, written out with sets."""
+    per_slice, sums = [], {c: [0, 0] for c in classes}
+    for prediction, truth in zip(predictions, truths, strict=True):
+        values = []
+        for c in classes:
+            p = set(map(tuple, np.argwhere(prediction == c)))
+            t = set(map(tuple, np.argwhere(truth == c)))
+            sums[c][0] += 2 * len(p & t)
+            sums[c][1] += len(p) + len(t)
+            if p or t:
+                values.append(2 * len(p & t) / (len(p) + len(t)))
+        per_slice.append(float(np.mean(values)) if values else float("nan"))
+    return (
+        float(np.nanmean(per_slice)),
+        float(np.mean([double / total for double, total in sums.values() if total])),
+        per_slice,
+    )
+
+
+def test_adi_and_tvdi_of_clean_slices(stock_model: Any, world: Any, tmp_path: Path) -> None:
+    """Against nnU-Net's own logits and the preprocessed labels."""
+    cases = host.validation_cases(stock_model, 0)
+    assert list(cases) == world.cases[6:]
+    samples = host.list_samples(stock_model, cases, 30)
+    _predict_foreground(stock_model, cases)
+    batches = host.make_batches(stock_model, cases, samples, 7)
+    assert [id_ for batch in batches for id_ in batch.ids] == [sample.id for sample in samples]
+    measured = evaluate(batches, parse_attacks(["ifgsm1"]), [0, 1])
+    predictions, truths = [], []
+    for sample in samples:
+        image, segmentation = cases[sample.case]()
+        logits = host_logits(
+            stock_model.window.network, stock_model.predictor, torch.from_numpy(image[:, [sample.index]]), 0.5
+        )
+        predictions.append(logits.argmax(0)[0].numpy())
+        truths.append(segmentation[0, sample.index])
+    expected_adi, expected_tvdi, per_slice = independent_dice(predictions, truths, [1, 2])
+    assert expected_tvdi > 0.01, "a network that predicts nothing tests nothing"
+    scores = measured.scores("ifgsm1", 0)
+    assert adi(Counts.of(scores)) == pytest.approx(expected_adi, abs=0.01)
+    assert tvdi(Counts.of(scores)) == pytest.approx(expected_tvdi, abs=0.01)
+    found = host.metrics(True)[0].per_sample(scores)
+    assert np.allclose(found, per_slice, atol=0.02, equal_nan=True)
+    assert [metric.name for metric in host.metrics(True)] == ["ADI", "TVDI"]
+    assert [metric.name for metric in host.metrics(False)] == ["Dice"]
+
+
+def _predict_foreground(model: Any, cases: Any, share: float = 0.05) -> None:
+    """After so short a training all is background: moves the decision so that a share of the first case is not."""
+    image, _ = next(iter(cases.values()))()
+    with torch.no_grad():
+        logits = model.window(torch.from_numpy(image).swapaxes(0, 1))
+        distance = logits[:, 0] - logits[:, 1:].amax(1)
+        model.window.network.decoder.seg_layers[-1].bias[0] -= distance.quantile(share)
+
+
+def test_the_attack_hurts_and_stays_within_its_level(stock_model: Any) -> None:
+    cases = host.validation_cases(stock_model, 0)
+    samples = host.list_samples(stock_model, cases, 8)
+    before = {name: value.clone() for name, value in stock_model.window.state_dict().items()}
+    batches = host.make_batches(stock_model, cases, samples, 32)
+    measured = evaluate(batches, parse_attacks(["pgd8", "ifgsm4"]), [0, 1, 4])
+    for attack in ("pgd8", "ifgsm4"):
+        losses = [measured.at(attack, level).loss.mean() for level in (0, 1, 4)]
+        assert losses[0] < losses[1] < losses[2]
+        for level in (1, 4):
+            assert (measured.at(attack, level).norm <= level * (1 + 1e-5)).all()
+            assert not measured.at(attack, level).nonfinite.any()
+    assert all(torch.equal(value, before[name]) for name, value in stock_model.window.state_dict().items())
+    assert not stock_model.window.training
+
+
+def test_padding_is_not_scored(stock_model: Any, world: Any) -> None:
+    """A network that sees class 1 everywhere: what it predicts outside of the image is no false positive."""
+    cases = host.validation_cases(stock_model, 0)
+    samples = host.list_samples(stock_model, cases, 4)
+    with torch.no_grad():
+        stock_model.window.network.decoder.seg_layers[-1].bias[1] += 1000
+    (batch,) = host.make_batches(stock_model, cases, samples, 32)
+    loaded = batch.load()
+    assert loaded.images.shape[2:] == (56, 40)
+    counts = loaded.score(loaded.images)
+    for sample, tp, fp in zip(samples, counts["tp"][:, 0], counts["fp"][:, 0], strict=True):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(world.raw / world.main / "labelsTr" / f"{sample.case}.nii.gz"))
+        assert label[0].size < 56 * 40
+        assert int(tp) == (label[sample.index] == 1).sum()
+        assert int(tp + fp) == label[0].size
+
+
+def test_slices_of_different_sizes_do_not_share_a_batch(stock_model: Any) -> None:
+    shapes = {"a": (2, 56, 40), "b": (1, 56, 40), "c": (3, 60, 40)}
+    cases = {
+        name: lambda shape=shape: (np.full((1, *shape), len(shape), np.float32), np.zeros((1, *shape), np.int16))
+        for name, shape in shapes.items()
+    }
+    samples = host.list_samples(stock_model, cases)
+    batches = host.make_batches(stock_model, cases, samples, 2)
+    assert [list(batch.ids) for batch in batches] == [["a:0", "a:1"], ["b:0"], ["c:0", "c:1"], ["c:2"]]
+    assert [tuple(batch.load().images.shape) for batch in batches] == [
+        *((2, 1, 56, 40), (1, 1, 56, 40)),
+        *((2, 1, 60, 40), (1, 1, 60, 40)),
+    ]
+
+
+def test_samples_at_even_distances(stock_model: Any) -> None:
+    cases = host.validation_cases(stock_model, 0)
+    every = host.list_samples(stock_model, cases)
+    assert len(every) == sum(load()[0].shape[1] for load in cases.values())
+    some = host.list_samples(stock_model, cases, 5)
+    assert len(some) == len({s.id for s in some}) == 5
+    assert (some[0], some[-1]) == (every[0], every[-1])
+    assert host.list_samples(stock_model, cases, 10_000) == every
+
+
+@pytest.mark.parametrize("dataset", ["regions_ignore", "ignore", "two_channels"])
+def test_other_kinds_of_data(bench: Any, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished(bench, dataset=dataset)
+    output = bench.folder / "report"
+    command = ["evaluate", "-d", bench.world.dataset(dataset), "-c", "2d", "-m", str(folder), "-o", str(output)]
+    command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "2", "--samples", "6", "--examples", "1"]
+    assert main([*command, "--checks", "0"]) == 0, capsys.readouterr().err
+    assert "Whether the attacks are strong enough was not checked." in capsys.readouterr().out
+    rows = list(csv.DictReader((output / "samples.csv").open()))
+    assert len({row["id"] for row in rows}) == 6
+    pictures = re.findall(r'alt="(.*?): the clean input"', (output / "report.html").read_text())
+    assert len(pictures) == (0 if dataset.startswith("regions") else 1), "overlapping regions are no label map"
+    model = host.load_model("x", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
+    cases = host.validation_cases(model, 0)
+    (batch,) = host.make_batches(model, cases, host.list_samples(model, cases, 3), 32)
+    loaded = batch.load()
+    counts = loaded.score(loaded.images)
+    assert counts["tp"].shape == (3, 2)
+    if dataset.endswith("ignore"):  # what is ignored counts nowhere
+        _, truth = next(iter(cases.values()))()
+        ignored = torch.from_numpy(truth[0, [s.index for s in host.list_samples(model, cases, 3)]] == 3)
+        assert ignored.any()
+        everything = torch.stack((counts["tp"], counts["fp"], counts["fn"])).sum((0, 2))
+        assert (everything <= 2 * (~ignored).flatten(1).sum(1)).all()
+
+
+def test_the_report_says_whether_to_believe_it(
+    with_stock: Path, bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, audit: Any
+) -> None:
+    """Of slices, whose intervals are over cases; with a network that finds something."""
+    load = host.load_model
+
+    def finding(*given: Any, **how: Any) -> Any:
+        model = load(*given, **how)
+        _predict_foreground(model, host.validation_cases(model, 0), 0.2)
+        return model
+
+    monkeypatch.setattr(host, "load_model", finding)
+    output = bench.folder / "report"
+    command = ["evaluate", "-d", "4", "-c", "2d", "-p", "tiny", "-m", f"own={with_stock.parent}", "-o", str(output)]
+    command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "1", "3", "--samples", "16", "--examples", "3"]
+    assert main([*command, "--checks", "4"]) == 0
+    cases = world.cases[6:]
+    assert len(cases) > 1
+    how = {"fails_at": 0.5, "checked": 4, "shown": 3, "groups": lambda id_: id_.split(":")[0]}
+    record = audit(output, "ADI", **how)
+    assert {id_.split(":")[0] for id_ in record["configuration"]["samples"]} == set(cases)
+    assert record["failures"]["criterion"] == "ADI below 0.5"
+    assert record["results"]["ADI"]["models"]["own"]["clean"] > 0.01
+    assert "(whole groups of them)" in (output / "report.html").read_text()
+
+
+def test_a_volume_under_attack(bench: Any, world: Any, capsys: pytest.CaptureFixture[str], audit: Any) -> None:
+    folder = finished(bench, "3d_fullres")
+    output = bench.folder / "report"
+    command = ["evaluate", "-d", "4", "-c", "3d_fullres", "-m", str(folder), "-o", str(output), "-device", "cpu"]
+    command += ["--attacks", "pgd1", "--levels", "0", "10", "--samples", "1", "--examples", "1", "--checks", "0"]
+    assert main(command) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "Dice" in text
+    assert "TVDI" not in text
+    assert "whole case as" in (output / "report.html").read_text()
+    record = audit(output, "Dice", fails_at=0.5, checked=0, shown=1, groups=str)
+    assert record["configuration"]["samples"] == world.cases[6:7]
+    assert "(whole groups of them)" not in (output / "report.html").read_text()
+
+
+def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_model: Any) -> None:
+    assert stock_model.margins is None
+    trainer = bench.make("AMAT", warmup_epochs=1)
+    trainer.run_training()
+    folder = Path(trainer.output_folder).parent
+    model = host.load_model("AMAT", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
+    assert model.margins.tolist() == trainer.method.margins.values().tolist()
+
+
+# --- mistakes, each with its message ---------------------------------------------------------------------------------
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", "-d", "4", "-c", "2d", "-p", "tiny", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.err.startswith("adv-nnunet evaluate: ")
+    assert captured.err.count("\n") == 1, "one clear message"
+    return captured.err
+
+
+CPU = ("-device", "cpu")
+
+
+def test_another_kind_of_model(bench: Any, with_stock: Path, capsys: Any) -> None:
+    volume = finished(bench, "3d_fullres")
+    message = mistake(
+        capsys, *CPU, "-o", str(bench.folder / "report"), "-m", f"flat={with_stock.parent}", f"volume={volume}"
+    )
+    assert "volume and flat do not predict the same: other labels, or 2D against 3D" in message
+
+
+def test_nan_in_a_preprocessed_image(bench: Any, world: Any, capsys: Any) -> None:
+    folder = finished(bench, dataset="nan_in_validation")
+    world.spoil(world.dataset("nan_in_validation"), world.cases[3])
+    message = mistake(
+        capsys, *CPU, "-m", str(folder), "-o", str(bench.folder / "report"), "--attacks", "ifgsm1", "--levels", "0", "1"
+    )
+    assert "images hold NaN or infinite values, check the preprocessing of" in message
+    assert f"{world.cases[3]}:5" in message
+
+
+def test_no_preprocessed_data_and_no_raw_files(bench: Any, with_stock: Path, monkeypatch: Any, capsys: Any) -> None:
+    out = ("-o", str(bench.folder / "report"))
+    empty = bench.folder / "empty"
+    (empty / bench.world.main).mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_preprocessed", str(empty))
+    message = mistake(capsys, *CPU, *out, "-tr", "nnUNetTrainer")
+    assert "preprocess the data set with nnUNetv2_plan_and_preprocess, or give raw files with -i and -l" in message

@@ -1,0 +1,282 @@
+"""Evaluation against the host's own validator and closed forms, and what is left of one that was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.data.utils import check_det_dataset
+
+from adv_yolo import evaluate as host
+from adv_yolo.cli import main
+from advmed.attacks import PGD
+from advmed.evaluation.loop import evaluate
+
+LIMITS = ((3, 2), (2, 32), (None, 32))  # of the images that are evaluated, some are checked
+QUICK = {"pgd2": PGD(2, 2.0, keep="best")}
+
+
+def load(path: Path, data: Any, folder: Path, **arguments: Any) -> host.TrainedModel:
+    given = {"imgsz": 96, "batch": 2, "split": "val", "workers": 0, **arguments}
+    info = check_det_dataset(str(data.yaml))
+    return host.load_model("m", path, info, given, torch.device("cpu"), folder)
+
+
+def measure(model: host.TrainedModel, folder: Path, levels: tuple[float, ...] = (0.0, 1.0)) -> Any:
+    batches = host.make_batches(model, None)
+    return evaluate(batches, QUICK, levels, bounds=(0.0, 1.0), seed=0, folder=folder, fingerprint="x")
+
+
+# The metrics
+
+
+def host_metrics(path: Path, data: Any, folder: Path, **arguments: Any) -> tuple[float, float]:
+    given = {"imgsz": 96, "batch": 2, "workers": 0, "device": "cpu", "plots": False, "verbose": False, **arguments}
+    found = YOLO(str(path)).val(data=str(data.yaml), rect=False, project=str(folder), **given)
+    return found.box.map, found.box.map50
+
+
+@pytest.mark.parametrize("arguments", [{}, {"conf": 0.1}, {"iou": 0.3, "max_det": 5}, {"batch": 3}])
+def test_level_zero_is_what_the_host_measures(
+    trained: Path, data: Any, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    model = load(trained, data, tmp_path, **arguments)
+    result = measure(model, tmp_path, (0.0, 1.0))
+    scores = result.scores("pgd2", 0.0)
+    found = host.mean_average_precision(scores, model.network.names)
+    wanted = host_metrics(trained, data, tmp_path, **arguments)
+    assert wanted[0] > 0.1
+    assert found == pytest.approx(wanted, abs=1e-4)
+    attacked = host.mean_average_precision(result.scores("pgd2", 1.0), model.network.names)
+    assert attacked[0] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("nms", [None, False])
+def test_the_head_that_predicts_is_the_hosts(
+    networks: Any, tools: Any, data: Any, tmp_path: Path, nms: bool | None
+) -> None:
+    """A model with two heads: what is measured and attacked is the one that the host's validator would ask."""
+    path = tools.save(networks("yolo26n"), tmp_path / "two.pt")
+    model = load(path, data, tmp_path, imgsz=64, **({} if nms is None else {"nms": nms}))
+    assert model.network.end2end is (nms is False)
+    batch = host.make_batches(model, None)[0].load()
+    assert batch.objective.terms.branch == ("one2one" if nms is False else "one2many")
+    found = host.mean_average_precision(measure(model, tmp_path).scores("pgd2", 0.0), model.network.names)
+    wanted = host_metrics(path, data, tmp_path, imgsz=64, **({} if nms is None else {"nms": nms}))
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def boxes(*rows: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    table = torch.tensor(rows).reshape(-1, 6)
+    return {"bboxes": table[:, :4], "cls": table[:, 4], "conf": table[:, 5]}
+
+
+@pytest.mark.parametrize(
+    ("detections", "best"),
+    [
+        ([], [0, 0]),
+        ([(0, 0, 10, 10, 1, 0.9)], [1, 0]),
+        ([(0, 0, 10, 5, 1, 0.9), (0, 0, 10, 8, 1, 0.3)], [0.8, 0]),
+        ([(0, 0, 10, 10, 0, 0.9)], [0, 0]),  # of another class
+        ([(0, 0, 10, 10, 1, 0.24)], [0, 0]),  # not sure enough
+        ([(0, 0, 10, 10, 1, 0.25)], [1, 0]),
+        ([(5, 0, 15, 10, 1, 0.9)], [1 / 3, 0]),
+        ([(25, 25, 35, 35, 2, 0.9), (0, 0, 10, 10, 1, 0.9)], [1, 25 / 175]),
+        ([(50, 50, 60, 60, 1, 0.9)], [0, 0]),
+    ],
+)
+def test_the_best_overlap_of_every_object(detections: list[tuple[float, ...]], best: list[float]) -> None:
+    objects = {"bboxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "cls": torch.tensor([1.0, 2.0])}
+    assert host.best_overlaps(objects, boxes(*detections)).tolist() == pytest.approx(best)
+
+
+def test_no_objects_have_no_overlaps() -> None:
+    none = {"bboxes": torch.zeros(0, 4), "cls": torch.zeros(0)}
+    assert host.best_overlaps(none, boxes((0, 0, 1, 1, 0, 0.9))).tolist() == []
+
+
+def test_the_average_iou_is_over_objects_and_an_image_without_any_has_none() -> None:
+    scores = {"iou": np.array([1.5, 0.0, 0.0, 0.25]), "truth": np.array([[2, 1], [0, 0], [4, 0], [0, 1]])}
+    assert host.average_iou(scores) == pytest.approx(1.75 / 8)
+    np.testing.assert_allclose(host.image_iou(scores), [0.5, np.nan, 0.0, 0.25])
+    (metric,) = [metric for metric in host.metrics({0: "a", 1: "b"}) if metric.fails_at is not None]
+    assert (metric.name, metric.failure) == ("IoU", "IoU below 0.5")
+    np.testing.assert_array_equal(metric.failed(scores), [0, np.nan, 1, 1])
+
+
+def test_stored_scores_are_what_the_network_finds(trained: Path, data: Any, tmp_path: Path, known: Any) -> None:
+    model = load(trained, data, tmp_path)
+    scores = measure(model, tmp_path).scores("pgd2", 0.0)
+    assert scores["truth"].sum(1).tolist() == [len(data.labels(name)) for name in data.names("val")]
+    results = YOLO(str(trained)).predict(known["img"], imgsz=96, conf=0.25, verbose=False, project=str(tmp_path))
+    for i, result in enumerate(results):
+        sure = scores["found"][i, :, 0] >= 0.25
+        assert sure.sum() == len(result.boxes)
+        assert sorted(scores["found"][i, sure, 1]) == sorted(result.boxes.cls.tolist())
+
+
+def test_a_background_image_counts_for_precision_only(trained: Path, make_data: Any, tmp_path: Path) -> None:
+    own = make_data()
+    name = own.names("val")[2]
+    own.write_labels(name, [])
+    model = load(trained, own, tmp_path)
+    scores = measure(model, tmp_path / "parts").scores("pgd2", 0.0)
+    assert scores["truth"][2].sum() == 0
+    assert np.isnan(host.image_iou(scores)[2])
+    assert host.mean_average_precision(scores, model.network.names) == pytest.approx(
+        host_metrics(trained, own, tmp_path), abs=1e-4
+    )
+
+
+# Batches
+
+
+def test_a_limit_takes_images_at_even_distances(trained: Path, data: Any, tmp_path: Path) -> None:
+    model = load(trained, data, tmp_path)
+    everything = [name for batch in host.make_batches(model, None) for name in batch.ids]
+    assert len(everything) == 4
+    assert [name for batch in host.make_batches(model, None, 2) for name in batch.ids] == [everything[0], everything[3]]
+    assert [len(batch.ids) for batch in host.make_batches(model, None, 3)] == [2, 1]
+    names = [[name for batch in host.make_batches(model, None, *limits) for name in batch.ids] for limits in LIMITS]
+    assert names == [[everything[i] for i in chosen] for chosen in ((0, 3), (0, 3), (0, 1, 2, 3))]
+    relative = [name for batch in host.make_batches(model, data.folder) for name in batch.ids]
+    assert relative == [f"images/{name}.jpg" for name in data.names("val")]
+
+
+def test_the_numbers_of_an_interrupted_evaluation_are_those_of_a_whole_one(
+    trained: Path, data: Any, tmp_path: Path
+) -> None:
+    model = load(trained, data, tmp_path)
+    whole = measure(model, tmp_path / "whole")
+    broken = host.make_batches(model, None)
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            broken, QUICK, (0.0, 1.0), bounds=(0.0, 1.0), seed=0, folder=tmp_path / "b", fingerprint="x", progress=stop
+        )
+    parts = list((tmp_path / "b" / "parts").iterdir())
+    assert len(parts) == 1
+    written = parts[0].stat().st_mtime_ns
+    again = measure(model, tmp_path / "b")
+    assert parts[0].stat().st_mtime_ns == written
+    for level in (0.0, 1.0):
+        for name, values in whole.scores("pgd2", level).items():
+            np.testing.assert_array_equal(again.scores("pgd2", level)[name], values)
+
+
+# What is refused
+
+
+def test_what_cannot_be_evaluated_is_said(
+    trained: Path, networks: Any, make_data: Any, tmp_path: Path, tools: Any
+) -> None:
+    own = make_data()
+    with pytest.raises(FileNotFoundError, match=r"there is no model .*nothing.pt"):
+        load(tmp_path / "nothing.pt", own, tmp_path)
+    with pytest.raises(ValueError, match="no split 'test'; there are train, val"):
+        load(trained, own, tmp_path, split="test")
+    for name in own.names("val"):
+        own.write_labels(name, [])
+    with pytest.raises(ValueError, match="none of the 4 images of the split 'val' has an object"):
+        load(trained, own, tmp_path)
+    own.describe([*tools.CLASSES, "another"])
+    with pytest.raises(ValueError, match=r"predicts 3 class\(es\) .* the data set has 4"):
+        load(trained, own, tmp_path)
+
+
+# The report
+
+
+@pytest.fixture(scope="module")
+def report(trained: Path, data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, through the command."""
+    folder = tmp_path_factory.mktemp("report")
+    other = folder / "other" / "weights" / "best.pt"
+    other.parent.mkdir(parents=True)
+    shutil.copy(trained, other)
+    (folder / "other" / "margins.csv").write_text("id,margin,visits\na.jpg,1.5,2\nb.jpg,2.5,2\n")
+    torch.set_num_threads(1)
+    words = [f"model={trained},{other}", f"data={data.yaml}", "levels=0,1,2", "attacks=pgd2,ifgsm1", "batch=2"]
+    status = main(
+        ["evaluate", *words, f"out={folder / 'out'}", "examples=2", "checks=0", "names=STD,AMAT", "device=cpu"]
+    )
+    assert status == 0
+    return folder / "out"
+
+
+def test_the_report_has_numbers_and_boxes(report: Path, trained: Path, data: Any, tmp_path: Path) -> None:
+    page = (report / "report.html").read_text()
+    for text in ("STD", "AMAT", "mAP50-95", "mAP50", "IoU", "AUC", "RBC", "boxes, IoU", "pgd2", "ifgsm1"):
+        assert text in page, text
+    assert page.count("data:image") >= 1
+    assert str(trained.parent) not in page
+    for name in ("report.json", "samples.csv"):
+        assert (report / name).stat().st_size > 100
+    wanted = host_metrics(trained, data, tmp_path)
+    numbers = []
+    for cell in (report / "table.csv").read_text().replace("\n", ",").split(","):
+        with contextlib.suppress(ValueError):
+            numbers.append(float(cell))
+    for value in wanted:
+        assert any(number == pytest.approx(value, abs=1e-3) for number in numbers), value
+
+
+def test_nothing_was_checked_where_nobody_asked(report: Path, audit: Any) -> None:
+    audit(report, "IoU", fails_at=0.5, checked=0, shown=2)
+
+
+def test_the_report_says_whether_to_believe_it(trained: Path, make_data: Any, tmp_path: Path, audit: Any) -> None:
+    """With an image without objects, which can neither fail nor be shown as one that does."""
+    own = make_data()
+    empty = f"images/{own.names('val')[3]}.jpg"
+    own.write_labels(own.names("val")[3], [])
+    words = [f"model={trained}", f"data={own.yaml}", "levels=0,0.5,2", "attacks=pgd2", "batch=2", "names=own"]
+    assert main(["evaluate", *words, f"out={tmp_path / 'out'}", "examples=4", "checks=3", "device=cpu"]) == 0
+    record = audit(tmp_path / "out", "IoU", fails_at=0.5, checked=3, shown=4)
+    assert record["failures"]["criterion"] == "IoU below 0.5"
+    levels = record["failures"]["smallest_level"]["own"]
+    assert len(levels) == 4
+    assert levels[empty] is None
+    assert any(level is not None for level in levels.values()), "an evaluation in which nothing fails tests nothing"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{empty}: the clean input" not in page
+    assert page.count(": the clean input") == 3
+
+
+def test_two_equal_models_have_equal_numbers(report: Path) -> None:
+    parts = [sorted((report / name / "parts").iterdir()) for name in ("STD", "AMAT")]
+    assert len(parts[0]) == len(parts[1]) == 2
+    for first, second in zip(*parts, strict=True):
+        one, two = np.load(first, allow_pickle=False), np.load(second, allow_pickle=False)
+        names = [name for name in one.files if one[name].dtype.kind in "bi"]
+        assert names
+        for name in names:
+            np.testing.assert_array_equal(one[name], two[name], err_msg=json.dumps(name))
+
+
+def test_margins_beside_a_checkpoint_are_read(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "weights" / "best.pt"
+    assert host.read_margins(path.parent.parent / "margins.csv") is None
+    path.parent.mkdir(parents=True)
+    file = tmp_path / "run" / "margins.csv"
+    file.write_text('id,margin,visits\n"a, #1.jpg",1.5,2\nb.jpg,2.5,2\n')
+    margins = host.read_margins(path.parent.parent / "margins.csv")
+    assert margins is not None
+    assert margins.tolist() == [1.5, 2.5]
+    file.write_text("id,margin,visits\na.jpg,1.5,2\n")
+    margins = host.read_margins(path.parent.parent / "margins.csv")
+    assert margins is not None
+    assert margins.tolist() == [1.5]

@@ -1,0 +1,474 @@
+"""A method in the course of a training: its warm-up, its log, its state, and epochs that begin again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from advmed.methods import AMAT, DPAAT
+from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.settings import TrainingSettings
+
+IDS = ["a", "b", "c", "d"]
+COMPARING = ["TRADES", "DPAAT"]
+NAMES = ("ce",)
+
+
+@pytest.fixture
+def objective(tiny: SimpleNamespace) -> Any:
+    return tiny.Classifier(tiny.cnn(normalise=True).train(), torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.fixture
+def compared(tiny: SimpleNamespace) -> Any:
+    """An objective that gives predictions; without BatchNorm, so that a pass changes nothing for the next."""
+    return tiny.Compared(tiny.cnn().train(), torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def settings(**changes: Any) -> TrainingSettings:
+    return TrainingSettings(**{"delta": 0.5, "eps": 0.5, "steps": 2, "step_scale": 2.0, **changes})
+
+
+def running(rule: str = "mean", **changes: Any) -> RunningThresholds:
+    return self_calibrated(NAMES, settings(**changes), 4, rule)
+
+
+def fixed(value: float = 5.0) -> Thresholds:
+    return Thresholds((value,), NAMES)
+
+
+def epoch(run: MethodRun, number: int, objective: Any, images: Tensor, steps: int = 2) -> dict[str, float]:
+    run.begin_epoch(number)
+    for _ in range(steps):
+        run.step(objective, images, IDS)
+    return run.end_epoch()
+
+
+# The warm-up
+
+
+def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any, images: Tensor) -> None:
+    run = MethodRun("AMAT", settings(), running(), epochs=20)
+    assert run.warmup_epochs == 2  # a tenth
+    assert run.warming_up
+    run.begin_epoch(0)
+    before = objective.calls
+    step = run.step(objective, images, IDS)
+    assert objective.calls == before + 1  # no attack
+    assert step.adversarial is None
+    assert isinstance(run.method, AMAT)
+    assert len(run.method.margins) == 0
+    assert run.method.steps_done == 0
+    assert isinstance(run.thresholds, RunningThresholds)
+    assert step.terms is not None
+    torch.testing.assert_close(run.thresholds.statistics.mean, step.terms.double().mean(0))
+    torch.testing.assert_close(step.loss, step.terms.sum(1).mean())
+
+
+def test_thresholds_begin_once_when_the_warm_up_is_over(objective: Any, images: Tensor) -> None:
+    run = MethodRun("AMAT", settings(warmup_epochs=2), running(), epochs=5)
+    said = []
+    for number in range(5):
+        lines = run.begin_epoch(number)
+        said.append(len(lines))
+        assert run.warming_up is (number < 2)
+        if lines:
+            assert lines[0].startswith("Warm-up done. Thresholds: ce < ")
+        assert isinstance(run.thresholds, RunningThresholds)
+        assert (run.thresholds.state_dict()["ceiling"] is None) is (number < 2)
+        run.step(objective, images, IDS)
+        run.end_epoch()
+    assert said == [0, 0, 1, 0, 0]
+    assert isinstance(run.method, AMAT)
+    assert run.method.margins.visits().tolist() == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "thresholds", "warmup_epochs", "epochs", "expected"),
+    [
+        ("AMAT", running(), None, 5, 1),
+        ("AMAT", running(), None, 100, 10),
+        ("AMAT", running(), 3, 100, 3),
+        ("AMAT", fixed(), None, 100, 0),
+        ("AMAT", fixed(), 2, 100, 2),
+        ("SAT", None, None, 100, 0),
+        ("SAT", None, 4, 100, 4),
+        ("STD", None, 4, 100, 0),
+    ],
+)
+def test_how_long_the_warm_up_is(
+    name: str, thresholds: Any, warmup_epochs: int | None, epochs: int, expected: int
+) -> None:
+    assert MethodRun(name, settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs).warmup_epochs == expected
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "warmup_epochs", "epochs", "message"),
+    [
+        (fixed(), 3, 3, "leaves no adversarial epoch of 3"),
+        (running(), None, 1, "leaves no adversarial epoch of 1"),
+        (running(), 0, 9, "AMAT has no thresholds"),
+        (None, None, 9, "AMAT needs delta and thresholds"),
+    ],
+)
+def test_a_run_without_an_adversarial_epoch_or_thresholds_is_refused(
+    thresholds: Any, warmup_epochs: int | None, epochs: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MethodRun("AMAT", settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs)
+
+
+def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tensor) -> None:
+    run = MethodRun("SAT", settings(warmup_epochs=1), epochs=2)
+    run.begin_epoch(0)
+    losses: list[Tensor] = []
+    step = run.step(objective, images, IDS, losses.append)
+    assert len(losses) == 1
+    assert losses[0].requires_grad
+    assert not step.loss.requires_grad
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_warm_up_compares_nothing(compared: Any, images: Tensor, name: str) -> None:
+    run = MethodRun(name, settings(warmup_epochs=1), epochs=3)
+    values = epoch(run, 0, compared, images)
+    assert compared.passes == ["training"] * 2
+    assert math.isnan(values["loss_sync"])
+    assert run.method.state_dict()["steps_done"] == 0
+    values = epoch(run, 1, compared, images)
+    assert values["loss_sync"] > 0
+    assert run.method.state_dict()["steps_done"] == 2
+
+
+# What an epoch is summed up in
+
+
+def test_an_epoch_is_summed_up(objective: Any, images: Tensor) -> None:
+    run = MethodRun("AMAT", settings(), fixed(math.inf), epochs=3)
+    run.begin_epoch(0)
+    logs = [run.step(objective, images, IDS).logs for _ in range(3)]
+    values = run.end_epoch()
+    assert tuple(values) == LOG_KEYS
+    for key in ("loss_clean", "loss_adversarial"):
+        assert values[key] == pytest.approx(sum(float(log[key]) for log in logs) / 3)
+    assert values["loss_adversarial"] > values["loss_clean"]
+    assert values["expanded"] == 1
+    assert values["nonfinite"] == 0
+    assert values["attack_seconds"] > 0
+    assert [values[f"margin_{q}"] for q in ("q05", "q50", "q95")] == pytest.approx([0.5 * 4] * 3)  # three visits
+    again = run.end_epoch()
+    assert math.isnan(again["loss_clean"])
+    assert again["attack_seconds"] == 0
+
+
+def test_an_epoch_of_perturbation_sizes_is_summed_up(compared: Any, images: Tensor) -> None:
+    run = MethodRun("DPAAT", settings(step_size=0.125), epochs=3)
+    run.begin_epoch(0)
+    logs = [run.step(compared, images, IDS).logs for _ in range(3)]
+    values = run.end_epoch()
+    assert tuple(values) == LOG_KEYS
+    for key in ("loss_clean", "loss_adversarial", "loss_sync", "expanded"):
+        assert values[key] == pytest.approx(sum(float(log[key]) for log in logs) / 3)
+    assert 0 < values["expanded"] < 1
+    assert isinstance(run.method, DPAAT)
+    sizes = run.method.sizes.values().double()
+    assert len(sizes.unique()) > 1
+    for key, q in (("margin_q05", 0.05), ("margin_q50", 0.5), ("margin_q95", 0.95)):
+        assert values[key] == pytest.approx(float(torch.quantile(sizes, q)))
+
+
+def test_a_running_mean_begins_with_every_epoch(compared: Any, images: Tensor) -> None:
+    run = MethodRun("DPAAT", settings(average="epoch"), epochs=9)
+
+    def seen() -> float:
+        return run.method.state_dict()["increases"][1]
+
+    for number in range(3):
+        run.begin_epoch(number)
+        assert seen() == 0
+        for visits in (1, 2):
+            run.step(compared, images, IDS)
+            assert seen() == 4 * visits
+        if number == 1:  # out of memory, say
+            run.begin_epoch(number)
+            assert seen() == 0
+            run.step(compared, images, IDS)
+        run.end_epoch()
+
+
+def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor) -> None:
+    objective.model.eval()  # batch statistics would pass it on to all samples
+
+    class Broken:
+        names, model = NAMES, objective.model
+
+        def __call__(self, images: Tensor) -> Tensor:
+            terms = objective(images)
+            return torch.cat([terms[:1] * math.nan, terms[1:]])
+
+    run = MethodRun("SAT", settings(), epochs=3)
+    values = epoch(run, 0, Broken(), images)
+    assert values["nonfinite"] == 2 * 2  # one sample, two attack steps, two batches
+    assert math.isnan(values["expanded"])
+    assert math.isnan(values["margin_q50"])
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("STD", set(LOG_KEYS) - {"loss_clean"}),
+        ("SAT", {"loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("AT", {"loss_clean", "loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
+    ],
+)
+def test_what_a_method_does_not_have_is_nan(objective: Any, images: Tensor, name: str, missing: set[str]) -> None:
+    values = epoch(MethodRun(name, settings(), epochs=3), 0, objective, images)
+    assert {key for key, value in values.items() if math.isnan(value)} == missing
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "missing"),
+    [
+        ("TRADES", {}, {"expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("DPAAT", {}, set()),
+        ("DPAAT", {"sync_weight": 0}, {"loss_sync"}),
+    ],
+)
+def test_what_a_method_that_compares_does_not_have_is_nan(
+    compared: Any, images: Tensor, name: str, changes: dict[str, Any], missing: set[str]
+) -> None:
+    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared, images)
+    assert {key for key, value in values.items() if math.isnan(value)} == missing
+
+
+# Epochs that begin again
+
+
+@pytest.mark.parametrize("source", ["fixed", "running"])
+def test_an_epoch_that_begins_again_begins_where_it_began(objective: Any, images: Tensor, source: str) -> None:
+    run = MethodRun("AMAT", settings(), fixed() if source == "fixed" else running(), epochs=5)
+    for number in range(2):
+        epoch(run, number, objective, images)
+    run.begin_epoch(2)
+    start = copy.deepcopy(run.method.state_dict())
+    for attempt in range(3):
+        run.step(objective, images, IDS)
+        run.step(objective, images + 0.1, IDS)
+        if attempt == 1:
+            run.end_epoch()  # back from a checkpoint after a whole epoch, too
+        assert run.method.state_dict() != start
+        lines = run.begin_epoch(2)
+        assert lines == ["Epoch 3 begins again: margins and thresholds are back at its start"]
+        assert run.method.state_dict() == start
+    first = run.step(objective, images, IDS).logs
+    assert run.end_epoch()["loss_clean"] == pytest.approx(float(first["loss_clean"]))  # of this attempt alone
+    after = run.method.state_dict()
+    assert run.begin_epoch(3) == []
+    assert run.method.state_dict() == after
+
+
+def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any, images: Tensor) -> None:
+    run = MethodRun("AMAT", settings(), running(), epochs=5)
+    epoch(run, 0, objective, images)
+    run.begin_epoch(1)
+    assert isinstance(run.thresholds, RunningThresholds)
+    ceiling = run.thresholds.state_dict()["ceiling"]
+    run.step(objective, images * 0, IDS)
+    run.begin_epoch(1)
+    assert run.thresholds.state_dict()["ceiling"] == ceiling
+    run.step(objective, images, IDS)
+    assert isinstance(run.method, AMAT)
+    assert run.method.margins.visits().tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("average", ["batch", "epoch"])
+def test_an_epoch_of_perturbation_sizes_begins_again_where_it_began(
+    compared: Any, images: Tensor, average: str
+) -> None:
+    run = MethodRun("DPAAT", settings(average=average, random_start=0.5), epochs=5)
+    epoch(run, 0, compared, images)
+    run.begin_epoch(1)
+    start = copy.deepcopy(run.method.state_dict())
+    losses = []
+    for _ in range(2):
+        losses.append([run.step(compared, images, IDS).loss.item() for _ in range(2)])
+        assert run.method.state_dict() != start
+        run.begin_epoch(1)
+        assert run.method.state_dict() == start
+    assert losses[0] == losses[1]
+
+
+# State
+
+
+@pytest.mark.parametrize("source", ["fixed", "running"])
+def test_a_run_continues_from_its_state(objective: Any, images: Tensor, source: str) -> None:
+    def make() -> MethodRun:
+        return MethodRun("AMAT", settings(random_start=0.5), fixed(1.4) if source == "fixed" else running(), epochs=5)
+
+    whole, first = make(), make()
+    for run in (whole, first):
+        for number in range(3):
+            epoch(run, number, objective, images)
+    state = json.loads(json.dumps(first.state_dict()))  # plain values
+    thresholds = saved_thresholds(state, NAMES, running)
+    assert type(thresholds) is type(first.thresholds)
+    second = MethodRun("AMAT", settings(random_start=0.5), thresholds, epochs=5)
+    assert second.load_state_dict(state) == []
+    assert second.state_dict() == first.state_dict()
+    for run in (whole, second):
+        epoch(run, 3, objective, images)
+    assert second.method.state_dict() == whole.method.state_dict()
+    assert str(second.thresholds) == str(whole.thresholds)
+    assert second.thresholds is not first.thresholds
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("TRADES", {}), ("DPAAT", {"average": "batch"}), ("DPAAT", {"average": "epoch"}), ("DPAAT", {"sync_weight": 0})],
+)
+def test_a_run_that_compares_continues_from_its_state(
+    compared: Any, images: Tensor, name: str, changes: dict[str, Any]
+) -> None:
+    def make() -> MethodRun:
+        return MethodRun(name, settings(random_start=0.5, seed=3, step_size=0.0625, **changes), epochs=5)
+
+    whole = make()
+    for number in range(3):
+        epoch(whole, number, compared, images)
+    second = make()
+    assert second.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False))) == []
+    for run in (whole, second):
+        run.begin_epoch(3)
+    first, other = (run.step(compared, images, IDS) for run in (whole, second))
+    assert torch.equal(first.adversarial, other.adversarial)
+    assert torch.equal(first.loss, other.loss)
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_the_length_of_the_warm_up_is_that_of_the_saved_run(objective: Any, images: Tensor) -> None:
+    first = MethodRun("AMAT", settings(), running(), epochs=40)
+    second = MethodRun("AMAT", settings(), running(), epochs=10)
+    second.load_state_dict(first.state_dict())
+    assert second.warmup_epochs == 4
+
+
+def test_changed_settings_are_told(objective: Any) -> None:
+    state = MethodRun("SAT", settings(), epochs=4).state_dict()
+    (line,) = MethodRun("SAT", settings(eps=2.0, steps=7), epochs=4).load_state_dict(state)
+    assert line.startswith("WARNING: settings changed since the checkpoint: ")
+    assert "eps 0.5 -> 2.0" in line
+    assert "steps 2 -> 7" in line
+    assert "delta" not in line
+
+
+def test_the_state_of_another_method_is_refused() -> None:
+    state = MethodRun("SAT", settings(), epochs=4).state_dict()
+    with pytest.raises(ValueError, match="method 'SAT', this run trains 'AT'"):
+        MethodRun("AT", settings(), epochs=4).load_state_dict(state)
+
+
+def test_saved_thresholds_of_another_model_are_refused() -> None:
+    state = MethodRun("AMAT", settings(), fixed(), epochs=4).state_dict()
+    with pytest.raises(ValueError, match=r"thresholds in the checkpoint do not fit.*\['ce'\].*\['box', 'cls'\]"):
+        saved_thresholds(state, ("box", "cls"), running)
+
+
+# The outlook
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "visits", "eps", "reach", "advice"),
+    [
+        (10, 8, 8, 2.0, 5.0, None),
+        (4, 8, 8, 2.0, 2.0, None),
+        (3, 8, 8, 2.0, 1.5, 2.0 / 3),
+        (10, 8, 2, 2.0, 1.25, 2.0 / 2.5),
+        (3, 8, 8, None, 1.5, None),
+    ],
+)
+def test_the_outlook_says_how_far_margins_reach(
+    epochs: int, samples: int, visits: float, eps: float | None, reach: float, advice: float | None
+) -> None:
+    lines = MethodRun("AMAT", settings(eps=eps), fixed(), epochs=epochs).outlook(samples, visits)
+    assert f"margins can reach about {reach:.2f}" in lines[0]
+    assert ("eps" in lines[0]) is (eps is not None)
+    assert len(lines) == (1 if advice is None else 2)
+    if advice is not None:
+        assert lines[1].startswith("WARNING: margins cannot reach")
+        assert f"Raise delta to about {advice:.2g}" in lines[1]
+
+
+def test_the_outlook_leaves_the_warm_up_out_and_is_about_margins_only() -> None:
+    (line,) = MethodRun("AMAT", settings(eps=None, warmup_epochs=4), fixed(), epochs=10).outlook(8, 8)
+    assert "each met about 6.0 times" in line
+    assert MethodRun("SAT", settings(), epochs=10).outlook(8, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "met", "low", "high"),
+    [
+        ({}, 10, "10.0", "0.00", "1.00"),  # twenty steps of 0.05 lie between the smallest and the largest size
+        ({}, 4, "4.0", "0.30", "0.70"),
+        ({"warmup_epochs": 4}, 10, "6.0", "0.20", "0.80"),
+        ({"eps_min": 0.25, "eps_max": 0.625}, 10, "10.0", "0.25", "0.62"),
+        ({"step_size": 0}, 10, "10.0", "0.50", "0.50"),
+        ({"norm": math.inf}, 4, "4.0", "0.30", "0.70"),
+    ],
+)
+def test_the_outlook_says_where_perturbation_sizes_can_come_to_lie(
+    changes: dict[str, Any], epochs: int, met: str, low: str, high: str
+) -> None:
+    run = MethodRun("DPAAT", settings(**changes), epochs=epochs)
+    (line,) = run.outlook(8, 8, "slices")
+    assert line == (
+        f"8 slices, each met about {met} times in this run: perturbation sizes begin at 0.5 and can come to lie "
+        f"between {low} and {high} (L{'inf' if changes.get('norm') else '2'} norm)"
+    )
+
+
+def test_the_outlook_counts_one_visit_at_least() -> None:
+    (line,) = MethodRun("DPAAT", settings(), epochs=2).outlook(100, 3)
+    assert "each met about 0.1 times" in line  # as it is; but one that is met at all is met once
+    assert "between 0.45 and 0.55" in line
+    assert MethodRun("TRADES", settings(), epochs=2).outlook(100, 3) == []
+
+
+# Thresholds from a file
+
+
+def test_thresholds_are_read_by_the_rule_of_the_settings(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    Thresholds((3.0,), NAMES, "mean+2std", (1.0,), (1.0,), 9).save(path)
+    assert load_thresholds(settings(), str(path), NAMES) == (Thresholds.load(path), "")
+    found, remark = load_thresholds(settings(rule="mean"), str(path), NAMES)
+    assert (found.values, found.rule) == ((1.0,), "mean")
+    assert remark == ", by the rule mean of the settings instead of the file's"
+
+
+def test_files_that_are_no_thresholds_of_this_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    with pytest.raises(FileNotFoundError, match="there is no thresholds file"):
+        load_thresholds(settings(), str(path), NAMES)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a thresholds file"):
+        load_thresholds(settings(), str(path), NAMES)
+    fixed().save(path)
+    with pytest.raises(ValueError, match=r"the thresholds in .*t.json do not fit this model.*K = 1.*K = 2"):
+        load_thresholds(settings(), str(path), ("box", "cls"))
+    with pytest.raises(ValueError, match=r"t.json hold no mean and std"):
+        load_thresholds(settings(rule="mean"), str(path), NAMES)

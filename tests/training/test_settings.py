@@ -1,0 +1,167 @@
+"""Settings of the methods: which of them a method gets, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advmed.methods import AMAT, DPAAT, METHODS, TRADES, method_class
+from advmed.training.settings import TrainingSettings, make_settings, read_settings, settings_text
+
+ATTACK: dict[str, Any] = {"steps": 7, "step_scale": 2.5, "norm": math.inf, "bounds": (0.0, 1.0), "seed": 5}
+
+
+def attack_of(method: Any) -> dict[str, Any]:
+    attack = method.attack
+    return {
+        "steps": attack.steps,
+        "step_scale": attack.step_scale,
+        "norm": attack.norm,
+        "bounds": method.bounds,
+        "seed": method.seed,
+    }
+
+
+def test_dpaat_gets_its_settings() -> None:
+    settings = TrainingSettings(
+        eps=0.5,
+        eps_min=0.25,
+        eps_max=0.75,
+        step_size=0.125,
+        sync_weight=2.0,
+        average="epoch",
+        random_start=0.5,
+        **ATTACK,
+    )
+    method = settings.make_method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.eps_0, method.lowest, method.highest, method.step_size) == (0.5, 0.25, 0.75, 0.125)
+    assert (method.sync_weight, method.average) == (2.0, "epoch")
+    assert attack_of(method) == ATTACK
+    assert method.attack.random_start == 0.5
+    method = TrainingSettings(eps=0.5).make_method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.lowest, method.highest, method.step_size) == (0.0, 1.0, 0.05)
+    assert (method.sync_weight, method.average, method.attack.random_start) == (1.0, "batch", 0)
+
+
+@pytest.mark.parametrize(("random_start", "taken"), [(0.0, 0.01), (0.3, 0.3), (1.0, 1.0)])
+def test_trades_gets_its_settings_and_never_starts_on_the_image(random_start: float, taken: float) -> None:
+    method = TrainingSettings(eps=0.5, beta=3.0, random_start=random_start, **ATTACK).make_method("TRADES")
+    assert isinstance(method, TRADES)
+    assert (method.eps, method.beta, method.attack.random_start) == (0.5, 3.0, taken)
+    assert attack_of(method) == ATTACK
+    method = TrainingSettings(eps=0.5).make_method("TRADES")
+    assert isinstance(method, TRADES)
+    assert method.beta == 6.0
+
+
+def test_every_method_is_known_by_its_name() -> None:
+    assert {name: kind.name for name, kind in METHODS.items()} == {name: name for name in METHODS}
+    for name in set(METHODS) - {"AMAT"}:
+        assert type(TrainingSettings(eps=0.5).make_method(name)) is METHODS[name]
+    assert [name for name in METHODS if method_class(name).keeps_sizes] == ["AMAT", "DPAAT"]
+    with pytest.raises(ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
+        TrainingSettings(eps=0.5).make_method("PAT")
+
+
+@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT"])
+def test_a_radius_is_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} needs eps, the radius of its noise$"):
+        TrainingSettings().make_method(name)
+
+
+def test_passes_that_are_compared_cannot_be_back_propagated_one_after_the_other() -> None:
+    apart = TrainingSettings(eps=0.5, backward="sequential")
+    for name in ("TRADES", "DPAAT"):
+        message = (
+            f"^{name} compares the predictions of its two passes, which therefore cannot be back-propagated one after "
+            "the other: use backward 'together'$"
+        )
+        with pytest.raises(ValueError, match=message):
+            apart.make_method(name)
+        assert isinstance(TrainingSettings(eps=0.5).make_method(name), METHODS[name])
+    alone = TrainingSettings(eps=0.5, backward="sequential", sync_weight=0)
+    assert isinstance(alone.make_method("DPAAT"), DPAAT)
+    assert isinstance(apart.make_method("SAT"), METHODS["SAT"])
+    with pytest.raises(ValueError, match=r"^TRADES compares"):
+        alone.make_method("TRADES")
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["eps", "eps_min", "eps_max", "step_size", "sync_weight", "beta"])
+def test_numbers_out_of_range(name: str, value: float) -> None:
+    allowed = "> 0" if name == "beta" else ">= 0"
+    message = f"{name} must be a finite number {allowed}, got {value}$"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TrainingSettings(**{name: value})
+    with pytest.raises(ValueError, match=f"^file: {message}"):
+        make_settings(TrainingSettings, {name: value}, "file")
+
+
+def test_zero_is_a_number_for_all_but_beta() -> None:
+    TrainingSettings(eps=0, eps_min=0, eps_max=0, step_size=0, sync_weight=0)
+    with pytest.raises(ValueError, match=r"^beta must be a finite number > 0, got 0"):
+        TrainingSettings(beta=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"eps_min": 0.75}, "eps_min 0.75, eps 0.5, eps_max 1"),
+        ({"eps_max": 0.25}, "eps_min 0, eps 0.5, eps_max 0.25"),
+        ({"eps_min": 2.0, "eps_max": 3.0}, "eps_min 2, eps 0.5, eps_max 3"),
+    ],
+)
+def test_sizes_in_the_wrong_order(values: dict[str, float], sizes: str) -> None:
+    TrainingSettings(**values)  # the host's default is not known yet
+    with pytest.raises(ValueError, match=f"^perturbation sizes need eps_min <= eps <= eps_max, got {sizes}$"):
+        TrainingSettings(eps=0.5, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"average": "x"}, "average must be 'batch' or 'epoch', got 'x'"),
+        ({"sync_weight": None}, "sync_weight must be a number, got None"),
+        ({"beta": "big"}, "beta must be a number, got 'big'"),
+        ({"step_size": True}, "step_size must be a number or null, got True"),
+        ({"eps_mim": 1}, "unknown setting 'eps_mim', did you mean 'eps_min'\\?"),
+        ({"backward": "apart"}, "backward must be 'together' or 'sequential', got 'apart'"),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^file: {message}"):
+        make_settings(TrainingSettings, values, "file")
+
+
+def test_an_average_that_does_not_exist_is_refused_without_a_file_too() -> None:
+    average: Any = "x"
+    with pytest.raises(ValueError, match=r"^average must be 'batch' or 'epoch', got 'x'$"):
+        TrainingSettings(eps=1.0, average=average).make_method("DPAAT")
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    settings = TrainingSettings(
+        eps=0.5, eps_min=0.1, eps_max=1.5, step_size=0.0, sync_weight=0.3, average="epoch", beta=1.0, **ATTACK
+    )
+    path = tmp_path / "adversarial.yaml"
+    path.write_text(settings_text(settings, method="DPAAT"))
+    assert read_settings(TrainingSettings, path) == settings
+    path.write_text("eps: 1\nstep_size: null\nsync_weight: 2\naverage: epoch\n")
+    method = read_settings(TrainingSettings, path).make_method("DPAAT")
+    assert isinstance(method, DPAAT)
+    assert (method.eps_0, method.step_size, method.sync_weight, method.average) == (1.0, 0.1, 2.0, "epoch")
+
+
+def test_amat_keeps_its_bounds_to_itself() -> None:
+    """The bounds of one method are not those of the other."""
+    settings = TrainingSettings(eps=0.5, delta=0.5, margin_min=0.25, margin_max=2.0, eps_min=0.125, eps_max=0.75)
+    amat, dpaat = settings.make_method("AMAT", AMAT(1.0, [1.0]).thresholds), settings.make_method("DPAAT")
+    assert isinstance(amat, AMAT)
+    assert isinstance(dpaat, DPAAT)
+    assert (amat.lowest, amat.highest, amat.growth, amat.store.additive) == (0.25, 2.0, 0.5, False)
+    assert (dpaat.lowest, dpaat.highest, dpaat.growth, dpaat.store.additive) == (0.125, 0.75, 0.05, True)
