@@ -511,12 +511,7 @@ def require_environment(raw: bool = True) -> None:
         )
 
 
-__all__ = [
-    "AdversarialTraining",
-    "nnUNetTrainerAMAT",
-    "nnUNetTrainerAT",
-    "nnUNetTrainerDPAAT",
-    "nnUNetTrainerSAT",
-    "nnUNetTrainerSTD",
-    "nnUNetTrainerTRADES",
-]
+TRAINERS = {kind.method_name: kind for kind in AdversarialTraining.__subclasses__()}
+"""The trainers by the names of their methods."""
+
+__all__ = ["AdversarialTraining", *(kind.__name__ for kind in TRAINERS.values())]

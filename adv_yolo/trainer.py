@@ -316,14 +316,9 @@ class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     method_name = "DPAAT"
 
 
-_KINDS: tuple[type[AdversarialTraining], ...] = (
-    AMATDetectionTrainer,
-    SATDetectionTrainer,
-    ATDetectionTrainer,
-    TRADESDetectionTrainer,
-    DPAATDetectionTrainer,
-)
-TRAINERS = {kind.method_name.lower(): kind for kind in _KINDS}
+TRAINERS: dict[str, type[AdversarialTraining]] = {
+    kind.method_name.lower(): kind for kind in AdversarialTraining.__subclasses__()
+}
 """The trainers by the values of ``method=``."""
 
 
@@ -387,14 +382,3 @@ def _log(line: str) -> None:
             LOGGER.warning(line.removeprefix("WARNING: "))
         else:
             LOGGER.info(f"{colorstr('advmed:')} {line}")
-
-
-__all__ = [
-    "TRAINERS",
-    "AMATDetectionTrainer",
-    "ATDetectionTrainer",
-    "AdversarialTraining",
-    "DPAATDetectionTrainer",
-    "SATDetectionTrainer",
-    "TRADESDetectionTrainer",
-]

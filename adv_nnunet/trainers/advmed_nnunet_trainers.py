@@ -3,20 +3,4 @@
 nnU-Net imports every module in this folder and forgets it afterwards, so there must be nothing here but names.
 """
 
-from adv_nnunet.trainer import (
-    nnUNetTrainerAMAT,
-    nnUNetTrainerAT,
-    nnUNetTrainerDPAAT,
-    nnUNetTrainerSAT,
-    nnUNetTrainerSTD,
-    nnUNetTrainerTRADES,
-)
-
-__all__ = [
-    "nnUNetTrainerAMAT",
-    "nnUNetTrainerAT",
-    "nnUNetTrainerDPAAT",
-    "nnUNetTrainerSAT",
-    "nnUNetTrainerSTD",
-    "nnUNetTrainerTRADES",
-]
+from adv_nnunet.trainer import *  # noqa: F403 - the trainers, which are all that is named there
