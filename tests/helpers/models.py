@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advmed.distances import softmax_divergence
 from advmed.methods import SAT
+from advmed.objective import ClassScores
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 
@@ -93,6 +94,10 @@ class Compared(Classifier):
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss_and_predictions(images)[:2]
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        truth = F.one_hot(self.labels, predictions.shape[1]).to(predictions.dtype)
+        return ClassScores(predictions, truth, None, exclusive=True)
 
     def distance(self, clean: Tensor, other: Tensor) -> Tensor:
         return softmax_divergence(clean, other)
