@@ -453,6 +453,12 @@ class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
     method_name = "DPAAT"
 
 
+class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
+    """MART (Wang et al. 2020), voxel by voxel: attacks count more where the clean prediction is unsure."""
+
+    method_name = "MART"
+
+
 def stock_class(kind: type) -> type:
     """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))

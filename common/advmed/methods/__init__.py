@@ -20,16 +20,17 @@ from advmed.methods.base import (
     Step,
 )
 from advmed.methods.dpaat import DPAAT, DPAATSettings
+from advmed.methods.mart import MART, MARTSettings
 from advmed.methods.sat import SAT
 from advmed.methods.std import STD
 from advmed.methods.trades import TRADES, TRADESSettings
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (STD, AT, SAT, AMAT, TRADES, DPAAT)}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (STD, AT, SAT, AMAT, TRADES, DPAAT, MART)}
 """The training methods by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EveryMethodSettings(AMATSettings, TRADESSettings, DPAATSettings):
+class EveryMethodSettings(AMATSettings, TRADESSettings, DPAATSettings, MARTSettings):
     """The settings of all methods, so that one file serves all trainers."""
 
 
@@ -60,6 +61,7 @@ __all__ = [
     "AMAT",
     "AT",
     "DPAAT",
+    "MART",
     "METHODS",
     "SAT",
     "STD",
