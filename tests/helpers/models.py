@@ -63,6 +63,11 @@ class Classifier:
         self.calls += 1
         return F.cross_entropy(self.model(images), self.labels, reduction="none")[:, None]
 
+    def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        logits = self.model(images)
+        return F.cross_entropy(logits, self.labels, reduction="none")[:, None], logits.argmax(1) != self.labels
+
 
 class Compared(Classifier):
     """Two terms of a classifier, a batch loss that is not the mean of their sums, and predictions; notes its passes."""
