@@ -7,6 +7,7 @@ from .trainer import AdversarialTraining as AdversarialTraining
 from .trainer import nnUNetTrainerAMAT as nnUNetTrainerAMAT
 from .trainer import nnUNetTrainerAT as nnUNetTrainerAT
 from .trainer import nnUNetTrainerDPAAT as nnUNetTrainerDPAAT
+from .trainer import nnUNetTrainerFAT as nnUNetTrainerFAT
 from .trainer import nnUNetTrainerMART as nnUNetTrainerMART
 from .trainer import nnUNetTrainerSAT as nnUNetTrainerSAT
 from .trainer import nnUNetTrainerSTD as nnUNetTrainerSTD

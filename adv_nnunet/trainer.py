@@ -459,6 +459,12 @@ class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
     method_name = "MART"
 
 
+class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): a sample's attack ends soon after it has succeeded."""
+
+    method_name = "FAT"
+
+
 def stock_class(kind: type) -> type:
     """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))

@@ -9,5 +9,6 @@ from .trainer import AdversarialTraining as AdversarialTraining
 from .trainer import AMATDetectionTrainer as AMATDetectionTrainer
 from .trainer import ATDetectionTrainer as ATDetectionTrainer
 from .trainer import DPAATDetectionTrainer as DPAATDetectionTrainer
+from .trainer import FATDetectionTrainer as FATDetectionTrainer
 from .trainer import SATDetectionTrainer as SATDetectionTrainer
 from .trainer import TRADESDetectionTrainer as TRADESDetectionTrainer

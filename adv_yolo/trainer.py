@@ -316,6 +316,12 @@ class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     method_name = "DPAAT"
 
 
+class FATDetectionTrainer(AdversarialTraining, DetectionTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): an image's attack ends soon after it has succeeded."""
+
+    method_name = "FAT"
+
+
 TRAINERS: dict[str, type[AdversarialTraining]] = {
     kind.method_name.lower(): kind for kind in AdversarialTraining.__subclasses__()
 }

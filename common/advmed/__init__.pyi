@@ -31,6 +31,7 @@ from .methods.base import AttackSettings as AttackSettings
 from .methods.base import Method as Method
 from .methods.base import Step as Step
 from .methods.dpaat import DPAAT as DPAAT
+from .methods.fat import FAT as FAT
 from .methods.mart import MART as MART
 from .methods.sat import SAT as SAT
 from .methods.std import STD as STD
