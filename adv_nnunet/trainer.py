@@ -13,7 +13,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,16 @@ LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
-class AdversarialTraining:
+if TYPE_CHECKING:
+
+    class _Host(nnUNetTrainer):
+        """A mixin has the attributes of the trainer that it is put before, as type checkers must be told."""
+
+else:
+    _Host = object
+
+
+class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
