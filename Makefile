@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SHELL = /bin/sh
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
-PACKAGING = pyproject.toml adv_nnunet/advmed_nnunet.pth
+PACKAGING = pyproject.toml $(wildcard adv_nnunet/advmed_nnunet*)
 
 # Two cores are the smallest machine that is meant. Left alone, torch, BLAS and nnU-Net's worker processes would each
 # take every core for themselves. A value from outside wins.
