@@ -76,23 +76,27 @@ def attack_by_loss(
         found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator)
         return found
 
+    # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
     with attacking(objective):
         goals = loss.objectives(shown, images)
-        best = run(goals[0])
-        if len(goals) > 1:
-            judge = loss.judge(shown)
+    best = run(goals[0])
+    if len(goals) > 1:
+        judge = loss.judge(shown)
+        with attacking(objective):
             worst = judge(best.images)[:, 0]
-            for goal in goals[1:]:
-                found = run(goal)
+        for goal in goals[1:]:
+            found = run(goal)
+            with attacking(objective):
                 value = judge(found.images)[:, 0]
-                better = value > worst
-                worst = torch.where(better, value, worst)
-                best = replace(
-                    best,
-                    images=torch.where(broadcast(better, found.images), found.images, best.images),
-                    norms=torch.where(better, found.norms, best.norms),
-                    nonfinite=best.nonfinite + found.nonfinite,
-                )
+            better = value > worst
+            worst = torch.where(better, value, worst)
+            best = replace(
+                best,
+                images=torch.where(broadcast(better, found.images), found.images, best.images),
+                norms=torch.where(better, found.norms, best.norms),
+                nonfinite=best.nonfinite + found.nonfinite,
+            )
+    with attacking(objective):
         return replace(best, terms=check_terms(objective(best.images), images), crossing=None)
 
 
