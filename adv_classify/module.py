@@ -27,7 +27,14 @@ PREDICTIONS = "predictions.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierAttack(AttackSettings):
-    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`."""
+    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`.
+
+    Example:
+        >>> from adv_classify import ClassifierAttack
+        >>> attack = ClassifierAttack(steps=10, norm="inf")
+        >>> attack.p, attack.bounds
+        (inf, (0.0, 1.0))
+    """
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)
 
@@ -55,6 +62,15 @@ class RobustClassifier(RobustModule):
         num_classes: from the data.
         channels: from the data.
         class_counts: from the data.
+
+    Example:
+        ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`MedMNIST`:
+
+        >>> import torch
+        >>> from adv_classify import MethodOptions, Network, RobustClassifier
+        >>> model = RobustClassifier(Network(name="resnet10t"), MethodOptions(name="SAT", eps=1.5), num_classes=2)
+        >>> model(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 2])
     """
 
     command = "adv-classify"

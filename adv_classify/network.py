@@ -30,6 +30,14 @@ class Network:
         drop_rate: dropout before the classification layer.
         channels_last: keep weights and activations in that memory format: most convolutional networks are faster in
             it on a CPU, and on a GPU in mixed precision. What is computed is the same.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import Network
+        >>> from adv_classify.network import make_network
+        >>> network = make_network(Network(name="resnet10t", mean=(0.5,), std=(0.25,)), classes=2, channels=1)
+        >>> network(torch.rand(4, 1, 32, 32)).shape  # images in [0, 1]: it normalises them itself
+        torch.Size([4, 2])
     """
 
     name: str = "resnet18"

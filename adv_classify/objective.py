@@ -18,6 +18,16 @@ class ClassificationObjective:
         weight: of the classes, (classes,), or None. The loss is the mean over the batch of weighted cross-entropies, so
             that weights whose mean over the data is 1 leave its scale as it is.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`; for the training loss, not for the attack.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import pgd
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+        >>> images, objective = torch.rand(4, 1, 8, 8), ClassificationObjective(model, torch.tensor([0, 1, 0, 1]))
+        >>> found = pgd(objective, images, 0.5, steps=10, step_scale=4, bounds=(0.0, 1.0))
+        >>> bool((found.terms > objective(images)).all())
+        True
     """
 
     names = ("ce",)

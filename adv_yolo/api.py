@@ -60,6 +60,16 @@ def attack(
         TypeError: for a model of another task, or images that are no float tensor.
         ValueError: for images out of [0, 1], labels that do not fit, or attack settings out of range.
         FileNotFoundError: for a path that does not exist.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import attack
+        >>> from ultralytics import YOLO
+        >>> images = torch.full((1, 3, 64, 64), 0.5)
+        >>> labels = [torch.tensor([[0, 0.5, 0.5, 0.4, 0.4]])]  # class, x, y, width, height
+        >>> found = attack(YOLO("yolov8n.yaml"), images, labels, radius=1.0, steps=2, keep="last")
+        >>> round((found.images - images).norm().item(), 3)
+        1.0
     """
     with torch.inference_mode(False):
         network = network_of(model)

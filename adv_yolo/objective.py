@@ -50,6 +50,20 @@ class ImageTerms:
 
     Raises:
         TypeError: for a model of another task.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import ImageTerms
+        >>> from ultralytics import YOLO
+        >>> model, box = YOLO("yolov8n.yaml").model, torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> terms, predictions = ImageTerms(model), model(images)
+        >>> terms.names
+        ('box_loss', 'cls_loss', 'dfl_loss')
+        >>> host, _, _ = terms.batch_loss(predictions, batch)  # the host's own criterion
+        >>> torch.isclose(terms(predictions, batch, normalizer="batch").sum(), host.sum(), rtol=1e-3).item()
+        True
     """
 
     def __init__(self, model: nn.Module, criterion: Any = None, *, one_to_one: bool | None = None) -> None:
@@ -291,6 +305,17 @@ class DetectionObjective:
         given: predictions for ``batch["img"]`` that the host has made already, for the first training pass on them.
         hold: makes the context of a training pass on images other than ``batch["img"]``, to keep them out of running
             statistics.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import DetectionObjective, ImageTerms
+        >>> from ultralytics import YOLO
+        >>> model, box = YOLO("yolov8n.yaml").model, torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> objective = DetectionObjective(model, ImageTerms(model), batch)
+        >>> objective(images).shape, objective.names
+        (torch.Size([2, 3]), ('box_loss', 'cls_loss', 'dfl_loss'))
     """
 
     def __init__(
@@ -356,6 +381,17 @@ def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer =
 
     Raises:
         TypeError: for a model of another task.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import per_image_losses
+        >>> from ultralytics import YOLO
+        >>> box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])  # an object in the first of two images
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> losses = per_image_losses(YOLO("yolov8n.yaml").model, batch)
+        >>> (losses > 0).tolist()  # box, class and DFL loss: without an object, only the class can be wrong
+        [[True, True, True], [False, True, False]]
     """
     terms = ImageTerms(model)
     with terms.attached(model):

@@ -37,6 +37,14 @@ class APGD(GradientAttack):
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import APGD
+        >>> attack = APGD(steps=10, norm=float("inf"), random_start=0)
+        >>> found = attack(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), 0.5)
+        >>> found.images.flatten()  # a sum rises most where every value has risen by the radius
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
 
     steps: int
@@ -149,6 +157,14 @@ def apgd(
 
     Raises:
         ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
+
+    Example:
+        >>> import torch
+        >>> from advmed import apgd
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = apgd(objective, torch.zeros(1, 1, 2, 2), 1.0, steps=10, random_start=False)
+        >>> round(found.terms.item(), 3)  # noise of L2 norm 1 raises a sum of 4 values by sqrt(4) at most
+        2.0
     """
     check_radius(radius)
     attack = APGD(steps, norm, random_start, restarts, loss=loss)

@@ -40,6 +40,14 @@ class PGD(GradientAttack):
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD
+        >>> attack = PGD(steps=20, step_scale=4)
+        >>> found = attack(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), 1.0)
+        >>> round(found.norms.item(), 3), round(found.terms.item(), 3)  # a sum of 4 values rises by sqrt(4) at most
+        (1.0, 2.0)
     """
 
     steps: int
@@ -186,6 +194,15 @@ def pgd(
 
     Raises:
         ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
+
+    Example:
+        >>> import torch
+        >>> from advmed import pgd
+        >>> images, radius = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 4.0])  # a radius for each
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = pgd(objective, images, radius, steps=20, step_scale=4, bounds=(0.0, 1.0), random_start=False)
+        >>> found.terms.flatten().round(decimals=3)  # 4 values, the second time as high as the bounds let them
+        tensor([2., 4.])
     """
     check_radius(radius)
     attack = PGD(steps, step_scale, norm, random_start, restarts, keep, loss)
@@ -207,6 +224,14 @@ def ifgsm(
     """Iterative FGSM, or basic iterative method: PGD from the image itself with step alpha = radius / steps.
 
     Arguments, result and errors as in :func:`pgd`; nothing is random (``generator`` is accepted and not used).
+
+    Example:
+        >>> import torch
+        >>> from advmed import ifgsm
+        >>> objective, images = lambda images: -images.flatten(1).sum(1, keepdim=True), torch.ones(1, 1, 2, 2)
+        >>> fgsm = ifgsm(objective, images, 0.25, steps=1, norm=float("inf"))
+        >>> fgsm.images.flatten()
+        tensor([0.7500, 0.7500, 0.7500, 0.7500])
     """
     check_radius(radius)
     attack = PGD(steps, 1.0, norm, 0.0, 1, keep)

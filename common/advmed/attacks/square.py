@@ -37,6 +37,14 @@ class SquareAttack:
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD, SquareAttack
+        >>> stairs = lambda images: images.flatten(1).round().sum(1, keepdim=True)  # its gradient is 0 everywhere
+        >>> attacks = PGD(200, 4.0, float("inf")), SquareAttack(200, float("inf"))
+        >>> [attack(stairs, torch.zeros(1, 1, 2, 2), 1.0).terms.item() for attack in attacks]
+        [0.0, 4.0]
     """
 
     steps: int
@@ -179,6 +187,14 @@ def square(
 
     Raises:
         ValueError: settings out of range, a radius that is negative or not finite, images without spatial dimensions.
+
+    Example:
+        >>> import torch
+        >>> from advmed import square
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = square(objective, torch.zeros(1, 1, 2, 2), 0.5, queries=200, norm=float("inf"))
+        >>> found.terms.item()
+        2.0
     """
     check_radius(radius)
     return SquareAttack(queries, norm, loss=loss)(objective, images, radius, bounds=bounds, generator=generator)

@@ -73,6 +73,14 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         margin_max: highest margin, or None.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
 
+    Example:
+        >>> import torch
+        >>> from advmed import AMAT
+        >>> method, objective = AMAT(delta=0.5, thresholds=1.5), lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> for _ in range(3):  # noise of norm 0.5 takes the loss to 1, and the margin grows; of norm 1, to 2
+        ...     step = method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+        >>> round(method.margins.get(["a"]).item(), 3)
+        1.0
     """
 
     name = "AMAT"

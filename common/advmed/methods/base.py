@@ -70,6 +70,14 @@ class AttackSettings:
 
     Raises:
         ValueError: a value out of its range.
+
+    Example:
+        >>> from advmed import AttackSettings
+        >>> AttackSettings(steps=10, norm="inf").p
+        inf
+        >>> AttackSettings(steps=0)
+        Traceback (most recent call last):
+        ValueError: steps must be a whole number >= 1, got 0
     """
 
     steps: int = 20
@@ -110,6 +118,16 @@ class Step:
         logs: values worth logging, detached scalars on the device.
         terms: the clean loss terms, (B, K), detached; None where the method makes no clean pass.
         adversarial: the adversarial images, None where there are none.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import SAT
+        >>> objective = ClassificationObjective(torch.nn.Linear(4, 2), torch.tensor([0, 1]))
+        >>> step = SAT(eps=0.5).step(objective, torch.eye(2, 4), ["a", "b"])
+        >>> step.loss.backward()  # and then the optimizer's step, as in any training
+        >>> sorted(step.logs), step.terms.shape
+        (['loss_adversarial', 'loss_clean', 'nonfinite'], torch.Size([2, 1]))
     """
 
     loss: Tensor
@@ -127,6 +145,16 @@ class Method(ABC):
         keeps_sizes: whether every sample has a noise level of its own, under its id.
         needs_classes: whether predictions must be classes (:class:`advmed.objective.ClassObjective`).
         learns_from_clean: whether clean images are among those that it back-propagates a loss of.
+
+    Example:
+        >>> import torch
+        >>> from advmed import Method, Step
+        >>> class Brighter(Method):
+        ...     name = "brighter"
+        ...     def step(self, objective, images, ids, backward=None):
+        ...         return Step(objective(images + 0.5).mean(), logs={})
+        >>> Brighter().step(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), ["a"]).loss
+        tensor(2.)
     """
 
     name: ClassVar[str]

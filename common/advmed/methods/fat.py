@@ -57,6 +57,16 @@ class FAT(ThresholdMethod, FixedRadiusMethod):
         thresholds: K thresholds xi, one per loss term; None for objectives with one class an image.
         tau: steps after success.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import FAT
+        >>> objective = ClassificationObjective(torch.nn.Identity(), torch.tensor([0]))  # images are logits
+        >>> images = torch.tensor([[1.0, 0.0]])
+        >>> step = FAT(eps=4.0, tau=0).step(objective, images, ["a"])
+        >>> round((step.adversarial - images).norm().item(), 3)  # wrong after one step of 4 * eps / 20: the attack ends
+        0.8
     """
 
     name = "FAT"

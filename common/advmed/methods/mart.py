@@ -55,6 +55,15 @@ class MART(FixedRadiusMethod):
         eps: radius of the noise, >= 0.
         kl_weight: lambda.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import MART
+        >>> objective = ClassificationObjective(torch.nn.Identity(), torch.tensor([0]))  # images are logits
+        >>> step = MART(eps=1.0).step(objective, torch.zeros(1, 2), ["a"])
+        >>> round(step.loss.item(), 3)  # 2 log(1 + exp(sqrt(2))) + 5 * log(cosh(1 / sqrt(2))) * (1 - 1/2)
+        3.843
     """
 
     name = "MART"

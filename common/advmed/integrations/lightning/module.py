@@ -37,6 +37,12 @@ class MethodOptions(EveryMethodSettings, RunSettings):
 
     Attributes:
         name: one of :data:`advmed.methods.METHODS`, such as AMAT.
+
+    Example:
+        >>> from adv_classify import ClassifierAttack, MethodOptions
+        >>> settings = MethodOptions(name="SAT", eps=1.5).with_attack(ClassifierAttack(steps=10))
+        >>> settings.eps, settings.steps, settings.bounds
+        (1.5, 10, (0.0, 1.0))
     """
 
     name: str = "STD"
