@@ -122,14 +122,18 @@ def test_a_common_of_the_user_is_not_in_the_way(place: str, tmp_path: Path) -> N
 
 
 def test_nothing_but_the_packages_is_installed(tmp_path: Path) -> None:
-    """Of the wheel: in an editable installation the folders of the repository lie beside the packages."""
-    pytest.importorskip("hatchling")
+    """By a wheel, and by an editable installation, where the folders of the repository lie beside the packages."""
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     site = tmp_path / "site"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     strangers = ["tests", "docs", "examples", "benchmarks", "common"]
+    look = "from importlib.util import find_spec\nimport os\n"
+    look += f"specs = [spec for spec in map(find_spec, {strangers}) if spec is not None]\n"
+    look += f"ours = lambda spec: any(os.path.dirname(p) == {str(ROOT)!r} for p in spec.submodule_search_locations)\n"
+    look += "print([spec.name for spec in specs if ours(spec)])"
+    assert python(look, cwd=tmp_path) == "[]"
     code = f"import sys\nfrom importlib.util import find_spec\nsys.path.insert(0, {str(site)!r})\n"
     code += f"print([name for name in {[*PACKAGES, *strangers]} if find_spec(name) is not None])"
     assert python(code, "-S", "-E", cwd=tmp_path) == str(PACKAGES)
