@@ -261,16 +261,14 @@ def test_robust_accuracy_is_that_of_torchattacks(trained: SimpleNamespace, p: fl
     assert abs(ours - expected) <= 0.5
 
 
-@pytest.mark.parametrize(
-    ("p", "eps", "steps"), [(2, 0.6, 50), (math.inf, 0.08, 50), (2, 2.0, 20), (math.inf, 0.25, 20)]
-)
+@pytest.mark.parametrize(("p", "eps", "steps"), [(2, 0.6, 50), (math.inf, 0.25, 20)])
 def test_reaches_the_loss_of_pgd_with_as_many_gradients(
     trained: SimpleNamespace, p: float, eps: float, steps: int
 ) -> None:
-    settings: dict[str, Any] = {"bounds": (0, 1)}
-    ours = APGD(steps, p)(trained.objective, trained.images, eps, generator=seeded(0), **settings)
+    given = trained.objective, trained.images, eps
+    ours = APGD(steps, p)(*given, bounds=(0, 1), generator=seeded(0))
     for scale in (2.5, 5.0):
         pgd = PGD(steps, scale, p, random_start=1.0, keep="best")
-        theirs = pgd(trained.objective, trained.images, eps, generator=seeded(0), **settings)
+        theirs = pgd(*given, bounds=(0, 1), generator=seeded(0))
         assert ours.terms.mean() >= theirs.terms.mean() * 0.995
         assert trained.accuracy(ours.images) <= trained.accuracy(theirs.images) + 0.5

@@ -22,7 +22,7 @@ ATTACKS: dict[str, tuple[AttackFactory, dict[str, bool]]] = {
     "apgd": (lambda norm: APGD(7, norm, random_start=0), {"keeps_best": True}),
     "apgd random": (lambda norm: APGD(5, norm, restarts=2), {"keeps_best": True}),
     "apgd margin": (lambda norm: APGD(4, norm, random_start=0, loss=Margin()), {}),
-    "square": (lambda norm: SquareAttack(12, norm), {"keeps_best": True, "spatial": True}),
+    "square": (lambda norm: SquareAttack(40, norm), {"keeps_best": True, "spatial": True}),
     "square margin": (lambda norm: SquareAttack(8, norm, loss=Margin(targets=2)), {"spatial": True}),
     "gaussian": (lambda norm: Noise("gaussian", norm), {}),
     "uniform": (lambda norm: Noise("uniform", norm), {}),

@@ -109,28 +109,22 @@ def test_thresholds_begin_once_when_the_warm_up_is_over(objective: Any, images: 
         ("SAT", None, None, 100, 0),
         ("SAT", None, 4, 100, 4),
         ("STD", None, 4, 100, 0),
+        ("AMAT", fixed(), 3, 3, "leaves no adversarial epoch of 3"),
+        ("AMAT", running(), None, 1, "leaves no adversarial epoch of 1"),
+        ("AMAT", running(), 0, 9, "AMAT has no thresholds"),
+        ("AMAT", None, None, 9, "AMAT needs delta and thresholds"),
     ],
 )
 def test_how_long_the_warm_up_is(
-    name: str, thresholds: Any, warmup_epochs: int | None, epochs: int, expected: int
+    name: str, thresholds: Any, warmup_epochs: int | None, epochs: int, expected: int | str
 ) -> None:
-    assert MethodRun(name, settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs).warmup_epochs == expected
-
-
-@pytest.mark.parametrize(
-    ("thresholds", "warmup_epochs", "epochs", "message"),
-    [
-        (fixed(), 3, 3, "leaves no adversarial epoch of 3"),
-        (running(), None, 1, "leaves no adversarial epoch of 1"),
-        (running(), 0, 9, "AMAT has no thresholds"),
-        (None, None, 9, "AMAT needs delta and thresholds"),
-    ],
-)
-def test_a_run_without_an_adversarial_epoch_or_thresholds_is_refused(
-    thresholds: Any, warmup_epochs: int | None, epochs: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        MethodRun("AMAT", settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs)
+    """A run without an adversarial epoch, or without thresholds, is refused."""
+    wanted = settings(warmup_epochs=warmup_epochs)
+    if isinstance(expected, int):
+        assert MethodRun(name, wanted, thresholds, epochs=epochs).warmup_epochs == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            MethodRun(name, wanted, thresholds, epochs=epochs)
 
 
 def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tensor) -> None:
@@ -364,62 +358,49 @@ def test_saved_thresholds_of_another_model_are_refused() -> None:
 
 # The outlook
 
+MARGINS = "margins can reach about {} (L2 norm, delta 0.5{})"
+SIZES_LIE = "perturbation sizes begin at 0.5 and can come to lie between {} and {} (L{} norm)"
+
 
 @pytest.mark.parametrize(
-    ("epochs", "samples", "visits", "eps", "reach", "advice"),
+    ("name", "changes", "epochs", "visits", "samples", "met", "words", "advice"),
     [
-        (10, 8, 8, 2.0, 5.0, None),
-        (4, 8, 8, 2.0, 2.0, None),
-        (3, 8, 8, 2.0, 1.5, 2.0 / 3),
-        (10, 8, 2, 2.0, 1.25, 2.0 / 2.5),
-        (3, 8, 8, None, 1.5, None),
+        ("AMAT", {"eps": 2.0}, 10, 8, 8, "10.0", MARGINS.format("5.00", ", eps 2"), None),
+        ("AMAT", {"eps": 2.0}, 4, 8, 8, "4.0", MARGINS.format("2.00", ", eps 2"), None),
+        ("AMAT", {"eps": 2.0}, 3, 8, 8, "3.0", MARGINS.format("1.50", ", eps 2"), "0.67"),
+        ("AMAT", {"eps": 2.0}, 10, 2, 8, "2.5", MARGINS.format("1.25", ", eps 2"), "0.8"),
+        ("AMAT", {"eps": None}, 3, 8, 8, "3.0", MARGINS.format("1.50", ""), None),
+        ("AMAT", {"eps": None, "warmup_epochs": 4}, 10, 8, 8, "6.0", MARGINS.format("3.00", ""), None),
+        # Twenty steps of 0.05 lie between the smallest and the largest size.
+        ("DPAAT", {}, 10, 8, 8, "10.0", SIZES_LIE.format("0.00", "1.00", 2), None),
+        ("DPAAT", {}, 4, 8, 8, "4.0", SIZES_LIE.format("0.30", "0.70", 2), None),
+        ("DPAAT", {"warmup_epochs": 4}, 10, 8, 8, "6.0", SIZES_LIE.format("0.20", "0.80", 2), None),
+        ("DPAAT", {"eps_min": 0.25, "eps_max": 0.625}, 10, 8, 8, "10.0", SIZES_LIE.format("0.25", "0.62", 2), None),
+        ("DPAAT", {"step_size": 0}, 10, 8, 8, "10.0", SIZES_LIE.format("0.50", "0.50", 2), None),
+        ("DPAAT", {"norm": math.inf}, 4, 8, 8, "4.0", SIZES_LIE.format("0.30", "0.70", "inf"), None),
+        # As it is; but a sample that is met at all is met once.
+        ("DPAAT", {}, 2, 3, 100, "0.1", SIZES_LIE.format("0.45", "0.55", 2), None),
     ],
 )
-def test_the_outlook_says_how_far_margins_reach(
-    epochs: int, samples: int, visits: float, eps: float | None, reach: float, advice: float | None
+def test_the_outlook(
+    name: str,
+    changes: dict[str, Any],
+    epochs: int,
+    visits: int,
+    samples: int,
+    met: str,
+    words: str,
+    advice: str | None,
 ) -> None:
-    lines = MethodRun("AMAT", settings(eps=eps), fixed(), epochs=epochs).outlook(samples, visits)
-    assert f"margins can reach about {reach:.2f}" in lines[0]
-    assert ("eps" in lines[0]) is (eps is not None)
-    assert len(lines) == (1 if advice is None else 2)
+    run = MethodRun(name, settings(**changes), fixed() if name == "AMAT" else None, epochs=epochs)
+    first, *warnings = run.outlook(samples, visits, "slices")
+    assert first == f"{samples} slices, each met about {met} times in this run: {words}"
+    assert len(warnings) == (advice is not None)
     if advice is not None:
-        assert lines[1].startswith("WARNING: margins cannot reach")
-        assert f"Raise delta to about {advice:.2g}" in lines[1]
-
-
-def test_the_outlook_leaves_the_warm_up_out_and_is_about_margins_only() -> None:
-    (line,) = MethodRun("AMAT", settings(eps=None, warmup_epochs=4), fixed(), epochs=10).outlook(8, 8)
-    assert "each met about 6.0 times" in line
-    assert MethodRun("SAT", settings(), epochs=10).outlook(8, 8) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "epochs", "met", "low", "high"),
-    [
-        ({}, 10, "10.0", "0.00", "1.00"),  # twenty steps of 0.05 lie between the smallest and the largest size
-        ({}, 4, "4.0", "0.30", "0.70"),
-        ({"warmup_epochs": 4}, 10, "6.0", "0.20", "0.80"),
-        ({"eps_min": 0.25, "eps_max": 0.625}, 10, "10.0", "0.25", "0.62"),
-        ({"step_size": 0}, 10, "10.0", "0.50", "0.50"),
-        ({"norm": math.inf}, 4, "4.0", "0.30", "0.70"),
-    ],
-)
-def test_the_outlook_says_where_perturbation_sizes_can_come_to_lie(
-    changes: dict[str, Any], epochs: int, met: str, low: str, high: str
-) -> None:
-    run = MethodRun("DPAAT", settings(**changes), epochs=epochs)
-    (line,) = run.outlook(8, 8, "slices")
-    assert line == (
-        f"8 slices, each met about {met} times in this run: perturbation sizes begin at 0.5 and can come to lie "
-        f"between {low} and {high} (L{'inf' if changes.get('norm') else '2'} norm)"
-    )
-
-
-def test_the_outlook_counts_one_visit_at_least() -> None:
-    (line,) = MethodRun("DPAAT", settings(), epochs=2).outlook(100, 3)
-    assert "each met about 0.1 times" in line  # as it is; but one that is met at all is met once
-    assert "between 0.45 and 0.55" in line
-    assert MethodRun("TRADES", settings(), epochs=2).outlook(100, 3) == []
+        assert warnings[0].startswith("WARNING: margins cannot reach")
+        assert f"Raise delta to about {advice}, " in warnings[0]
+    for other in ("SAT", "TRADES"):
+        assert MethodRun(other, settings(), epochs=10).outlook(8, 8) == []
 
 
 # Thresholds from a file

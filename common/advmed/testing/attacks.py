@@ -28,7 +28,7 @@ from advmed.testing.expect import expect, expect_close, expect_error, expect_sam
 from advmed.testing.objectives import Classification, network, uniform
 
 AttackFactory = Callable[[float], Attack]
-"""Makes an attack in a norm, 2 or inf. It should be short: some of the checks run it a dozen times."""
+"""Makes an attack in a norm, 2 or inf: as short as can be and still raise the loss of a tiny classifier."""
 
 SHAPES = ((5,), (2, 7), (3, 8, 8), (2, 5, 4, 3))
 """(C, *spatial), of none to three spatial dimensions."""
