@@ -61,6 +61,8 @@ class RobustClassifier(RobustModule):
     objective_class = ClassificationObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
 
+    class_weight: Tensor | None
+
     def __init__(
         self,
         network: Network = Network(),  # noqa: B008 - frozen, as the next two
@@ -110,13 +112,13 @@ class RobustClassifier(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]
+        image = self.data.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule
+        data = self.data
         return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
 
     @classmethod
@@ -152,7 +154,7 @@ class RobustClassifier(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, batch["image"][0].numel())
             assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.p)
             objective = ClassificationObjective(self.network, batch["label"])
             attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self(attacked).float().softmax(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -47,6 +48,9 @@ class NormalizedClassifier(nn.Module):
         mean: one number per channel.
         std: one number per channel, > 0.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -91,7 +95,7 @@ def make_network(network: Network, classes: int, channels: int) -> NormalizedCla
     return classifier.to(memory_format=torch.channels_last) if network.channels_last else classifier
 
 
-def _head_names(model: nn.Module) -> list[str]:
+def _head_names(model: Any) -> list[str]:
     names = model.pretrained_cfg.get("classifier") or "fc"
     return [f"{name}." for name in ([names] if isinstance(names, str) else names)]
 

@@ -47,6 +47,11 @@ class ClassificationObjective:
             return terms.mean(), terms, logits
         return self._terms(logits, self.label_smoothing).mean(), terms.detach(), logits
 
+    def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms, and whether the class is wrong, of one pass."""
+        logits = self.model(images)
+        return self._terms(logits), logits.argmax(1) != self.labels
+
     def class_scores(self, predictions: Tensor) -> ClassScores:
         """The logits beside the true classes."""
         truth = functional.one_hot(self.labels, predictions.shape[1]).to(predictions.dtype)

@@ -503,7 +503,7 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
         off = ((samples.points < -0.5) | (samples.points > limits)).any(2)  # False for NaN
         outside += [
             f"{samples.ids[i]} {names[k]} at ({samples.points[i, k, 0]:g}, {samples.points[i, k, 1]:g})"
-            for i, k in zip(*off.nonzero(), strict=True)
+            for i, k in np.argwhere(off)
         ]
         known = ~np.isnan(samples.points).any(2)
         lost += [samples.ids[i] for i in (known.any(1) & ~(known & ~off).any(1)).nonzero()[0]]

@@ -148,13 +148,13 @@ class RobustLandmarks(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]
+        image = self.data.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule
+        data = self.data
         return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
 
     @classmethod
@@ -185,7 +185,7 @@ class RobustLandmarks(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, images[0].numel())
             assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.p)
             objective = self.objective_of(images, batch["points"])
             attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self.errors(self(attacked), batch)

@@ -13,7 +13,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,16 @@ LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
-class AdversarialTraining:
+if TYPE_CHECKING:
+
+    class _Host(nnUNetTrainer):
+        """A mixin has the attributes of the trainer that it is put before, as type checkers must be told."""
+
+else:
+    _Host = object
+
+
+class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
@@ -453,6 +462,18 @@ class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
     method_name = "DPAAT"
 
 
+class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
+    """MART (Wang et al. 2020), voxel by voxel: attacks count more where the clean prediction is unsure."""
+
+    method_name = "MART"
+
+
+class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): a sample's attack ends soon after it has succeeded."""
+
+    method_name = "FAT"
+
+
 def stock_class(kind: type) -> type:
     """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))
@@ -511,12 +532,7 @@ def require_environment(raw: bool = True) -> None:
         )
 
 
-__all__ = [
-    "AdversarialTraining",
-    "nnUNetTrainerAMAT",
-    "nnUNetTrainerAT",
-    "nnUNetTrainerDPAAT",
-    "nnUNetTrainerSAT",
-    "nnUNetTrainerSTD",
-    "nnUNetTrainerTRADES",
-]
+TRAINERS = {kind.method_name: kind for kind in AdversarialTraining.__subclasses__()}
+"""The trainers by the names of their methods."""
+
+__all__ = ["AdversarialTraining", *(kind.__name__ for kind in TRAINERS.values())]

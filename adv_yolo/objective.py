@@ -55,7 +55,7 @@ class ImageTerms:
     def __init__(self, model: nn.Module, criterion: Any = None, *, one_to_one: bool | None = None) -> None:
         check_model(model)
         self.criterion = make_criterion(model) if criterion is None else criterion
-        head = model.model[-1]
+        head = head_of(model)
         self.branch: str | None = None
         followed = self.criterion
         if hasattr(self.criterion, "one2one"):
@@ -125,7 +125,7 @@ class ImageTerms:
         In training mode a one-to-one head detaches its features. Only the flag of the head itself is changed; its
         layers keep theirs, BatchNorm with batch statistics among them.
         """
-        head = model.model[-1]
+        head = head_of(model)
         training = head.training
         if head.anchors.is_inference():  # kept from a prediction of the host; no gradient passes through them
             head.shape = None
@@ -363,7 +363,12 @@ def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer =
     return terms(predictions, batch, normalizer)
 
 
-def make_criterion(model: nn.Module) -> Any:
+def head_of(model: Any) -> Any:
+    """The layer that predicts."""
+    return model.model[-1]
+
+
+def make_criterion(model: Any) -> Any:
     """The model's criterion, a new one; also for a model loaded from a file, whose arguments are a plain dict."""
     arguments = model.args
     if isinstance(arguments, SimpleNamespace):
@@ -381,9 +386,9 @@ def check_model(model: Any) -> DetectionModel:
     Raises:
         TypeError: otherwise, naming what was expected.
     """
-    head = type(model.model[-1]).__name__ if isinstance(model, DetectionModel) else "none"
+    head = type(head_of(model)).__name__ if isinstance(model, DetectionModel) else "none"
     if type(model) is DetectionModel and head in HEADS:
-        if getattr(model.model[-1], "cv2", None) is None:
+        if getattr(head_of(model), "cv2", None) is None:
             raise TypeError("this model was fused, which removed the head that its loss needs; load the .pt file again")
         return model
     raise TypeError(

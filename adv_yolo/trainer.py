@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import yaml
@@ -46,7 +46,16 @@ MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 """Augmentations that put several images into one."""
 
 
-class AdversarialTraining:
+if TYPE_CHECKING:
+
+    class _Host(DetectionTrainer):
+        """A mixin has the attributes of the trainer that it is put before, as type checkers must be told."""
+
+else:
+    _Host = object
+
+
+class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an Ultralytics detection trainer; a base class before it.
 
     Data, augmentation, schedule, optimizer, gradient accumulation, precision, EMA, validation, logs, plots and
@@ -79,7 +88,7 @@ class AdversarialTraining:
     def train(self) -> None:
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
         if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
-            vars(self.args).update(arguments_of(self.settings))
+            self.args.__dict__.update(arguments_of(self.settings))
         super().train()
 
     # Before training: everything that can go wrong goes wrong here.
@@ -241,7 +250,7 @@ class AdversarialTraining:
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
         ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
-        self.metrics = {key: value for key, value in self.metrics.items() if key not in ours} | ours
+        self.metrics: dict[str, Any] = {key: value for key, value in self.metrics.items() if key not in ours} | ours
         super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)
 
     def save_model(self) -> bool:
@@ -316,14 +325,15 @@ class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     method_name = "DPAAT"
 
 
-_KINDS: tuple[type[AdversarialTraining], ...] = (
-    AMATDetectionTrainer,
-    SATDetectionTrainer,
-    ATDetectionTrainer,
-    TRADESDetectionTrainer,
-    DPAATDetectionTrainer,
-)
-TRAINERS = {kind.method_name.lower(): kind for kind in _KINDS}
+class FATDetectionTrainer(AdversarialTraining, DetectionTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): an image's attack ends soon after it has succeeded."""
+
+    method_name = "FAT"
+
+
+TRAINERS: dict[str, type[AdversarialTraining]] = {
+    kind.method_name.lower(): kind for kind in AdversarialTraining.__subclasses__()
+}
 """The trainers by the values of ``method=``."""
 
 
@@ -387,14 +397,3 @@ def _log(line: str) -> None:
             LOGGER.warning(line.removeprefix("WARNING: "))
         else:
             LOGGER.info(f"{colorstr('advmed:')} {line}")
-
-
-__all__ = [
-    "TRAINERS",
-    "AMATDetectionTrainer",
-    "ATDetectionTrainer",
-    "AdversarialTraining",
-    "DPAATDetectionTrainer",
-    "SATDetectionTrainer",
-    "TRADESDetectionTrainer",
-]

@@ -83,6 +83,15 @@ class ClassObjective(Objective, Protocol):
         ...
 
 
+@runtime_checkable
+class ImageClassObjective(ClassObjective, Protocol):
+    """An objective with one class an image."""
+
+    def terms_and_errors(self, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        """One pass: the terms, (B, K), with gradients, and whether the class is wrong, (B,), bool."""
+        ...
+
+
 def model_of(objective: Objective) -> torch.nn.Module | None:
     """The objective's model, or None if it names none."""
     model = getattr(objective, "model", None)

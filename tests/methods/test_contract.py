@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from advmed.methods import AMAT, AT, DPAAT, SAT, STD, TRADES, Method, Step
+from advmed.methods import AMAT, AT, DPAAT, FAT, MART, SAT, STD, TRADES, Method, Step
 from advmed.testing.methods import MethodFactory, check_method, method_checks
 from advmed.thresholds import RunningThresholds
 
@@ -32,6 +32,9 @@ METHODS: dict[str, MethodFactory] = {
     "AMAT crossing": lambda: AMAT(0.7, [2.0, 1.0], refinement="crossing", bounds=(0, 1), **QUICK),
     "AMAT self-calibrated": self_calibrating,
     "TRADES": lambda: TRADES(0.7, **QUICK),
+    "MART": lambda: MART(0.7, **QUICK),
+    "FAT": lambda: FAT(0.7, tau=1, **RANDOM),
+    "FAT thresholds": lambda: FAT(0.7, [1.5, 1.0], tau=0, **QUICK),
     "DPAAT": lambda: DPAAT(0.7, step_size=0.11, **QUICK),
     "DPAAT epoch": lambda: DPAAT(0.7, step_size=0.11, average="epoch", **RANDOM),
     "DPAAT plain": lambda: DPAAT(0.7, sync_weight=0, average="epoch", **QUICK),

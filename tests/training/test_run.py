@@ -20,7 +20,7 @@ from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thre
 from advmed.training.settings import TrainingSettings
 
 IDS = ["a", "b", "c", "d"]
-COMPARING = ["TRADES", "DPAAT"]
+COMPARING = ["TRADES", "DPAAT", "MART"]
 NAMES = ("ce",)
 
 
@@ -232,6 +232,8 @@ SIZES = {"expanded", "margin_q05", "margin_q50", "margin_q95"}
         ("SAT", {}, {"loss_sync", *SIZES}),
         ("AT", {}, {"loss_clean", "loss_sync", *SIZES}),
         ("TRADES", {}, SIZES),
+        ("MART", {}, SIZES),
+        ("FAT", {}, {"loss_clean", "loss_sync", *SIZES}),
         ("DPAAT", {}, set()),
         ("DPAAT", {"sync_weight": 0}, {"loss_sync"}),
     ],

@@ -29,6 +29,8 @@ ATTACK: dict[str, Any] = {"steps": 7, "step_scale": 2.5, "norm": math.inf, "boun
         ),
         ("TRADES", {"beta": 3.0}, {"eps": 0.5, "beta": 3.0}),
         ("TRADES", {}, {"beta": 6.0}),
+        ("MART", {"kl_weight": 2.5}, {"eps": 0.5, "kl_weight": 2.5}),
+        ("FAT", {"tau": 3}, {"eps": 0.5, "tau": 3}),
     ],
 )
 @pytest.mark.parametrize("random_start", [0.0, 0.3, 1.0])
@@ -49,11 +51,13 @@ def test_every_method_is_known_by_its_name() -> None:
     for name in set(METHODS) - {"AMAT"}:
         assert type(TrainingSettings(eps=0.5).make_method(name)) is METHODS[name]
     assert [name for name in METHODS if method_class(name).keeps_sizes] == ["AMAT", "DPAAT"]
-    with pytest.raises(ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT, MART, FAT$"
+    ):
         TrainingSettings(eps=0.5).make_method("PAT")
 
 
-@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT"])
+@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT", "MART", "FAT"])
 def test_a_radius_is_needed(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} needs eps, the radius of its noise$"):
         TrainingSettings().make_method(name)
@@ -61,7 +65,7 @@ def test_a_radius_is_needed(name: str) -> None:
 
 def test_passes_that_are_compared_cannot_be_back_propagated_one_after_the_other() -> None:
     apart = TrainingSettings(eps=0.5, backward="sequential")
-    for name in ("TRADES", "DPAAT"):
+    for name in ("TRADES", "DPAAT", "MART"):
         message = (
             f"^{name} compares the predictions of its two passes, which therefore cannot be back-propagated one after "
             "the other: use backward 'together'$"

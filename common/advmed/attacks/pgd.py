@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, check_radius
 from advmed.norms import norm
 from advmed.objective import Objective
 
@@ -161,6 +161,7 @@ def pgd(
     restarts: int = 1,
     thresholds: Tensor | Sequence[float] | None = None,
     keep: Literal["last", "best"] = "last",
+    loss: AttackLoss | None = None,
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """Projected gradient ascent from a random point of the ball, with step alpha = step_scale * radius / steps.
@@ -177,6 +178,7 @@ def pgd(
         restarts: number of runs, of which the worst for the model is kept per sample.
         thresholds: K thresholds; with them the result has ``crossing``.
         keep: "last" iterate, or the "best" (largest loss) of all.
+        loss: what is climbed in place of the objective's terms, see :mod:`advmed.attacks.losses`.
         generator: makes random starts repeatable.
 
     Returns:
@@ -185,8 +187,8 @@ def pgd(
     Raises:
         ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
     """
-    _check_radius(radius)
-    attack = PGD(steps, step_scale, norm, random_start, restarts, keep)
+    check_radius(radius)
+    attack = PGD(steps, step_scale, norm, random_start, restarts, keep, loss)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
 
 
@@ -206,12 +208,6 @@ def ifgsm(
 
     Arguments, result and errors as in :func:`pgd`; nothing is random (``generator`` is accepted and not used).
     """
-    _check_radius(radius)
+    check_radius(radius)
     attack = PGD(steps, 1.0, norm, 0.0, 1, keep)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
-
-
-def _check_radius(radius: float | Tensor) -> None:
-    values = torch.as_tensor(radius)
-    if not bool(((values >= 0) & values.isfinite()).all()):
-        raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")

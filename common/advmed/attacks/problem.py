@@ -233,6 +233,13 @@ def check_bounds(bounds: Bounds) -> None:
         raise ValueError(f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}")
 
 
+def check_radius(radius: float | Tensor) -> None:
+    """Raises ValueError for a radius that is negative or not finite; waits for the device."""
+    values = torch.as_tensor(radius)
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")
+
+
 def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
     """The bounds, widened where the image itself lies outside of them."""
     if bounds is None:

@@ -370,6 +370,61 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         self.store.clamp(self.lowest, self.highest)
 
 
+class ThresholdMethod(AdversarialMethod):
+    """A method that compares loss terms with thresholds; a base class before the one with its noise levels.
+
+    Attributes:
+        thresholds: fixed or self-calibrated; None where it can do without.
+    """
+
+    thresholds: Thresholds | RunningThresholds | None = None
+    _named = False  # whether the thresholds know the names of their terms
+    _xi: Tensor | None = None
+
+    def set_thresholds(
+        self, thresholds: Thresholds | RunningThresholds | Tensor | Sequence[float] | float | None
+    ) -> None:
+        """Takes thresholds, or plain numbers."""
+        self._named = isinstance(thresholds, (Thresholds, RunningThresholds))
+        if thresholds is not None and not isinstance(thresholds, (Thresholds, RunningThresholds)):
+            values = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1).tolist()
+            thresholds = Thresholds(tuple(values), tuple(f"term_{k}" for k in range(len(values))))
+        self.thresholds, self._xi = thresholds, None
+
+    def _limits(self, objective: Objective, images: Tensor) -> Tensor | None:
+        """xi, (K,), on the device; None without thresholds."""
+        if self.thresholds is None:
+            return None
+        names = getattr(objective, "names", None)
+        if self._named and names is not None:
+            self.thresholds.require(names)
+        like = torch.empty((), device=images.device)  # float32 for images in half precision, too
+        if isinstance(self.thresholds, RunningThresholds):
+            return self.thresholds.tensor(like)
+        if self._xi is None or self._xi.device != images.device:
+            self._xi = self.thresholds.tensor(like)
+        return self._xi
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its bases keep, and self-calibrated thresholds, in plain types."""
+        state = super().state_dict()
+        if isinstance(self.thresholds, RunningThresholds):
+            state["thresholds"] = self.thresholds.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        if isinstance(self.thresholds, RunningThresholds) and "thresholds" in state:
+            self.thresholds.load_state_dict(state["thresholds"])
+
+    def merge(self) -> None:
+        """Makes what its bases keep, and running thresholds, equal in all processes."""
+        super().merge()
+        if isinstance(self.thresholds, RunningThresholds):
+            self.thresholds.merge()
+
+
 @dataclass
 class MixedLoss:
     """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`."""

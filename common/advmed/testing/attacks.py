@@ -401,7 +401,7 @@ def _runs_under_autocast(attack: Attack, traits: Traits) -> None:
             with torch.autocast("cpu", kind):
                 if attacked:
                     _run(attack, (objective, images), radius)
-                objective(images).mean().backward()  # type: ignore[no-untyped-call]
+                objective(images).mean().backward()
             trained.append([parameter.grad for parameter in objective.model.parameters()])
         for plain, after in zip(*trained, strict=True):
             expect(plain is not None and after is not None, "training under autocast does not reach the weights")
@@ -461,7 +461,7 @@ def _a_gradient_that_is_not_finite_is_counted_and_harms_no_other_sample(attack: 
             passed = images.clone()
             if passed.requires_grad:
                 broken = rows.reshape(5, 1, 1, 1)
-                passed.register_hook(lambda gradient: gradient.masked_fill(broken, bad))  # type: ignore[no-untyped-call]
+                passed.register_hook(lambda gradient: gradient.masked_fill(broken, bad))
             return passed
 
         task = _tampered(images=spoilt)

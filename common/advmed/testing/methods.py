@@ -128,7 +128,7 @@ def _makes_a_step_of_finite_loss(make: MethodFactory) -> None:
             expect(not found.requires_grad and found.isfinite().all(), "adversarial images ask for gradients")
         expect_same(images, before, "the images were written to")
         expect(images._version == version, "the images were written to")
-        step.loss.backward()  # type: ignore[no-untyped-call]
+        step.loss.backward()
         for gradient in _gradients(objective):
             expect(gradient.isfinite(), "a gradient of a weight is not finite")
 
@@ -139,11 +139,11 @@ def _backward_gives_the_same_gradients(make: MethodFactory) -> None:
     def backward(loss: Tensor) -> None:
         expect(loss.shape == (), "a part of the loss is no scalar")
         parts.append(loss.detach())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     whole, split = make(), make()
     together = _step(whole, (objective, images))
-    together.loss.backward()  # type: ignore[no-untyped-call]
+    together.loss.backward()
     expected = _gradients(objective)
     apart = split.step(objective, images, _ids(), backward)
     expect(bool(parts) and not apart.loss.requires_grad, "the loss of a step with backward is attached")
@@ -189,7 +189,7 @@ def _says_whether_it_learns_from_clean_images(make: MethodFactory) -> None:
 
     objective.model.register_forward_hook(on_clean_images)
     method = make()
-    _step(method, (objective, images)).loss.backward()  # type: ignore[no-untyped-call]
+    _step(method, (objective, images)).loss.backward()
     learns = gain.grad is not None and bool(gain.grad.any())
     expect(method.learns_from_clean is learns, f"learns_from_clean is {method.learns_from_clean}, not {learns}")
 

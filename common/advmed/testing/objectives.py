@@ -57,6 +57,11 @@ class Classification:
         """The terms."""
         return self.terms_of(self._logits("terms", images))
 
+    def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms, and whether the class is wrong, (B,)."""
+        logits = self._logits("terms", images)
+        return self.terms_of(logits), logits.argmax(1) != self.labels
+
     def predictions(self, images: Tensor) -> Tensor:
         """The logits."""
         return self._logits("predictions", images)

@@ -273,9 +273,14 @@ class RobustModule(LightningModule):
         say(f"thresholds from the file {path}{remark}: {taken}")
         return taken
 
+    @property
+    def data(self) -> Any:
+        """The data module of the training."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own declares none
+
     def _sample_ids(self) -> list[str]:
         """The ids of all training samples, from the data module."""
-        return list(self.trainer.datamodule.train_ids)  # type: ignore[attr-defined]  # Lightning's own declares none
+        return list(self.data.train_ids)
 
     def _folder(self) -> Path | None:
         """The run's folder, on the first rank."""
