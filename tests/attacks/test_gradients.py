@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import APGD, PGD, Attack, AttackResult, Noise, SquareAttack, ifgsm, pgd
-from helpers.tensors import ORDERS, RANKS, seeded, uniform
+from advmed.attacks import APGD, PGD, Attack, AttackResult, Margin, Noise, SquareAttack, ifgsm, pgd
+from advmed.attacks.apgd import apgd
+from advmed.attacks.square import square
+from helpers.tensors import ORDERS, RANKS, comparing, seeded, uniform
 
 TINY = [(1, 1), (1, 1, 1), (2, 2, 3), (1, 5, 1)]
 SEARCHES: dict[str, Callable[..., Attack]] = {
@@ -234,11 +236,31 @@ def test_settings_out_of_range(kinds: tuple[Any, ...], name: str, value: Any, me
             kind(**(LEAST[kind] | {name: value}))
 
 
-def test_ifgsm_refuses_the_same() -> None:
-    with pytest.raises(ValueError, match=f"steps {COUNT} 0"):
-        ifgsm(flat, torch.zeros(2, 1, 4), 1, steps=0)
+@pytest.mark.parametrize(
+    ("call", "more", "attack"),
+    [
+        (pgd, {"steps": 3, "step_scale": 2.0, "norm": "inf"}, PGD(3, 2.0, math.inf, 1.0)),
+        (
+            pgd,
+            {"steps": 3, "step_scale": 2.0, "keep": "best", "loss": Margin()},
+            PGD(3, 2.0, 2, 1.0, 1, "best", Margin()),
+        ),
+        (ifgsm, {"steps": 3, "keep": "best"}, PGD(3, 1.0, keep="best")),
+        (apgd, {"steps": 4, "restarts": 2, "loss": Margin()}, APGD(4, restarts=2, loss=Margin())),
+        (square, {"queries": 5, "norm": math.inf}, SquareAttack(5, math.inf)),
+    ],
+)
+def test_an_attack_in_one_call(call: Callable[..., AttackResult], more: dict[str, Any], attack: Attack) -> None:
+    """It is the attack of these settings, and refuses a radius that is none."""
+    objective, images = comparing()
+    found = call(objective, images, 0.5, bounds=(0, 1), generator=seeded(0), **more)
+    expected = attack(objective, images, 0.5, bounds=(0, 1), generator=seeded(0))
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.terms, expected.terms)
     with pytest.raises(ValueError, match="radius must be >= 0 and finite, got -1"):
-        ifgsm(flat, torch.zeros(2, 1, 4), -1, steps=3)
+        call(objective, images, -1, **more)
+    with pytest.raises(ValueError, match=f"steps {COUNT} 0"):
+        call(objective, images, 1, **(more | {"queries" if call is square else "steps": 0}))
 
 
 @pytest.mark.parametrize(

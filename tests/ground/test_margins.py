@@ -333,14 +333,6 @@ def test_order_of_the_ranks_matters_only_to_mixed_changes_with_factors(
     assert outcomes == {(expected, 4)}
 
 
-def test_merging_without_processes_does_nothing() -> None:
-    store = filled({"a": 2.0})
-    before = store.state_dict()
-    store.merge()
-    assert store.state_dict() == before
-    assert store.changes()["ids"] == ["a"]
-
-
 def test_clamping_is_no_visit_and_no_change() -> None:
     stores = copies({"low": 0.01, "in": 1.0, "high": 9.0})
     for store in stores:

@@ -127,13 +127,6 @@ def test_pooled_statistics_are_those_of_all_samples(ranks: int) -> None:
     np.testing.assert_allclose(averaged.std, every.std(0), rtol=1e-12)
 
 
-def test_merging_without_processes_does_nothing() -> None:
-    statistics = taken_in(batches(0))
-    before = statistics.state_dict()
-    statistics.merge()
-    assert statistics.state_dict() == before
-
-
 # Rules
 
 

@@ -97,20 +97,16 @@ def check_attack(
 # The scene of all checks
 
 
-class _Tampered(nn.Module):
-    """A network whose images and logits pass through a function each."""
+class _Behind(nn.Module):
+    """A network behind a function of its images."""
 
-    def __init__(
-        self,
-        inner: nn.Module,
-        images: Callable[[Tensor], Tensor] = lambda x: x,
-        logits: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.before, self.after = inner, images, logits
+        self.function, self.inner = function, inner
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.after(self.inner(self.before(images)))
+        found: Tensor = self.inner(self.function(images))
+        return found
 
 
 def _task(
@@ -123,9 +119,9 @@ def _task(
     return Classification(model, torch.arange(batch) % 4), uniform(batch, *shape, dtype=dtype)
 
 
-def _tampered(**functions: Callable[[Tensor], Tensor]) -> tuple[Classification, Tensor]:
+def _task_behind(function: Callable[[Tensor], Tensor]) -> tuple[Classification, Tensor]:
     objective, images = _task()
-    return Classification(_Tampered(objective.model, **functions), objective.labels), images
+    return Classification(_Behind(function, objective.model), objective.labels), images
 
 
 def _radii(attack: Attack, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -292,19 +288,21 @@ def _keeps_the_worst_point_it_has_seen(attack: Attack, traits: Traits) -> None:
     """Of finite loss, and where it starts at the image: nothing better for the model than that."""
     if not traits.keeps_best:
         return
-    passes = [0]
 
-    def broken(logits: Tensor) -> Tensor:
+    class Broken(Classification):
         """Sample 1 has a finite loss in two of three passes, sample 2 never."""
-        passes[0] += 1
-        rows = torch.tensor([False, passes[0] % 3 == 0, True, False, False])
-        return torch.where(rows[:, None], bad, logits)
 
-    for bad in (0.0, math.nan, math.inf):  # read by the function above
-        passes[0], (objective, images) = 0, _tampered(logits=broken) if bad else _task()
+        def terms_of(self, logits: Tensor) -> Tensor:
+            terms = super().terms_of(logits)
+            rows = torch.tensor([False, self.calls % 3 == 1, True, False, False])
+            return torch.where(rows[:, None], bad, terms) if bad else terms
+
+    for bad in (0.0, math.nan, math.inf):  # read by the class above
+        objective, images = _task()
+        objective = Broken(objective.model, objective.labels)
         with _watched(objective.model) as points:
             result = _run(attack, (objective, images), bounds=(0.0, 1.0))
-        passes[0] = 0
+        objective.passes.clear()
         seen = torch.stack([total(objective(point)).detach() for point in points])
         worst = seen.where(seen.isfinite(), -math.inf).max(0)
         assert result.terms is not None
@@ -416,7 +414,7 @@ def _takes_images_in_half_precision(attack: Attack, traits: Traits) -> None:
 
     for kind in (torch.float16, torch.bfloat16):
         objective, images = _task(dtype=torch.float32, gain=1.0)
-        objective, images = Half(_Tampered(objective.model, images=Tensor.float), objective.labels), images.to(kind)
+        objective, images = Half(_Behind(Tensor.float, objective.model), objective.labels), images.to(kind)
         radius = torch.tensor([0.0, 0.05, 0.1, 0.25, 0.5])
         with _watched(objective.model) as points:
             result = _run(attack, (objective, images), radius)
@@ -443,7 +441,7 @@ def _a_zero_gradient_moves_nothing(attack: Attack, traits: Traits) -> None:
     if not _white_box(attack) or traits.random:
         return
     dead = torch.tensor([False, True, False, False, False]).reshape(5, 1, 1, 1)
-    task = _tampered(images=lambda x: torch.where(dead, x.detach(), x))
+    task = _task_behind(lambda x: torch.where(dead, x.detach(), x))
     result = _run(attack, task, 0.5)
     expect_same(result.images[1], task[1][1], "an image without a gradient was moved")
     expect((result.norms > 0) == ~dead.flatten(), "a zero gradient harms other samples")
@@ -464,7 +462,7 @@ def _a_gradient_that_is_not_finite_is_counted_and_harms_no_other_sample(attack: 
                 passed.register_hook(lambda gradient: gradient.masked_fill(broken, bad))
             return passed
 
-        task = _tampered(images=spoilt)
+        task = _task_behind(spoilt)
         result = _run(attack, task, 0.5, (0.0, 1.0))
         expect_same(result.images[~rows], healthy.images[~rows], "other samples are attacked otherwise")
         expect(result.nonfinite[~rows] == 0, "a broken gradient is counted for all")
