@@ -20,9 +20,12 @@ import advmed
 SCRIPT = Path(__file__).with_name("gloo_rank.py")
 WORLD = 2
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
