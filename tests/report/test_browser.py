@@ -23,9 +23,10 @@ import pytest
 from torch import Tensor
 
 from advmed.attacks.names import parse_attacks
+from advmed.cli.evaluate import compare
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import Subject, compare
+from advmed.evaluation.subjects import Subject
 from advmed.report import Example, View
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from advmed.attacks.names import parse_attacks
+from advmed.cli.evaluate import compare
 from advmed.cli.main import main
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import Subject, compare
+from advmed.evaluation.subjects import Subject
 from advmed.report.comparison import Report, compare_reports
 
 LEVELS = (0.0, 0.5, 1.0)
