@@ -159,7 +159,8 @@ def fake_site(tmp_path: Path) -> Path:
     """A site-packages folder, its path with a blank and an umlaut, that holds the hook and an empty shim folder."""
     folder = tmp_path / "site päckages"
     (folder / "adv_nnunet" / "trainers").mkdir(parents=True)
-    shutil.copy(HOOK, folder)
+    for file in (HOOK, HOOK.with_name("advmed_nnunet_startup.py")):
+        shutil.copy(file, folder)
     return folder
 
 
@@ -168,6 +169,22 @@ def test_the_hook_is_one_import_line() -> None:
     assert len(lines) == 1, "Python runs a .pth file line by line"
     assert lines[0].startswith(b"import ")
     assert lines[0].isascii()
+
+
+def test_newer_pythons_call_the_same_function(fake_site: Path) -> None:
+    """PEP 829: from 3.15 on the line of the .pth file gives way to the entry point of the .start file."""
+    entry = HOOK.with_suffix(".start").read_text().strip()
+    assert entry.replace(":", ".") in HOOK.read_text()
+    code = f"import os, sys\nfrom pkgutil import resolve_name\nsys.path.append({str(fake_site)!r})\n"
+    code += f"resolve_name({entry!r})()\nprint(os.environ.get({VARIABLE!r}))"
+    assert python(code, "-S", "-E", cwd=Path(sys.prefix)) == str(fake_site / "adv_nnunet" / "trainers")
+
+
+def test_a_child_of_another_environment_finds_the_stock_trainers(trainers: str, tmp_path: Path) -> None:
+    """It inherits the variable, but has no package of ours: the folder then holds no trainers, and breaks nothing."""
+    shim = Path(trainers) / "advmed_nnunet_trainers.py"
+    code = f"import runpy\nprint([name for name in runpy.run_path({str(shim)!r}) if name.startswith('nnUNet')])"
+    assert python(code, "-S", "-E", cwd=tmp_path) == "[]"
 
 
 def test_blanks_in_the_path(fake_site: Path) -> None:

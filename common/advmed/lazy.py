@@ -1,26 +1,48 @@
-"""Names of a package that are imported from their modules when they are first asked for.
+"""Public names that are imported when they are first asked for: ``import advmed`` takes no PyTorch.
 
-A package whose ``__init__`` imports nothing heavy lets the command in it answer at once.
+The names of a package stand in its ``__init__.pyi``, which type checkers and editors read, too: one list (lazy_loader).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
+import lazy_loader
 
-def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package.
+OURS = ("advmed", "adv_classify", "adv_landmark", "adv_nnunet", "adv_yolo")
+
+
+def public_names(
+    package: str, file: str, *, extra: str | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
 
     Args:
-        package: its name.
-        homes: by the name, the module of the package that it is from.
+        package: its ``__name__``.
+        file: its ``__file__``, beside which the stub lies.
+        extra: of the installation that its names may need.
+
+    Raises:
+        ImportError: by ``__getattr__``, naming the extra, if a package is missing that a name needs.
     """
+    find, names, public = lazy_loader.attach_stub(package, file)
 
     def get(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        try:
+            return find(name)
+        except ModuleNotFoundError as error:
+            text = missing(f"{package}.{name}", error, extra)
+            if text is None:
+                raise
+            raise ImportError(text, name=error.name) from error
 
-    return get
+    return get, names, public
+
+
+def missing(what: str, error: ModuleNotFoundError, extra: str | None) -> str | None:
+    """What to do about a package that is not installed; None where no extra is known, or a module of ours is missing."""
+    package = (error.name or "").partition(".")[0]
+    if extra is None or not package or package in OURS:
+        return None
+    return f"{what} needs {package}, which is not installed: pip install 'advmed[{extra}]'"

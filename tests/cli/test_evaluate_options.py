@@ -155,8 +155,6 @@ def test_whose_the_levels_are() -> None:
 class Linear(EvaluationHost):
     """A host of one model: the loss is the sum of the pixels, 4 x 5 of them."""
 
-    data_name = "toys"
-
     def __init__(self, path: Path, apart: bool = False) -> None:
         self.path, self.seen, self.loaded = path, [], 0
         self.folder_per_norm = apart  # type: ignore[misc]  # of the class otherwise
@@ -185,7 +183,7 @@ class Linear(EvaluationHost):
         self.seen.append((attack[0], attack[1].norm, list(levels), list(ids), seed))
         return []
 
-    measured_over = "the toy"
+    data_name, measured_over = "toys", "the toy"
     settings: dict[str, Any] = {"kind": "toy"}  # noqa: RUF012 - as the properties of a host
     fingerprint: dict[str, Any] = {}  # noqa: RUF012
 

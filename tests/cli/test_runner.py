@@ -122,7 +122,7 @@ def test_a_missing_extra_is_named(extra: str, module: str, package: str, capsys:
 
 
 def test_a_missing_module_of_no_extra_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for extra, module in ((None, "ultralytics"), ("yolo", "nnunetv2"), ("yolo", "something"), ("all", "ultralytics")):
+    for extra, module in ((None, "ultralytics"), ("yolo", "advmed.nothing"), ("yolo", "adv_yolo.nothing")):
         assert run("own", raising(missing(module)), [], extra=extra) == 1
         assert capsys.readouterr().err == f"own: No module named {module!r}\n"
 

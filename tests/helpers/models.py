@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advmed.distances import softmax_divergence
 from advmed.methods import SAT
+from advmed.objective import ClassScores
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 
@@ -62,6 +63,11 @@ class Classifier:
         self.calls += 1
         return F.cross_entropy(self.model(images), self.labels, reduction="none")[:, None]
 
+    def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        logits = self.model(images)
+        return F.cross_entropy(logits, self.labels, reduction="none")[:, None], logits.argmax(1) != self.labels
+
 
 class Compared(Classifier):
     """Two terms of a classifier, a batch loss that is not the mean of their sums, and predictions; notes its passes."""
@@ -93,6 +99,10 @@ class Compared(Classifier):
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss_and_predictions(images)[:2]
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        truth = F.one_hot(self.labels, predictions.shape[1]).to(predictions.dtype)
+        return ClassScores(predictions, truth, None, exclusive=True)
 
     def distance(self, clean: Tensor, other: Tensor) -> Tensor:
         return softmax_divergence(clean, other)

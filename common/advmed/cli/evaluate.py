@@ -123,8 +123,6 @@ class EvaluationHost(ABC):
     """Whether a report in a single norm has a folder named after the norm, too."""
     bounds: ClassVar[tuple[float, float] | None] = None
     """Lowest and highest value of an input."""
-    data_name: str = ""
-    """Of the data, for the title; empty where they have none."""
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
         """Attacks by their names.
@@ -153,6 +151,11 @@ class EvaluationHost(ABC):
         self, attack: tuple[str, Attack], levels: Sequence[float], ids: Sequence[str], *, seed: int
     ) -> Sequence[Example]:
         """The pictures: samples by their ids, clean and attacked at levels above 0."""
+
+    @property
+    def data_name(self) -> str:
+        """Of the data, for the title; empty where they have none."""
+        return ""
 
     @property
     @abstractmethod

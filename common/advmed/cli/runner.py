@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
-from importlib.metadata import PackageNotFoundError, requires
+
+from advmed.lazy import missing
 
 DEBUG = "--debug shows the whole traceback of an error."
 """For the end of a help text."""
@@ -51,10 +51,8 @@ def run(
     except Exception as error:
         if debug or not is_mistake(error):
             raise
-        package = (getattr(error, "name", None) or "").partition(".")[0]
-        if extra is not None and isinstance(error, ModuleNotFoundError) and package in _packages(extra):
-            text = f"{name} needs {package}, which is not installed: pip install 'advmed[{extra}]'"
-        else:
+        text = missing(name, error, extra) if isinstance(error, ModuleNotFoundError) else None
+        if text is None:
             text = f"{' '.join([name, *(word for word in argv[:1] if word in subcommands)])}: {message(error)}"
         print(text, file=sys.stderr)
         return 1
@@ -81,13 +79,3 @@ def message(error: BaseException) -> str:
     if "in DataLoader worker process" in text:  # PyTorch wraps what a worker raises into its traceback
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return text
-
-
-def _packages(extra: str) -> set[str]:
-    """Top-level modules of the packages that an extra asks for."""
-    try:
-        lines = requires("advmed") or []
-    except PackageNotFoundError:  # not installed, but on the path
-        return set()
-    wanted = [line for line in lines if re.search(rf"""extra\s*==\s*["']{extra}["']""", line)]
-    return {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in wanted}

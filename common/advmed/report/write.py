@@ -66,6 +66,19 @@ def write_report(
     Raises:
         ValueError: for models that were not evaluated alike, or examples whose arrays do not fit together.
         FileExistsError: if the folder holds another report and ``overwrite`` is False; it stays untouched.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from advmed import Entry, EvaluationBatch, LoadedBatch, Metric, evaluate, parse_attacks, write_report
+        >>> darker = lambda images: -images.flatten(1).mean(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.ones(2, 1, 2, 2), darker, lambda images: {"mean": images.mean((1, 2, 3))})
+        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1])
+        >>> metric = Metric("mean", lambda scores: float(scores["mean"].mean()))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = write_report(Path(folder), [Entry("model", found)], [metric], title="Test", level_unit="L2 norm")
+        ...     sorted(path.name for path in page.parent.glob("re*"))
+        ['report.html', 'report.json', 'results.csv']
     """
     tables = tabulate(entries, metrics, groups)
     failures = count_failures(entries, metrics)

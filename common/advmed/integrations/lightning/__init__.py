@@ -1,19 +1,9 @@
 """What the two Lightning hosts share: module, data, weights, thresholds, evaluation and command.
 
-The one part of ``advmed`` that imports a host framework, and is imported by nothing else in it.
+The one part of ``advmed`` that imports a host framework, and is imported by nothing else in it. Its names are those of
+``__init__.pyi``; each is imported when it is first asked for.
 """
 
-from typing import TYPE_CHECKING
+from advmed.lazy import public_names
 
-from advmed.lazy import lazy
-
-if TYPE_CHECKING:
-    from advmed.integrations.lightning.data import SampleData
-    from advmed.integrations.lightning.module import MARGINS, MethodOptions, RobustModule, plain, say
-
-__getattr__ = lazy(
-    __name__,
-    {"SampleData": "data", **dict.fromkeys(("MARGINS", "MethodOptions", "RobustModule", "plain", "say"), "module")},
-)
-
-__all__ = ["MARGINS", "MethodOptions", "RobustModule", "SampleData", "plain", "say"]
+__getattr__, __dir__, __all__ = public_names(__name__, __file__)
