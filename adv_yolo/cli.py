@@ -17,7 +17,7 @@ from advmed.cli.options import Option
 HELP = """
     adv-yolo is 'yolo' with adversarial training. Syntax and arguments are those of 'yolo'; it adds:
 
-    1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: a default that fits the image size):
+    1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
             thresholds=auto rule=null clean_epochs=null backward=together
             eps=null eps_min=null eps_max=null step_size=null

@@ -41,7 +41,7 @@ def public_names(
 
 
 def missing(what: str, error: ModuleNotFoundError, extra: str | None) -> str | None:
-    """What to do about a package that is not installed; None where no extra is known, or a module of ours is missing."""
+    """What to do about a package that is not installed; None without an extra, and for a module of ours."""
     package = (error.name or "").partition(".")[0]
     if extra is None or not package or package in OURS:
         return None
