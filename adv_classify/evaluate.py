@@ -231,6 +231,7 @@ class ClassifierEvaluation(LightningEvaluation):
     """See :class:`LightningEvaluation`; the command's own option is ``gradcam``."""
 
     bounds = BOUNDS
+    data: ClassificationData
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
         """See :func:`parse`."""

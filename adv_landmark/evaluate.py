@@ -182,6 +182,7 @@ class LandmarkEvaluation(LightningEvaluation):
     """See :class:`LightningEvaluation`; the command's own option is ``radii``."""
 
     bounds = BOUNDS
+    data: LandmarkData
 
     def default_levels(self, norm: float) -> list[float]:
         """The paper's levels, 0, 0.5, 1 and 2 in L2 for 3 x 200 x 160 values, and as much for every value of others."""

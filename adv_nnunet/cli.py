@@ -183,7 +183,8 @@ def _model_folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
     ]
 
 
-def _fold(text: str) -> int | str:
+def _fold(text: str) -> Any:
+    """A number, or "all"."""
     return text if text == "all" else int(text)
 
 

@@ -20,11 +20,11 @@ HELP = """
     1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
             thresholds=auto rule=null clean_epochs=null backward=together
-            eps=null eps_min=null eps_max=null step_size=null
-            sync_weight=1.0 average=batch beta=6.0 delta=null
-            refinement=paper margin_min=null margin_max=null steps=20
-            step_scale=4.0 norm=2.0 random_start=0.0 bounds=[0.0, 1.0]
-            bn=clean
+            eps=null tau=1 kl_weight=5.0 eps_min=null
+            eps_max=null step_size=null sync_weight=1.0 average=batch
+            beta=6.0 delta=null refinement=paper margin_min=null
+            margin_max=null steps=20 step_scale=4.0 norm=2.0
+            random_start=0.0 bounds=[0.0, 1.0] bn=clean
 
     2. Thresholds for AMAT from a trained standard model; see adv-yolo thresholds --help:
         adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std] [out=FILE]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import DEFAULT_CFG_DICT
@@ -52,7 +52,7 @@ class TrainedModel:
 
     name: str
     path: Path
-    network: nn.Module
+    network: Any
     source: CleanBatches
     validator: Any
     margins: np.ndarray | None
