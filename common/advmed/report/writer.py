@@ -20,11 +20,12 @@ import advmed
 from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import Entry
 from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
 from advmed.report.figures import Example
 from advmed.report.page import render_page
-from advmed.report.summary import Array, Entry, Table, cautions, findings, tabulate, verdict
+from advmed.report.summary import Array, Table, cautions, findings, tabulate, verdict
 
 FORMAT = "advmed.report/2"
 FILES = ("report.json", "results.csv", "samples.csv", "table.csv", "draws.npz", "curves.png", "report.html")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from adv_landmark import evaluate as host
-from adv_landmark.cli import Landmark, main
+from adv_landmark.cli import main
 from adv_landmark.data import LandmarkTable
 from adv_landmark.module import RobustLandmarks
 from advmed.evaluation.auc import auc_robust
@@ -496,10 +497,9 @@ def test_levels_are_those_of_the_paper_for_every_value(standard: Path, run: Any,
         record = json.loads(Path("own", kind, "report.json").read_text())
         assert record["results"]["MRE"]["models"]["standard"]["attacks"]["ifgsm1"]["levels"] == pytest.approx(wanted)
 
-    class Paper:
-        channels, size = 3, (200, 160)
-
-    assert Landmark().default_levels(2, Paper, "val") == [0, 0.5, 1, 2]
+    paper = SimpleNamespace(channels=3, size=(200, 160))
+    evaluation = host.LandmarkEvaluation(SimpleNamespace(split="val"), {}, paper, torch.device("cpu"))
+    assert evaluation.default_levels(2) == [0, 0.5, 1, 2]
 
 
 @pytest.mark.parametrize(

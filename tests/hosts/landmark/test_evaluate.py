@@ -18,8 +18,9 @@ from adv_landmark.data import Images, LandmarkTable
 from adv_landmark.maps import decode
 from advmed.attacks import PGD
 from advmed.attacks.names import parse_attacks
+from advmed.cli.evaluate import compare
 from advmed.evaluation.loop import evaluate
-from advmed.evaluation.subjects import Subject, compare
+from advmed.evaluation.subjects import Subject
 from advmed.report import Entry, tabulate
 
 CPU = torch.device("cpu")
@@ -304,7 +305,7 @@ def test_a_picture_is_grey_or_colour() -> None:
 
 def test_models_on_other_samples_are_not_compared(model: host.TrainedModel, tmp_path: Path) -> None:
     subjects = [Subject(name, model.path, host.make_batches(model, limit)) for name, limit in (("a", None), ("b", 2))]
-    given = {"examples": lambda *_: [], "fingerprint": {}}
+    given = {"examples": lambda *_: [], "fingerprint": {}, "title": "", "level_unit": ""}
     with pytest.raises(ValueError, match="b and a cannot be compared: their samples differ"):
         compare(tmp_path, subjects, parse_attacks(["pgd1"]), LEVELS, host.metrics("mm", [2]), **given)
     assert not list(tmp_path.iterdir())

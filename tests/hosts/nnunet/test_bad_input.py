@@ -238,7 +238,7 @@ EVALUATE = ["evaluate", "-d", "4", "-c", "2d", "-device", "cpu", "-p", "tiny", "
         (["-i", "somewhere"], "-i and -l belong together"),
         (["-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
         (["-tr", "nnUNetTrainer"], "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
-        (["-m", "a=x", "a=y"], "two models have the same name"),
+        (["-m", "a=x", "a=y"], "2 models need 2 different names"),
         (["--samples", "0"], "samples must be a whole number >= 1, got 0"),
         (["--examples", "-1"], "examples must be a whole number >= 0, got -1"),
         (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),

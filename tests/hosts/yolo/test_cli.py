@@ -438,11 +438,10 @@ def test_other_commands_are_the_hosts(trained: Path, data: Any, tmp_path: Path, 
     assert (tmp_path / "p" / "one.jpg").is_file()
 
 
-def test_help_names_everything(said: list[str]) -> None:
+def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["help"], ["--help"]):
-        said.clear()
         assert main(words) == 0
-        text = "\n".join(said)
+        text = capsys.readouterr().out
         for name in (*argument_names(), "method=amat", "adv-yolo thresholds", "adv-yolo evaluate", "yolo help"):
             assert name in text, name
 
