@@ -45,7 +45,7 @@ def helped(module: str, words: list[str], folder: Path) -> Mapping[str, Any]:
         [sys.executable, "-c", CODE, module, *words], capture_output=True, text=True, cwd=folder, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert "LightningCLI's args" not in done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -47,6 +47,7 @@ def test_the_words_are_those_of_the_process_where_none_are_given(monkeypatch: py
     seen: list[list[str]] = []
     assert run("own", lambda argv: seen.append(argv)) == 0
     assert seen == [["one"]]
+    assert sys.argv == ["own", "one"]  # for hosts that read them there
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def run(
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
+    if arguments is None:
+        sys.argv[1:] = argv  # where a host reads them itself
     try:
         status = body(argv) or 0
         sys.stdout.flush()

@@ -94,7 +94,10 @@ class LightningCommand(ABC):
         elif help_wanted:
             print(self._help(argv[0] if argv[0] in LIGHTNING else None))
         else:
-            self._lightning(["--help" if word == "--help-all" else word for word in argv])
+            if "--help-all" in argv:
+                argv = ["--help" if word == "--help-all" else word for word in argv]
+                sys.argv[1:] = argv  # LightningCLI warns where it is given others
+            self._lightning(argv)
 
     def _help(self, subcommand: str | None) -> str:
         """A short help: to list every option of Lightning's takes the import of all of Lightning."""
