@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,29 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
         ("ifgsm4", 2.0, [1, 2], ["0"], 5),
         ("ifgsm4", math.inf, [0.25], ["0"], 5),
     ]
+
+
+class Bounded(Linear):
+    """The same within bounds; all samples are of one group, and the attack can be checked on them."""
+
+    bounds = (0.0, 0.1)
+    groups = staticmethod(lambda id_: "all")
+
+    @property
+    def subjects(self) -> list[Subject]:
+        (subject,) = super().subjects
+        return [replace(subject, subset=lambda number: subject.batches)]
+
+
+def test_options_and_what_the_host_says_reach_the_numbers(tmp_path: Path, undrawn: None) -> None:
+    given = made(attacks=["ifgsm4"], checks=2, seed=5, out=tmp_path / "out")
+    (page,) = evaluate_models(Bounded(tmp_path / "model.ckpt"), given, say=lambda text: None)
+    found = record(page.parent)
+    assert found["configuration"]["evaluation"]["seed"] == 5
+    assert found["results"]["loss"]["models"]["a"]["attacks"]["ifgsm4"]["values"] == pytest.approx([0, 2, 2])
+    assert [path.name for path in (tmp_path / "out" / "a").glob("checks_2_*")]
+    assert found["checks"]["a"]
+    assert found["bootstrap"]["groups"] == 1
 
 
 @pytest.mark.parametrize(("apart", "place", "title"), [(False, "", "a on toys"), (True, "Linf", "a on toys in Linf")])

@@ -48,6 +48,18 @@ def test_an_attack_ends_tau_steps_after_a_term_has_reached_its_threshold(tau: in
     assert objective.model.weight.grad is not None
 
 
+def test_an_attack_that_slips_back_below_its_threshold_ends_all_the_same() -> None:
+    """One pixel: its second term reaches its threshold near 0.4 only, while the loss rises on."""
+
+    def objective(images: Tensor) -> Tensor:
+        pixel = images.flatten(1)
+        return torch.cat([10 * pixel, 1 - (pixel - 0.4).abs()], 1)
+
+    step = FAT(EPS, [math.inf, 0.95], tau=2, steps=STEPS, step_scale=SCALE).step(objective, torch.zeros(1, 1, 1), ["a"])
+    assert step.adversarial is not None
+    assert step.adversarial.item() == pytest.approx(0.4 + 2 * ALPHA)
+
+
 class Linear:
     """Two classes, the logits of a linear model."""
 
