@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -108,24 +108,26 @@ class Classify(LightningHost):
     data = MedMNIST
     counts = COUNTS
     batch_size = 8
-    network = {"model__network__name": "test_efficientnet_gn"}  # no BatchNorm: images do not know of each other
-    batch_norms = ({"model__network__name": "test_resnet"}, {"model__network__name": "test_efficientnet"})
-    other_network = {"model__network__name": "test_resnet"}
-    monitor = ("val/mAP", "max")
-    noise = {"2": (round(2 / 255 * VALUES**0.5, 4), 0.05434), ".inf": (0.0157, 0.00392)}
-    middling = (0.6,)
-    learning = {"trainer__max_epochs": 3, "model__lr": 1e-3}
-    easy = {"trainer__max_epochs": 4, "model__lr": 3e-3, "model__method__eps": 0.1}
+    network: ClassVar = {
+        "model__network__name": "test_efficientnet_gn"
+    }  # no BatchNorm: images do not know of each other
+    batch_norms: ClassVar = ({"model__network__name": "test_resnet"}, {"model__network__name": "test_efficientnet"})
+    other_network: ClassVar = {"model__network__name": "test_resnet"}
+    monitor: ClassVar = ("val/mAP", "max")
+    noise: ClassVar = {"2": (round(2 / 255 * VALUES**0.5, 4), 0.05434), ".inf": (0.0157, 0.00392)}
+    middling: ClassVar = (0.6,)
+    learning: ClassVar = {"trainer__max_epochs": 3, "model__lr": 1e-3}
+    easy: ClassVar = {"trainer__max_epochs": 4, "model__lr": 3e-3, "model__method__eps": 0.1}
     target = 0.9
-    wavering = {"trainer__max_epochs": 4, "model__lr": 3e-3, "checkpoint__monitor": "val/accuracy"}
-    augmented = {"data__flip": 0.5}
-    stateful = {
+    wavering: ClassVar = {"trainer__max_epochs": 4, "model__lr": 3e-3, "checkpoint__monitor": "val/accuracy"}
+    augmented: ClassVar = {"data__flip": 0.5}
+    stateful: ClassVar = {
         "model__network__name": "test_resnet",
         "model__network__drop_rate": 0.3,  # draws from the state of the process, as flips do
         "data__sampler": "balanced",
     }
     metric = "accuracy"
-    levels = {
+    levels: ClassVar = {
         "L2": [round(level / 255 * VALUES**0.5, 4) for level in (0, 2, 4, 8)],
         "Linf": [level / 255 for level in (0, 2, 4, 8)],
     }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def scaled(points: np.ndarray) -> np.ndarray:
 def plain_terms(maps: Tensor, points: np.ndarray, heatmap: str, weight: float, radius: float = RADIUS) -> Tensor:
     """The loss terms of one image, landmark by landmark, of the landmarks that are known."""
     count, each = len(points), []
-    rows, columns = torch.meshgrid(torch.arange(maps.shape[1]), torch.arange(maps.shape[2]), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(n).double() for n in maps.shape[1:]), indexing="ij")
     for k, (x, y) in enumerate(points):
         if math.isnan(x):
             continue
@@ -111,28 +111,28 @@ class Landmark(LightningHost):
     entry = "adv_landmark.cli:main"
     module = RobustLandmarks
     data = LandmarkTable
-    network = {
+    network: ClassVar = {
         "model__network__encoder": TINY["encoder"],
         "model__network__decoder_channels": list(TINY["decoder_channels"]),
     }
-    batch_norms = ({}, {"model__network__encoder": "tu-test_resnet"})
-    other_network = {"model__network__encoder": "tu-test_resnet"}
-    monitor = ("val/MRE", "min")
-    noise = {"2": (LEVEL, LEVEL), ".inf": (0.00784, 0.00196)}
+    batch_norms: ClassVar = ({}, {"model__network__encoder": "tu-test_resnet"})
+    other_network: ClassVar = {"model__network__encoder": "tu-test_resnet"}
+    monitor: ClassVar = ("val/MRE", "min")
+    noise: ClassVar = {"2": (LEVEL, LEVEL), ".inf": (0.00784, 0.00196)}
     rule = "mean+2std"
-    middling = (1.0, 0.42, 0.42)
-    learning = {"trainer__max_epochs": 60, "model__lr": 5e-3, "trainer__check_val_every_n_epoch": 30}
-    wavering = {"trainer__max_epochs": 5, "model__lr": 3e-2}
-    augmented = {"data__rotate": 10, "data__zoom": 0.1, "data__shift": 0.05, "data__color": 0.1}
-    stateful = {"model__network__encoder": "tu-test_resnet", "model__heatmap": "bce"}
-    together = {"optimizer__lr": 0.05}  # type: ignore[assignment]
+    middling: ClassVar = (1.0, 0.42, 0.42)
+    learning: ClassVar = {"trainer__max_epochs": 60, "model__lr": 5e-3, "trainer__check_val_every_n_epoch": 30}
+    wavering: ClassVar = {"trainer__max_epochs": 5, "model__lr": 3e-2}
+    augmented: ClassVar = {"data__rotate": 10, "data__zoom": 0.1, "data__shift": 0.05, "data__color": 0.1}
+    stateful: ClassVar = {"model__network__encoder": "tu-test_resnet", "model__heatmap": "bce"}
+    together: ClassVar = {"optimizer__lr": 0.05}
     metric = "MRE"
-    evaluation = ("--radii", "[2,5.5]")
-    levels = {
+    evaluation: ClassVar = ("--radii", "[2,5.5]")
+    levels: ClassVar = {
         "L2": [round(level * math.sqrt(SIZE[0] * SIZE[1] / 96000), 4) for level in (0, 0.5, 1, 2)],
         "Linf": [level / 255 for level in (0, 1, 2, 4)],
     }
-    norms = ("L2",)
+    norms: ClassVar = ("L2",)
 
     @property
     def root(self) -> Path:

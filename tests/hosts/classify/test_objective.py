@@ -1,0 +1,161 @@
+"""Cross-entropy per image against numpy in float64, and what differs between the attack's loss and the training's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+
+from adv_classify import ClassificationObjective
+from advmed.attacks.losses import Margin, margin
+from advmed.objective import PredictingObjective
+from helpers.classify import Small, noise
+
+LABELS = torch.tensor([3, 0, 1, 1, 2])
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25])
+
+
+class Counted(nn.Module):
+    """Counts its passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return self.model(images)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return noise(len(LABELS), 3, 8, 8)
+
+
+@pytest.fixture
+def model() -> Counted:
+    model = Counted(Small())
+    model.model[-1].weight.data *= 10  # sure predictions, right and wrong
+    return model
+
+
+def reference(logits: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> np.ndarray:
+    """(B,), float64."""
+    z = logits.detach().double().numpy()
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    target = np.full(z.shape, smoothing / z.shape[1])
+    target[np.arange(len(z)), LABELS] += 1 - smoothing
+    loss = -(target * log_p).sum(1)
+    return loss if weight is None else loss * weight.double().numpy()[LABELS]
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_terms_and_training_loss_are_the_cross_entropy_of_every_image(
+    model: Counted, images: Tensor, weight: Tensor | None, smoothing: float
+) -> None:
+    """The terms are never smoothed, the loss is if wished: then the terms carry no graph."""
+    objective = ClassificationObjective(model, LABELS, weight=weight, label_smoothing=smoothing)
+    assert isinstance(objective, PredictingObjective)
+    assert objective.names == ("ce",)
+    wanted = reference(model(images), weight)
+    assert wanted.max() > 2 > 1 > wanted.min() > 0
+    loss, last, logits = objective.loss_and_predictions(images)
+    for terms in (objective(images), objective.loss(images)[1], last):
+        assert terms.shape == (len(LABELS), 1)
+        np.testing.assert_allclose(terms.detach().numpy()[:, 0], wanted, rtol=1e-5, atol=1e-6)
+    assert objective(images).requires_grad
+    assert objective.loss(images)[1].requires_grad == (not smoothing)
+    assert loss.item() == pytest.approx(reference(logits, weight, smoothing).mean(), rel=1e-5)
+    assert (loss.item() == pytest.approx(last.mean().item())) == (not smoothing)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    plain = nn.functional.cross_entropy(model(images), LABELS, reduction="none", label_smoothing=smoothing)
+    expected = torch.autograd.grad((plain * (1 if weight is None else weight[LABELS])).mean(), list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_one_pass_each(model: Counted, images: Tensor) -> None:
+    objective = ClassificationObjective(model, LABELS, label_smoothing=0.1)
+    for part in (objective, objective.predictions, objective.loss, objective.loss_and_predictions):
+        before = model.passes
+        part(images)
+        assert model.passes == before + 1
+    assert objective.model is model
+    assert torch.equal(objective.predictions(images), model(images))
+    assert torch.equal(objective.loss_and_predictions(images)[2], model(images))
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_the_gradient_reaches_the_images(images: Tensor, weight: Tensor | None) -> None:
+    """Of a linear model it is (softmax - label) W."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    images.requires_grad_()
+    ClassificationObjective(linear, LABELS, weight=weight, label_smoothing=0.2)(images).sum().backward()
+    error = linear(images).softmax(1) - torch.eye(4)[LABELS]
+    if weight is not None:
+        error = error * weight[LABELS][:, None]
+    torch.testing.assert_close(images.grad, (error @ linear[1].weight).reshape(images.shape), rtol=1e-4, atol=1e-7)
+
+
+def test_the_distance_is_the_divergence_of_the_predictions(model: Counted, images: Tensor) -> None:
+    objective = ClassificationObjective(model, LABELS, weight=WEIGHT)
+    clean, other = objective.predictions(images), objective.predictions(noise(*images.shape, seed=1))
+    wanted = kl_divergence(Categorical(logits=clean), Categorical(logits=other))
+    torch.testing.assert_close(objective.distance(clean, other), wanted, rtol=1e-4, atol=1e-7)
+    assert (wanted - objective.distance(other, clean)).abs().max() > 1e-4
+    assert torch.equal(objective.distance(clean, clean), torch.zeros(len(LABELS)))
+
+
+def test_half_precision_ends_with_the_network(model: Counted, images: Tensor) -> None:
+    objective = ClassificationObjective(model, LABELS, weight=WEIGHT, label_smoothing=0.1)
+    images.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms, logits = objective.loss_and_predictions(images)
+        attacked = objective(images)
+        distance = objective.distance(logits, logits.flip(0))
+    assert logits.dtype == torch.bfloat16
+    assert {x.dtype for x in (loss, terms, attacked, distance)} == {torch.float32}
+    np.testing.assert_allclose(terms[:, 0].numpy(), reference(logits, WEIGHT), rtol=1e-5, atol=1e-6)
+    assert loss.item() == pytest.approx(reference(logits, WEIGHT, 0.1).mean(), rel=1e-5)
+    attacked.sum().backward()
+    assert images.grad.flatten(1).norm(dim=1).min() > 0
+
+
+def test_a_network_of_half_precision_has_terms_of_single_precision(model: Counted, images: Tensor) -> None:
+    loss, terms, logits = ClassificationObjective(model.bfloat16(), LABELS).loss_and_predictions(images.bfloat16())
+    assert (loss.dtype, terms.dtype, logits.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    np.testing.assert_allclose(terms[:, 0].detach().numpy(), reference(logits), rtol=1e-5, atol=1e-6)
+
+
+def test_the_margin_is_above_zero_where_an_image_is_misclassified(model: Counted, images: Tensor) -> None:
+    logits = model(images).detach()
+    z = logits.double().numpy()
+    wanted = [max(np.delete(row, y)) - row[y] for row, y in zip(z, LABELS.tolist(), strict=True)]
+    objective = ClassificationObjective(model, LABELS)
+    (climbed,) = Margin().objectives(objective, images)
+    found = climbed(images)
+    assert found.shape == (len(LABELS), 1)
+    np.testing.assert_allclose(found.detach()[:, 0], wanted, rtol=1e-4, atol=1e-5)
+    wrong = logits.argmax(1) != LABELS
+    assert 0 < wrong.sum() < len(LABELS)
+    assert torch.equal(found[:, 0] > 0, wrong)
+    targets = (LABELS + 2) % 4
+    one = margin(objective.class_scores(logits), targets)
+    wanted = [row[t] - row[y] for row, y, t in zip(z, LABELS.tolist(), targets.tolist(), strict=True)]
+    np.testing.assert_allclose(one[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_needs_no_host() -> None:
+    """For a plain PyTorch loop, PyTorch is enough."""
+    code = (
+        "import sys; from adv_classify import ClassificationObjective; from advmed.methods import DPAAT; "
+        "print(*{'lightning', 'timm', 'torchvision', 'captum', 'jsonargparse'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,275 @@
+"""Maps against loops over pixels in float64; landmarks out of their maps again, whatever else the maps hold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adv_landmark.maps import Targets, decode, encode, split_maps
+
+SURE = 14.0
+"""A logit that leaves no doubt: 8e-7 the other way."""
+
+
+MAPS = ("disk", "gaussian", "offset_y", "offset_x")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scattered(batch: int, landmarks: int, size: tuple[int, int], seed: int = 0, edge: float = 0.49) -> Tensor:
+    """Points anywhere in the image, up to ``edge`` beyond the centres of its outermost pixels, (B, L, 2), float64."""
+    span = torch.tensor((size[1], size[0]), dtype=torch.float64) - 1 + 2 * edge
+    return torch.rand(batch, landmarks, 2, generator=generator(seed), dtype=torch.float64) * span - edge
+
+
+def perfect(points: Tensor, size: tuple[int, int], radius: float) -> Tensor:
+    """The maps of a network without error, (B, 3L, H, W); outside the disks the offsets are noise."""
+    targets = encode(points, size, radius)
+    wild = torch.randn(2, *targets.disk.shape, generator=generator(9), dtype=points.dtype) * 3
+    inside = targets.disk > 0
+    offsets = [torch.where(inside, o, w) for o, w in zip((targets.offset_y, targets.offset_x), wild, strict=True)]
+    return torch.cat([(targets.disk * 2 - 1) * SURE, *offsets], 1)
+
+
+# Landmarks to maps
+
+
+def pixel_by_pixel(points: np.ndarray, size: tuple[int, int], radius: float) -> dict[str, np.ndarray]:
+    """Of one image, (L, H, W) each; absent landmarks have no offsets here, NaN."""
+    height, width = size
+    shape = (len(points), height, width)
+    found = {"disk": np.zeros(shape), "gaussian": np.zeros(shape)}
+    found |= {"offset_y": np.full(shape, np.nan), "offset_x": np.full(shape, np.nan)}
+    for k, (x, y) in enumerate(points):
+        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+            continue
+        for row in range(height):
+            for column in range(width):
+                distance = math.hypot(column - x, row - y)
+                if distance <= radius:
+                    found["disk"][k, row, column] = 1
+                    found["gaussian"][k, row, column] = math.exp(-(distance**2) / (2 * radius**2))
+                found["offset_y"][k, row, column] = (y - row) / radius
+                found["offset_x"][k, row, column] = (x - column) / radius
+    return found
+
+
+@pytest.mark.parametrize(("size", "radius"), [((13, 9), 1.0), ((7, 16), 2.5), ((20, 17), 4.0), ((6, 6), 11.0)])
+def test_maps_are_what_each_pixel_says(size: tuple[int, int], radius: float) -> None:
+    points = scattered(3, 4, size, seed=1)
+    points[0, 1], points[1, 2, 0] = math.nan, math.nan
+    points[2, 0] += 100
+    points[2, 3, 1] -= size[0] + 1
+    targets = encode(points, size, radius)
+    absent = torch.zeros(3, 4, dtype=torch.bool)
+    absent[[0, 1, 2, 2], [1, 2, 0, 3]] = True
+    assert torch.equal(targets.present, ~absent)
+    assert targets.offset_y.shape == (3, 4, size[0], 1)
+    assert targets.offset_x.shape == (3, 4, 1, size[1])
+    for b in range(3):
+        wanted = pixel_by_pixel(points[b].numpy(), size, radius)
+        np.testing.assert_array_equal(targets.disk[b].numpy(), wanted["disk"])
+        np.testing.assert_allclose(targets.gaussian[b].numpy(), wanted["gaussian"], rtol=1e-12, atol=1e-15)
+        for name in ("offset_y", "offset_x"):
+            offset = getattr(targets, name)[b].expand(-1, *size).numpy()
+            known = ~absent[b].numpy()
+            np.testing.assert_allclose(offset[known], wanted[name][known], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("point", "present"),
+    [
+        *(((-0.5, -0.5), True), ((-0.501, 3.0), False), ((3.0, -0.501), False)),
+        *(((11.5, 7.5), True), ((11.501, 3.0), False), ((3.0, 7.501), False)),
+        *(((7.9, 3.0), True), ((3.0, 9.0), False)),  # beyond the height, not the width
+        *(((math.nan, 3.0), False), ((3.0, math.nan), False), ((math.inf, 3.0), False), ((3.0, -math.inf), False)),
+    ],
+)
+def test_a_landmark_is_there_if_it_is_known_and_in_the_image(point: tuple[float, float], present: bool) -> None:
+    targets = encode(torch.tensor([[point, (4.0, 4.0)]]), (8, 12), 2.0)
+    assert targets.present.dtype == torch.bool
+    assert targets.present.tolist() == [[present, True]]
+    assert bool(targets.disk[0, 0].any()) == bool(targets.gaussian[0, 0].any()) == present
+    for name in MAPS:
+        assert getattr(targets, name).isfinite().all(), name
+
+
+def test_maps_have_the_precision_of_the_points_and_may_be_none() -> None:
+    for dtype in (torch.float32, torch.float64):
+        targets: Targets = encode(scattered(1, 2, (6, 8)).to(dtype), (6, 8), 2.0)
+        assert {getattr(targets, name).dtype for name in MAPS} == {dtype}
+    assert encode(torch.zeros(0, 3, 2), (5, 4), 2.0).disk.shape == (0, 3, 5, 4)
+    assert encode(torch.zeros(2, 0, 2), (5, 4), 2.0).present.shape == (2, 0)
+
+
+# The network's output in three
+
+
+def test_the_output_is_heat_then_y_then_x_without_copies() -> None:
+    maps = torch.arange(2 * 6 * 3 * 4, dtype=torch.float32).reshape(2, 6, 3, 4)
+    parts = split_maps(maps)
+    for k, part in enumerate(parts):
+        assert torch.equal(part, maps[:, 2 * k : 2 * k + 2])
+        assert part.untyped_storage().data_ptr() == maps.untyped_storage().data_ptr()
+    assert {part.dtype for part in split_maps(maps.bfloat16())} == {torch.float32}
+    assert {part.dtype for part in split_maps(maps.double())} == {torch.float64}
+
+
+# Maps to landmarks
+
+
+@pytest.mark.parametrize("radius", [1.0, 1.7, 3.0, 6.5, 12.0])
+@pytest.mark.parametrize("size", [(40, 56), (61, 33), (32, 32)])
+def test_what_is_encoded_is_decoded(size: tuple[int, int], radius: float) -> None:
+    """Anywhere, near the border too, where a disk is not whole."""
+    points = scattered(6, 5, size, seed=int(10 * radius))
+    corners = [(-0.45, -0.45), (size[1] - 0.55, -0.4), (-0.4, size[0] - 0.6), (size[1] - 0.6, size[0] - 0.55)]
+    points[0, :4] = torch.tensor(corners, dtype=torch.float64)
+    points[0, 4] = torch.tensor((size[1] - 1.0, 0.0))
+    for dtype in (torch.float32, torch.float64):
+        found, confidence = decode(perfect(points, size, radius).to(dtype), radius)
+        assert found.shape == (6, 5, 2)
+        assert found.dtype == confidence.dtype == dtype
+        assert (found - points).norm(dim=-1).max() < 0.01
+        assert ((confidence > 0) & (confidence <= 1)).all()
+
+
+def test_noise_on_the_offsets_is_averaged_out_and_half_precision_is_decoded_in_single() -> None:
+    """Errors of 0.4 pixels in each of about 200 votes."""
+    for dtype in (torch.bfloat16, torch.float16):
+        points = scattered(4, 5, (48, 40), seed=4)
+        maps = perfect(points, (48, 40), 6.0).to(dtype)
+        found, confidence = decode(maps, 6.0)
+        assert found.dtype == confidence.dtype == torch.float32
+        assert (found - points).norm(dim=-1).max() < 0.1
+        wanted, sure = decode(maps.float(), 6.0)
+        assert torch.equal(found, wanted)
+        assert torch.equal(confidence, sure)
+    size, radius = (64, 64), 8.0
+    points = scattered(4, 4, size, seed=2, edge=-radius)
+    maps = perfect(points, size, radius)
+    maps[:, 4:] += torch.randn(4, 8, *size, generator=generator(3), dtype=torch.float64) * 0.4 / radius
+    found, _ = decode(maps, radius)
+    assert (found - points).norm(dim=-1).max() < 0.1
+
+
+def slow(heat: np.ndarray, dy: np.ndarray, dx: np.ndarray, radius: float) -> tuple[tuple[float, float], float]:
+    """One landmark by the words of :func:`decode`, in float64."""
+    height, width = heat.shape
+    count = min(math.ceil(math.pi * radius * radius), height * width)
+    pixels = sorted(((r, c) for r in range(height) for c in range(width)), key=lambda p: -heat[p])[:count]
+    votes = []
+    for row, column in pixels:
+        y, x = row + dy[row, column] * radius, column + dx[row, column] * radius
+        weight = max(1 / (1 + math.exp(-heat[row, column])), 1e-12)
+        cell = (min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1))
+        if abs(cell[0] - y) <= 1 and abs(cell[1] - x) <= 1:
+            votes.append((weight, y, x, cell))
+    fullest: list[tuple[float, float, float, Any]] = []
+    for row in range(height):
+        for column in range(width):
+            window = [v for v in votes if abs(v[3][0] - row) <= 1 and abs(v[3][1] - column) <= 1]
+            if sum(v[0] for v in window) > sum(v[0] for v in fullest) * (1 + 1e-9):
+                fullest = window
+    total = sum(v[0] for v in fullest)
+    point = (sum(v[0] * v[2] for v in fullest) / total, sum(v[0] * v[1] for v in fullest) / total)
+    return point, total / count
+
+
+@pytest.mark.parametrize(
+    ("size", "radius", "spread"), [((9, 13), 2.0, 1.5), ((14, 8), 1.2, 2.0), ((11, 11), 3.3, 1.0), ((3, 4), 5.0, 0.3)]
+)
+def test_random_maps_are_decoded_as_the_slow_reference_does(
+    size: tuple[int, int], radius: float, spread: float
+) -> None:
+    """Votes go everywhere, outside too, and the windows that win are full of different ones."""
+    maps = torch.randn(4, 9, *size, generator=generator(5), dtype=torch.float64)
+    maps[:, :3] *= 2
+    maps[:, 3:] *= spread
+    reach = torch.arange(size[0])[:, None] + maps[:, 3:6] * radius
+    assert ((reach < -1) | (reach > size[0])).double().mean() < 0.7
+    found, confidence = decode(maps, radius)
+    for b in range(4):
+        for k in range(3):
+            point, sure = slow(*(maps[b, k + 3 * part].numpy() for part in range(3)), radius)
+            assert found[b, k].tolist() == pytest.approx(point, abs=1e-9)
+            assert confidence[b, k].item() == pytest.approx(sure, rel=1e-9)
+
+
+@pytest.mark.parametrize("logit", [0.0, -40.0, -1e4, -math.inf, 1e4, math.inf])
+def test_equal_heat_everywhere_is_a_finite_place(logit: float) -> None:
+    for size in ((9, 7), (1, 1), (2, 30)):
+        maps = torch.zeros(2, 6, *size)
+        maps[:, :2] = logit
+        points, confidence = decode(maps, 2.0)
+        assert points.isfinite().all()
+        assert ((confidence >= 0) & (confidence <= 1)).all()
+        assert (points >= 0).all()
+        assert (points <= torch.tensor((size[1] - 1.0, size[0] - 1.0))).all()
+
+
+def test_where_no_pixel_speaks_all_vote_alike() -> None:
+    points = torch.tensor([[[6.25, 3.5]]])
+    targets = encode(points, (9, 12), 2.0)
+    offsets = [offset.expand(1, 1, 9, 12) for offset in (targets.offset_y, targets.offset_x)]
+    found, confidence = decode(torch.cat([torch.full((1, 1, 9, 12), -1e5), *offsets], 1), 2.0)
+    torch.testing.assert_close(found, points, rtol=0, atol=1e-4)
+    assert confidence.item() < 1e-10
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_vote_for_no_place_at_all_does_not_count(value: float) -> None:
+    """As of a network in half precision that overflows: it must neither end the run nor move the landmark."""
+    truth = torch.tensor([[[12.3, 7.6]]], dtype=torch.float64)
+    for channel in (1, 2):
+        maps = perfect(truth, (20, 24), 3.0)
+        maps[0, channel, 8, 12] = value
+        found, _ = decode(maps, 3.0)
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+
+
+def test_maps_without_a_landmark_do_not_end_the_run() -> None:
+    """Votes that are all outside are not trusted. A network that has diverged gives no landmarks, and its evaluation
+    says so; on a GPU an index out of its range would end the process."""
+    for far in (50.0, -50.0, 1e30):
+        maps = torch.zeros(1, 3, 8, 8)
+        maps[:, 1:] = far
+        points, confidence = decode(maps, 2.0)
+        assert points.isfinite().all()
+        assert confidence.item() == 0
+    points, confidence = decode(torch.full((2, 6, 8, 8), math.nan), 2.0)
+    assert (points.shape, confidence.shape) == ((2, 2, 2), (2, 2))
+
+
+def test_landmarks_and_images_know_nothing_of_each_other() -> None:
+    size, radius = (15, 19), 2.2
+    maps = torch.randn(5, 12, *size, generator=generator(11))
+    before = maps.clone()
+    points, confidence = decode(maps, radius)
+    assert torch.equal(maps, before)
+    batch = torch.tensor([3, 0, 4, 2, 1])
+    order = torch.tensor([2, 0, 3, 1])
+    mixed = maps.unflatten(1, (3, 4))[batch][:, :, order].flatten(1, 2)
+    found, sure = decode(mixed, radius)
+    assert torch.equal(found, points[batch][:, order])
+    assert torch.equal(sure, confidence[batch][:, order])
+    for b, k in itertools.product(range(5), range(4)):
+        alone, one = decode(maps[b : b + 1, k::4], radius)
+        assert torch.equal(alone[0, 0], points[b, k])
+        assert torch.equal(one[0, 0], confidence[b, k])
+
+    points = scattered(3, 4, (12, 15), seed=12)
+    points[1, 2] = math.nan
+    targets = encode(points, (12, 15), 3.0)
+    for b, k in itertools.product(range(3), range(4)):
+        alone = encode(points[b : b + 1, k : k + 1], (12, 15), 3.0)
+        for name in (*MAPS, "present"):
+            assert torch.equal(getattr(alone, name)[0, 0], getattr(targets, name)[b, k]), name

@@ -1,0 +1,306 @@
+"""Loss terms and distance against loops in float64, landmarks that are not there, and the methods of the core."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adv_landmark.maps import decode
+from adv_landmark.objective import LandmarkObjective
+from advmed.methods import AMAT, SAT
+from advmed.objective import PredictingObjective
+from helpers.landmark import plain_terms
+
+SIZE, RADIUS = (9, 11), 2.5
+NAN = (math.nan, math.nan)
+POINTS = torch.tensor(
+    [
+        [(3.2, 4.7), (8.0, 2.0), (0.0, 8.3)],
+        [NAN, (5.5, 5.5), (10.4, -0.4)],
+        [NAN, NAN, (40.0, 3.0)],
+        [(2.0, 2.0), NAN, (7.7, 6.1)],
+    ],
+    dtype=torch.float64,
+)
+KNOWN = ~POINTS.isnan().any(-1) & (POINTS[..., 0] < 20)
+KINDS = ["dice", "bce"]
+
+
+class Given(nn.Module):
+    """The images are the maps; counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return images * 1.0
+
+
+class Small(nn.Sequential):
+    """Grey images to the maps of two landmarks."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1))
+
+
+def random_maps(seed: int = 0, batch: int = len(POINTS), dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 9, *SIZE, generator=generator, dtype=torch.float64) * 2).to(dtype)
+
+
+def objective_of(points: Tensor = POINTS, **options: Any) -> LandmarkObjective:
+    return LandmarkObjective(Given(), points, SIZE, radius=RADIUS, **options)
+
+
+# The terms
+
+
+def slow_terms(maps: Tensor, kind: str, weight: float = 1.0) -> np.ndarray:
+    """(B, 3), landmark by landmark; 0 for the image without any."""
+    points = torch.where(KNOWN[..., None], POINTS, math.nan).numpy()
+    each = [
+        plain_terms(m, p, kind, weight, RADIUS).tolist()
+        for m, p in zip(maps, points, strict=True)
+        if not np.isnan(p).all()
+    ]
+    return np.insert(np.array(each), 2, 0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [1.0, 0.5, 3.0])
+def test_terms_and_training_loss_are_those_of_every_landmark(kind: Any, weight: float) -> None:
+    objective, maps = objective_of(heatmap=kind, heatmap_weight=weight), random_maps()
+    assert isinstance(objective, PredictingObjective)
+    assert objective.names == ("heatmap", "offset_y", "offset_x")
+    wanted = slow_terms(maps, kind, weight)
+    assert (wanted[[0, 1, 3]] > 0.1).all()
+    loss, last, predictions = objective.loss_and_predictions(maps)
+    for terms in (objective(maps), last):
+        assert terms.shape == (4, 3)
+        np.testing.assert_allclose(terms.numpy(), wanted, rtol=1e-10, atol=1e-14)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(wanted.sum() / 4, rel=1e-10)  # the one without landmarks counts as 0
+    assert torch.equal(predictions, maps)
+    if (kind, weight) == ("dice", 1.0):  # what is taken if nothing else is said
+        assert torch.equal(objective_of()(maps), last)
+    order = torch.tensor([2, 0, 3, 1])  # images know nothing of each other
+    mixed = objective_of(POINTS[order], heatmap=kind, heatmap_weight=weight)(maps[order])
+    torch.testing.assert_close(mixed, last[order], rtol=1e-12, atol=0)
+
+
+# Landmarks that are not there
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, 300.0, -300.0])
+def test_an_image_without_landmarks_has_no_loss_and_no_gradient(kind: Any, value: float) -> None:
+    maps = (random_maps() + value).requires_grad_()
+    terms = objective_of(heatmap=kind)(maps)
+    assert torch.equal(terms[2], torch.zeros(3, dtype=torch.float64))
+    assert terms[[0, 1, 3]].isfinite().all()
+    gradient = torch.autograd.grad(terms.sum(), maps)[0]
+    assert gradient.isfinite().all()
+    assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))
+    assert gradient[[0, 1, 3]].abs().sum((1, 2, 3)).min() > 0
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_terms_is_that_of_finite_differences(kind: Any) -> None:
+    objective = LandmarkObjective(
+        nn.Identity(),
+        torch.tensor([[(2.3, 1.7), NAN], [(0.2, 3.1), (3.0, 0.6)]], dtype=torch.float64),
+        (5, 4),
+        radius=1.6,
+    )
+    objective.heatmap = kind
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.randn(2, 6, 5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(objective, maps)
+
+
+def test_the_gradient_of_the_distance_is_that_of_finite_differences() -> None:
+    """The heat that weighs the offsets is held constant, so the clean side is checked by its offsets."""
+    objective = objective_of()
+    generator = torch.Generator().manual_seed(3)
+    clean, other = (torch.randn(2, 6, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    other.requires_grad_()
+    assert torch.autograd.gradcheck(lambda maps: objective.distance(clean, maps), other)
+    offsets = clean[:, 2:].clone().requires_grad_()
+    fixed = other.detach()
+    assert torch.autograd.gradcheck(lambda o: objective.distance(torch.cat([clean[:, :2], o], 1), fixed), offsets)
+    heat = clean.clone().requires_grad_()
+    objective.distance(heat, fixed).sum().backward()
+    assert heat.grad is not None
+    assert heat.grad[:, :2].abs().min() > 0
+
+
+def test_offsets_that_differ_do_not_drive_the_heat_down() -> None:
+    """To have no heat would be the easy way to agree; where heat weighs offsets, it is a constant."""
+    maps = random_maps()
+    other = maps.clone()
+    other[:, 3:] += 1 + random_maps(1)[:, 3:].abs()  # not the same everywhere
+    clean = maps.clone().requires_grad_()
+    distance = objective_of().distance(clean, other)
+    assert (distance > 2).all()
+    gradient = torch.autograd.grad(distance.sum(), clean)[0]
+    torch.testing.assert_close(gradient[:, :3], torch.zeros(4, 3, *SIZE, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (gradient[:, 3:] < 0).all()
+
+
+def test_one_pass_each() -> None:
+    objective, maps = objective_of(), random_maps()
+    model: Any = objective.model
+    for part in (objective, objective.predictions, objective.loss_and_predictions):
+        before = model.passes
+        part(maps)
+        assert model.passes == before + 1
+    assert torch.equal(objective.predictions(maps), maps)
+    assert not hasattr(objective, "loss")  # the mean over images is the loss: methods need no other
+
+
+# The distance
+
+
+def slow_distance(clean: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(B,)."""
+    batch, landmarks = clean.shape[0], clean.shape[1] // 3
+    found = np.zeros(batch)
+    for b in range(batch):
+        for k in range(landmarks):
+            p, q = (1 / (1 + np.exp(-maps[b, k])) for maps in (clean, other))
+            divergence = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum()
+            moved = sum(
+                (p * np.abs(clean[b, part * landmarks + k] - other[b, part * landmarks + k])).sum() for part in (1, 2)
+            )
+            found[b] += (divergence + moved) / max(p.sum(), 1) / landmarks
+    return found
+
+
+@pytest.mark.parametrize("shift", [0.0, -9.0])
+def test_the_distance_is_divergence_and_difference_in_units_of_the_clean_heat(shift: float) -> None:
+    """With a heat of less than a pixel, too."""
+    objective = objective_of()
+    for seed in range(3):
+        clean, other = random_maps(seed), random_maps(seed + 10)
+        clean[:, :3] += shift
+        other[:, :3] += shift / 2
+        found = objective.distance(clean, other)
+        assert found.shape == (4,)
+        assert (found > 0).all()
+        np.testing.assert_allclose(found.numpy(), slow_distance(clean.numpy(), other.numpy()), rtol=1e-9)
+        assert (objective.distance(other, clean) - found).abs().min() > 1e-3  # not symmetric
+        assert torch.equal(objective_of(POINTS.flip(0)).distance(clean, other), found)  # wherever the landmarks are
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_maps_have_no_distance_and_no_gradient(dtype: torch.dtype) -> None:
+    objective = objective_of()
+    maps = random_maps(dtype=dtype)
+    other = maps.clone().requires_grad_()
+    clean = maps.clone().requires_grad_()
+    distance = objective.distance(clean, other)
+    torch.testing.assert_close(distance, torch.zeros_like(distance), rtol=0, atol=1e-7)
+    distance.sum().backward()
+    for side in (clean, other):
+        assert side.grad is not None
+        torch.testing.assert_close(side.grad, torch.zeros_like(maps), rtol=0, atol=1e-7)
+
+
+def test_the_distance_is_never_negative_and_never_infinite() -> None:
+    objective = objective_of()
+    for scale in (1e-3, 1.0, 30.0, 1000.0):
+        clean = random_maps(1, dtype=torch.float32) * scale
+        other = (random_maps(2, dtype=torch.float32) * scale).requires_grad_()
+        distance = objective.distance(clean, other)
+        assert (distance >= 0).all()
+        assert distance.isfinite().all()
+        assert torch.autograd.grad(distance.sum(), other)[0].isfinite().all()
+
+
+def test_half_precision_ends_with_the_network() -> None:
+    points, images = POINTS.float(), torch.randn(4, 1, *SIZE, generator=torch.Generator().manual_seed(4))
+    images.requires_grad_()
+    for kind in KINDS:
+        torch.manual_seed(0)
+        model = nn.Conv2d(1, 9, 3, padding=1)
+        objective = LandmarkObjective(model, points, SIZE, radius=RADIUS, heatmap=kind)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, terms, maps = objective.loss_and_predictions(images)
+            found = (loss, terms, objective(images), objective.distance(maps, maps.flip(0)))
+        assert maps.dtype == torch.bfloat16
+        assert {x.dtype for x in found} == {torch.float32}
+        wanted = slow_terms(maps.detach().double(), kind)
+        np.testing.assert_allclose(terms.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.autograd.grad(loss, images)[0].isfinite().all()
+
+
+# The methods of the core
+
+
+IDS = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 1, *SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.fixture(params=KINDS)
+def trained(request: pytest.FixtureRequest) -> LandmarkObjective:
+    """The objective of two landmarks and a small network."""
+    return LandmarkObjective(Small(), POINTS[:, 1:].float(), SIZE, radius=RADIUS, heatmap=request.param)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "held"),
+    [
+        *(((math.inf,) * 3, False), ((-math.inf,) * 3, True)),
+        *(((1e-6, math.inf, math.inf), True), ((math.inf, 1e-6, math.inf), True), ((math.inf, math.inf, 1e-6), True)),
+    ],
+)
+def test_margins_move_as_the_thresholds_say(
+    trained: LandmarkObjective, images: Tensor, thresholds: tuple[float, ...], held: bool
+) -> None:
+    """Any term above its threshold holds the margin. An image without landmarks has no loss, and is never attacked: a
+    threshold that is never reached halves its margin."""
+    method = AMAT(0.25, thresholds, steps=3)
+    for visit in range(3):
+        expected = torch.full((4,), 0.25 if held else 0.25 * (visit + 1))
+        expected[2] = 0.25 / 2**visit if max(thresholds) < 0 else 0.25 * (visit + 1)
+        torch.testing.assert_close(method.margins.get(IDS), expected)
+        assert method.step(trained, images, IDS).loss.isfinite()
+
+
+def test_training_with_a_method_learns_the_landmark(images: Tensor) -> None:
+    """A bright pixel is the landmark: the loss falls, and the landmark is found."""
+    points = torch.tensor([[(3.0, 4.0)], [(7.0, 2.0)], [(5.0, 6.0)], [(2.0, 2.0)]])
+    images = torch.full_like(images, -1.0)
+    for b, (x, y) in enumerate(points[:, 0].long().tolist()):
+        images[b, 0, y, x] = 1.0
+    torch.manual_seed(2)
+    body = nn.Conv2d(1, 24, 7, padding=3, padding_mode="replicate")
+    model = nn.Sequential(body, nn.ReLU(), nn.Conv2d(24, 3, 1))
+    objective = LandmarkObjective(model, points, SIZE, radius=RADIUS, heatmap="bce")
+    method, optimizer = SAT(0.1, steps=3), torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(100):
+        step = method.step(objective, images, IDS)
+        optimizer.zero_grad()
+        step.loss.backward()
+        optimizer.step()
+        losses.append(step.loss.item())
+    assert losses[-1] < losses[0] / 2
+    found, _ = decode(model(images), RADIUS)
+    assert (found - points).norm(dim=-1).max() < 0.6
