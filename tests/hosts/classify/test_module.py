@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from adv_classify.data import ImageFolder, MedMNIST
-from adv_classify.module import (
-    ClassifierAttack,
-    MethodOptions,
-    Network,
-    RobustClassifier,
-    mean_average_precision,
-)
-from advmed.testing.lightning import Run, runs, watched_steps
+from adv_classify.module import Network, RobustClassifier
+from advmed.testing.lightning import runs, watched_steps
 from advmed.thresholds import Thresholds
 from helpers import classify
 from helpers.classify import Classify, write_folders, write_npz, write_uneven
@@ -101,16 +94,6 @@ def test_balanced_weights_keep_the_scale_of_the_loss() -> None:
     assert RobustClassifier(RESNET, num_classes=4).class_weight is None
     with pytest.raises(ValueError, match="class_weights 'balanced' needs class_counts"):
         RobustClassifier(RESNET, class_weights="balanced", num_classes=3)
-
-
-@pytest.mark.slow
-def test_balanced_draws_see_rare_images_again(host: Classify, tmp_path: Path) -> None:
-    path = write_uneven(tmp_path / "own.npz", 20, 2, 2)
-    changes = {"model__method__name": "DPAAT", "data__sampler": "balanced", "trainer__max_epochs": 3}
-    found = host.fit(tmp_path, data__file=path, **changes).margins
-    visits = [sum(found.get(f"train/{i:06d}", (0, 0))[1] for i in part) for part in (range(20), (20, 21), (22, 23))]
-    assert sum(visits) == 72
-    assert min(visits[1:]) > 12
 
 
 @pytest.mark.slow
@@ -216,7 +199,7 @@ def test_images_of_other_classes_are_refused_by_every_command(host: Classify, tm
 def test_predictions(host: Classify, tmp_path: Path) -> None:
     words = [*host.reading(classes="[x,y,z]"), "--ckpt_path", host.adaptive.best]
     host.ok("predict", *words, "--trainer.default_root_dir", tmp_path)
-    rows = Run(runs(tmp_path)[0].folder).table("predictions.csv")
+    rows = runs(tmp_path)[0].table("predictions.csv")
     assert list(rows[0]) == ["id", "prediction", "x", "y", "z"]
     model = RobustClassifier.from_checkpoint(host.adaptive.best)
     wanted = model(host.batch("test")["image"]).softmax(1).tolist()
@@ -247,23 +230,3 @@ print("the same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "the same", done.stderr
-
-
-def test_a_module_of_ones_own_settings() -> None:
-    """Lightning's hyper-parameters are plain values, too."""
-    method, attack = MethodOptions(name="DPAAT", eps=0.5), ClassifierAttack(norm=math.inf)
-    model = RobustClassifier(RESNET, method, attack, num_classes=4, channels=1)
-    assert model.hparams["method"]["eps"] == 0.5
-    assert model.hparams["attack"]["bounds"] == [0.0, 1.0]
-    assert model(torch.rand(2, 1, 16, 16)).shape == (2, 4)
-
-
-@pytest.mark.parametrize("absent", [False, True])
-def test_map_is_that_of_scikit_learn_over_the_classes_that_occur(absent: bool) -> None:
-    probabilities = classify.noise(60, 5, seed=2).softmax(1)
-    labels = torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(3))
-    if absent:
-        labels[labels == 2] = 4
-    assert len(labels.unique()) == (4 if absent else 5)
-    wanted = classify.mean_average_precision(labels.numpy(), probabilities.numpy())
-    assert float(mean_average_precision(probabilities, labels)) == pytest.approx(wanted, rel=1e-5)
