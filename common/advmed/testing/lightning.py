@@ -104,6 +104,10 @@ class Run:
 class LightningHost(ABC):
     """A host under test: what the contract must know of it, and its command, run in this process.
 
+    Beside what :class:`RobustModule` and the command give every host, the module is expected to have the arguments
+    ``network``, with a file of ``weights``, and ``validation_steps``, of the attack in validation at ``eps``; and
+    ``predict`` to write ``predictions.csv``, whose first column is the id.
+
     Args:
         folder: where its images and trainings are kept.
     """
@@ -1002,7 +1006,9 @@ class LightningTrainingContract(OwnFolder):
         resumed = run("cut", COMMAND, host.entry, ckpt_path=cut.last)
         self.check_resumed(host, run("whole", COMMAND, host.entry), resumed)
 
-    def test_another_run_cannot_be_resumed(self, host: LightningHost, tmp_path: Path) -> None:
+    def test_another_run_cannot_be_resumed(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         given = {"ckpt_path": host.adaptive.last, "trainer__max_epochs": 5, "model__method__name": "AMAT"}
         count = host.counts["train"]
         fewer = host.write(tmp_path / "fewer", {**host.counts, "train": count - 1})
@@ -1019,6 +1025,9 @@ class LightningTrainingContract(OwnFolder):
             ),
         ):
             assert host.refused(**{**given, **changes}) == message
+        with monkeypatch.context() as patch:  # as many of other names
+            patch.setattr(host.data, "train_ids", property(lambda _: [f"other {i}" for i in host.ids("train")]))
+            assert f"({count} then, {count} now): restore them" in host.refused(**given)
         message = host.refused(**{**given, **host.other_network})
         here = host.module.made_of(host.adaptive.state()["hyper_parameters"])
         assert message.startswith(f"the checkpoint is of {here}, and cannot be loaded into ")
