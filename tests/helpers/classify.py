@@ -119,7 +119,7 @@ class Classify(LightningHost):
     learning: ClassVar = {"trainer__max_epochs": 3, "model__lr": 1e-3}
     easy: ClassVar = {"trainer__max_epochs": 4, "model__lr": 3e-3, "model__method__eps": 0.1}
     target = 0.9
-    wavering: ClassVar = {"trainer__max_epochs": 4, "model__lr": 3e-3, "checkpoint__monitor": "val/accuracy"}
+    wavering: ClassVar = {"trainer__max_epochs": 4, "model__lr": 3e-4}
     augmented: ClassVar = {"data__flip": 0.5}
     stateful: ClassVar = {
         "model__network__name": "test_resnet",

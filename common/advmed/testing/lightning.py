@@ -35,7 +35,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
@@ -96,8 +96,8 @@ class Run:
         return found
 
     @property
-    def margins(self) -> dict[str, tuple[float, int]]:
-        """Noise level and visits of every id, as the run has written them down."""
+    def margins(self) -> dict[str, Any]:
+        """(noise level, visits) of every id, as the run has written them down."""
         return {row["id"]: (float(row["margin"]), int(row["visits"])) for row in self.table("margins.csv")}
 
 
@@ -354,7 +354,7 @@ def close(first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, atol: fl
     """Two networks are the same but for rounding."""
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(second[name], value, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
 
 
 def moved(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
@@ -453,20 +453,18 @@ def stop(self, batch, batch_idx):
 module.training_step = stop
 main(sys.argv[1:])
 """
-PROCESSES = (
-    3,
-    {
-        "dpaat": {"model__method__name": "DPAAT"},
-        "amat": {
-            "model__method__name": "AMAT",
-            "model__method__delta": 0.2,
-            "model__method__refinement": "crossing",
-            "checkpoint__save_on_train_epoch_end": "false",
-        },
-        "calibrated": {"model__method__name": "AMAT", "model__method__delta": 0.2},
+EPOCHS = 3
+PROCESSES: dict[str, dict[str, Any]] = {
+    "dpaat": {"model__method__name": "DPAAT"},
+    "amat": {
+        "model__method__name": "AMAT",
+        "model__method__delta": 0.2,
+        "model__method__refinement": "crossing",
+        "checkpoint__save_on_train_epoch_end": "false",
     },
-)
-"""Epochs and options of the trainings by two processes."""
+    "calibrated": {"model__method__name": "AMAT", "model__method__delta": 0.2},
+}
+"""Options of the trainings by two processes, of so many epochs."""
 
 
 class OwnFolder:
@@ -774,7 +772,7 @@ class LightningTrainingContract(OwnFolder):
         self, host: LightningHost, tmp_path: Path
     ) -> None:
         run = host.fit(tmp_path, **host.wavering)
-        values = run.logged(host.wavering.get("checkpoint__monitor", host.monitor[0]))
+        values = run.logged(host.monitor[0])
         best, worst = (max, min) if host.monitor[1] == "max" else (min, max)
         assert run.state("best")["epoch"] == values.index(best(values)) != values.index(worst(values))
         assert run.state("best")["epoch"] < run.state()["epoch"] == host.wavering["trainer__max_epochs"] - 1
@@ -897,7 +895,8 @@ class LightningTrainingContract(OwnFolder):
         assert f"{count} clean images of the split train: {model.terms[0]} < " in text
         assert f"Written to {path}" in text
         assert found.values == pytest.approx(tuple(mean + factor * std), rel=1e-3)
-        assert (found.mean, found.std) == (pytest.approx(mean, rel=1e-3), pytest.approx(std, rel=1e-3))
+        assert found.mean == pytest.approx(mean, rel=1e-3)
+        assert found.std == pytest.approx(std, rel=1e-3)
         assert saved["values"] == pytest.approx(found.values, rel=1e-5)
         assert found.names == tuple(saved["names"]) == model.terms
         assert (found.n, found.rule, found.source) == (count, rule or host.rule, str(checkpoint))
@@ -1057,8 +1056,13 @@ class LightningTrainingContract(OwnFolder):
     ) -> None:
         """By itself: the weights that the training began with are needed no more."""
         trained: list[RobustModule] = []
-        end = host.module.on_train_epoch_end
-        monkeypatch.setattr(host.module, "on_train_epoch_end", lambda self: (trained.append(self), end(self))[1])
+        start = host.module.on_fit_start
+
+        def kept(self: RobustModule) -> None:
+            trained.append(self)
+            start(self)
+
+        monkeypatch.setattr(host.module, "on_fit_start", kept)
         weights = tmp_path / "begin.ckpt"
         weights.write_bytes(host.standard.last.read_bytes())
         given = {"model__method__name": "DPAAT", "model__attack__norm": ".inf", "model__validation_steps": 1}
@@ -1254,14 +1258,13 @@ class LightningTrainingContract(OwnFolder):
     ) -> tuple[Path, dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """The folder of the runs, their options, and what each process has found."""
         folder = tmp_path_factory.mktemp("processes")
-        epochs, kinds = PROCESSES
         terms = host.module.from_checkpoint(host.standard.last).terms
         Thresholds(tuple(host.middling), terms).save(folder / "own.json")
         common: dict[str, Any] = {"data__batch_size": host.batch_size // 2, "optimizer": "SGD", "optimizer__lr": 0.01}
         # In float32, noise in the direction of a gradient makes much of rounding errors.
-        common |= {"trainer__max_epochs": epochs, "trainer__precision": "64-true", "model__validation_steps": 2}
+        common |= {"trainer__max_epochs": EPOCHS, "trainer__precision": "64-true", "model__validation_steps": 2}
         common |= {"model__method__eps": 0.4, **host.together}
-        given = {name: {**common, **changes} for name, changes in kinds.items()}
+        given = {name: {**common, **changes} for name, changes in PROCESSES.items()}
         given["amat"]["model__method__thresholds"] = folder / "own.json"
         two = {"trainer__devices": 2, "trainer__strategy": "ddp"}
         words = {name: ["fit", *host.words(folder / name, **changes, **two)] for name, changes in given.items()}
@@ -1290,13 +1293,13 @@ class LightningTrainingContract(OwnFolder):
         assert statuses == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
         return folder, given, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
-    @pytest.mark.parametrize("name", PROCESSES[1])
+    @pytest.mark.parametrize("name", PROCESSES)
     def test_two_processes_have_one_network_and_one_table(self, host: LightningHost, ranks: Any, name: str) -> None:
         folder, _, found = ranks
-        epochs, count = PROCESSES[0], host.counts["train"]
+        count = host.counts["train"]
         first, second = (rank[name] for rank in found)
         assert first["steps"] == second["steps"]
-        assert len(set(first["steps"])) == len(first["steps"]) == epochs * host.steps
+        assert len(set(first["steps"])) == len(first["steps"]) == EPOCHS * host.steps
         assert first["method"] == second["method"]
         assert first["thresholds"] == second["thresholds"]
         for key, value in first["logged"].items():
@@ -1304,10 +1307,10 @@ class LightningTrainingContract(OwnFolder):
                 assert second["logged"][key] == value, key
         margins = first["method"]["margins"]
         assert sorted(margins["ids"]) == sorted(host.ids("train"))
-        assert margins["visits"] == [epochs - (name == "calibrated")] * count
+        assert margins["visits"] == [EPOCHS - (name == "calibrated")] * count
         written = {i: value for i, (value, _) in runs(folder / name)[-1].margins.items()}
         assert written == pytest.approx(dict(zip(margins["ids"], margins["values"], strict=True)))
-        for epoch in range(epochs):
+        for epoch in range(EPOCHS):
             batches = [rank[name]["batches"][epoch * host.steps :][: host.steps] for rank in found]
             met = [i for part in batches for batch in part for i in batch]
             assert len(met) == len(set(met)) == count
@@ -1370,7 +1373,8 @@ def name_of(kind: type) -> str:
 def _one_of_two(host: type[LightningHost], folder: Path, words: Mapping[str, list[str]]) -> None:
     """One of two processes: runs the commands, and writes down what it has met."""
     torch.set_num_threads(1)
-    module, found = host.module, {name: {"batches": [], "steps": []} for name in words}
+    module: Any = host.module
+    found: dict[str, dict[str, Any]] = {name: {"batches": [], "steps": []} for name in words}
     step, end = module.training_step, module.on_train_end
     now: dict[str, Any] = {}
 
@@ -1378,7 +1382,8 @@ def _one_of_two(host: type[LightningHost], folder: Path, words: Mapping[str, lis
         weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
         now["steps"].append(hashlib.sha256(weights).hexdigest())
         now["batches"].append(list(batch["id"]))
-        return step(self, batch, batch_idx)
+        loss: Tensor = step(self, batch, batch_idx)
+        return loss
 
     def ended(self: RobustModule) -> None:
         end(self)
@@ -1386,8 +1391,7 @@ def _one_of_two(host: type[LightningHost], folder: Path, words: Mapping[str, lis
         now.update(method=self.run.method.state_dict(), thresholds=str(self.run.thresholds))
         now["logged"] = {key: float(value) for key, value in self.trainer.logged_metrics.items()}
 
-    vars_of_module: Any = module
-    vars_of_module.training_step, vars_of_module.on_train_end = noted, ended
+    module.training_step, module.on_train_end = noted, ended
     with host.independent():
         for name, given in words.items():
             now = found[name]

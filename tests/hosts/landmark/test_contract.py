@@ -7,6 +7,7 @@ import pytest
 from advmed.testing.lightning import LightningInputContract, LightningTrainingContract
 
 
+@pytest.mark.slow  # the same code as of the classifiers
 class TestInput(LightningInputContract):
     pass
 
