@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SHELL = /bin/sh
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
-PACKAGING = pyproject.toml adv_nnunet/advmed_nnunet.pth
+PACKAGING = pyproject.toml $(wildcard adv_nnunet/advmed_nnunet*)
 
 # Two cores are the smallest machine that is meant. Left alone, torch, BLAS and nnU-Net's worker processes would each
 # take every core for themselves. A value from outside wins.
@@ -30,15 +30,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-yolo demo-classify demo-landmark test lint format docs clean env
+.PHONY: help demo demo-yolo demo-classify demo-landmark env test test-fast lint format docs clean
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
 	@echo 'make demo-yolo  the same with YOLO on real images of blood cells'
 	@echo 'make demo-classify  STD, SAT and DPAAT on real chest X-rays'
 	@echo 'make demo-landmark  STD, SAT and AMAT on real MRI slices with landmarks'
+	@echo 'make env     environment and installation of everything, for work on Advmed itself'
 	@echo 'make test    environment, installation, lint, then the whole test suite'
-	@echo 'make lint    formatting, style, and types of common'
+	@echo 'make test-fast  the tests that take seconds, for daily work'
+	@echo 'make lint    formatting, style, and types of all packages'
 	@echo 'make format  let ruff rewrite formatting and what it can mend by itself'
 	@echo 'make docs    build the documentation into build/site'
 	@echo 'make clean   remove everything that was built, and the environments $(VENV) and $(DOCS_VENV)'
@@ -60,6 +62,9 @@ demo-landmark: $(VENV)/.installed-landmark
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(PY) -m ruff format --check .

@@ -103,6 +103,18 @@ class ClassificationData(SampleData):
         sampler: "shuffle" draws every image once an epoch; "balanced" draws every class equally often.
         workers: processes that read images.
         seed: of the order of images.
+
+    Example:
+        >>> import numpy as np
+        >>> from adv_classify import ClassificationData
+        >>> from adv_classify.data import Samples
+        >>> class Blank(ClassificationData):
+        ...     def read(self):
+        ...         split = Samples(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 1, 1]), ["a", "b", "c", "d"])
+        ...         return ["benign", "malignant"], {"train": split, "val": split}
+        >>> data = Blank(batch_size=2)
+        >>> data.class_counts, data.dataset("val")[0]["image"].shape
+        ([1, 3], torch.Size([1, 8, 8]))
     """
 
     def __init__(
@@ -170,7 +182,7 @@ class ClassificationData(SampleData):
 
 
 class ImageTable(ClassificationData):
-    """A table of images, as HAM10000 has it: ``labels.csv`` with the columns image, label and split, and a folder.
+    r"""A table of images, as HAM10000 has it: ``labels.csv`` with the columns image, label and split, and a folder.
 
     Args:
         root: folder with ``labels.csv``.
@@ -179,6 +191,21 @@ class ImageTable(ClassificationData):
             names the classes.
         classes: the names of the classes in their order, where ``label`` holds names; None: sorted.
         **options: see :class:`ClassificationData`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from adv_classify import ImageTable
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Path(root, "images").mkdir()
+        ...     for name in "abc":
+        ...         Image.new("RGB", (8, 6)).save(Path(root, "images", f"{name}.png"))
+        ...     table = "image,label,split\na,nevus,train\nb,melanoma,train\nc,nevus,val\n"
+        ...     _ = Path(root, "labels.csv").write_text(table)
+        ...     data = ImageTable(root)
+        >>> data.class_names, data.splits["val"].ids
+        (['melanoma', 'nevus'], ['c'])
     """
 
     def __init__(
@@ -264,6 +291,17 @@ class MedMNIST(ClassificationData):
         file: the file.
         classes: the names of the classes; None: their numbers.
         **options: see :class:`ClassificationData`.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from adv_classify import MedMNIST
+        >>> images, labels = np.zeros((2, 28, 28), np.uint8), np.array([[0], [1]])
+        >>> with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        ...     np.savez(file.name, train_images=images, train_labels=labels, val_images=images, val_labels=labels)
+        ...     data = MedMNIST(file.name, classes=["normal", "pneumonia"])
+        >>> data.class_counts, data.splits["val"].ids
+        ([1, 1], ['val/000000', 'val/000001'])
     """
 
     def __init__(self, file: str, *, classes: Sequence[str] | None = None, **options: Any) -> None:
@@ -315,6 +353,19 @@ class ImageFolder(ClassificationData):
     Args:
         root: the folder.
         **options: see :class:`ClassificationData`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from adv_classify import ImageFolder
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("train/benign", "train/malignant", "val/benign"):
+        ...         Path(root, name).mkdir(parents=True)
+        ...         Image.new("L", (8, 8)).save(Path(root, name, "1.png"))
+        ...     data = ImageFolder(root)
+        >>> data.class_names, data.channels
+        (['benign', 'malignant'], 1)
     """
 
     def __init__(self, root: str, **options: Any) -> None:

@@ -27,7 +27,14 @@ PREDICTIONS = "predictions.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierAttack(AttackSettings):
-    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`."""
+    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`.
+
+    Example:
+        >>> from adv_classify import ClassifierAttack
+        >>> attack = ClassifierAttack(steps=10, norm="inf")
+        >>> attack.p, attack.bounds
+        (inf, (0.0, 1.0))
+    """
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)
 
@@ -55,11 +62,22 @@ class RobustClassifier(RobustModule):
         num_classes: from the data.
         channels: from the data.
         class_counts: from the data.
+
+    Example:
+        ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`MedMNIST`:
+
+        >>> import torch
+        >>> from adv_classify import MethodOptions, Network, RobustClassifier
+        >>> model = RobustClassifier(Network(name="resnet10t"), MethodOptions(name="SAT", eps=1.5), num_classes=2)
+        >>> model(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 2])
     """
 
     command = "adv-classify"
     objective_class = ClassificationObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
+
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -110,13 +128,13 @@ class RobustClassifier(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]
+        image = self.data.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule
+        data = self.data
         return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
 
     @classmethod
@@ -152,7 +170,7 @@ class RobustClassifier(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, batch["image"][0].numel())
             assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.p)
             objective = ClassificationObjective(self.network, batch["label"])
             attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self(attacked).float().softmax(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -29,6 +30,14 @@ class Network:
         drop_rate: dropout before the classification layer.
         channels_last: keep weights and activations in that memory format: most convolutional networks are faster in
             it on a CPU, and on a GPU in mixed precision. What is computed is the same.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import Network
+        >>> from adv_classify.network import make_network
+        >>> network = make_network(Network(name="resnet10t", mean=(0.5,), std=(0.25,)), classes=2, channels=1)
+        >>> network(torch.rand(4, 1, 32, 32)).shape  # images in [0, 1]: it normalises them itself
+        torch.Size([4, 2])
     """
 
     name: str = "resnet18"
@@ -47,6 +56,9 @@ class NormalizedClassifier(nn.Module):
         mean: one number per channel.
         std: one number per channel, > 0.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -91,7 +103,7 @@ def make_network(network: Network, classes: int, channels: int) -> NormalizedCla
     return classifier.to(memory_format=torch.channels_last) if network.channels_last else classifier
 
 
-def _head_names(model: nn.Module) -> list[str]:
+def _head_names(model: Any) -> list[str]:
     names = model.pretrained_cfg.get("classifier") or "fc"
     return [f"{name}." for name in ([names] if isinstance(names, str) else names)]
 

@@ -18,6 +18,16 @@ class ClassificationObjective:
         weight: of the classes, (classes,), or None. The loss is the mean over the batch of weighted cross-entropies, so
             that weights whose mean over the data is 1 leave its scale as it is.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`; for the training loss, not for the attack.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import pgd
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+        >>> images, objective = torch.rand(4, 1, 8, 8), ClassificationObjective(model, torch.tensor([0, 1, 0, 1]))
+        >>> found = pgd(objective, images, 0.5, steps=10, step_scale=4, bounds=(0.0, 1.0))
+        >>> bool((found.terms > objective(images)).all())
+        True
     """
 
     names = ("ce",)
@@ -46,6 +56,11 @@ class ClassificationObjective:
         if not self.label_smoothing:
             return terms.mean(), terms, logits
         return self._terms(logits, self.label_smoothing).mean(), terms.detach(), logits
+
+    def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms, and whether the class is wrong, of one pass."""
+        logits = self.model(images)
+        return self._terms(logits), logits.argmax(1) != self.labels
 
     def class_scores(self, predictions: Tensor) -> ClassScores:
         """The logits beside the true classes."""

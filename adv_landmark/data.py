@@ -184,6 +184,24 @@ class LandmarkData(SampleData):
         color: strength of the changes of brightness and contrast in training.
         workers: processes that read images.
         seed: of the order of images.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from adv_landmark import LandmarkData
+        >>> from adv_landmark.data import Samples
+        >>> class Blank(LandmarkData):
+        ...     def read(self):
+        ...         split = Samples([path], np.array([[[3.0, 2.0]]]), ["a"], self.spacings(1))
+        ...         return ["tip"], {"train": split, "val": split}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.png")
+        ...     Image.new("L", (8, 6)).save(path)
+        ...     data = Blank(spacing=0.1)
+        >>> data.size, data.unit, data.landmark_names
+        ((6, 8), 'mm', ['tip'])
     """
 
     def __init__(
@@ -254,7 +272,7 @@ class LandmarkData(SampleData):
 
 
 class LandmarkTable(LandmarkData):
-    """A table of points: ``landmarks.csv`` with the columns image, landmark_index, x and y, and a folder of images.
+    r"""A table of points: ``landmarks.csv`` with the columns image, landmark_index, x and y, and a folder of images.
 
     Every image has a row for every landmark; x and y are empty where one is not known. ``split.csv`` has the columns
     image and split: train, val, test, or none for images that are left out.
@@ -267,6 +285,21 @@ class LandmarkTable(LandmarkData):
         split_table: name of the table of splits; it may have the column spacing, or spacing_x and spacing_y.
         origin: what (0, 0) is in the table: the "centre" or the outer "corner" of the top left pixel.
         **options: see :class:`LandmarkData`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from adv_landmark import LandmarkTable
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Path(root, "images").mkdir()
+        ...     for name in "ab":
+        ...         Image.new("L", (8, 6)).save(Path(root, "images", f"{name}.png"))
+        ...     _ = Path(root, "landmarks.csv").write_text("image,landmark,x,y\na,tip,3,2\nb,tip,4,1\n")
+        ...     _ = Path(root, "split.csv").write_text("image,split\na,train\nb,val\n")
+        ...     data = LandmarkTable(root)
+        >>> data.landmark_names, data.splits["val"].points.tolist()
+        (['tip'], [[[4.0, 1.0]]])
     """
 
     def __init__(
@@ -380,6 +413,22 @@ class ISBI2015(LandmarkData):
         root: folder in which the three folders of images lie, and the annotators', at any depth.
         annotators: names of the annotators' folders.
         **options: see :class:`LandmarkData`; ``spacing`` is 0.1 mm if it is not given.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from adv_landmark import ISBI2015
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for folder, name in (("TrainingData", "001"), ("Test1Data", "151")):
+        ...         Path(root, folder).mkdir()
+        ...         Image.new("L", (8, 6)).save(Path(root, folder, f"{name}.bmp"))
+        ...         for annotator, line in (("400_senior", "3,2"), ("400_junior", "4,2")):
+        ...             Path(root, annotator).mkdir(exist_ok=True)
+        ...             _ = Path(root, annotator, f"{name}.txt").write_text(line)
+        ...     data = ISBI2015(root)
+        >>> data.splits["train"].points.tolist(), data.unit
+        ([[[3.5, 2.0]]], 'mm')
     """
 
     FOLDERS: ClassVar = {"train": "TrainingData", "val": "Test1Data", "test": "Test2Data"}
@@ -451,6 +500,17 @@ class Images(LandmarkData):
         root: the folder.
         landmarks: the number of landmarks, or their names, as the trained model has them.
         **options: see :class:`LandmarkData`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from adv_landmark import Images
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Image.new("L", (8, 6)).save(Path(root, "a.png"))
+        ...     data = Images(root, landmarks=["tip"], size=32)
+        >>> data.splits["test"].ids, data.size
+        (['a.png'], (32, 32))
     """
 
     def __init__(self, root: str, landmarks: int | Sequence[str], **options: Any) -> None:
@@ -503,7 +563,7 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
         off = ((samples.points < -0.5) | (samples.points > limits)).any(2)  # False for NaN
         outside += [
             f"{samples.ids[i]} {names[k]} at ({samples.points[i, k, 0]:g}, {samples.points[i, k, 1]:g})"
-            for i, k in zip(*off.nonzero(), strict=True)
+            for i, k in np.argwhere(off)
         ]
         known = ~np.isnan(samples.points).any(2)
         lost += [samples.ids[i] for i in (known.any(1) & ~(known & ~off).any(1)).nonzero()[0]]

@@ -41,6 +41,13 @@ def encode(points: Tensor, size: tuple[int, int], radius: float) -> Targets:
         points: (B, L, 2), each (x, y) in pixels; NaN where a landmark is not known.
         size: (H, W) of the maps.
         radius: within which a pixel speaks for a landmark, in pixels, >= 1.
+
+    Example:
+        >>> import torch
+        >>> from adv_landmark import encode
+        >>> targets = encode(torch.tensor([[[3.0, 2.0]]]), size=(8, 8), radius=2)
+        >>> targets.disk.sum(), targets.offset_y[0, 0, :, 0]  # 13 pixels; each row's way to the landmark, in radii
+        (tensor(13.), tensor([ 1.0000,  0.5000,  0.0000, -0.5000, -1.0000, -1.5000, -2.0000, -2.5000]))
     """
     height, width = size
     x, y = points.unbind(-1)
@@ -77,6 +84,15 @@ def decode(maps: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         points: (B, L, 2), each (x, y) in pixels.
         confidence: (B, L), the share of the votes' heat in the fullest window times the mean heat of all votes; 0 where
             no vote is for a place inside, so that the point means nothing.
+
+    Example:
+        >>> import torch
+        >>> from adv_landmark import decode, encode
+        >>> targets = encode(torch.tensor([[[3.25, 2.5]]]), size=(8, 8), radius=2)
+        >>> offsets = [offset.expand_as(targets.disk) for offset in (targets.offset_y, targets.offset_x)]
+        >>> points, confidence = decode(torch.cat([20 * targets.disk - 10, *offsets], 1), radius=2)
+        >>> points.round(decimals=3)
+        tensor([[[3.2500, 2.5000]]])
     """
     heat, offset_y, offset_x = split_maps(maps)
     height, width = heat.shape[-2:]

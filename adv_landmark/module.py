@@ -44,7 +44,14 @@ _LINF_EPS, _LINF_DELTA = 2 / 255, 0.5 / 255
 
 @dataclass(frozen=True, kw_only=True)
 class LandmarkAttack(AttackSettings):
-    """The attack of the training, on images in [-1, 1]; see :class:`advmed.methods.AttackSettings`."""
+    """The attack of the training, on images in [-1, 1]; see :class:`advmed.methods.AttackSettings`.
+
+    Example:
+        >>> from adv_landmark import LandmarkAttack
+        >>> attack = LandmarkAttack(steps=10)
+        >>> attack.p, attack.bounds
+        (2.0, (-1.0, 1.0))
+    """
 
     bounds: tuple[float, float] | Literal["sample"] | None = BOUNDS
 
@@ -69,6 +76,16 @@ class RobustLandmarks(RobustModule):
         channels: from the data.
         size: from the data.
         unit: from the data.
+
+    Example:
+        ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`LandmarkTable`:
+
+        >>> import torch
+        >>> from adv_landmark import MethodOptions, Network, RobustLandmarks
+        >>> method = MethodOptions(name="SAT", eps=1.0)
+        >>> model = RobustLandmarks(Network(encoder="resnet18"), method, landmark_names=["tip", "end"], size=(64, 64))
+        >>> model.eval()(torch.zeros(1, 3, 64, 64)).shape  # heatmap, y and x offsets of two landmarks
+        torch.Size([1, 6, 64, 64])
     """
 
     command = "adv-landmark"
@@ -148,13 +165,13 @@ class RobustLandmarks(RobustModule):
 
     def on_fit_start(self) -> None:
         """Fills the defaults in that depend on the size of the images."""
-        image = self.trainer.datamodule.dataset("train")[0]["image"]
+        image = self.data.dataset("train")[0]["image"]
         self.settings = resolved(self.settings, image.numel())
         super().on_fit_start()
 
     def measure_thresholds(self, path: str, rule: str) -> Thresholds:
         """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.trainer.datamodule
+        data = self.data
         return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
 
     @classmethod
@@ -185,7 +202,7 @@ class RobustLandmarks(RobustModule):
         if self.validation_steps:
             settings = resolved(self.settings, images[0].numel())
             assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.norm)
+            attack = PGD(self.validation_steps, 2.5, settings.p)
             objective = self.objective_of(images, batch["points"])
             attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
             scores["attacked"] = self.errors(self(attacked), batch)

@@ -26,6 +26,13 @@ class Network:
         weights: a file of weights for the encoder to begin with (torchvision's or timm's .pth, .safetensors, or a .ckpt
             of ours). Nothing is downloaded.
         decoder_channels: of the five stages of the decoder, from the deepest.
+
+    Example:
+        >>> from adv_landmark import Network, RobustLandmarks
+        >>> network = Network(encoder="resnet18", decoder_channels=(32, 16, 8, 8, 8))
+        >>> model = RobustLandmarks(network, landmark_names=["tip", "end"], channels=1, size=(64, 64))
+        >>> model.network.stride  # what other sizes are continued to a multiple of
+        32
     """
 
     encoder: str = "vgg19"

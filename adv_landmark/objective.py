@@ -29,6 +29,14 @@ class LandmarkObjective:
         radius: within which a pixel speaks for a landmark, in pixels.
         heatmap: "dice" or "bce".
         heatmap_weight: of the heatmap term.
+
+    Example:
+        >>> import torch
+        >>> from adv_landmark import LandmarkObjective
+        >>> points = torch.tensor([[[3.0, 2.0]]])
+        >>> objective = LandmarkObjective(torch.nn.Identity(), points, size=(8, 8), radius=2)  # images are maps
+        >>> objective(torch.zeros(1, 3, 8, 8))  # smoothed: 1 - (2 * 6.5 + 1) / (32 + 13 + 1); 10 / 2 / 13
+        tensor([[0.6957, 0.3846, 0.3846]])
     """
 
     names = ("heatmap", "offset_y", "offset_x")

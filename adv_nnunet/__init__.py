@@ -1,4 +1,8 @@
 """Adversarial training for nnU-Net v2, by swapping the trainer: ``nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerAMAT``.
 
-This module imports nothing: it is found by every start of Python in the environment (see ``advmed_nnunet.pth``).
+The public names are those of ``__init__.pyi``; each is imported when it is first asked for.
 """
+
+from advmed.lazy import public_names
+
+__getattr__, __dir__, __all__ = public_names(__name__, __file__, extra="nnunet")

@@ -37,6 +37,16 @@ class SampleTerms:
 
     Raises:
         TypeError: for a loss that is none of the stock ones.
+
+    Example:
+        >>> import torch
+        >>> from adv_nnunet import SampleTerms
+        >>> from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        >>> loss = DC_and_CE_loss({"batch_dice": False, "do_bg": False, "smooth": 1e-5, "ddp": False}, {})
+        >>> outputs, target = torch.randn(2, 3, 8, 8), torch.randint(3, (2, 1, 8, 8))
+        >>> terms = SampleTerms(loss)(outputs, target)  # cross-entropy and Dice of each sample
+        >>> terms.shape, torch.isclose(terms.sum(1).mean(), loss(outputs, target)).item()
+        (torch.Size([2, 2]), True)
     """
 
     def __init__(
@@ -176,6 +186,18 @@ class SegmentationObjective:
         terms: its per-sample form.
         target: of the batch.
         precision: makes the context that the attack's passes run in.
+
+    Example:
+        >>> import torch
+        >>> from adv_nnunet import SampleTerms, SegmentationObjective
+        >>> from advmed import pgd
+        >>> from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        >>> loss = DC_and_CE_loss({"batch_dice": False, "do_bg": False, "smooth": 1e-5, "ddp": False}, {})
+        >>> network, images, target = torch.nn.Conv2d(1, 2, 1), torch.zeros(2, 1, 8, 8), torch.eye(8).expand(2, 1, 8, 8)
+        >>> objective = SegmentationObjective(network, network, loss, SampleTerms(loss, "sum"), target)
+        >>> found = pgd(objective, images, 1.0, steps=10, step_scale=4)
+        >>> bool((found.terms > objective(images)).all())
+        True
     """
 
     def __init__(

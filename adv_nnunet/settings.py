@@ -56,6 +56,12 @@ class Settings(TrainingSettings):
         check_data: read all training and validation cases before training, and stop at one that is not finite.
         overwrite: train anew in a folder that holds checkpoints of an earlier training.
         tag: appended to the trainer's name in the name of the output folder, to keep runs with other settings apart.
+
+    Example:
+        >>> from adv_nnunet import Settings
+        >>> settings = Settings(terms="separate", steps=10).resolved(channels=1, patch_size=(56, 40))
+        >>> settings.delta  # 0.01 * sqrt(56 * 40)
+        0.4733
     """
 
     terms: Literal["sum", "separate"] = "sum"

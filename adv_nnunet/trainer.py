@@ -13,7 +13,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,12 +39,31 @@ LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
-class AdversarialTraining:
+if TYPE_CHECKING:
+
+    class _Host(nnUNetTrainer):
+        """A mixin has the attributes of the trainer that it is put before, as type checkers must be told."""
+
+else:
+    _Host = object
+
+
+class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
     clipping, validation, logs, checkpoints, distributed training. Checkpoints name the stock trainer, so they predict
     where this package is not installed.
+
+    Example:
+        >>> from adv_nnunet import AdversarialTraining
+        >>> from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+        >>> class MyTrainer(AdversarialTraining, nnUNetTrainerBN):  # for nnUNetv2_train ... -tr MyTrainer
+        ...     method_name = "AMAT"
+        >>> MyTrainer.train_step is AdversarialTraining.train_step  # the loss is the method's,
+        True
+        >>> MyTrainer.build_network_architecture is nnUNetTrainerBN.build_network_architecture  # all else the host's
+        True
     """
 
     method_name: ClassVar[str]
@@ -418,39 +437,118 @@ class AdversarialTraining:
 
 
 class nnUNetTrainerSTD(AdversarialTraining, nnUNetTrainer):
-    """Standard training, as nnUNetTrainer does it, with the schedule of the settings: the baseline of a comparison."""
+    """Standard training, as nnUNetTrainer does it, with the schedule of the settings: the baseline of a comparison.
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerSTD``, with ``epochs: 50`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerSTD
+        >>> type(Settings(epochs=50).make_method(nnUNetTrainerSTD.method_name)).__name__
+        'STD'
+    """
 
     method_name = "STD"
 
 
 class nnUNetTrainerAT(AdversarialTraining, nnUNetTrainer):
-    """Adversarial training (Madry et al. 2018): only attacked images, one noise level."""
+    """Adversarial training (Madry et al. 2018): only attacked images, one noise level.
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerAT``, with ``eps: 5`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerAT
+        >>> Settings(eps=5).make_method(nnUNetTrainerAT.method_name).eps
+        5.0
+    """
 
     method_name = "AT"
 
 
 class nnUNetTrainerSAT(AdversarialTraining, nnUNetTrainer):
-    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1)."""
+    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1).
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerSAT``, with ``eps: 5`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerSAT
+        >>> Settings(eps=5).make_method(nnUNetTrainerSAT.method_name).eps
+        5.0
+    """
 
     method_name = "SAT"
 
 
 class nnUNetTrainerAMAT(AdversarialTraining, nnUNetTrainer):
-    """Adaptive-margin adversarial training: a noise level for every sample (arXiv 2206.01736, Algorithm 1)."""
+    """Adaptive-margin adversarial training: a noise level for every sample (arXiv 2206.01736, Algorithm 1).
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerAMAT``, with ``delta: 0.5`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerAMAT
+        >>> from advmed import Thresholds
+        >>> method = Settings(delta=0.5).make_method(nnUNetTrainerAMAT.method_name, Thresholds((-0.7,), ("ce+dice",)))
+        >>> method.margins.get(["hippocampus_001"])  # the noise level of a sample that was never met
+        tensor([0.5000])
+    """
 
     method_name = "AMAT"
 
 
 class nnUNetTrainerTRADES(AdversarialTraining, nnUNetTrainer):
-    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones."""
+    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones.
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerTRADES``, with ``eps: 5`` and ``beta: 1`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerTRADES
+        >>> Settings(eps=5, beta=1).make_method(nnUNetTrainerTRADES.method_name).beta
+        1.0
+    """
 
     method_name = "TRADES"
 
 
 class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
-    """Dynamic perturbation-adaptive adversarial training: a noise level for every sample (arXiv 2403.06798)."""
+    """Dynamic perturbation-adaptive adversarial training: a noise level for every sample (arXiv 2403.06798).
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerDPAAT``, with ``eps: 5`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerDPAAT
+        >>> method = Settings(eps=5).make_method(nnUNetTrainerDPAAT.method_name)
+        >>> method.sizes.get(["hippocampus_001"]), method.step_size  # its first size, and how far it moves
+        (tensor([5.]), 0.5)
+    """
 
     method_name = "DPAAT"
+
+
+class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
+    """MART (Wang et al. 2020), voxel by voxel: attacks count more where the clean prediction is unsure.
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerMART``, with ``eps: 5`` and ``kl_weight: 6`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerMART
+        >>> Settings(eps=5, kl_weight=6).make_method(nnUNetTrainerMART.method_name).kl_weight
+        6.0
+    """
+
+    method_name = "MART"
+
+
+class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): a sample's attack ends soon after it has succeeded.
+
+    Example:
+        ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerFAT``, with ``eps: 5`` and ``tau: 2`` in ``adversarial.yaml``:
+
+        >>> from adv_nnunet import Settings, nnUNetTrainerFAT
+        >>> Settings(eps=5, tau=2).make_method(nnUNetTrainerFAT.method_name).tau
+        2
+    """
+
+    method_name = "FAT"
 
 
 def stock_class(kind: type) -> type:
@@ -511,12 +609,7 @@ def require_environment(raw: bool = True) -> None:
         )
 
 
-__all__ = [
-    "AdversarialTraining",
-    "nnUNetTrainerAMAT",
-    "nnUNetTrainerAT",
-    "nnUNetTrainerDPAAT",
-    "nnUNetTrainerSAT",
-    "nnUNetTrainerSTD",
-    "nnUNetTrainerTRADES",
-]
+TRAINERS = {kind.method_name: kind for kind in AdversarialTraining.__subclasses__()}
+"""The trainers by the names of their methods."""
+
+__all__ = ["AdversarialTraining", *(kind.__name__ for kind in TRAINERS.values())]

@@ -1,25 +1,10 @@
 """Adversarial training and attacks for Ultralytics detection models (YOLOv5u, YOLOv8 and newer).
 
 ``YOLO("yolov8n.yaml").train(trainer=AMATDetectionTrainer, data="data.yaml", delta=3.5)``
+
+The public names are those of ``__init__.pyi``; each is imported when it is first asked for.
 """
 
-from adv_yolo.api import attack
-from adv_yolo.objective import ImageTerms, per_image_losses
-from adv_yolo.trainer import (
-    AMATDetectionTrainer,
-    ATDetectionTrainer,
-    DPAATDetectionTrainer,
-    SATDetectionTrainer,
-    TRADESDetectionTrainer,
-)
+from advmed.lazy import public_names
 
-__all__ = [
-    "AMATDetectionTrainer",
-    "ATDetectionTrainer",
-    "DPAATDetectionTrainer",
-    "ImageTerms",
-    "SATDetectionTrainer",
-    "TRADESDetectionTrainer",
-    "attack",
-    "per_image_losses",
-]
+__getattr__, __dir__, __all__ = public_names(__name__, __file__, extra="yolo")

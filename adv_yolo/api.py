@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
-from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model
+from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model, head_of
 from advmed.attacks import AttackResult, pgd
 from advmed.attacks.problem import Bounds
 from advmed.guard import preserved
@@ -60,6 +60,16 @@ def attack(
         TypeError: for a model of another task, or images that are no float tensor.
         ValueError: for images out of [0, 1], labels that do not fit, or attack settings out of range.
         FileNotFoundError: for a path that does not exist.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import attack
+        >>> from ultralytics import YOLO
+        >>> images = torch.full((1, 3, 64, 64), 0.5)
+        >>> labels = [torch.tensor([[0, 0.5, 0.5, 0.4, 0.4]])]  # class, x, y, width, height
+        >>> found = attack(YOLO("yolov8n.yaml"), images, labels, radius=1.0, steps=2, keep="last")
+        >>> round((found.images - images).norm().item(), 3)
+        1.0
     """
     with torch.inference_mode(False):
         network = network_of(model)
@@ -136,7 +146,7 @@ def check_batch(batch: Batch, network: nn.Module) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")
-    count = int(network.model[-1].nc)
+    count = int(head_of(network).nc)
     classes = batch["cls"]
     if classes.numel() and not (classes.min() >= 0 and classes.max() < count):
         raise ValueError(f"labels have the class {int(classes.max())}, the model's {count} classes begin at 0")

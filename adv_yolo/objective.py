@@ -50,12 +50,26 @@ class ImageTerms:
 
     Raises:
         TypeError: for a model of another task.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import ImageTerms
+        >>> from ultralytics import YOLO
+        >>> model, box = YOLO("yolov8n.yaml").model, torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> terms, predictions = ImageTerms(model), model(images)
+        >>> terms.names
+        ('box_loss', 'cls_loss', 'dfl_loss')
+        >>> host, _, _ = terms.batch_loss(predictions, batch)  # the host's own criterion
+        >>> torch.isclose(terms(predictions, batch, normalizer="batch").sum(), host.sum(), rtol=1e-3).item()
+        True
     """
 
     def __init__(self, model: nn.Module, criterion: Any = None, *, one_to_one: bool | None = None) -> None:
         check_model(model)
         self.criterion = make_criterion(model) if criterion is None else criterion
-        head = model.model[-1]
+        head = head_of(model)
         self.branch: str | None = None
         followed = self.criterion
         if hasattr(self.criterion, "one2one"):
@@ -125,7 +139,7 @@ class ImageTerms:
         In training mode a one-to-one head detaches its features. Only the flag of the head itself is changed; its
         layers keep theirs, BatchNorm with batch statistics among them.
         """
-        head = model.model[-1]
+        head = head_of(model)
         training = head.training
         if head.anchors.is_inference():  # kept from a prediction of the host; no gradient passes through them
             head.shape = None
@@ -291,6 +305,17 @@ class DetectionObjective:
         given: predictions for ``batch["img"]`` that the host has made already, for the first training pass on them.
         hold: makes the context of a training pass on images other than ``batch["img"]``, to keep them out of running
             statistics.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import DetectionObjective, ImageTerms
+        >>> from ultralytics import YOLO
+        >>> model, box = YOLO("yolov8n.yaml").model, torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> objective = DetectionObjective(model, ImageTerms(model), batch)
+        >>> objective(images).shape, objective.names
+        (torch.Size([2, 3]), ('box_loss', 'cls_loss', 'dfl_loss'))
     """
 
     def __init__(
@@ -356,6 +381,17 @@ def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer =
 
     Raises:
         TypeError: for a model of another task.
+
+    Example:
+        >>> import torch
+        >>> from adv_yolo import per_image_losses
+        >>> from ultralytics import YOLO
+        >>> box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])  # an object in the first of two images
+        >>> images, zero = torch.rand(2, 3, 64, 64), torch.zeros(1)
+        >>> batch = {"img": images, "batch_idx": zero, "cls": zero[:, None], "bboxes": box}
+        >>> losses = per_image_losses(YOLO("yolov8n.yaml").model, batch)
+        >>> (losses > 0).tolist()  # box, class and DFL loss: without an object, only the class can be wrong
+        [[True, True, True], [False, True, False]]
     """
     terms = ImageTerms(model)
     with terms.attached(model):
@@ -363,7 +399,12 @@ def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer =
     return terms(predictions, batch, normalizer)
 
 
-def make_criterion(model: nn.Module) -> Any:
+def head_of(model: Any) -> Any:
+    """The layer that predicts."""
+    return model.model[-1]
+
+
+def make_criterion(model: Any) -> Any:
     """The model's criterion, a new one; also for a model loaded from a file, whose arguments are a plain dict."""
     arguments = model.args
     if isinstance(arguments, SimpleNamespace):
@@ -381,9 +422,9 @@ def check_model(model: Any) -> DetectionModel:
     Raises:
         TypeError: otherwise, naming what was expected.
     """
-    head = type(model.model[-1]).__name__ if isinstance(model, DetectionModel) else "none"
+    head = type(head_of(model)).__name__ if isinstance(model, DetectionModel) else "none"
     if type(model) is DetectionModel and head in HEADS:
-        if getattr(model.model[-1], "cv2", None) is None:
+        if getattr(head_of(model), "cv2", None) is None:
             raise TypeError("this model was fused, which removed the head that its loss needs; load the .pt file again")
         return model
     raise TypeError(

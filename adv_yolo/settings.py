@@ -39,6 +39,12 @@ class Settings(TrainingSettings):
         bn: which training passes feed the running statistics of BatchNorm, which the network predicts with: "both",
             "clean" (measured: as accurate, and surer of its detections) or "adversarial". Attacks never do. AT,
             and DPAAT without its synchronisation loss, have adversarial passes only.
+
+    Example:
+        >>> from adv_yolo import Settings
+        >>> settings = Settings(steps=10).resolved(channels=3, size=320, seed=0)
+        >>> settings.eps, settings.delta, settings.bounds
+        (10.0, 3.5, (0.0, 1.0))
     """
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)

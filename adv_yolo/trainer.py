@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import yaml
@@ -46,11 +46,28 @@ MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 """Augmentations that put several images into one."""
 
 
-class AdversarialTraining:
+if TYPE_CHECKING:
+
+    class _Host(DetectionTrainer):
+        """A mixin has the attributes of the trainer that it is put before, as type checkers must be told."""
+
+else:
+    _Host = object
+
+
+class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an Ultralytics detection trainer; a base class before it.
 
     Data, augmentation, schedule, optimizer, gradient accumulation, precision, EMA, validation, logs, plots and
     checkpoints stay the host's. Our arguments (:class:`adv_yolo.settings.Settings`) are passed as the host's are.
+
+    Example:
+        >>> from adv_yolo import AdversarialTraining
+        >>> from ultralytics.models.yolo.detect import DetectionTrainer
+        >>> class MyTrainer(AdversarialTraining, DetectionTrainer):  # for YOLO(...).train(trainer=MyTrainer, eps=5)
+        ...     method_name = "SAT"
+        >>> MyTrainer.save_model is AdversarialTraining.save_model, MyTrainer.validate is DetectionTrainer.validate
+        (True, True)
     """
 
     method_name: ClassVar[str]
@@ -79,7 +96,7 @@ class AdversarialTraining:
     def train(self) -> None:
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
         if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
-            vars(self.args).update(arguments_of(self.settings))
+            self.args.__dict__.update(arguments_of(self.settings))
         super().train()
 
     # Before training: everything that can go wrong goes wrong here.
@@ -241,7 +258,7 @@ class AdversarialTraining:
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
         ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
-        self.metrics = {key: value for key, value in self.metrics.items() if key not in ours} | ours
+        self.metrics: dict[str, Any] = {key: value for key, value in self.metrics.items() if key not in ours} | ours
         super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)
 
     def save_model(self) -> bool:
@@ -287,43 +304,102 @@ class MethodCriterion:
 
 
 class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Adaptive-margin adversarial training: a noise level for every image (arXiv 2206.01736, Algorithm 1)."""
+    """Adaptive-margin adversarial training: a noise level for every image (arXiv 2206.01736, Algorithm 1).
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=AMATDetectionTrainer, data="data.yaml", delta=3.5)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=amat delta=3.5``:
+
+        >>> from adv_yolo import AMATDetectionTrainer, Settings
+        >>> from advmed import Thresholds
+        >>> thresholds = Thresholds((2.0, 1.0, 1.5), ("box_loss", "cls_loss", "dfl_loss"))
+        >>> method = Settings(delta=3.5).make_method(AMATDetectionTrainer.method_name, thresholds)
+        >>> method.margins.get(["images/train/a.jpg"])  # the noise level of an image that was never met
+        tensor([3.5000])
+    """
 
     method_name = "AMAT"
 
 
 class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1)."""
+    """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1).
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=SATDetectionTrainer, data="data.yaml", eps=5)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=sat eps=5``:
+
+        >>> from adv_yolo import SATDetectionTrainer, Settings
+        >>> Settings(eps=5).make_method(SATDetectionTrainer.method_name).eps
+        5.0
+    """
 
     method_name = "SAT"
 
 
 class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Adversarial training (Madry et al. 2018): only attacked images, one noise level."""
+    """Adversarial training (Madry et al. 2018): only attacked images, one noise level.
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=ATDetectionTrainer, data="data.yaml", eps=5)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=at eps=5``:
+
+        >>> from adv_yolo import ATDetectionTrainer, Settings
+        >>> Settings(eps=5).make_method(ATDetectionTrainer.method_name).eps
+        5.0
+    """
 
     method_name = "AT"
 
 
 class TRADESDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones."""
+    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones.
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=TRADESDetectionTrainer, data="data.yaml", eps=5, beta=1)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=trades eps=5 beta=1``:
+
+        >>> from adv_yolo import Settings, TRADESDetectionTrainer
+        >>> Settings(eps=5, beta=1).make_method(TRADESDetectionTrainer.method_name).beta
+        1.0
+    """
 
     method_name = "TRADES"
 
 
 class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Dynamic perturbation-adaptive adversarial training: a noise level for every image (arXiv 2403.06798)."""
+    """Dynamic perturbation-adaptive adversarial training: a noise level for every image (arXiv 2403.06798).
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=DPAATDetectionTrainer, data="data.yaml", eps=5)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=dpaat eps=5``:
+
+        >>> from adv_yolo import DPAATDetectionTrainer, Settings
+        >>> method = Settings(eps=5).make_method(DPAATDetectionTrainer.method_name)
+        >>> method.sizes.get(["images/train/a.jpg"]), method.step_size  # its first size, and how far it moves
+        (tensor([5.]), 0.5)
+    """
 
     method_name = "DPAAT"
 
 
-_KINDS: tuple[type[AdversarialTraining], ...] = (
-    AMATDetectionTrainer,
-    SATDetectionTrainer,
-    ATDetectionTrainer,
-    TRADESDetectionTrainer,
-    DPAATDetectionTrainer,
-)
-TRAINERS = {kind.method_name.lower(): kind for kind in _KINDS}
+class FATDetectionTrainer(AdversarialTraining, DetectionTrainer):
+    """Friendly adversarial training (Zhang et al. 2020): an image's attack ends soon after it has succeeded.
+
+    Example:
+        ``YOLO("yolov8n.yaml").train(trainer=FATDetectionTrainer, data="data.yaml", eps=5, tau=2)``, or
+        ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=fat eps=5 tau=2``:
+
+        >>> from adv_yolo import FATDetectionTrainer, Settings
+        >>> Settings(eps=5, tau=2).make_method(FATDetectionTrainer.method_name).tau
+        2
+    """
+
+    method_name = "FAT"
+
+
+TRAINERS: dict[str, type[AdversarialTraining]] = {
+    kind.method_name.lower(): kind for kind in AdversarialTraining.__subclasses__()
+}
 """The trainers by the values of ``method=``."""
 
 
@@ -387,14 +463,3 @@ def _log(line: str) -> None:
             LOGGER.warning(line.removeprefix("WARNING: "))
         else:
             LOGGER.info(f"{colorstr('advmed:')} {line}")
-
-
-__all__ = [
-    "TRAINERS",
-    "AMATDetectionTrainer",
-    "ATDetectionTrainer",
-    "AdversarialTraining",
-    "DPAATDetectionTrainer",
-    "SATDetectionTrainer",
-    "TRADESDetectionTrainer",
-]

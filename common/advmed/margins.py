@@ -31,6 +31,13 @@ class MarginStore:
 
     Raises:
         ValueError: if ``initial`` is not finite.
+
+    Example:
+        >>> from advmed import MarginStore
+        >>> margins = MarginStore(initial=0.5)
+        >>> margins.set(["a"], [2.0])
+        >>> margins.get(["a", "b"])  # b has not been set
+        tensor([2.0000, 0.5000])
     """
 
     def __init__(self, initial: float = 0.0, *, device: torch.device | str = "cpu", additive: bool = False) -> None:

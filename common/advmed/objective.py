@@ -30,7 +30,16 @@ from advmed.guard import preserved
 
 @runtime_checkable
 class Objective(Protocol):
-    """A callable ``images (B, C, *spatial) -> terms (B, K)``."""
+    """A callable ``images (B, C, *spatial) -> terms (B, K)``.
+
+    Example:
+        >>> import torch
+        >>> from advmed import Objective
+        >>> def objective(images):  # the mean square of each image, K = 1
+        ...     return images.square().flatten(1).mean(1, keepdim=True)
+        >>> isinstance(objective, Objective), objective(torch.ones(3, 1, 8, 8)).shape
+        (True, torch.Size([3, 1]))
+    """
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Returns the loss terms, shape (B, K), with gradients."""
@@ -39,7 +48,17 @@ class Objective(Protocol):
 
 @runtime_checkable
 class PredictingObjective(Objective, Protocol):
-    """An objective that also gives predictions, in whatever form its task has them."""
+    """An objective that also gives predictions, in whatever form its task has them.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import PredictingObjective
+        >>> objective = ClassificationObjective(torch.nn.Linear(4, 2), torch.tensor([0, 1]))
+        >>> predictions = objective.predictions(torch.eye(2, 4))
+        >>> isinstance(objective, PredictingObjective), objective.distance(predictions, predictions).tolist()
+        (True, [0.0, 0.0])
+    """
 
     def predictions(self, images: Tensor, /) -> Any:
         """The predictions of a pass like that of :meth:`Objective.__call__`, with gradients."""
@@ -62,6 +81,14 @@ class ClassScores(NamedTuple):
         truth: the same shape, 0 or 1: one class a place, or any number of regions.
         valid: (B, 1, *places), bool, False where a place does not count; None if all do.
         exclusive: one class a place (softmax), not regions (sigmoid).
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> objective = ClassificationObjective(torch.nn.Identity(), labels=torch.tensor([1]))
+        >>> scores = objective.class_scores(torch.tensor([[0.2, 0.8]]))
+        >>> scores.truth, scores.exclusive
+        (tensor([[0., 1.]]), True)
     """
 
     logits: Tensor
@@ -72,7 +99,16 @@ class ClassScores(NamedTuple):
 
 @runtime_checkable
 class ClassObjective(Objective, Protocol):
-    """An objective whose predictions are classes."""
+    """An objective whose predictions are classes.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import ClassObjective
+        >>> objective = ClassificationObjective(torch.nn.Linear(4, 2), torch.tensor([0, 1]))
+        >>> isinstance(objective, ClassObjective), isinstance(lambda images: images.flatten(1), ClassObjective)
+        (True, False)
+    """
 
     def predictions(self, images: Tensor, /) -> Any:
         """As :meth:`PredictingObjective.predictions`."""
@@ -80,6 +116,15 @@ class ClassObjective(Objective, Protocol):
 
     def class_scores(self, predictions: Any, /) -> ClassScores:
         """The classes of such predictions, beside the true ones."""
+        ...
+
+
+@runtime_checkable
+class ImageClassObjective(ClassObjective, Protocol):
+    """An objective with one class an image."""
+
+    def terms_and_errors(self, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        """One pass: the terms, (B, K), with gradients, and whether the class is wrong, (B,), bool."""
         ...
 
 

@@ -54,6 +54,12 @@ class Thresholds:
 
     Raises:
         ValueError: if values and names do not fit together, or a value is NaN.
+
+    Example:
+        >>> from advmed import Thresholds
+        >>> thresholds = Thresholds((0.25,), ("ce",), rule="mean", mean=(0.25,), std=(0.5,))
+        >>> str(thresholds), str(thresholds.by_rule("mean+2std"))
+        ('ce < 0.25', 'ce < 1.25')
     """
 
     values: tuple[float, ...]
@@ -152,6 +158,14 @@ class TermStatistics:
         memory: number of samples to remember: older ones fade out exponentially. None: all count alike.
 
     Merging batches follows Chan, Golub and LeVeque (1979), in float64 where the device has it.
+
+    Example:
+        >>> import torch
+        >>> from advmed import TermStatistics
+        >>> statistics = TermStatistics(["ce"])
+        >>> statistics.update(torch.tensor([[1.0], [3.0]]))  # mean 2, standard deviation 1
+        >>> statistics.thresholds("mean+2std").values
+        (4.0,)
     """
 
     def __init__(self, names: Sequence[str], memory: float | None = None) -> None:
@@ -284,6 +298,16 @@ class RunningThresholds:
         names: the names of the K terms.
         rule: ``mean`` or ``mean+2std``.
         memory: number of samples the statistics remember (about an epoch).
+
+    Example:
+        >>> import torch
+        >>> from advmed import RunningThresholds
+        >>> thresholds = RunningThresholds(["ce"])
+        >>> thresholds.update(torch.tensor([[0.25], [0.5]]))  # the clean terms of a warm-up
+        >>> thresholds.begin()
+        >>> thresholds.update(torch.tensor([[9.0]]))  # later terms can only lower them
+        >>> str(thresholds)
+        'ce < 0.375'
     """
 
     def __init__(self, names: Sequence[str], rule: str = DEFAULT_RULE, memory: float | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack, check_fraction
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, total
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_radius, total
 from advmed.objective import Objective
 
 
@@ -37,6 +37,14 @@ class APGD(GradientAttack):
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import APGD
+        >>> attack = APGD(steps=10, norm=float("inf"), random_start=0)
+        >>> found = attack(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), 0.5)
+        >>> found.images.flatten()  # a sum rises most where every value has risen by the radius
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
 
     steps: int
@@ -115,6 +123,52 @@ class APGD(GradientAttack):
             iterate, noise = problem.inside(moved)
         best.offer(problem.terms(iterate), iterate, noise, noise)
         return best.terms, best.values[0]
+
+
+def apgd(
+    objective: Objective,
+    images: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int,
+    norm: float = 2,
+    bounds: Bounds = None,
+    random_start: float | bool = True,
+    restarts: int = 1,
+    loss: AttackLoss | None = None,
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """APGD in one call; returns the point of the largest loss. There is no step length to choose.
+
+    Args:
+        objective: images -> (B, K) loss terms.
+        images: shape (B, C, *spatial).
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        steps: number of gradient steps.
+        norm: 2 or inf.
+        bounds: None, or (lowest, highest): numbers or (B,) tensors.
+        random_start: True (anywhere in the ball), False (at the image), or a fraction of the radius.
+        restarts: number of runs, of which the worst for the model is kept per sample.
+        loss: what is climbed in place of the objective's terms, see :mod:`advmed.attacks.losses`.
+        generator: makes random starts repeatable.
+
+    Returns:
+        The adversarial images, their terms and norms.
+
+    Raises:
+        ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
+
+    Example:
+        >>> import torch
+        >>> from advmed import apgd
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = apgd(objective, torch.zeros(1, 1, 2, 2), 1.0, steps=10, random_start=False)
+        >>> round(found.terms.item(), 3)  # noise of L2 norm 1 raises a sum of 4 values by sqrt(4) at most
+        2.0
+    """
+    check_radius(radius)
+    attack = APGD(steps, norm, random_start, restarts, loss=loss)
+    return attack(objective, images, radius, bounds=bounds, generator=generator)
 
 
 def _checkpoints(steps: int) -> list[int]:

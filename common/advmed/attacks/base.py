@@ -14,7 +14,14 @@ from advmed.norms import check_norm
 
 
 class Attack(Protocol):
-    """What an evaluation attacks with: a dataclass, whose fields are what an evaluation's numbers depend on."""
+    """What an evaluation attacks with: a dataclass, whose fields are what an evaluation's numbers depend on.
+
+    Example:
+        >>> from advmed import PGD, Attack, Noise
+        >>> attacks: list[Attack] = [PGD(steps=20, step_scale=4), Noise("gaussian")]
+        >>> [(attack.access, attack.gradients, attack.queries) for attack in attacks]
+        [('white box', 20, 1), ('none', 0, 1)]
+    """
 
     @property
     def norm(self) -> float:
@@ -80,7 +87,7 @@ class GradientAttack:
     @property
     def queries(self) -> int:
         """Forward passes without a gradient, per image."""
-        return self.restarts
+        return self.restarts if self.loss is None else self.restarts * self.loss.goals + self.loss.queries
 
     @property
     def starts(self) -> Iterator[float]:

@@ -22,13 +22,25 @@ from advmed.objective import ClassObjective, ClassScores, Objective, check_terms
 
 
 class AttackLoss(Protocol):
-    """A loss to attack with; a frozen dataclass, whose fields belong to what an evaluation's numbers depend on."""
+    """A loss to attack with; a frozen dataclass, whose fields belong to what an evaluation's numbers depend on.
+
+    Example:
+        >>> from advmed import APGD, AttackLoss, Margin
+        >>> loss: AttackLoss = Margin(targets=9)
+        >>> loss.description, APGD(100, loss=loss).gradients  # 100 steps for each of the targets
+        ('climbs the margin of each of up to 9 wrong classes', 900)
+    """
 
     name: ClassVar[str]
 
     @property
     def goals(self) -> int:
         """How many objectives it may make."""
+        ...
+
+    @property
+    def queries(self) -> int:
+        """Forward passes beside those of the searches: to make the objectives, to judge, and for the host's terms."""
         ...
 
     @property
@@ -76,23 +88,27 @@ def attack_by_loss(
         found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator)
         return found
 
+    # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
     with attacking(objective):
         goals = loss.objectives(shown, images)
-        best = run(goals[0])
-        if len(goals) > 1:
-            judge = loss.judge(shown)
+    best = run(goals[0])
+    if len(goals) > 1:
+        judge = loss.judge(shown)
+        with attacking(objective):
             worst = judge(best.images)[:, 0]
-            for goal in goals[1:]:
-                found = run(goal)
+        for goal in goals[1:]:
+            found = run(goal)
+            with attacking(objective):
                 value = judge(found.images)[:, 0]
-                better = value > worst
-                worst = torch.where(better, value, worst)
-                best = replace(
-                    best,
-                    images=torch.where(broadcast(better, found.images), found.images, best.images),
-                    norms=torch.where(better, found.norms, best.norms),
-                    nonfinite=best.nonfinite + found.nonfinite,
-                )
+            better = value > worst
+            worst = torch.where(better, value, worst)
+            best = replace(
+                best,
+                images=torch.where(broadcast(better, found.images), found.images, best.images),
+                norms=torch.where(better, found.norms, best.norms),
+                nonfinite=best.nonfinite + found.nonfinite,
+            )
+    with attacking(objective):
         return replace(best, terms=check_terms(objective(best.images), images), crossing=None)
 
 
@@ -105,10 +121,20 @@ class CosineWeighted:
     loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
     that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
     weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD, ClassScores, CosineWeighted
+        >>> attack = PGD(100, 5.0, loss=CosineWeighted())  # CosPGD
+        >>> logits, truth = torch.tensor([[[-9.0], [9.0]]]), torch.tensor([[[1.0], [0.0]]])  # one voxel, surely wrong
+        >>> loss = CosineWeighted.value(ClassScores(logits, truth, None, exclusive=True))
+        >>> round(loss.item(), 4)  # its cross-entropy is 18, but there is nothing left to break
+        0.0
     """
 
     name: ClassVar[str] = "cosine-weighted cross-entropy"
     goals: ClassVar[int] = 1
+    queries: ClassVar[int] = 1
     description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
 
     def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
@@ -146,6 +172,15 @@ class Margin:
     Args:
         targets: number of wrong classes whose own margins are raised one after the other, beginning with the most
             likely of the clean image, as in the targeted attacks of Croce and Hein 2020; 0 raises the largest margin.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import APGD, Margin
+        >>> objective = ClassificationObjective(torch.nn.Identity(), torch.tensor([0]))  # images are logits
+        >>> found = APGD(10, random_start=0, loss=Margin())(objective, torch.tensor([[1.0, 0.0]]), 1.0)
+        >>> round((found.images[0, 1] - found.images[0, 0]).item(), 3)  # from -1, noise of L2 norm 1 adds sqrt(2)
+        0.414
     """
 
     targets: int = 0
@@ -156,6 +191,11 @@ class Margin:
     def goals(self) -> int:
         """One, or one for each target."""
         return max(1, self.targets)
+
+    @property
+    def queries(self) -> int:
+        """See :attr:`AttackLoss.queries`."""
+        return 1 + (self.targets > 0) + (self.goals if self.goals > 1 else 0)
 
     @property
     def description(self) -> str:

@@ -48,6 +48,12 @@ def parse_attacks(names: Iterable[str], *, norm: float = 2) -> dict[str, Attack]
 
     Raises:
         ValueError: for a name that is none, or given twice.
+
+    Example:
+        >>> from advmed import parse_attacks
+        >>> attacks = parse_attacks(["pgd100", "apgd50x3", "gaussian"], norm=2)
+        >>> attacks["apgd50x3"].gradients
+        150
     """
     attacks: dict[str, Attack] = {}
     for name in names:

@@ -25,6 +25,14 @@ class Noise:
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import Noise
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = Noise("gaussian")(objective, torch.zeros(1, 3, 8, 8), 2.0)
+        >>> round(found.norms.item(), 3)
+        2.0
     """
 
     kind: Literal["gaussian", "uniform"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, check_radius
 from advmed.norms import norm
 from advmed.objective import Objective
 
@@ -40,6 +40,14 @@ class PGD(GradientAttack):
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD
+        >>> attack = PGD(steps=20, step_scale=4)
+        >>> found = attack(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), 1.0)
+        >>> round(found.norms.item(), 3), round(found.terms.item(), 3)  # a sum of 4 values rises by sqrt(4) at most
+        (1.0, 2.0)
     """
 
     steps: int
@@ -161,6 +169,7 @@ def pgd(
     restarts: int = 1,
     thresholds: Tensor | Sequence[float] | None = None,
     keep: Literal["last", "best"] = "last",
+    loss: AttackLoss | None = None,
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """Projected gradient ascent from a random point of the ball, with step alpha = step_scale * radius / steps.
@@ -177,6 +186,7 @@ def pgd(
         restarts: number of runs, of which the worst for the model is kept per sample.
         thresholds: K thresholds; with them the result has ``crossing``.
         keep: "last" iterate, or the "best" (largest loss) of all.
+        loss: what is climbed in place of the objective's terms, see :mod:`advmed.attacks.losses`.
         generator: makes random starts repeatable.
 
     Returns:
@@ -184,9 +194,18 @@ def pgd(
 
     Raises:
         ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
+
+    Example:
+        >>> import torch
+        >>> from advmed import pgd
+        >>> images, radius = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 4.0])  # a radius for each
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = pgd(objective, images, radius, steps=20, step_scale=4, bounds=(0.0, 1.0), random_start=False)
+        >>> found.terms.flatten().round(decimals=3)  # 4 values, the second time as high as the bounds let them
+        tensor([2., 4.])
     """
-    _check_radius(radius)
-    attack = PGD(steps, step_scale, norm, random_start, restarts, keep)
+    check_radius(radius)
+    attack = PGD(steps, step_scale, norm, random_start, restarts, keep, loss)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
 
 
@@ -205,13 +224,15 @@ def ifgsm(
     """Iterative FGSM, or basic iterative method: PGD from the image itself with step alpha = radius / steps.
 
     Arguments, result and errors as in :func:`pgd`; nothing is random (``generator`` is accepted and not used).
+
+    Example:
+        >>> import torch
+        >>> from advmed import ifgsm
+        >>> objective, images = lambda images: -images.flatten(1).sum(1, keepdim=True), torch.ones(1, 1, 2, 2)
+        >>> fgsm = ifgsm(objective, images, 0.25, steps=1, norm=float("inf"))
+        >>> fgsm.images.flatten()
+        tensor([0.7500, 0.7500, 0.7500, 0.7500])
     """
-    _check_radius(radius)
+    check_radius(radius)
     attack = PGD(steps, 1.0, norm, 0.0, 1, keep)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
-
-
-def _check_radius(radius: float | Tensor) -> None:
-    values = torch.as_tensor(radius)
-    if not bool(((values >= 0) & values.isfinite()).all()):
-        raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")

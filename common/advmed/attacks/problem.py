@@ -41,6 +41,14 @@ class AttackResult:
         crossing: norm of the last iterate on the path at which every term was below its threshold, 0 if there was
             none, (B,); None without thresholds. Without ``terms`` the last iterate itself has not been looked at yet.
         nonfinite: number of steps that a non-finite gradient cost the sample, (B,), int64.
+
+    Example:
+        >>> import torch
+        >>> from advmed import ifgsm
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = ifgsm(objective, torch.zeros(1, 1, 2, 2), 1.0, steps=4, thresholds=[1.2])
+        >>> [round(value.item(), 3) for value in (found.terms, found.norms, found.crossing)]  # sums 0.5, 1, 1.5, 2
+        [2.0, 1.0, 0.5]
     """
 
     images: Tensor
@@ -231,6 +239,13 @@ def check_bounds(bounds: Bounds) -> None:
     low, high = bounds
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and not low < high:
         raise ValueError(f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}")
+
+
+def check_radius(radius: float | Tensor) -> None:
+    """Raises ValueError for a radius that is negative or not finite; waits for the device."""
+    values = torch.as_tensor(radius)
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")
 
 
 def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advmed.attacks.base import check_count, check_fraction
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_radius
 from advmed.norms import check_norm, steepest
 from advmed.objective import Objective
 
@@ -37,6 +37,14 @@ class SquareAttack:
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD, SquareAttack
+        >>> stairs = lambda images: images.flatten(1).round().sum(1, keepdim=True)  # its gradient is 0 everywhere
+        >>> attacks = PGD(200, 4.0, float("inf")), SquareAttack(200, float("inf"))
+        >>> [attack(stairs, torch.zeros(1, 1, 2, 2), 1.0).terms.item() for attack in attacks]
+        [0.0, 4.0]
     """
 
     steps: int
@@ -56,7 +64,8 @@ class SquareAttack:
     @property
     def queries(self) -> int:
         """Forward passes per image."""
-        return (self.steps + 1) * (1 if self.loss is None else self.loss.goals)
+        own = self.steps + 1
+        return own if self.loss is None else own * self.loss.goals + self.loss.queries
 
     @property
     def description(self) -> str:
@@ -149,6 +158,47 @@ class SquareAttack:
             inside = inside & (place >= 0) & (place < side)
             local.append(place)
         return inside, local
+
+
+def square(
+    objective: Objective,
+    images: Tensor,
+    radius: float | Tensor,
+    *,
+    queries: int,
+    norm: float = 2,
+    bounds: Bounds = None,
+    loss: AttackLoss | None = None,
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """The Square Attack in one call; it asks for losses only.
+
+    Args:
+        objective: images -> (B, K) loss terms.
+        images: shape (B, C, *spatial).
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        queries: number of forward passes after the first.
+        norm: 2 or inf.
+        bounds: None, or (lowest, highest): numbers or (B,) tensors.
+        loss: what is to rise in place of the objective's terms, see :mod:`advmed.attacks.losses`.
+        generator: makes the search repeatable.
+
+    Returns:
+        The adversarial images, their terms and norms.
+
+    Raises:
+        ValueError: settings out of range, a radius that is negative or not finite, images without spatial dimensions.
+
+    Example:
+        >>> import torch
+        >>> from advmed import square
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> found = square(objective, torch.zeros(1, 1, 2, 2), 0.5, queries=200, norm=float("inf"))
+        >>> found.terms.item()
+        2.0
+    """
+    check_radius(radius)
+    return SquareAttack(queries, norm, loss=loss)(objective, images, radius, bounds=bounds, generator=generator)
 
 
 def _coordinates(images: Tensor) -> list[Tensor]:

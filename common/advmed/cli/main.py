@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "compare": ("advmed.report.comparison", "put the reports of several runs into one table and figure"),
-    "search": ("advmed.search", "choose delta, or any other setting, by AUC_robust on validation data"),
+    "compare": ("advmed.cli.compare", "put the reports of several runs into one table and figure"),
+    "search": ("advmed.cli.search", "choose delta, or any other setting, by AUC_robust on validation data"),
 }
 """Subcommand: its module, and one line of help."""
 

@@ -48,6 +48,11 @@ def auc_robust(
 
     Raises:
         ValueError: for levels, values or a scale that are not as described.
+
+    Example:
+        >>> from advmed import auc_robust
+        >>> round(auc_robust([0, 5, 10], [0.9, 0.6, 0.3]), 4)  # the area is 0.6: sqrt(0.9 * 0.6)
+        0.7348
     """
     x = np.asarray(check_levels(levels))
     y = np.asarray(values, dtype=np.float64)

@@ -39,6 +39,14 @@ def confusion_counts(
 
     Raises:
         ValueError: for differing shapes, labels that are not integers, a mask that is not bool, no or double classes.
+
+    Example:
+        >>> import torch
+        >>> from advmed import confusion_counts
+        >>> prediction, truth = torch.tensor([[1, 1, 2, 0]]), torch.tensor([[1, 0, 2, 2]])
+        >>> counts = confusion_counts(prediction, truth, classes=[1, 2])
+        >>> counts.tp, counts.fp, counts.fn
+        (tensor([[1, 1]]), tensor([[1, 0]]), tensor([[0, 1]]))
     """
     if len(classes) == 0 or len(set(classes)) != len(classes):
         raise ValueError(f"classes must be one or more different foreground labels, got {list(classes)}")
@@ -116,6 +124,13 @@ def adi(counts: Counts) -> float:
     With several classes the mean is taken over the classes of a sample first, then over samples, so that every sample
     weighs the same however many classes it shows: that is what ADI was introduced for (paper, section 3.5). Samples
     in which no class is present in truth or prediction have no Dice and are left out; NaN if there are no others.
+
+    Example:
+        >>> import torch
+        >>> from advmed import adi, confusion_counts
+        >>> prediction, truth = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1]]), torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1]])
+        >>> round(adi(confusion_counts(prediction, truth, classes=[1])), 4)  # the mean of 1 and 2/3
+        0.8333
     """
     return float(dice_per_sample(counts).nanmean())
 
@@ -124,5 +139,12 @@ def tvdi(counts: Counts) -> float:
     """Total Voxel Dice Index: Dice of TP, FP and FN summed over the samples, per class, then the mean (paper, eq. 5).
 
     A class that no sample's truth or prediction holds is left out; NaN if there are no others.
+
+    Example:
+        >>> import torch
+        >>> from advmed import confusion_counts, tvdi
+        >>> prediction, truth = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1]]), torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1]])
+        >>> round(tvdi(confusion_counts(prediction, truth, classes=[1])), 4)  # 4 hits and a false positive: 8/9
+        0.8889
     """
     return float(dice_per_sample(Counts(*(count.sum(0, keepdim=True) for count in counts))))

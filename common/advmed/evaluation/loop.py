@@ -54,6 +54,14 @@ class LoadedBatch:
         objective: images -> loss terms (B, K), closed over the model and the targets of this batch.
         score: images -> the ingredients of the metric, a dict of tensors whose first dimension is B and whose other
             dimensions are the same in every batch. Called without gradients.
+
+    Example:
+        >>> import torch
+        >>> from advmed import LoadedBatch
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.ones(2, 1, 2, 2), objective, lambda images: {"mean": images.mean((1, 2, 3))})
+        >>> batch.score(batch.images)["mean"]
+        tensor([1., 1.])
     """
 
     images: Tensor
@@ -68,6 +76,15 @@ class EvaluationBatch:
     Attributes:
         ids: B sample ids, unique in the whole evaluation.
         load: makes the :class:`LoadedBatch`; not called for batches that an earlier run has finished.
+
+    Example:
+        >>> import torch
+        >>> from advmed import EvaluationBatch, LoadedBatch
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> score = lambda images: {"mean": images.mean((1, 2, 3))}
+        >>> batch = EvaluationBatch(["a", "b"], load=lambda: LoadedBatch(torch.ones(2, 1, 2, 2), objective, score))
+        >>> batch.load().images.shape
+        torch.Size([2, 1, 2, 2])
     """
 
     ids: Sequence[str]
@@ -104,6 +121,15 @@ class Evaluation:
         ids: the N sample ids.
         clean: the samples as they are.
         attacked: the samples under (attack name, level > 0).
+
+    Example:
+        >>> import torch
+        >>> from advmed import EvaluationBatch, LoadedBatch, evaluate, parse_attacks
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.zeros(2, 1, 2, 2), objective, lambda images: {"sum": objective(images)[:, 0]})
+        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1])
+        >>> found.ids, found.at("ifgsm10", 1).loss.round(3).tolist()
+        (('a', 'b'), [2.0, 2.0])
     """
 
     configuration: Mapping[str, Any]
@@ -168,6 +194,15 @@ def evaluate(
     Raises:
         ValueError: for levels, ids, images, terms or scores that are not as described, or a folder that holds the
             numbers of another configuration; nothing is written in that last case.
+
+    Example:
+        >>> import torch
+        >>> from advmed import EvaluationBatch, LoadedBatch, evaluate, parse_attacks
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.zeros(2, 1, 2, 2), objective, lambda images: {"sum": objective(images)[:, 0]})
+        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1, 2])
+        >>> [round(value, 3) for value in found.curve("ifgsm10", lambda scores: scores["sum"].mean())]
+        [0.0, 2.0, 4.0]
     """
     levels = check_levels(levels)
     if not attacks:

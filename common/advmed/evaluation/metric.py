@@ -31,6 +31,14 @@ class Metric:
         fails_at: a sample whose value is worse than this has failed; None for a metric that knows no failure.
         resamples: number of bootstrap draws; fewer for a metric that takes long to compute.
         is_mean: the metric is the mean of ``per_sample``, samples without a value left out; draws then cost nothing.
+
+    Example:
+        >>> import numpy as np
+        >>> from advmed import Metric
+        >>> error = lambda scores: scores["error"]
+        >>> mre = Metric("MRE", lambda scores: error(scores).mean(), False, unit="mm", per_sample=error, fails_at=4)
+        >>> mre.failure, mre.failed({"error": np.array([1.0, 5.0])}).tolist()
+        ('MRE above 4 mm', [0.0, 1.0])
     """
 
     name: str

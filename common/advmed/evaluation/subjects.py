@@ -18,7 +18,7 @@ from advmed.evaluation.metric import Metric
 from advmed.report import Entry, Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
 from advmed.report.summary import Array, verdict
-from advmed.report.write import configure, refuse_another
+from advmed.report.writer import configure, refuse_another
 from advmed.thresholds import sha256
 
 

@@ -20,16 +20,18 @@ from advmed.methods.base import (
     Step,
 )
 from advmed.methods.dpaat import DPAAT, DPAATSettings
+from advmed.methods.fat import FAT, FATSettings
+from advmed.methods.mart import MART, MARTSettings
 from advmed.methods.sat import SAT
 from advmed.methods.std import STD
 from advmed.methods.trades import TRADES, TRADESSettings
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (STD, AT, SAT, AMAT, TRADES, DPAAT)}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (STD, AT, SAT, AMAT, TRADES, DPAAT, MART, FAT)}
 """The training methods by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EveryMethodSettings(AMATSettings, TRADESSettings, DPAATSettings):
+class EveryMethodSettings(AMATSettings, TRADESSettings, DPAATSettings, MARTSettings, FATSettings):
     """The settings of all methods, so that one file serves all trainers."""
 
 
@@ -60,6 +62,8 @@ __all__ = [
     "AMAT",
     "AT",
     "DPAAT",
+    "FAT",
+    "MART",
     "METHODS",
     "SAT",
     "STD",

@@ -7,7 +7,7 @@ Segmentation and Detection", arXiv 2206.01736. The comments in :meth:`AMAT.step`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, Unpack
 
@@ -22,6 +22,7 @@ from advmed.methods.base import (
     MethodSettings,
     MixedLoss,
     Step,
+    ThresholdMethod,
     check_optional,
     check_positive,
 )
@@ -58,7 +59,7 @@ class AMATSettings(MethodSettings):
             raise ValueError(f"refinement must be 'paper' or 'crossing', got {self.refinement!r}")
 
 
-class AMAT(AdaptiveRadiusMethod):
+class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
     """Every sample has its own noise level, its margin E(i), which grows while the model can bear it.
 
     L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, E(i)). A margin whose attack left every loss term below its threshold
@@ -72,6 +73,14 @@ class AMAT(AdaptiveRadiusMethod):
         margin_max: highest margin, or None.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
 
+    Example:
+        >>> import torch
+        >>> from advmed import AMAT
+        >>> method, objective = AMAT(delta=0.5, thresholds=1.5), lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> for _ in range(3):  # noise of norm 0.5 takes the loss to 1, and the margin grows; of norm 1, to 2
+        ...     step = method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+        >>> round(method.margins.get(["a"]).item(), 3)
+        1.0
     """
 
     name = "AMAT"
@@ -90,12 +99,7 @@ class AMAT(AdaptiveRadiusMethod):
         AMATSettings(refinement=refinement, margin_min=margin_min, margin_max=margin_max)
         self.delta, self.refinement = check_positive("delta", delta), refinement
         super().__init__(self.delta, self.delta, lowest=margin_min or 0.0, highest=margin_max, **attack)
-        self._named = isinstance(thresholds, (Thresholds, RunningThresholds))
-        if not isinstance(thresholds, (Thresholds, RunningThresholds)):
-            values = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1).tolist()
-            thresholds = Thresholds(tuple(values), tuple(f"term_{k}" for k in range(len(values))))
-        self.thresholds = thresholds
-        self._xi: Tensor | None = None
+        self.set_thresholds(thresholds)
 
     @classmethod
     def needs_thresholds(cls, objective: type) -> bool:
@@ -132,6 +136,8 @@ class AMAT(AdaptiveRadiusMethod):
         """
         margin = self._levels(ids, images)
         xi = self._limits(objective, images)
+        assert xi is not None
+        assert self.thresholds is not None
         crossing = self.refinement == "crossing"
         attacked = self._attack(objective, images, margin, xi if crossing else None)  # line 3
         mixed = MixedLoss(objective, backward)
@@ -154,34 +160,3 @@ class AMAT(AdaptiveRadiusMethod):
             "nonfinite": attacked.nonfinite.sum(),
         }
         return Step(mixed.total(), logs, clean_terms, attacked.images)
-
-    def _limits(self, objective: Objective, images: Tensor) -> Tensor:
-        """xi, (K,), on the device."""
-        names = getattr(objective, "names", None)
-        if self._named and names is not None:
-            self.thresholds.require(names)
-        like = torch.empty((), device=images.device)  # float32 for images in half precision, too
-        if isinstance(self.thresholds, RunningThresholds):
-            return self.thresholds.tensor(like)
-        if self._xi is None or self._xi.device != images.device:
-            self._xi = self.thresholds.tensor(like)
-        return self._xi
-
-    def state_dict(self) -> dict[str, Any]:
-        """Margins, self-calibrated thresholds and counters, in plain types."""
-        state = super().state_dict()
-        if isinstance(self.thresholds, RunningThresholds):
-            state["thresholds"] = self.thresholds.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the state of an earlier run."""
-        super().load_state_dict(state)
-        if isinstance(self.thresholds, RunningThresholds) and "thresholds" in state:
-            self.thresholds.load_state_dict(state["thresholds"])
-
-    def merge(self) -> None:
-        """Makes margins and running thresholds of all processes equal."""
-        super().merge()
-        if isinstance(self.thresholds, RunningThresholds):
-            self.thresholds.merge()

@@ -11,7 +11,16 @@ from advmed.objective import Objective
 
 
 class AT(FixedRadiusMethod):
-    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all."""
+    """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all.
+
+    Example:
+        >>> import torch
+        >>> from advmed import AT
+        >>> method, objective = AT(eps=1.0), lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> step = method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+        >>> round(step.loss.item(), 3)  # of the attacked image: a sum of 4 values has risen by sqrt(4)
+        2.0
+    """
 
     name = "AT"
     learns_from_clean = False

@@ -70,6 +70,14 @@ class AttackSettings:
 
     Raises:
         ValueError: a value out of its range.
+
+    Example:
+        >>> from advmed import AttackSettings
+        >>> AttackSettings(steps=10, norm="inf").p
+        inf
+        >>> AttackSettings(steps=0)
+        Traceback (most recent call last):
+        ValueError: steps must be a whole number >= 1, got 0
     """
 
     steps: int = 20
@@ -110,6 +118,16 @@ class Step:
         logs: values worth logging, detached scalars on the device.
         terms: the clean loss terms, (B, K), detached; None where the method makes no clean pass.
         adversarial: the adversarial images, None where there are none.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import SAT
+        >>> objective = ClassificationObjective(torch.nn.Linear(4, 2), torch.tensor([0, 1]))
+        >>> step = SAT(eps=0.5).step(objective, torch.eye(2, 4), ["a", "b"])
+        >>> step.loss.backward()  # and then the optimizer's step, as in any training
+        >>> sorted(step.logs), step.terms.shape
+        (['loss_adversarial', 'loss_clean', 'nonfinite'], torch.Size([2, 1]))
     """
 
     loss: Tensor
@@ -127,6 +145,16 @@ class Method(ABC):
         keeps_sizes: whether every sample has a noise level of its own, under its id.
         needs_classes: whether predictions must be classes (:class:`advmed.objective.ClassObjective`).
         learns_from_clean: whether clean images are among those that it back-propagates a loss of.
+
+    Example:
+        >>> import torch
+        >>> from advmed import Method, Step
+        >>> class Brighter(Method):
+        ...     name = "brighter"
+        ...     def step(self, objective, images, ids, backward=None):
+        ...         return Step(objective(images + 0.5).mean(), logs={})
+        >>> Brighter().step(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), ["a"]).loss
+        tensor(2.)
     """
 
     name: ClassVar[str]
@@ -368,6 +396,61 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         """Makes the levels of all processes equal."""
         self.store.merge()
         self.store.clamp(self.lowest, self.highest)
+
+
+class ThresholdMethod(AdversarialMethod):
+    """A method that compares loss terms with thresholds; a base class before the one with its noise levels.
+
+    Attributes:
+        thresholds: fixed or self-calibrated; None where it can do without.
+    """
+
+    thresholds: Thresholds | RunningThresholds | None = None
+    _named = False  # whether the thresholds know the names of their terms
+    _xi: Tensor | None = None
+
+    def set_thresholds(
+        self, thresholds: Thresholds | RunningThresholds | Tensor | Sequence[float] | float | None
+    ) -> None:
+        """Takes thresholds, or plain numbers."""
+        self._named = isinstance(thresholds, (Thresholds, RunningThresholds))
+        if thresholds is not None and not isinstance(thresholds, (Thresholds, RunningThresholds)):
+            values = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1).tolist()
+            thresholds = Thresholds(tuple(values), tuple(f"term_{k}" for k in range(len(values))))
+        self.thresholds, self._xi = thresholds, None
+
+    def _limits(self, objective: Objective, images: Tensor) -> Tensor | None:
+        """xi, (K,), on the device; None without thresholds."""
+        if self.thresholds is None:
+            return None
+        names = getattr(objective, "names", None)
+        if self._named and names is not None:
+            self.thresholds.require(names)
+        like = torch.empty((), device=images.device)  # float32 for images in half precision, too
+        if isinstance(self.thresholds, RunningThresholds):
+            return self.thresholds.tensor(like)
+        if self._xi is None or self._xi.device != images.device:
+            self._xi = self.thresholds.tensor(like)
+        return self._xi
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its bases keep, and self-calibrated thresholds, in plain types."""
+        state = super().state_dict()
+        if isinstance(self.thresholds, RunningThresholds):
+            state["thresholds"] = self.thresholds.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of an earlier run."""
+        super().load_state_dict(state)
+        if isinstance(self.thresholds, RunningThresholds) and "thresholds" in state:
+            self.thresholds.load_state_dict(state["thresholds"])
+
+    def merge(self) -> None:
+        """Makes what its bases keep, and running thresholds, equal in all processes."""
+        super().merge()
+        if isinstance(self.thresholds, RunningThresholds):
+            self.thresholds.merge()
 
 
 @dataclass

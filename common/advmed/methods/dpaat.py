@@ -81,6 +81,16 @@ class DPAAT(AdaptiveRadiusMethod):
 
     Raises:
         ValueError: for a value out of its range, such as eps_min > eps_0.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import DPAAT
+        >>> objective = ClassificationObjective(torch.nn.Identity(), torch.tensor([0, 0]))  # images are logits
+        >>> method = DPAAT(eps_0=1.0)
+        >>> step = method.step(objective, torch.tensor([[0.0, 0.0], [4.0, 0.0]]), ["unsure", "sure"])
+        >>> method.sizes.get(["unsure", "sure"])
+        tensor([0.9000, 1.1000])
     """
 
     name = "DPAAT"

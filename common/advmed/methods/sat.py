@@ -12,7 +12,16 @@ from advmed.objective import Objective
 
 
 class SAT(FixedRadiusMethod):
-    """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all."""
+    """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all.
+
+    Example:
+        >>> import torch
+        >>> from advmed import SAT
+        >>> method, objective = SAT(eps=1.0), lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> step = method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+        >>> round(step.loss.item(), 3)  # the mean of 0, of the clean image, and sqrt(4), of the attacked one
+        1.0
+    """
 
     name = "SAT"
 

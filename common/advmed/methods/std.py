@@ -11,7 +11,15 @@ from advmed.objective import Objective
 
 
 class STD(Method):
-    """L = L(x): the host's own loss and nothing else."""
+    """L = L(x): the host's own loss and nothing else.
+
+    Example:
+        >>> import torch
+        >>> from advmed import STD
+        >>> objective, images = lambda images: images.flatten(1).sum(1, keepdim=True), torch.ones(1, 1, 2, 2)
+        >>> STD().step(objective, images, ["a"]).loss
+        tensor(4.)
+    """
 
     name = "STD"
 

@@ -49,6 +49,15 @@ class TRADES(FixedRadiusMethod):
         beta: weight of the distance, > 0 (the paper: 1 and 6).
         **attack: see :class:`advmed.methods.base.AdversarialMethod`; ``random_start`` must be > 0, by default 0.01: on
             the clean image itself the gradient of the distance is zero.
+
+    Example:
+        >>> import torch
+        >>> from adv_classify import ClassificationObjective
+        >>> from advmed import TRADES
+        >>> objective = ClassificationObjective(torch.nn.Identity(), torch.tensor([0]))  # images are logits
+        >>> step = TRADES(eps=1.0, beta=6.0).step(objective, torch.zeros(1, 2), ["a"])
+        >>> round(step.loss.item(), 3)  # log(2) + 6 * log(cosh(1 / sqrt(2)))
+        2.083
     """
 
     name = "TRADES"

@@ -1,4 +1,4 @@
-"""``advmed compare``: the reports of several runs in one table and one figure, with paired differences.
+"""The reports of several runs in one table and one figure, with paired differences.
 
 Reports of the same samples have drawn the same resamples (:mod:`advmed.evaluation.intervals`), so that the difference
 of two models has an interval of its own, which is narrower than those of the models suggest.
@@ -6,7 +6,6 @@ of two models has an interval of its own, which is narrower than those of the mo
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
 from advmed.evaluation.intervals import interval
-from advmed.report.write import FORMAT as REPORT
+from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
 
@@ -410,30 +409,3 @@ def draw(sections: Sequence[Section]) -> bytes:
         figures.finish(axes, section.levels, section.label, section.higher_is_better, figures.LIGHT)
         axes.set_title(section.attack, loc="left", fontsize=11, color=figures.LIGHT.ink)
     return figures.png(figure)
-
-
-# The command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``advmed compare``."""
-    parser.add_argument("reports", nargs="+", type=Path, help="report.json files, or their folders")
-    parser.add_argument("--metric", default=None, help="default: the first of each report")
-    parser.add_argument("--attack", default=None, help="default: the first of each report")
-    parser.add_argument("--baseline", default=None, help="model to compare the others with; default: the first")
-    parser.add_argument("--tasks", action="store_true", help="put reports of other tasks side by side, in one figure")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="write compare.md, .csv, .json and .png into this folder"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Compares the reports; returns the exit status."""
-    reports = [Report.read(path) for path in args.reports]
-    if len({report.path.resolve() for report in reports}) < len(reports):
-        raise ValueError("a report is given twice")
-    sections = compare_reports(reports, metric=args.metric, attack=args.attack, tasks=args.tasks)
-    print(format_sections(sections, args.baseline))
-    if args.out is not None:
-        print("Written: " + ", ".join(str(path) for path in write_comparison(args.out, sections, args.baseline)))
-    return 0

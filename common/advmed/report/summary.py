@@ -27,6 +27,16 @@ class Entry:
         evaluation: what was measured.
         margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
         checks: whether the attacks are to be believed (:mod:`advmed.evaluation.checks`); empty where not looked at.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from advmed import Entry, EvaluationBatch, LoadedBatch, evaluate, parse_attacks
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.zeros(2, 1, 2, 2), objective, lambda images: {"sum": objective(images)[:, 0]})
+        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1])
+        >>> Entry("AMAT", found, margins=np.array([0.5, 1.0])).evaluation.levels
+        (0.0, 1.0)
     """
 
     name: str

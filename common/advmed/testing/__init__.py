@@ -1,5 +1,12 @@
-"""What others can test their own hosts with; needs pytest, which nothing else of advmed imports."""
+"""Contracts: what every attack and every training method promises, as checks that its author can call.
 
-import pytest
+:func:`advmed.testing.attacks.check_attack` and :func:`advmed.testing.methods.check_method` run them all; the lists of
+their parts make one test each. A check that fails raises AssertionError. Nothing but :mod:`advmed.testing.lightning`, which
+is classes of pytest, needs a test framework::
 
-pytest.register_assert_rewrite(__name__)  # so that a failed comparison shows its values
+    from advmed.testing.attacks import attack_checks
+
+    @pytest.mark.parametrize(("name", "check"), attack_checks())
+    def test_my_attack(name, check):
+        check(lambda norm: MyAttack(10, norm=norm))
+"""

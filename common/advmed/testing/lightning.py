@@ -14,7 +14,8 @@ Describe a host in a subclass of :class:`LightningHost`, and have pytest collect
         pass
 
 The description must be importable (``from my_tests.my_host import MyHost``), because some tests start processes of
-their own. What is particular to a host, its loss, its metrics and its data, needs tests beside these.
+their own. With ``pytest.register_assert_rewrite("advmed.testing.lightning")`` in the conftest of all tests, a failed
+comparison shows its values. What is particular to a host, its loss, its metrics and its data, needs tests beside these.
 """
 
 from __future__ import annotations
@@ -655,7 +656,8 @@ class LightningTrainingContract(OwnFolder):
         assert found == wanted or (name not in LOSSES and found > wanted)
         for key in found:
             values = run.logged(f"adv/{key}")
-            assert len(values) == (hostile if key in ("nonfinite", "expanded", "loss_adversarial") else epochs), key
+            times = hostile if key in ("nonfinite", "expanded", "loss_adversarial") else epochs
+            assert len(values) == times or (name not in LOSSES and 0 < len(values) < times), key
             assert all(value >= 0 and math.isfinite(value) for value in values), key
         assert len(run.logged("train/loss")) == epochs * host.steps
         reached = run.logged(host.monitor[0])
@@ -682,10 +684,12 @@ class LightningTrainingContract(OwnFolder):
             counts = {int(v) for k, v in run.weights().items() if k.endswith("num_batches_tracked")}
             assert counts == {host.steps * passes}, network
 
-    @pytest.mark.parametrize("name", ["AT", "SAT", "DPAAT"])
-    def test_noise_of_nothing_is_standard_training(self, host: LightningHost, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize(("name", "passes"), [("AT", 1), ("SAT", 2), ("DPAAT", 2)])
+    def test_noise_of_nothing_is_standard_training(
+        self, host: LightningHost, tmp_path: Path, name: str, passes: int
+    ) -> None:
         def learnt(run: Run) -> dict[str, Tensor]:
-            return run.weights() if name == "AT" else learnt_by_gradients(run.weights())  # SAT passes twice
+            return run.weights() if passes == 1 else learnt_by_gradients(run.weights())
 
         given = {"trainer__max_epochs": 2, "model__method__name": name, **SGD}
         standard = learnt(host.kept("plain", **{**given, "model__method__name": "STD"}))

@@ -50,6 +50,15 @@ class MethodRun:
 
     Raises:
         ValueError: for settings that the method cannot work with, or a warm-up that leaves no adversarial epoch.
+
+    Example:
+        >>> import torch
+        >>> from advmed import MethodRun, TrainingSettings
+        >>> run = MethodRun("SAT", TrainingSettings(eps=1.0), epochs=1)
+        >>> lines = run.begin_epoch(0)
+        >>> step = run.step(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(1, 1, 2, 2), ["a"])
+        >>> round(run.end_epoch()["loss_adversarial"], 3)
+        2.0
     """
 
     def __init__(

@@ -65,6 +65,12 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
 
     Raises:
         ValueError: a value out of its range.
+
+    Example:
+        >>> from advmed import TrainingSettings
+        >>> settings = TrainingSettings(eps=2.0, steps=10, beta=3.0)  # one set of settings for all methods
+        >>> settings.make_method("SAT").eps, settings.make_method("TRADES").beta
+        (2.0, 3.0)
     """
 
     def __post_init__(self) -> None:

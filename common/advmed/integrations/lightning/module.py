@@ -37,6 +37,12 @@ class MethodOptions(EveryMethodSettings, RunSettings):
 
     Attributes:
         name: one of :data:`advmed.methods.METHODS`, such as AMAT.
+
+    Example:
+        >>> from adv_classify import ClassifierAttack, MethodOptions
+        >>> settings = MethodOptions(name="SAT", eps=1.5).with_attack(ClassifierAttack(steps=10))
+        >>> settings.eps, settings.steps, settings.bounds
+        (1.5, 10, (0.0, 1.0))
     """
 
     name: str = "STD"
@@ -273,9 +279,14 @@ class RobustModule(LightningModule):
         say(f"thresholds from the file {path}{remark}: {taken}")
         return taken
 
+    @property
+    def data(self) -> Any:
+        """The data module of the training."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own declares none
+
     def _sample_ids(self) -> list[str]:
         """The ids of all training samples, from the data module."""
-        return list(self.trainer.datamodule.train_ids)  # type: ignore[attr-defined]  # Lightning's own declares none
+        return list(self.data.train_ids)
 
     def _folder(self) -> Path | None:
         """The run's folder, on the first rank."""

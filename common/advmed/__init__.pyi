@@ -1,0 +1,51 @@
+"""The public names of the core, the one list of them."""
+
+from .attacks.apgd import APGD as APGD
+from .attacks.apgd import apgd as apgd
+from .attacks.base import Attack as Attack
+from .attacks.losses import AttackLoss as AttackLoss
+from .attacks.losses import CosineWeighted as CosineWeighted
+from .attacks.losses import Margin as Margin
+from .attacks.names import parse_attacks as parse_attacks
+from .attacks.noise import Noise as Noise
+from .attacks.pgd import PGD as PGD
+from .attacks.pgd import ifgsm as ifgsm
+from .attacks.pgd import pgd as pgd
+from .attacks.problem import AttackResult as AttackResult
+from .attacks.square import SquareAttack as SquareAttack
+from .attacks.square import square as square
+from .evaluation.auc import auc_robust as auc_robust
+from .evaluation.dice import adi as adi
+from .evaluation.dice import confusion_counts as confusion_counts
+from .evaluation.dice import tvdi as tvdi
+from .evaluation.loop import Evaluation as Evaluation
+from .evaluation.loop import EvaluationBatch as EvaluationBatch
+from .evaluation.loop import LoadedBatch as LoadedBatch
+from .evaluation.loop import evaluate as evaluate
+from .evaluation.metric import Metric as Metric
+from .margins import MarginStore as MarginStore
+from .methods import METHODS as METHODS
+from .methods.amat import AMAT as AMAT
+from .methods.at import AT as AT
+from .methods.base import AttackSettings as AttackSettings
+from .methods.base import Method as Method
+from .methods.base import Step as Step
+from .methods.dpaat import DPAAT as DPAAT
+from .methods.fat import FAT as FAT
+from .methods.mart import MART as MART
+from .methods.sat import SAT as SAT
+from .methods.std import STD as STD
+from .methods.trades import TRADES as TRADES
+from .objective import ClassObjective as ClassObjective
+from .objective import ClassScores as ClassScores
+from .objective import Objective as Objective
+from .objective import PredictingObjective as PredictingObjective
+from .report.summary import Entry as Entry
+from .report.writer import write_report as write_report
+from .thresholds import RunningThresholds as RunningThresholds
+from .thresholds import TermStatistics as TermStatistics
+from .thresholds import Thresholds as Thresholds
+from .training.run import MethodRun as MethodRun
+from .training.settings import TrainingSettings as TrainingSettings
+
+__version__: str

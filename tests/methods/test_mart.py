@@ -1,0 +1,154 @@
+"""MART against its formula, written out sample by sample and place by place in NumPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmed.attacks import pgd
+from advmed.methods import MART
+from advmed.methods.mart import mart_losses
+from advmed.objective import ClassScores
+from helpers import models
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def at_a_place(z: np.ndarray, z_adv: np.ndarray, y: int) -> tuple[float, float]:
+    """Equation 11 of the paper, for one choice among classes."""
+    p, q = softmax(z), softmax(z_adv)
+    boosted = -math.log(q[y]) - math.log(1 - max(q[k] for k in range(len(q)) if k != y))
+    divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) * (1 - p[y])
+    return boosted, divergence
+
+
+def by_hand(clean: Tensor, adversarial: Tensor, truth: Tensor, valid: Tensor | None, exclusive: bool) -> np.ndarray:
+    """Both losses, (B, 2): the mean over the places that count; regions are choices of two, and summed."""
+    found = []
+    for b in range(len(clean)):
+        z, w, t = (
+            x[b].flatten(1).numpy() if x.ndim > 2 else x[b][:, None].numpy() for x in (clean, adversarial, truth)
+        )
+        counted = np.ones(z.shape[1], bool) if valid is None else valid[b].flatten().numpy()
+        places = []
+        for place in np.flatnonzero(counted):
+            if exclusive:
+                places.append(at_a_place(z[:, place], w[:, place], int(t[:, place].argmax())))
+            else:
+                pairs = [
+                    at_a_place(np.array([z[r, place], 0]), np.array([w[r, place], 0]), int(t[r, place] == 0))
+                    for r in range(len(z))
+                ]
+                places.append(tuple(np.sum(pairs, 0)))
+        found.append(np.mean(places, 0) if places else np.zeros(2))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("places", [(), (4,), (3, 2), (2, 3, 2)])
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_loss_is_the_papers(classes: int, places: tuple[int, ...], exclusive: bool, ignored: bool) -> None:
+    generator = torch.Generator().manual_seed(classes + len(places))
+    clean, adversarial = (
+        3 * torch.randn(4, classes, *places, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
+    if exclusive:
+        labels = torch.randint(classes, (4, 1, *places), generator=generator)
+        truth = torch.zeros_like(clean).scatter_(1, labels, 1)
+    else:
+        truth = (torch.rand(clean.shape, generator=generator) < 0.5).double()
+    valid = None
+    if ignored:
+        valid = torch.rand((4, 1, *places), generator=generator) < 0.6
+        valid[0] = False  # nothing of this sample counts
+    if ignored and not places:
+        return  # a class of an image is never ignored
+    found = mart_losses(*(ClassScores(z, truth, valid, exclusive) for z in (clean, adversarial)))
+    np.testing.assert_allclose(torch.stack(found, 1), by_hand(clean, adversarial, truth, valid, exclusive), rtol=1e-9)
+
+
+def test_sure_predictions_lose_no_digits() -> None:
+    """Where a wrong class has nearly all of the probability, 1 - q_k is the rest and not 0; in half precision, too."""
+    logits = torch.tensor([[0.0, 60.0, -10.0]])
+    scores = ClassScores(logits, torch.tensor([[1.0, 0.0, 0.0]]), None, exclusive=True)
+    boosted, divergence = mart_losses(scores, scores)
+    assert float(boosted) == pytest.approx(60 + 60 - math.log1p(math.exp(-10)), rel=1e-6)
+    assert float(divergence) == 0
+    half = scores._replace(logits=logits.half())
+    assert mart_losses(half, half)[0].dtype == torch.float32
+    assert torch.isfinite(mart_losses(half, half)[0]).all()
+
+
+def test_a_step_is_an_attack_on_the_loss_of_the_host_and_the_papers_loss() -> None:
+    model = models.cnn().double()
+    images = torch.rand(5, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    objective = models.Compared(model, labels)
+    method = MART(0.6, kl_weight=2.5, steps=4, step_scale=2.0)
+    step = method.step(objective, images, list("abcde"))
+    attacked = pgd(objective, images, 0.6, steps=4, step_scale=2.0, random_start=False).images
+    assert step.adversarial is not None
+    assert torch.equal(step.adversarial, attacked)
+    truth = torch.nn.functional.one_hot(labels, 4).double()
+    logits = [model(x).detach().double() for x in (images, attacked)]
+    wanted = by_hand(*logits, truth, None, True) @ [1, 2.5]
+    assert step.loss.item() == pytest.approx(wanted.mean())
+    assert float(step.logs["loss_sync"]) == pytest.approx(by_hand(*logits, truth, None, True)[:, 1].mean())
+    step.loss.backward()
+    together = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    again = MART(0.6, kl_weight=2.5, steps=4, step_scale=2.0).step(
+        objective, images, list("abcde"), torch.Tensor.backward
+    )
+    assert not again.loss.requires_grad
+    for gradient, parameter in zip(together, model.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad)
+
+
+def test_it_learns(chest: object) -> None:
+    """A small network of chest X-rays becomes more robust than the standard one, at the same noise."""
+    images, labels = models.xrays()
+    images, labels = images[:96], labels[:96]
+    accuracy = {}
+    for name in ("standard", "MART"):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(392, 2)
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        method = MART(0.5, steps=3, step_scale=2.0, bounds=(0.0, 1.0))
+        for _ in range(12):
+            for batch in torch.randperm(96).split(32):
+                own = models.Compared(model, labels[batch])
+                loss = (
+                    method.step(own, images[batch], [str(i) for i in batch.tolist()]).loss
+                    if name == "MART"
+                    else nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        attacked = pgd(
+            models.Classifier(model, labels), images, 0.5, steps=10, step_scale=2.5, bounds=(0.0, 1.0)
+        ).images
+        accuracy[name] = float((model(attacked).argmax(1) == labels).float().mean())
+    assert accuracy["MART"] > accuracy["standard"] + 0.1, accuracy
+
+
+def test_other_tasks_are_refused() -> None:
+    class Plain:
+        def __call__(self, images: Tensor) -> Tensor:
+            return images.flatten(1).sum(1, keepdim=True)
+
+    with pytest.raises(TypeError, match="MART compares predictions on clean and attacked images, and Plain gives none"):
+        MART(1.0).step(Plain(), torch.zeros(1, 1, 2, 2), ["a"])
+    with pytest.raises(ValueError, match="kl_weight must be a finite number >= 0, got -1"):
+        MART(1.0, kl_weight=-1)
