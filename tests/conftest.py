@@ -20,6 +20,8 @@ from advmed.evaluation.intervals import resamples
 from helpers import models
 from helpers.evaluations import leave_out_curves
 
+pytest.register_assert_rewrite("advmed.testing.lightning")  # before anything imports it
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import advmed
+from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
@@ -200,7 +201,7 @@ def _record(
             }
             for table in tables
         },
-        "checks": {entry.name: [asdict(check) for check in entry.checks] for entry in entries},
+        "checks": {entry.name: [_of_check(check) for check in entry.checks] for entry in entries},
         "bootstrap": {
             "confidence": CONFIDENCE,
             "seed": seed_of(entries[0].evaluation.ids, groups),
@@ -210,6 +211,10 @@ def _record(
         "attacks": {entry.name: _effort(entry) for entry in entries},
         "margins": {entry.name: _distribution(entry.margins) for entry in entries if entry.margins is not None},
     }
+
+
+def _of_check(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"figures": {name: _number(value) for name, value in check.figures.items()}}
 
 
 def _of_model(table: Table, m: int) -> dict[str, Any]:
