@@ -357,3 +357,11 @@ def test_models_need_names_of_their_own(tmp_path: Path, subject: Any, loads: lis
             run(tmp_path / "own", models)
     assert loads == []
     assert not (tmp_path / "own").exists()
+
+
+def test_models_on_other_samples_are_not_compared(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+    steep, flat = subject("steep"), subject("flat")
+    with pytest.raises(ValueError, match="flat and steep cannot be compared: their samples differ"):
+        run(tmp_path / "own", [steep, replace(flat, batches=flat.batches[1:])])
+    assert loads == []
+    assert not (tmp_path / "own").exists()
