@@ -381,7 +381,7 @@ def test_default_levels_grow_with_the_image(trained: Path, data: Any, tmp_path: 
         (["levels=0,-1"], "level"),
         (["names=A,B"], "1 models need 1 different names"),
         (["split=test"], "has no split 'test'"),
-        (["lvels=0,1"], "Similar arguments are i.e. ['levels']"),
+        (["lvels=0,1"], "Similar arguments are i.e. ['levels'"),
         (["norm=1"], "norm"),
         (["samples=0"], "samples must be a whole number >= 1, got 0"),
         (["samples=2.5"], "samples must be a whole number >= 1, got 2.5"),
