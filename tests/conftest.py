@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from advmed.evaluation.intervals import resamples
-from advmed.report import figures
 from helpers import models
+from helpers.evaluations import leave_out_curves
+
+pytest.register_assert_rewrite("advmed.testing.lightning")  # before anything imports it
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +35,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the drawing of curves, which takes most of the time of a report."""
-    for name in ("curves", "curve", "failure_curves", "margin_histogram"):
-        monkeypatch.setattr(figures, name, lambda *_: b"not drawn")
+    leave_out_curves(monkeypatch)
 
 
 CHECKS = ["radius", "steps", "restarts", "black box", "unlimited", "noise"]

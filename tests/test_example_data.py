@@ -7,21 +7,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "Dataset004_Hippocampus"
-SUMS = [line.split(maxsplit=1) for line in (DATA / "sha256sums.txt").read_text().splitlines()]
+CELLS = DATA.with_name("bccd")
 CASES = sorted(p.name.removesuffix(".nii.gz") for p in (DATA / "labelsTr").glob("*.nii.gz"))
 
 
-def test_every_file_is_the_one_that_was_recorded() -> None:
-    found = {p.relative_to(DATA).as_posix() for p in DATA.glob("*Tr/*")}
-    assert found == {name for _, name in SUMS}
-    for expected, name in SUMS:
-        assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == expected, name
-
-
-def test_the_folder_stays_small() -> None:
-    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 7_500_000
+@pytest.mark.parametrize(("folder", "largest"), [(DATA, 7_500_000), (CELLS, 3_000_000)], ids=["hippocampus", "bccd"])
+def test_every_file_is_the_one_that_was_recorded_and_none_is_large(folder: Path, largest: int) -> None:
+    sums = [line.split(maxsplit=1) for line in (folder / "sha256sums.txt").read_text().splitlines()]
+    found = {p.relative_to(folder).as_posix() for p in folder.glob("*/*") if p.suffix != ".cache"}
+    assert found == {name for _, name in sums}
+    for expected, name in sums:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= largest
 
 
 def test_description_and_split_fit_the_files() -> None:
@@ -59,17 +59,7 @@ def test_images_and_labels_fit() -> None:
 
 # --- blood cells -----------------------------------------------------------------------------------------------------
 
-CELLS = DATA.with_name("bccd")
 PARTS = {part: (CELLS / f"{part}.txt").read_text().split() for part in ("train", "val")}
-
-
-def test_the_blood_cells_are_the_ones_that_were_recorded() -> None:
-    sums = [line.split(maxsplit=1) for line in (CELLS / "sha256sums.txt").read_text().splitlines()]
-    found = {p.relative_to(CELLS).as_posix() for p in CELLS.glob("*/*") if p.suffix != ".cache"}
-    assert found == {name for _, name in sums}
-    for expected, name in sums:
-        assert hashlib.sha256((CELLS / name).read_bytes()).hexdigest() == expected, name
-    assert sum(p.stat().st_size for p in CELLS.rglob("*") if p.is_file()) <= 3_000_000
 
 
 def test_the_lists_of_blood_cells_fit_the_images() -> None:

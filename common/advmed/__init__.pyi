@@ -41,7 +41,7 @@ from .objective import ClassObjective as ClassObjective
 from .objective import ClassScores as ClassScores
 from .objective import Objective as Objective
 from .objective import PredictingObjective as PredictingObjective
-from .report.write import write_report as write_report
+from .report.writer import write_report as write_report
 from .thresholds import RunningThresholds as RunningThresholds
 from .thresholds import TermStatistics as TermStatistics
 from .thresholds import Thresholds as Thresholds

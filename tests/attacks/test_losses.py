@@ -1,3 +1,5 @@
+"""What attacks climb in place of the host's loss: CosPGD's loss voxel by voxel."""
+
 from __future__ import annotations
 
 from typing import Any

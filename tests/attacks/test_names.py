@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 from advmed.attacks import APGD, PGD, CosineWeighted, Noise, SquareAttack
 from advmed.attacks.names import EXPECTED, parse_attacks
@@ -47,58 +46,34 @@ def test_the_order_is_kept_and_the_norm_is_l2_by_default() -> None:
     assert list(parse_attacks(name for name in names)) == names
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_attack_is_called_alike_and_says_what_it_costs(name: str) -> None:
-    asked = {True: 0, False: 0}
+REFUSED = [
+    "pgd",
+    "pgd0",
+    "pgd-1",
+    "pgd1.5",
+    "pgd10x",
+    "pgd10x0",
+    "pgdx3",
+    "pgd010",
+    "PGD10",
+    "10pgd",
+    "apgd",
+    "apgd0",
+    "ifgsm",
+    "ifgsm10x2",
+    "square",
+    "square0",
+    "square100x2",
+    "gaussian1",
+    "uniform3",
+    "Gaussian",
+    "fgsm10",
+    "cw10",
+    "autoattack",
+]
 
-    def terms(x: torch.Tensor) -> torch.Tensor:
-        asked[x.requires_grad] += 1
-        return x.flatten(1).sum(1, keepdim=True)
 
-    attack = parse_attacks([name])[name]
-    images = torch.full((2, 1, 6, 6), 0.5)
-    generator = torch.Generator().manual_seed(0)
-    result = attack(terms, images, torch.tensor([0.5, 1.0]), bounds=(0.0, 1.0), generator=generator)
-    assert (result.norms <= torch.tensor([0.5, 1.0]) * (1 + 1e-5)).all()
-    assert (result.norms > 0).all()
-    assert result.terms is not None
-    assert asked == {True: attack.gradients, False: attack.queries}
-    assert {"white box": asked[True] > 0, "black box": asked[False] > 1, "none": asked[False] == 1}[attack.access]
-    assert len(attack.description) > 20
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "pgd",
-            "pgd0",
-            "pgd-1",
-            "pgd1.5",
-            "pgd 10",
-            "pgd10 ",
-            "pgd10x",
-            "pgd10x0",
-            "pgdx3",
-            "pgd010",
-            "PGD10",
-            "10pgd",
-        ),
-        *(
-            "apgd",
-            "apgd0",
-            "ifgsm",
-            "ifgsm10x2",
-            "square",
-            "square0",
-            "square100x2",
-            "gaussian1",
-            "uniform3",
-            "Gaussian",
-        ),
-        *("", "fgsm10", "cw10", "autoattack", "pgd10\n", "pgd1\N{ARABIC-INDIC DIGIT THREE}"),
-    ],
-)
+@pytest.mark.parametrize("name", [*REFUSED, "", "pgd 10", "pgd10 ", "pgd10\n", "pgd1\N{ARABIC-INDIC DIGIT THREE}"])
 def test_other_names_are_refused_with_what_is_expected(name: str) -> None:
     message = f"unknown attack {name!r}: expected {EXPECTED}, for example pgd100, apgd50x3, square1000"
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):

@@ -1,11 +1,9 @@
-"""The Square Attack against Algorithms 1 to 3 of the paper written for one image, closed forms, and its promises."""
+"""The Square Attack against Algorithms 1 to 3 of the paper written for one image, closed forms and torchattacks."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,44 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmed.attacks import PGD, AttackResult, SquareAttack
+from advmed.attacks import PGD, SquareAttack
 from advmed.attacks.problem import Problem
 from advmed.attacks.square import _bump
+from helpers.tensors import ORDERS, classifying, lengths, seeded, uniform
 
 RANKS = [(2, 17), (3, 11, 16), (2, 7, 9, 8)]  # (C, L), (C, H, W), (C, D, H, W)
 TINY = [(1, 1), (1, 1, 1), (2, 2, 3), (1, 5, 1), (1, 1, 2, 3)]
-ORDERS = [2, math.inf]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def uniform(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(*shape, generator=seeded(seed), dtype=dtype)
-
-
-def lengths(noise: Tensor, p: float) -> Tensor:
-    flat = noise.flatten(1)
-    return flat.norm(dim=1) if p == 2 else flat.abs().amax(1)
-
-
-class Watched:
-    """An objective that notes its passes, and will not have a gradient asked for."""
-
-    def __init__(self, objective: Any) -> None:
-        self.objective = objective
-        self.points: list[Tensor] = []
-        self.losses: list[Tensor] = []
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert not images.requires_grad
-        assert not torch.is_grad_enabled()
-        terms: Tensor = self.objective(images)
-        assert not terms.requires_grad
-        self.points.append(images.clone())
-        self.losses.append(terms.sum(1))
-        return terms
 
 
 # The schedule, the window and its bump
@@ -249,19 +216,18 @@ def test_keeps_the_worst_of_its_queries_and_stays_inside(p: float, shape: tuple[
     def terms(x: Tensor) -> Tensor:
         return torch.stack((((x * weight * 5).sin()).flatten(1).sum(1), (x**3 * weight).flatten(1).sum(1)), 1)
 
-    watched = Watched(terms)
-    attack = SquareAttack(30, p)
-    result = attack(watched, images, radius, bounds=bounds, generator=seeded(0))
-    assert len(watched.points) == attack.queries == 31
-    assert attack.gradients == 0
-    losses = torch.stack(watched.losses)
-    worst = losses.max(0)
+    points: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        points.append(x.clone())
+        return terms(x)
+
+    result = SquareAttack(30, p)(watched, images, radius, bounds=bounds, generator=seeded(0))
+    worst = torch.stack([terms(point).sum(1) for point in points]).max(0)
     torch.testing.assert_close(result.terms.sum(1), worst.values, rtol=0, atol=0)
     for i in range(1, 5):
-        assert torch.equal(result.images[i], watched.points[int(worst.indices[i])][i])
-    assert torch.equal(result.images[0], images[0])
-    assert result.nonfinite.tolist() == [0] * 5
-    for point in watched.points:
+        assert torch.equal(result.images[i], points[int(worst.indices[i])][i])
+    for point in points:
         assert (lengths(point - images, p) <= radius * (1 + 1e-9) + 1e-12).all()
         if bounds is not None:
             assert (point >= images.clamp(max=0.2)).all()
@@ -272,9 +238,11 @@ def test_keeps_the_worst_of_its_queries_and_stays_inside(p: float, shape: tuple[
 @pytest.mark.parametrize("bounds", [None, (0, 1)])
 def test_linf_points_are_at_the_radius_before_clamping(tiny: SimpleNamespace, bounds: Any) -> None:
     images = uniform(3, 2, 10, 10)
-    objective = Watched(tiny.Affine(uniform(1, 2, 10, 10, seed=1) - 0.5, torch.zeros(1, dtype=torch.float64)))
-    SquareAttack(40, math.inf)(objective, images, 0.25, bounds=bounds, generator=seeded(0))
-    for point in objective.points:
+    objective = tiny.Affine(uniform(1, 2, 10, 10, seed=1) - 0.5, torch.zeros(1, dtype=torch.float64))
+    points: list[Tensor] = []
+    attack = SquareAttack(40, math.inf)
+    attack(lambda x: points.append(x.clone()) or objective(x), images, 0.25, bounds=bounds, generator=seeded(0))
+    for point in points:
         up, down = images + 0.25, images - 0.25
         if bounds is not None:
             up, down = up.clamp(max=1), down.clamp(min=0)
@@ -282,9 +250,9 @@ def test_linf_points_are_at_the_radius_before_clamping(tiny: SimpleNamespace, bo
 
 
 @pytest.mark.parametrize("p", ORDERS)
-def test_the_loss_never_falls_with_more_queries(tiny: SimpleNamespace, p: float) -> None:
+def test_the_loss_never_falls_with_more_queries(p: float) -> None:
     """With a window of one size, a run of fewer queries is the beginning of a longer one."""
-    objective = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(6) % 4)
+    objective = classifying(6)
     images, radius = uniform(6, 3, 8, 8), 2.0 if p == 2 else 0.2
     share = 1e-6  # the smallest window from the start
     losses = []
@@ -374,184 +342,8 @@ def test_is_as_strong_as_torchattacks(p: float, eps: float) -> None:
     assert np.mean(ours) <= np.mean(theirs) + 10
 
 
-# What can go wrong
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("p", ORDERS)
-def test_a_loss_that_is_not_finite_is_never_kept(p: float, bad: float) -> None:
-    """Sample 1 has a finite loss in every third query only, sample 2 never."""
-    images, slopes = uniform(3, 1, 6, 6), uniform(1, 6, 6, seed=1) - 0.5
-    passes: list[int] = []
-
-    def terms(x: Tensor) -> Tensor:
-        passes.append(1)
-        values = (x * slopes).flatten(1).sum(1)
-        broken = torch.tensor([False, len(passes) % 3 != 0, True])
-        return torch.where(broken, bad, values)[:, None]
-
-    watched = Watched(terms)
-    result = SquareAttack(40, p)(watched, images, 0.5, generator=seeded(0))
-    losses = torch.stack(watched.losses)
-    finite = losses.where(losses.isfinite(), -math.inf).max(0)
-    torch.testing.assert_close(result.terms[:2, 0], finite.values[:2], rtol=0, atol=0)
-    for i in (0, 1):
-        assert torch.equal(result.images[i], watched.points[int(finite.indices[i])][i])
-    assert not result.terms[2].isfinite()
-    assert torch.equal(result.images[2], watched.points[0][2])
-    assert result.images.isfinite().all()
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_nan_in_one_image_leaves_the_others_alone(tiny: SimpleNamespace, p: float) -> None:
-    images = uniform(3, 3, 8, 8)
-    objective = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(3))
-    broken = images.clone()
-    broken[1, 2, 3, 4] = math.nan
-    healthy = SquareAttack(20, p)(objective, images, 0.3, bounds="sample", generator=seeded(0))
-    result = SquareAttack(20, p)(objective, broken, 0.3, bounds="sample", generator=seeded(0))
-    assert torch.equal(result.images[[0, 2]], healthy.images[[0, 2]])
-    assert result.terms[[0, 2]].isfinite().all()
-
-
-# What it leaves behind
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_the_generator_repeats_a_run(tiny: SimpleNamespace, p: float) -> None:
-    objective = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(3))
-    images, attack = uniform(3, 3, 8, 8), SquareAttack(10, p)
-    first, again, other = (attack(objective, images, 0.5, generator=seeded(s)) for s in (1, 1, 2))
-    for name in ("images", "terms", "norms"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-    assert not torch.equal(first.images, other.images)
-    assert not torch.equal(*(attack(objective, images, 0.5).images for _ in range(2)))
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_no_trace_is_left_in_the_model_or_the_images(tiny: SimpleNamespace, p: float) -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), tiny.cnn(dropout=0.5)).train()
-    model[0].weight.requires_grad_(False)
-    images = uniform(4, 3, 8, 8, dtype=torch.float32)
-    before, version = images.clone(), images._version
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = [p.requires_grad for p in model.parameters()]
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    result = SquareAttack(5, p)(tiny.Classifier(model, torch.arange(4)), images, 1.0, bounds=(0, 1))
-    assert (result.norms > 0.1).all()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
-    assert all(module.training for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-    assert random.getstate() == python_state
-    assert torch.equal(images, before)
-    assert images._version == version
-
-
-# Modes of torch
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_runs_in_any_mode_of_gradients(tiny: SimpleNamespace, mode: Any, p: float) -> None:
-    objective, images = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(3)), uniform(3, 3, 8, 8)
-    attack = SquareAttack(10, p)
-    expected = attack(objective, images, 0.5, bounds=(0, 1), generator=seeded(0))
-    with mode():
-        found: AttackResult = attack(objective, images.clone(), 0.5, bounds=(0, 1), generator=seeded(0))
-    assert torch.equal(found.images, expected.images)
-    assert torch.equal(found.terms, expected.terms)
-    assert not found.terms.requires_grad
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_runs_under_autocast(tiny: SimpleNamespace, kind: torch.dtype, p: float) -> None:
-    objective = tiny.Classifier(tiny.cnn().eval(), torch.arange(4))
-    images = uniform(4, 3, 8, 8, dtype=torch.float32)
-    before = objective(images)[:, 0].detach()
-    with torch.autocast("cpu", kind):
-        result = SquareAttack(40, p)(objective, images, 2.0 if p == 2 else 0.2, generator=seeded(0))
-    assert result.images.dtype == torch.float32
-    assert (objective(result.images)[:, 0] > before).all()
-
-
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("p", ORDERS)
-def test_half_precision_images(kind: torch.dtype, p: float) -> None:
-    images = uniform(3, 2, 9, 9, dtype=torch.float32).to(kind)
-    slopes = (uniform(2, 9, 9, seed=1, dtype=torch.float32) - 0.5).to(kind)
-    seen: set[torch.dtype] = set()
-
-    def terms(x: Tensor) -> Tensor:
-        seen.add(x.dtype)
-        return (x * slopes).flatten(1).sum(1, keepdim=True)
-
-    radius = torch.tensor([0.0, 0.25, 0.5])
-    result = SquareAttack(15, p)(terms, images, radius, generator=seeded(0))
-    assert seen == {kind}
-    assert result.images.dtype == kind
-    assert torch.equal(result.images[0], images[0])
-    torch.testing.assert_close(result.norms, radius, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_channels_last_equals_contiguous(tiny: SimpleNamespace, p: float) -> None:
-    objective, images = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(4)), uniform(4, 3, 8, 8)
-    first = SquareAttack(10, p)(objective, images, 0.5, bounds=(0, 1), generator=seeded(1))
-    last = images.contiguous(memory_format=torch.channels_last)
-    second = SquareAttack(10, p)(objective, last, 0.5, bounds=(0, 1), generator=seeded(1))
-    torch.testing.assert_close(second.images, first.images, rtol=0, atol=1e-9)
-    assert second.images.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_radius_zero_returns_the_bits_of_the_image(p: float) -> None:
-    images = uniform(2, 1, 4, 4, dtype=torch.float32)
-    images[:, 0, 0, 0] = -0.0
-    images[:, 0, 0, 1] = 1e-42
-    result = SquareAttack(5, p)(lambda x: x.flatten(1).sum(1, keepdim=True), images, torch.tensor([0.0, 1.0]))
-    same = (result.images.view(torch.int32) == images.view(torch.int32)).flatten(1).all(1)
-    assert same.tolist() == [True, False]
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, r"steps must be a whole number >= 1, got 0"),
-        ({"steps": 10.0}, r"steps must be a whole number >= 1, got 10.0"),
-        ({"share": 0}, r"share must be above 0"),
-        ({"share": 1.5}, r"share must be a fraction in \[0, 1\], got 1.5"),
-        ({"share": math.nan}, r"share must be a fraction in \[0, 1\], got nan"),
-        ({"norm": 1}, r"norm must be 2 or inf \(L2 or Linf\), got 1"),
-    ],
-)
-def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SquareAttack(**({"steps": 2} | settings))
-
-
-def test_a_setting_cannot_be_changed_afterwards() -> None:
-    attack = SquareAttack(1000, "inf")
-    assert attack.norm == math.inf
-    assert attack.access == "black box"
-    assert attack.description == "Square Attack (Andriushchenko et al. 2020): 1000 queries of the loss, no gradients"
-    with pytest.raises(FrozenInstanceError):
-        attack.steps = 6
-
-
-def test_images_without_spatial_dimensions() -> None:
-    with pytest.raises(ValueError, match=r"needs images of shape \(B, C, \*spatial\), got \(2, 4\)"):
-        SquareAttack(2)(lambda x: x.sum(1, keepdim=True), torch.zeros(2, 4), 1.0)
-
-
 def test_both_directions_of_a_bump_are_chosen() -> None:
-    problem = Problem(lambda x: x, torch.zeros(1, 1, 4, 4), 1.0, norm=2, generator=torch.Generator().manual_seed(0))
+    problem = Problem(lambda x: x, torch.zeros(1, 1, 4, 4), 1.0, norm=2, generator=seeded(0))
     chosen = [problem.choose(2) for _ in range(200)]
     assert set(chosen) == {0, 1}
     assert 70 < sum(chosen) < 130

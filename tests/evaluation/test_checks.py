@@ -23,6 +23,7 @@ from advmed.evaluation.loop import Condition, Evaluation, EvaluationBatch, Loade
 from advmed.evaluation.metric import Metric
 from advmed.report import Entry
 from advmed.report.summary import verdict
+from helpers.evaluations import by_hand
 
 ACCURACY = Metric(
     "accuracy", lambda s: float(s["correct"].mean()), per_sample=lambda s: s["correct"], fails_at=0.5, is_mean=True
@@ -30,39 +31,18 @@ ACCURACY = Metric(
 LEVELS = (0.0, 0.2, 0.4, 0.8)
 STANDARD = parse_attacks(["pgd10"])["pgd10"]
 SEEDS = [0, 1, 2]
+Planted = Callable[[Tensor], Tensor]
 
 
-class Rounded(nn.Module):
-    """Inputs in a few grey values: the gradient is 0 everywhere."""
+class Around(nn.Module):
+    """A network with something planted before or behind it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Planted = lambda x: x, after: Planted = lambda y: y) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.before, self.after = model, before, after
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images * 7).round() / 7)
-
-
-class Saturated(nn.Module):
-    """The logits a thousand times: where the decision is right, the loss and its gradient are 0 in float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return 1000 * self.model(images)
-
-
-class Shattered(nn.Module):
-    """A fine ripple on the input: too small to change a decision, steep enough to lead every gradient astray."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images + 0.01 * torch.sin(3000 * images))
+        return self.after(self.model(self.before(images)))
 
 
 def batches(chest: SimpleNamespace, model: nn.Module, number: int = 60) -> list[EvaluationBatch]:
@@ -90,34 +70,49 @@ def checked(
     return {one.name: one for one in found}
 
 
-def test_nothing_is_said_of_sound_models(chest: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    ("kind", "seed"), [*((kind, seed) for kind in ("linear", "standard") for seed in SEEDS), ("adversarial", 0)]
+)
+def test_nothing_is_said_of_sound_models(chest: SimpleNamespace, kind: str, seed: int) -> None:
     """Under an attack that has converged: of ten steps twice as many can break three more of 60 images."""
-    attack = replace(STANDARD, steps=20)
-    for kind in ("linear", "standard", "adversarial"):
-        for seed in SEEDS:
-            found = checked(chest, chest.trained(kind, seed), attack, seed=seed)
-            assert {one.verdict for one in found.values()} == {"passed"}, (kind, seed, found)
-
-
-@pytest.mark.parametrize("name", ["apgd10", "ifgsm10", "pgd10x2"])
-def test_nothing_is_said_of_other_attacks_that_work(chest: SimpleNamespace, name: str) -> None:
-    found = checked(chest, chest.trained("adversarial", 0), parse_attacks([name])[name])
+    found = checked(chest, chest.trained(kind, seed), replace(STANDARD, steps=20), seed=seed)
     assert {one.verdict for one in found.values()} == {"passed"}, found
 
 
-def test_nothing_is_said_of_an_attack_in_linf(chest: SimpleNamespace) -> None:
-    found = checked(chest, chest.trained("adversarial", 0), parse_attacks(["pgd10"], norm=math.inf)["pgd10"], scale=0.1)
+@pytest.mark.parametrize(
+    ("name", "norm", "scale"), [("apgd10", 2, 1.0), ("ifgsm10", 2, 1.0), ("pgd10x2", 2, 1.0), ("pgd10", math.inf, 0.1)]
+)
+def test_nothing_is_said_of_other_attacks_that_work(
+    chest: SimpleNamespace, name: str, norm: float, scale: float
+) -> None:
+    attack = parse_attacks([name], norm=norm)[name]
+    found = checked(chest, chest.trained("adversarial", 0), attack, scale=scale)
     assert {one.verdict for one in found.values()} == {"passed"}, found
 
 
 IDLE = replace(STANDARD, step_scale=1e-12)
 FAULTS: dict[str, tuple[Callable[[nn.Module], nn.Module], PGD, set[str]]] = {
-    "inputs rounded to few grey values": (Rounded, STANDARD, {"radius", "black box", "unlimited", "noise"}),
-    "a loss that is 0 where the decision is right": (Saturated, STANDARD, {"unlimited", "noise"}),
-    "gradients shattered by a ripple": (Shattered, STANDARD, {"radius", "black box"}),
-    "steps that do not reach the sphere": (nn.Identity, replace(STANDARD, step_scale=0.4, random_start=0.0), {"steps"}),
-    "steps of no length": (nn.Identity, replace(IDLE, random_start=0.0), {"black box", "unlimited", "noise"}),
-    "steps of no length from a random start": (nn.Identity, IDLE, {"black box", "unlimited", "noise"}),
+    # The gradient is 0 everywhere.
+    "inputs rounded to few grey values": (
+        lambda model: Around(model, before=lambda x: (x * 7).round() / 7),
+        STANDARD,
+        {"radius", "black box", "unlimited", "noise"},
+    ),
+    # Logits a thousand times: where the decision is right, the loss and its gradient are 0 in float32.
+    "a loss that is 0 where the decision is right": (
+        lambda model: Around(model, after=lambda y: 1000 * y),
+        STANDARD,
+        {"unlimited", "noise"},
+    ),
+    # Too small to change a decision, steep enough to lead every gradient astray.
+    "gradients shattered by a ripple": (
+        lambda model: Around(model, before=lambda x: x + 0.01 * torch.sin(3000 * x)),
+        STANDARD,
+        {"radius", "black box"},
+    ),
+    "steps that do not reach the sphere": (Around, replace(STANDARD, step_scale=0.4, random_start=0.0), {"steps"}),
+    "steps of no length": (Around, replace(IDLE, random_start=0.0), {"black box", "unlimited", "noise"}),
+    "steps of no length from a random start": (Around, IDLE, {"black box", "unlimited", "noise"}),
 }
 """What is planted: around the network, or in the attack; and the checks that fail for every seed."""
 
@@ -126,8 +121,8 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], nn.Module], PGD, set[str]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(chest: SimpleNamespace, fault: str, seed: int) -> None:
     around, attack, expected = FAULTS[fault]
-    model = chest.trained("standard", seed)
-    found = checked(chest, model if around is nn.Identity else around(model), attack, seed=seed)
+    model = around(chest.trained("standard", seed))
+    found = checked(chest, model, attack, seed=seed)
     failed = {name for name, one in found.items() if one.verdict == "failed"}
     assert failed >= expected, found
     entry = Entry("own", evaluate(batches(chest, model), {"own": attack}, (0, 0.2)), checks=list(found.values()))
@@ -142,8 +137,9 @@ def test_the_planted_faults_look_robust(chest: SimpleNamespace) -> None:
     model = chest.trained("standard", 0)
     plain = evaluate(batches(chest, model), {"own": STANDARD}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
     for around, attack, _ in FAULTS.values():
-        faulty = model if around is nn.Identity else around(model)
-        curve = evaluate(batches(chest, faulty), {"own": attack}, LEVELS, bounds=(0.0, 1.0)).curve("own", ACCURACY.of)
+        curve = evaluate(batches(chest, around(model)), {"own": attack}, LEVELS, bounds=(0.0, 1.0)).curve(
+            "own", ACCURACY.of
+        )
         assert abs(curve[0] - plain[0]) < 0.05
         assert curve[-1] > plain[-1] + 0.3
 
@@ -163,7 +159,7 @@ def measured(attacks: dict[str, Any], losses: dict[str, list[float]], correct: d
     return Evaluation({}, attacks, (0.0, 1.0), ids, condition("clean"), attacked)
 
 
-def by_hand(**changes: tuple[list[float], list[float]]) -> dict[str, Check]:
+def probed_by_hand(**changes: tuple[list[float], list[float]]) -> dict[str, Check]:
     """A hundred samples, all right when clean, half of them wrong under attack; all is well but what is changed."""
     half, all_wrong = [0.0, 1.0] * 50, [0.0] * 100
     numbers = {
@@ -183,7 +179,7 @@ def by_hand(**changes: tuple[list[float], list[float]]) -> dict[str, Check]:
 
 
 def failed(**changes: tuple[list[float], list[float]]) -> set[str]:
-    return {name for name, one in by_hand(**changes).items() if one.verdict == "failed"}
+    return {name for name, one in probed_by_hand(**changes).items() if one.verdict == "failed"}
 
 
 def right(number: int, of: int = 100) -> list[float]:
@@ -194,7 +190,7 @@ def right(number: int, of: int = 100) -> list[float]:
 def test_the_limits_of_each_check() -> None:
     assert failed() == set()
     five = [5.0] * 100
-    assert by_hand()["steps"].figures == {"before": 0.5, "after": 0.5, "gain": 0.0}
+    assert probed_by_hand()["steps"].figures == {"before": 0.5, "after": 0.5, "gain": 0.0}
     assert MOST_GAIN == 0.05
     assert failed(steps=(five, right(45))) == set()  # five points of the clean accuracy of 1
     assert failed(steps=(five, right(44))) == {"steps"}
@@ -241,7 +237,7 @@ def test_errors_are_better_when_lower() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    own = by_hand()
+    own = probed_by_hand()
     alone = check(
         measured({"own": STANDARD}, {"clean": [1, 1], "own": [2, 2]}, {"clean": [1, 1], "own": [0, 1]}),
         "own",
@@ -260,9 +256,9 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 
 def test_what_is_checked_and_with_what() -> None:
-    attacks = parse_attacks(["gaussian", "square100", "apgd10", "pgd20"])
-    assert strongest(attacks) == "apgd10"
-    assert strongest(parse_attacks(["square100", "uniform"])) is None
+    # Attacks on a loss of their own are not: the checks compare losses of the host.
+    assert strongest(parse_attacks(["gaussian", "square100", "cospgd10", "apgd10", "pgd20"])) == "apgd10"
+    assert strongest(parse_attacks(["square100", "cospgd10", "uniform"])) is None
     tried = probes(replace(STANDARD, restarts=3))
     assert list(tried) == ["checked", "steps", "restarts", "black box", "unlimited", "noise"]
     assert tried["checked"] == tried["restarts"] == replace(STANDARD, restarts=3)
@@ -297,24 +293,12 @@ def test_noise_without_limit_may_be_as_large_as_the_image_and_not_larger(p: floa
 
 def test_the_level_is_that_at_which_half_of_the_samples_fail() -> None:
     def at(*shares: float) -> float:
-        conditions = [
-            Condition(np.zeros(10), np.zeros(10), np.zeros(10, np.int64), {"correct": np.arange(10) >= 10 * s}, 0.0)
-            for s in (0, *shares)
-        ]
-        attacked = {("own", float(k)): c for k, c in enumerate(conditions) if k}
-        levels = tuple(float(k) for k in range(len(conditions)))
-        own = Evaluation({}, {"own": STANDARD}, levels, tuple("abcdefghij"), conditions[0], attacked)
-        assert level_to_check(own, "own", replace(ACCURACY, fails_at=None)) == levels[1:][(len(shares) - 1) // 2]
+        rows = [np.arange(10) >= 10 * share for share in (0, *shares)]
+        own = by_hand({"own": rows}, attacks={"own": STANDARD}, scores=lambda value: {"correct": value})
+        assert level_to_check(own, "own", replace(ACCURACY, fails_at=None)) == 1 + (len(shares) - 1) // 2
         return level_to_check(own, "own", ACCURACY)
 
     assert at(0.1, 0.4, 0.9) == 2
     assert at(0.7, 0.9, 1.0) == 1
     assert at(0.0, 0.0, 0.1) == 3
     assert at(0.0) == 1
-
-
-def test_attacks_on_another_loss_are_not_what_is_checked() -> None:
-    """The checks compare losses of the host; CosPGD climbs one of its own."""
-    attacks = parse_attacks(["square100", "cospgd10", "apgd10", "pgd10", "gaussian"])
-    assert strongest(attacks) == "apgd10"
-    assert strongest(parse_attacks(["square100", "cospgd10", "gaussian"])) is None

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advmed.attacks import PGD
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.intervals import CONFIDENCE, interval, resamples, seed_of
-from advmed.evaluation.loop import Condition, Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.report import Entry, tabulate
+from helpers.evaluations import by_hand
 
 
 def ids(count: int) -> list[str]:
@@ -124,12 +123,9 @@ def test_the_fast_way_of_a_mean_is_the_slow_one(broken: tuple[int, ...]) -> None
     np.testing.assert_allclose(fast, np.where(np.isnan(slow), np.nan, own), rtol=1e-6)
     assert fast.shape == (200,)
     assert mean_of("v", is_mean=True).resampled({"v": value}, []).shape == (0,)
-
-
-def test_an_infinite_value_is_no_large_number() -> None:
-    value = np.array([1.0, np.inf, 2.0])
-    drawn = [np.array([0, 2, 2]), np.array([0, 1, 1])]
-    assert mean_of("v", is_mean=True).resampled({"v": value}, drawn).tolist() == [pytest.approx(5 / 3), np.inf]
+    # An infinite value is no large number.
+    far, drawn = {"v": np.array([1.0, np.inf, 2.0])}, [np.array([0, 2, 2]), np.array([0, 1, 1])]
+    assert mean_of("v", is_mean=True).resampled(far, drawn).tolist() == [pytest.approx(5 / 3), np.inf]
 
 
 def test_a_metric_of_all_samples_is_computed_on_each_draw() -> None:
@@ -175,19 +171,9 @@ def test_the_interval_holds_the_truth_in_95_of_100_experiments() -> None:
 # In a report
 
 
-def entry(name: str, values: np.ndarray, attack: str = "own") -> Entry:
+def entry(name: str, values: np.ndarray) -> Entry:
     """An evaluation with values (L, N) of the score ``v`` at levels 0, 1, 2, ..."""
-
-    def condition(value: np.ndarray) -> Condition:
-        return Condition(value, value, np.zeros(len(value), np.int64), {"v": value}, 0.0)
-
-    levels = tuple(float(k) for k in range(len(values)))
-    attacked = {(attack, level): condition(values[k]) for k, level in enumerate(levels) if k}
-    attacks = {attack: PGD(3, 1.0)}
-    own = Evaluation(
-        {"fingerprint": name}, attacks, levels, tuple(ids(values.shape[1])), condition(values[0]), attacked
-    )
-    return Entry(name, own)
+    return Entry(name, by_hand({"pgd3": values}, ids=ids(values.shape[1]), fingerprint=name))
 
 
 def test_a_table_is_the_loop_over_models_and_levels() -> None:
@@ -209,6 +195,10 @@ def test_a_table_is_the_loop_over_models_and_levels() -> None:
     np.testing.assert_allclose(table.cell_intervals[:, 0, 3], np.percentile(attacked_mean, [2.5, 97.5]))
     low, high = table.cell_intervals[:, 0, 0]
     assert table.interval_text[0][0] == f"{low:.4f} to {high:.4f}"
+    (plain,) = tabulate([entry("a", values["a"])], [mean_of("v")], resample=False)
+    assert plain.draws.shape == (0, 1, 1, 3)
+    assert np.isnan(plain.cell_intervals).all()
+    assert plain.interval_text == [[""] * 5]
 
 
 def test_differences_of_models_are_paired() -> None:
@@ -223,14 +213,6 @@ def test_differences_of_models_are_paired() -> None:
         tabulate([one], [mean_of("v", is_mean=True)])[0].draws for one in (entry("a", base), entry("b", base + 0.05))
     ]
     np.testing.assert_allclose(alone[1] - alone[0], 0.05)
-
-
-def test_a_table_without_draws_has_no_intervals() -> None:
-    values = np.random.default_rng(8).random((3, 5))
-    (table,) = tabulate([entry("a", values)], [mean_of("v")], resample=False)
-    assert table.draws.shape == (0, 1, 1, 3)
-    assert np.isnan(table.cell_intervals).all()
-    assert table.interval_text == [[""] * 5]
 
 
 def test_groups_of_a_report() -> None:

@@ -6,7 +6,7 @@ import gc
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import PGD
 from advmed.attacks.names import parse_attacks
-from advmed.evaluation.loop import Evaluation, EvaluationBatch, LoadedBatch, attack_batch, evaluate
+from advmed.evaluation.loop import Evaluation, EvaluationBatch, LoadedBatch, at_levels, attack_batch, evaluate
 
 WEIGHT = torch.linspace(-1, 2, 12)
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
@@ -54,16 +53,36 @@ def load(number: int, size: int = 3, kind: type[Logistic] = Bumpy) -> LoadedBatc
 
 
 def batches(
-    count: int = 4, on_load: Callable[[int], None] = lambda number: None, kind: type[Logistic] = Bumpy
+    count: int = 4, on_load: Callable[[int], object] = lambda number: None, kind: type[Logistic] = Bumpy
 ) -> list[EvaluationBatch]:
-    def loader(number: int) -> Callable[[], LoadedBatch]:
-        def make() -> LoadedBatch:
-            on_load(number)
-            return load(number, kind=kind)
+    def make(number: int) -> LoadedBatch:
+        on_load(number)
+        return load(number, kind=kind)
 
-        return make
+    return [EvaluationBatch([f"case_{n}/{k}" for k in range(3)], lambda n=n: make(n)) for n in range(count)]
 
-    return [EvaluationBatch([f"case_{number}/{k}" for k in range(3)], loader(number)) for number in range(count)]
+
+def run(
+    folder: Path | None = None, on_load: Callable[[int], object] = lambda number: None, **changes: Any
+) -> Evaluation:
+    """Four batches under both attacks."""
+    how = {"batches": batches(on_load=on_load), "attacks": ATTACKS, "levels": LEVELS, "fingerprint": "model"}
+    return evaluate(**how | changes, folder=folder)
+
+
+def one(images: Tensor, score: Callable[[Tensor], Any] | None = None) -> list[EvaluationBatch]:
+    """A batch of two."""
+    scored = LoadedBatch(images, Logistic(torch.ones(len(images))), score or (lambda x: {"sum": x.flatten(1).sum(1)}))
+    return [EvaluationBatch(["first", "second"], lambda: scored)]
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "parts").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Evaluation:
+    return run()
 
 
 def assert_identical(first: Evaluation, second: Evaluation) -> None:
@@ -78,27 +97,6 @@ def assert_identical(first: Evaluation, second: Evaluation) -> None:
             for name, score in one.scores.items():
                 np.testing.assert_array_equal(score, other.scores[name])
                 assert score.dtype == other.scores[name].dtype
-
-
-def test_attack_names() -> None:
-    attacks = parse_attacks(["pgd100", "ifgsm10", "pgd20x3"])
-    assert attacks == {
-        "pgd100": PGD(100, 5.0, random_start=1.0, keep="best"),
-        "ifgsm10": PGD(10, 1.0, random_start=0.0, keep="best"),
-        "pgd20x3": PGD(20, 5.0, random_start=1.0, restarts=3, keep="best"),
-    }
-    assert parse_attacks(["pgd5"], norm=math.inf)["pgd5"].norm == math.inf
-
-
-@pytest.mark.parametrize("name", ["", "pgd", "pgd0", "pgd10x0", "ifgsm10x3", "PGD10", "pgd10 ", "cw10"])
-def test_unknown_attack_names(name: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown attack .*for example pgd100"):
-        parse_attacks([name])
-
-
-def test_attack_given_twice() -> None:
-    with pytest.raises(ValueError, match="'pgd5' is given twice"):
-        parse_attacks(["pgd5", "pgd5"])
 
 
 def test_closed_form_of_a_linear_model() -> None:
@@ -119,22 +117,20 @@ def test_closed_form_of_a_linear_model() -> None:
     assert result.curve("ifgsm4", lambda scores: scores["margin"].mean()) == pytest.approx(expected, abs=1e-4)
 
 
-def test_result_is_in_the_order_of_the_batches() -> None:
-    result = evaluate(batches(), ATTACKS, LEVELS)
-    assert result.ids == tuple(f"case_{number}/{k}" for number in range(4) for k in range(3))
-    assert result.scores("pgd3", 2)["boxes"].shape == (12, 2, 3)
-    assert result.scores("pgd3", 0) is result.scores("ifgsm2", 0) is result.clean.scores
-    assert list(result.attacked) == [("pgd3", 0.5), ("pgd3", 2), ("ifgsm2", 0.5), ("ifgsm2", 2)]
+def test_result_is_in_the_order_of_the_batches(whole: Evaluation) -> None:
+    assert whole.ids == tuple(f"case_{number}/{k}" for number in range(4) for k in range(3))
+    assert whole.scores("pgd3", 2)["boxes"].shape == (12, 2, 3)
+    assert whole.scores("pgd3", 0) is whole.scores("ifgsm2", 0) is whole.clean.scores
+    assert list(whole.attacked) == [("pgd3", 0.5), ("pgd3", 2), ("ifgsm2", 0.5), ("ifgsm2", 2)]
     with pytest.raises(KeyError, match=r"pgd3 at level 1 was not evaluated.*0 0\.5 2"):
-        result.at("pgd3", 1)
+        whole.at("pgd3", 1)
     with pytest.raises(KeyError, match="attacks pgd3, ifgsm2"):
-        result.scores("pgd4", 0)
+        whole.scores("pgd4", 0)
 
 
-def test_numbers_do_not_depend_on_what_else_is_evaluated() -> None:
-    everything = evaluate(batches(), ATTACKS, (0, 0.5, 1, 2))
-    alone = evaluate(batches(), parse_attacks(["pgd3"]), (0, 2))
-    np.testing.assert_array_equal(everything.at("pgd3", 2).loss, alone.at("pgd3", 2).loss)
+def test_numbers_do_not_depend_on_what_else_is_evaluated(whole: Evaluation) -> None:
+    alone = run(attacks=parse_attacks(["pgd3"]), levels=(0, 1, 2))
+    np.testing.assert_array_equal(whole.at("pgd3", 2).loss, alone.at("pgd3", 2).loss)
 
 
 def test_random_starts_follow_the_seed_the_level_and_the_batch() -> None:
@@ -153,7 +149,7 @@ def test_random_starts_follow_the_seed_the_level_and_the_batch() -> None:
     assert torch.cosine_similarity(low, high, dim=0) < 0.9
 
 
-def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path, whole: Evaluation) -> None:
     loaded: list[int] = []
 
     def killed(number: int) -> None:
@@ -162,19 +158,31 @@ def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
         loaded.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(batches(on_load=killed), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
-    assert [path.name for path in sorted((tmp_path / "parts").iterdir())] == ["batch_00000.npz", "batch_00001.npz"]
-    resumed = evaluate(batches(on_load=loaded.append), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+        run(tmp_path, killed)
+    assert list(parts(tmp_path)) == ["batch_00000.npz", "batch_00001.npz"]
+    resumed = run(tmp_path, loaded.append)
     assert loaded == [0, 1, 2, 3]
-    finished = evaluate(batches(on_load=loaded.append), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+    finished = run(tmp_path, loaded.append)
     assert loaded == [0, 1, 2, 3]
-    whole = evaluate(batches(), ATTACKS, LEVELS, fingerprint="model")
     assert_identical(resumed, whole)
     assert_identical(finished, whole)
     assert finished.at("pgd3", 2).seconds == resumed.at("pgd3", 2).seconds
+    # In another order the attacks are the same configuration.
+    turned = run(tmp_path, pytest.fail, attacks=dict(reversed(ATTACKS.items())))
+    for key, condition in whole.attacked.items():
+        np.testing.assert_array_equal(condition.loss, turned.attacked[key].loss)
+    seconds = 0.0
+    for path in (tmp_path / "parts").iterdir():
+        with np.load(path, allow_pickle=False) as part:  # no pickles
+            assert part["pgd3@2.0/score/boxes"].shape == (3, 2, 3)
+            assert '"fingerprint": "model"' in str(part["configuration"])
+            seconds += float(part["pgd3@2.0/seconds"])
+    assert finished.at("pgd3", 2).seconds == pytest.approx(seconds)
 
 
-def test_a_kill_while_writing_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_writing_leaves_no_part(
+    tmp_path: Path, whole: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(file: Any, **arrays: Any) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
@@ -182,34 +190,24 @@ def test_a_kill_while_writing_leaves_no_part(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(batches(), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+            run(tmp_path)
     assert not list((tmp_path / "parts").glob("*.npz"))
-    resumed = evaluate(batches(), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
-    assert_identical(resumed, evaluate(batches(), ATTACKS, LEVELS, fingerprint="model"))
+    assert_identical(run(tmp_path), whole)
     assert not list((tmp_path / "parts").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:200] + b"?" * 40 + b[240:]])
 def test_a_damaged_part_is_measured_again(
-    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole: Evaluation, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = evaluate(batches(), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+    run(tmp_path)
     part = tmp_path / "parts" / "batch_00001.npz"
     part.write_bytes(damage(part.read_bytes()))
     loaded: list[int] = []
     with caplog.at_level(logging.WARNING):
-        mended = evaluate(batches(on_load=loaded.append), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+        assert_identical(run(tmp_path, loaded.append), whole)
     assert loaded == [1]
     assert "batch_00001.npz is damaged" in caplog.text
-    assert_identical(mended, whole)
-
-
-def test_attacks_in_another_order_are_the_same_configuration(tmp_path: Path) -> None:
-    first = evaluate(batches(), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
-    turned = dict(reversed(ATTACKS.items()))
-    second = evaluate(batches(on_load=pytest.fail), turned, LEVELS, folder=tmp_path, fingerprint="model")
-    for key, condition in first.attacked.items():
-        np.testing.assert_array_equal(condition.loss, second.attacked[key].loss)
 
 
 @pytest.mark.parametrize(
@@ -226,82 +224,60 @@ def test_attacks_in_another_order_are_the_same_configuration(tmp_path: Path) -> 
 def test_another_configuration_is_refused_and_nothing_is_touched(
     tmp_path: Path, change: Mapping[str, Any], named: str
 ) -> None:
-    # The second part is missing: it must not be filled before the third is seen to be of another configuration.
-    settings: dict[str, Any] = {"batches": batches(), "attacks": ATTACKS, "levels": LEVELS, "fingerprint": "model"}
-    evaluate(**settings, folder=tmp_path)
+    # The first part is missing: it must not be filled before the second is seen to be of another configuration.
+    run(tmp_path)
     if "batches" not in change:
         (tmp_path / "parts" / "batch_00000.npz").unlink()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    before = parts(tmp_path)
     with pytest.raises(ValueError, match=f"another configuration: {named}"):
-        evaluate(**{**settings, **change}, folder=tmp_path)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == before
-
-
-def test_parts_hold_no_pickles(tmp_path: Path) -> None:
-    evaluate(batches(1), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
-    with np.load(tmp_path / "parts" / "batch_00000.npz", allow_pickle=False) as part:
-        assert part["pgd3@2.0/score/boxes"].shape == (3, 2, 3)
-        assert '"fingerprint": "model"' in str(part["configuration"])
+        run(tmp_path, **change)
+    assert parts(tmp_path) == before
 
 
 def test_bounds_hold() -> None:
-    def positive() -> LoadedBatch:
-        images = torch.rand(2, 1, 3, 4)
-        return LoadedBatch(
-            images, Logistic(torch.ones(2)), lambda x: {"low": x.amin((1, 2, 3)), "high": x.amax((1, 2, 3))}
-        )
-
-    result = evaluate([EvaluationBatch(["a", "b"], positive)], ATTACKS, LEVELS, bounds=(0, 1))
-    for condition in result.attacked.values():
+    images = torch.rand(2, 1, 3, 4)
+    low_and_high = one(images, lambda x: {"low": x.amin((1, 2, 3)), "high": x.amax((1, 2, 3))})
+    for condition in run(batches=low_and_high, bounds=(0, 1)).attacked.values():
         assert (condition.scores["low"] >= 0).all()
         assert (condition.scores["high"] <= 1).all()
         assert (condition.norm > 0).all()
 
 
-@pytest.mark.parametrize("levels", [(), (0,), (1, 2), (0, 2, 1), (0, -1), (0, math.nan)])
-def test_bad_levels(levels: Sequence[float], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="start at 0"):
-        evaluate(batches(on_load=pytest.fail), ATTACKS, levels, folder=tmp_path, fingerprint="model")
-    assert not list(tmp_path.iterdir())
+IMAGES = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
-def one(images: Tensor, score: Callable[[Tensor], Any] | None = None) -> list[EvaluationBatch]:
-    scored = LoadedBatch(images, Logistic(torch.ones(len(images))), score or (lambda x: {"sum": x.flatten(1).sum(1)}))
-    return [EvaluationBatch(["first", "second"], lambda: scored)]
+def broken(value: float) -> Tensor:
+    images = IMAGES.clone()
+    images[1, 0, 0, 0] = value
+    return images
 
 
-def test_bad_batches() -> None:
-    images = torch.randn(2, 1, 3, 4)
-    broken = images.clone()
-    broken[1, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"NaN or infinite.*of second$"):
-        evaluate(one(broken), ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match=r"B = 2 as there are ids, got torch.float32 of shape \(3, 1, 3, 4\)"):
-        evaluate(one(torch.randn(3, 1, 3, 4)), ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match=r"floating point.*torch\.int64"):
-        evaluate(one(images.long()), ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match=r"first dimension is B = 2, got shapes \{'mean': \(\)\}"):
-        evaluate(one(images, lambda x: {"mean": x.mean()}), ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match="first dimension is B = 2"):
-        evaluate(one(images, lambda x: {}), ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match="unique, got first, second more than once"):
-        evaluate(one(images) * 2, ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match="one or more batches"):
-        evaluate([], ATTACKS, LEVELS)
-    with pytest.raises(ValueError, match="one or more attacks"):
-        evaluate(one(images), {}, LEVELS)
-    with pytest.raises(ValueError, match="needs a fingerprint"):
-        evaluate(one(images), ATTACKS, LEVELS, folder=Path("never_made"))
+def boxes(count: int) -> EvaluationBatch:
+    return EvaluationBatch([str(count)], lambda: LoadedBatch(
+        torch.zeros(1, 1, 3, 4), Logistic(torch.ones(1)), lambda x: {"b": x.new_zeros(1, count)}
+    ))  # fmt: skip
 
 
-def test_scores_of_differing_shape_are_named() -> None:
-    def boxes(count: int) -> Callable[[], LoadedBatch]:
-        return lambda: LoadedBatch(
-            torch.zeros(1, 1, 3, 4), Logistic(torch.ones(1)), lambda x: {"b": x.new_zeros(1, count)}
-        )
-
-    with pytest.raises(ValueError, match=r"'b' must have the same shape .* pad it"):
-        evaluate([EvaluationBatch([str(n)], boxes(n)) for n in (4, 5)], ATTACKS, LEVELS)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": one(broken(math.nan))}, r"NaN or infinite.*of second$"),
+        ({"batches": one(broken(-math.inf))}, r"NaN or infinite.*of second$"),
+        ({"batches": one(torch.randn(3, 1, 3, 4))}, r"B = 2 as there are ids, got torch.float32 of shape \(3, 1, 3, 4"),
+        ({"batches": one(IMAGES.long())}, r"floating point.*torch\.int64"),
+        ({"batches": one(IMAGES, lambda x: {"m": x.mean()})}, r"dimension is B = 2, got shapes \{'m': \(\)\}"),
+        ({"batches": one(IMAGES, lambda x: {})}, "first dimension is B = 2"),
+        ({"batches": one(IMAGES) * 2}, "unique, got first, second more than once"),
+        ({"batches": []}, "one or more batches"),
+        ({"attacks": {}}, "one or more attacks"),
+        ({"folder": Path("never_made"), "fingerprint": ""}, "needs a fingerprint"),
+        ({"levels": (1, 2), "batches": batches(on_load=pytest.fail)}, "start at 0"),
+        ({"batches": [boxes(4), boxes(5)]}, r"'b' must have the same shape .* pad it"),
+    ],
+)
+def test_what_cannot_be_evaluated(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**{"batches": one(IMAGES), **changes})
 
 
 def test_nonfinite_gradients_are_counted() -> None:
@@ -330,10 +306,8 @@ def test_the_model_is_left_as_it_was() -> None:
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    batch = LoadedBatch(
-        torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)), OfModel(), lambda x: {"y": model(x)}
-    )
-    evaluate([EvaluationBatch(["a", "b"], lambda: batch)], ATTACKS, LEVELS)
+    batch = LoadedBatch(IMAGES, OfModel(), lambda x: {"y": model(x)})
+    run(batches=[EvaluationBatch(["a", "b"], lambda: batch)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -342,62 +316,60 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_only_one_batch_is_alive() -> None:
     alive: list[weakref.ref[Tensor]] = []
 
-    def make(number: int) -> Callable[[], LoadedBatch]:
-        def loader() -> LoadedBatch:
-            gc.collect()
-            assert all(images() is None for images in alive)
-            batch = load(number)
-            alive.append(weakref.ref(batch.images))
-            return batch
+    def loader(number: int) -> LoadedBatch:
+        gc.collect()
+        assert all(images() is None for images in alive)
+        batch = load(number)
+        alive.append(weakref.ref(batch.images))
+        return batch
 
-        return loader
-
-    evaluate([EvaluationBatch([f"{n}{k}" for k in range(3)], make(n)) for n in range(3)], ATTACKS, LEVELS)
+    run(batches=[EvaluationBatch([f"{n}{k}" for k in range(3)], lambda n=n: loader(n)) for n in range(3)])
     assert len(alive) == 3
 
 
-def test_scores_are_copies() -> None:
+def test_scores_are_copies_and_no_less_than_float32() -> None:
     buffer = torch.zeros(2)
 
     def score(images: Tensor) -> dict[str, Tensor]:
         buffer.copy_(images.flatten(1).sum(1))
         return {"sum": buffer}
 
-    images = torch.randn(2, 1, 3, 4)
-    result = evaluate(one(images, score), ATTACKS, LEVELS)
-    np.testing.assert_allclose(result.clean.scores["sum"], images.flatten(1).sum(1))
-
-
-def test_half_precision_scores() -> None:
-    result = evaluate(one(torch.ones(2, 1, 3, 4), lambda x: {"s": x.flatten(1).sum(1).bfloat16()}), ATTACKS, LEVELS)
-    assert result.clean.scores["s"].dtype == np.float32
-    assert result.clean.scores["s"].tolist() == [12, 12]
+    np.testing.assert_allclose(run(batches=one(IMAGES, score)).clean.scores["sum"], IMAGES.flatten(1).sum(1))
+    half = run(batches=one(torch.ones(2, 1, 3, 4), lambda x: {"s": x.flatten(1).sum(1).bfloat16()})).clean.scores["s"]
+    assert half.dtype == np.float32
+    assert half.tolist() == [12, 12]
 
 
 def test_progress_counts_passes_and_skips_finished_ones(tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    evaluate(batches(2), ATTACKS, LEVELS, progress=lambda *step: seen.append(step))
+    run(batches=batches(2), progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == list(range(1, 11))
     assert {total for _, total, _ in seen} == {10}
-    assert [text for _, _, text in seen[:5]] == [
-        "clean at 0",
-        "pgd3 at 0.5",
-        "pgd3 at 2",
-        "ifgsm2 at 0.5",
-        "ifgsm2 at 2",
-    ]
-    evaluate(batches(1), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model")
+    passes = ["clean at 0", "pgd3 at 0.5", "pgd3 at 2", "ifgsm2 at 0.5", "ifgsm2 at 2"]
+    assert [text for _, _, text in seen[:5]] == passes
+    run(tmp_path, batches=batches(1))
     seen.clear()
-    evaluate(
-        batches(2), ATTACKS, LEVELS, folder=tmp_path, fingerprint="model", progress=lambda *step: seen.append(step)
-    )
+    run(tmp_path, batches=batches(2), progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == list(range(6, 11))
 
 
 def test_an_attack_can_be_repeated_for_pictures() -> None:
-    result = evaluate(batches(), ATTACKS, LEVELS, seed=3)
+    result = run(seed=3)
     again = attack_batch(load(2), ATTACKS, "pgd3", 2, number=2, seed=3)
     scores = load(2).score(again.images)
     np.testing.assert_array_equal(scores["boxes"].numpy(), result.scores("pgd3", 2)["boxes"][6:9])
     other = attack_batch(load(2), ATTACKS, "pgd3", 2, number=1, seed=3)
     assert not torch.equal(again.images, other.images)
+
+
+def test_pictures_of_all_levels_keep_to_the_range_of_images() -> None:
+    batch = load(2)
+    low, high = float(batch.images.min()), float(batch.images.max())
+    (zero, clean), *attacked = at_levels(batch, ATTACKS["pgd3"], (0.5, 2), bounds=(low, high))
+    assert zero == 0 and clean is batch.images
+    assert [level for level, _ in attacked] == [0.5, 2]
+    for (level, images), (_, free) in zip(attacked, [*at_levels(batch, ATTACKS["pgd3"], (0.5, 2))][1:], strict=True):
+        norms = (images - clean).flatten(1).norm(dim=1)
+        assert (norms > 0.1 * level).all() and (norms <= level * (1 + 1e-5)).all()
+        assert (images.min() >= low, images.max() <= high) == (True, True)
+        assert free.min() < low or free.max() > high  # without bounds they leave it

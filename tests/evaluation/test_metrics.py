@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,6 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(";")]
 
 
-def test_appendix_a_is_complete() -> None:
-    assert len(APPENDIX_A) == 34
-
-
 @pytest.mark.parametrize("row", APPENDIX_A, ids=lambda row: f"{row['dataset']}-{row['delta']}")
 def test_auc_robust_reproduces_the_paper(row: dict[str, str]) -> None:
     table = [numbers(other["values"]) for other in APPENDIX_A if other["dataset"] == row["dataset"]]
@@ -47,6 +44,7 @@ def test_auc_robust_reproduces_the_paper(row: dict[str, str]) -> None:
 
 
 def test_auc_robust_closed_forms() -> None:
+    assert len(APPENDIX_A) == 34  # of the paper's, above
     assert auc_robust([0, 1, 7], [0.8, 0.8, 0.8]) == pytest.approx(0.8)
     # From 1 to 0 in a straight line: area 1/2, however the levels lie.
     assert auc_robust([0, 1, 4], [1.0, 0.75, 0.0]) == pytest.approx(math.sqrt(0.5))
@@ -54,9 +52,10 @@ def test_auc_robust_closed_forms() -> None:
     assert auc_robust([0, 2], [2.0, 6.0], higher_is_better=False, scale=8) == pytest.approx(math.sqrt(0.25 * 0.5))
 
 
-@pytest.mark.parametrize(
-    "levels", [[], [0], [1, 2], [0, 2, 2], [0, 3, 2], [0, math.nan, 2], [0, math.inf], [-1, 0, 1], [math.nan, 1]]
-)
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("levels", [[], [0], [1, 2], [0, 2, 2], [0, 3, 2], [0, NAN, 2], [0, INF], [-1, 0, 1], [NAN, 1]])
 def test_levels_that_are_none(levels: list[float]) -> None:
     with pytest.raises(ValueError, match=r"start at 0 .* increase strictly"):
         check_levels(levels)
@@ -64,21 +63,20 @@ def test_levels_that_are_none(levels: list[float]) -> None:
         auc_robust(levels, [0.5] * len(levels))
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5, 0.5], [0.5, math.nan], [math.inf, 0.5], [0.5, -0.1]])
-def test_values_that_are_none(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="one finite value >= 0 for each of 2 levels"):
-        auc_robust([0, 1], values)
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
-def test_scale_must_be_positive(scale: float) -> None:
-    with pytest.raises(ValueError, match="scale of AUC_robust must be finite and > 0"):
-        auc_robust([0, 1], [1, 1], scale=scale)
-
-
-def test_lower_is_better_needs_a_scale() -> None:
-    with pytest.raises(ValueError, match="needs a scale"):
-        auc_robust([0, 1], [1.6, 3.8], higher_is_better=False)
+@pytest.mark.parametrize(
+    ("values", "how", "message"),
+    [
+        *(
+            (values, {}, "one finite value >= 0 for each of 2 levels")
+            for values in ([0.5], [0.5, 0.5, 0.5], [0.5, NAN], [INF, 0.5], [0.5, -0.1])
+        ),
+        *(([1, 1], {"scale": scale}, "must be finite and > 0") for scale in (0.0, -1.0, NAN, INF)),
+        ([1.6, 3.8], {"higher_is_better": False}, "needs a scale"),
+    ],
+)
+def test_curves_without_auc_robust(values: list[float], how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        auc_robust([0, 1], values, **how)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 6, 5), (2, 4, 3, 5)])
@@ -146,24 +144,18 @@ def test_dice_by_hand() -> None:
     torch.testing.assert_close(dice_per_sample(COUNTS), expected, equal_nan=True)
 
 
-def test_adi_weighs_samples_alike() -> None:
+def test_adi_is_equation_3_and_weighs_samples_alike() -> None:
     assert adi(COUNTS) == pytest.approx((0.65 + 0.75 + 0) / 3)
     # Per class first would be ((0.8 + 0.75) / 2 + (0.5 + 0) / 2) / 2: another number, so the order is pinned down.
     assert adi(COUNTS) != pytest.approx(((0.8 + 0.75) / 2 + 0.25) / 2)
-
-
-def test_adi_of_one_class_is_equation_3() -> None:
     generator = torch.Generator().manual_seed(1)
     tp, fp, fn = (torch.randint(1, 50, (9, 1), generator=generator) for _ in range(3))
     rows = zip(tp.flatten().tolist(), fp.flatten().tolist(), fn.flatten().tolist(), strict=True)
     assert adi(Counts(tp, fp, fn)) == pytest.approx(sum(2 * t / (2 * t + p + n) for t, p, n in rows) / 9)
 
 
-def test_tvdi_is_equation_5_per_class() -> None:
+def test_tvdi_is_equation_5_per_class_and_leaves_absent_ones_out() -> None:
     assert tvdi(COUNTS) == pytest.approx((14 / (14 + 1 + 3) + 2 / (2 + 7 + 0)) / 2)
-
-
-def test_absent_classes_are_left_out_of_tvdi_and_nothing_is_nan() -> None:
     assert tvdi(Counts(*(count[1:2] for count in COUNTS))) == pytest.approx(0.75)
     nothing = Counts(*(count[3:] for count in COUNTS))
     assert math.isnan(adi(nothing))

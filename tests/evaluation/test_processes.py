@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,23 +19,15 @@ import advmed
 from advmed.attacks.names import parse_attacks
 from advmed.distributed import Processes, device_of_rank
 from advmed.evaluation.loop import evaluate
+from helpers import shared_evaluation
+from helpers.evaluations import leave_out_curves
 
-SCRIPT = Path(__file__).with_name("processes_rank.py")
+SCRIPT = Path(shared_evaluation.__file__)
 WORLD = 2
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
-
-
-@pytest.fixture(scope="module")
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("team_rank", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {
-        "PYTHONPATH": str(Path(advmed.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(advmed.__file__).parents[1]), str(SCRIPT.parents[1])]),
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1",
@@ -82,15 +72,11 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path, worker: ModuleType, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def alone(folder: Path, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One process that does everything."""
-    pictures = {name: getattr(worker.figures, name) for name in ("curves", "curve", "failure_curves")}
-    try:
-        found: dict[str, Any] = worker.run(folder, "alone")
-    finally:
-        for name, draw in pictures.items():
-            setattr(worker.figures, name, draw)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_curves(patch)
+        return shared_evaluation.run(folder, "alone")
 
 
 def without_time(report: Any) -> Any:
@@ -121,6 +107,7 @@ def assert_same_report(folder: Path) -> None:
                 assert name.endswith("/seconds") or left[name].tobytes() == right[name].tobytes(), (part, name)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_the_work_is_shared_and_the_report_is_that_of_one_process(
     folder: Path, ranks: list[dict[str, Any]], alone: dict[str, Any]
@@ -131,23 +118,18 @@ def test_the_work_is_shared_and_the_report_is_that_of_one_process(
     assert ranks[1]["shared"]["loaded"] == [f"{name} {n}" for name in ("one", "other") for n in (1, 3, 1)]
     assert sorted(alone["loaded"]) == sorted(ranks[0]["shared"]["loaded"] + ranks[1]["shared"]["loaded"])
     assert_same_report(folder)
-
-
-@needs_gloo
-def test_the_first_process_speaks_and_all_see_the_page(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    # The first process speaks, and all see the page.
     for turn in ("shared", "again", "mended"):
         assert ranks[0][turn]["said"] == [text.replace("alone", "shared") for text in alone["said"]]
         assert ranks[1][turn]["said"] == []
         assert all(found[turn]["exists"] for found in ranks)
     assert ranks[0]["shared"]["page"] == ranks[1]["shared"]["page"]
     assert alone["warned"] == ranks[0]["shared"]["warned"] == ranks[1]["shared"]["warned"] == []
-
-
-@needs_gloo
-def test_what_is_finished_is_measured_by_nobody(ranks: list[dict[str, Any]]) -> None:
+    # What is finished is measured by nobody.
     assert [found["again"]["loaded"] for found in ranks] == [[], []]
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_a_damaged_part_is_measured_again_by_its_owner_and_said_by_all(ranks: list[dict[str, Any]]) -> None:
     """Two parts were damaged and one taken away between the turns; the files of the report are those of before."""
@@ -160,29 +142,27 @@ def test_a_damaged_part_is_measured_again_by_its_owner_and_said_by_all(ranks: li
         assert first.endswith("its batch is measured again")
 
 
-def test_several_processes_need_a_folder(worker: ModuleType, folder: Path) -> None:
-    batches = worker.subject(folder, "one", []).batches
+def test_several_processes_need_a_folder(folder: Path) -> None:
+    batches = shared_evaluation.subject(folder, "one", []).batches
     with pytest.raises(ValueError, match="several processes need a folder"):
         evaluate(batches, parse_attacks(["pgd2"]), (0, 1), processes=Processes(0, 2))
 
 
 def test_processes_that_do_not_share_a_folder_are_told(
-    worker: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Processes, "wait", lambda self: None)  # the other one is done, elsewhere
-    batches = worker.subject(folder, "one", []).batches
+    batches = shared_evaluation.subject(folder, "one", []).batches
     with pytest.raises(RuntimeError, match=r"batch_00001\.npz, .* is not there: do they share the folder\?"):
         evaluate(batches, parse_attacks(["pgd2"]), (0, 1), folder=tmp_path, fingerprint="x", processes=Processes(0, 2))
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"batch_0000{n}.npz" for n in (0, 2, 4)]
 
 
-def test_more_processes_than_batches(
-    worker: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_processes_than_batches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has nothing to do reads what the others have."""
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     loaded: list[str] = []
-    batches = worker.subject(folder, "one", loaded).batches
+    batches = shared_evaluation.subject(folder, "one", loaded).batches
     how: dict[str, Any] = {"folder": tmp_path, "fingerprint": "x"}
     alone = evaluate(batches, parse_attacks(["pgd2"]), (0, 1), **how)
     loaded.clear()

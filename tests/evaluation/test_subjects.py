@@ -20,19 +20,14 @@ from advmed.cli.evaluate import compare
 from advmed.evaluation.checks import QUESTIONS, probes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.subjects import Entry, Subject, with_control
-from advmed.report import Example, Metric, View, figures, format_table, tabulate
+from advmed.report import Example, Metric, View, format_table, tabulate
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 LEVELS = (0, 0.5, 2)
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
 ERROR = Metric("error", lambda scores: float(scores["loss"].mean()), higher_is_better=False, unit="mm")
 SHARE = Metric("share", lambda scores: float((scores["loss"] < 1).mean()))
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the drawing of curves, which takes most of the time of a report."""
-    for name in ("curves", "curve", "failure_curves", "margin_histogram"):
-        monkeypatch.setattr(figures, name, lambda *_: b"not drawn")
 
 
 @pytest.fixture
@@ -103,7 +98,8 @@ def parts(folder: Path, name: str) -> list[Mapping[str, Any]]:
 
 def test_all_models_are_in_one_report(tmp_path: Path, subject: Any, loads: list[str]) -> None:
     margins = np.array([0.5, 1.5])
-    page, _ = run(tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5, margins)], settings={"data": "x"})
+    models = [subject("steep", 3.0), subject("flat", 0.5, margins)]
+    page, said = run(tmp_path / "own", models, settings={"data": "x"})
     assert page == tmp_path / "own" / "report.html"
     assert loads == ["steep", "steep", "flat", "flat"]
     record = json.loads((tmp_path / "own" / "report.json").read_text())
@@ -119,6 +115,11 @@ def test_all_models_are_in_one_report(tmp_path: Path, subject: Any, loads: list[
         assert curve["levels"] == [0, 0.5, 2]
         assert curve["values"] == sorted(curve["values"])
         assert len(parts(tmp_path / "own", model)) == 2
+        # Noise is added as a control.
+        access = {name: told["access"] for name, told in record["attacks"][model].items()}
+        assert access == {"pgd3": "white box", "ifgsm2": "white box", "gaussian": "none"}
+    assert "gaussian noise (control)" in page.read_text()
+    assert "gaussian" in said[0]
 
 
 def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, subject: Any) -> None:
@@ -140,8 +141,7 @@ def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, sub
 def test_the_tables_are_said_and_then_the_page(
     tmp_path: Path, subject: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    subjects = [subject("steep", 3.0), subject("flat", 0.5)]
-    page, said = run(tmp_path / "own", subjects)
+    page, said = run(tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5)])
     assert len(said) == 3
     assert all(text.startswith("\n") for text in said)
     assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
@@ -151,7 +151,6 @@ def test_the_tables_are_said_and_then_the_page(
         assert lines[1].startswith(metric.label)
         assert [line.split()[0] for line in lines[3:]] == ["steep", "flat"]
     capsys.readouterr()
-    del subjects
     compare(
         tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5)], ATTACKS, LEVELS, [ERROR, SHARE],
         examples=Drawn(), fingerprint={"split": "val"}, bounds=(-1.0, 1.0), title="Two models",
@@ -205,18 +204,6 @@ def checked(model: Subject) -> Subject:
         return [EvaluationBatch(list(whole.ids)[:number], load)]
 
     return replace(model, subset=subset)
-
-
-def test_noise_is_added_as_a_control_and_stays_one(tmp_path: Path, subject: Any) -> None:
-    page, said = run(tmp_path / "own", [subject("steep", 3.0)])
-    record = json.loads((page.parent / "report.json").read_text())
-    assert {name: told["access"] for name, told in record["attacks"]["steep"].items()} == {
-        "pgd3": "white box",
-        "ifgsm2": "white box",
-        "gaussian": "none",
-    }
-    assert "gaussian noise (control)" in page.read_text()
-    assert "gaussian" in said[0]
 
 
 def test_a_control_that_was_asked_for_is_the_only_one() -> None:

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from advmed.distances import softmax_divergence
-from advmed.margins import MarginStore
 from advmed.methods import AMAT, DPAAT
+from advmed.testing.objectives import Classification
 from advmed.thresholds import RunningThresholds, TermStatistics
 
 EPOCHS, BATCHES = 3, 4
@@ -26,19 +24,6 @@ DPAATS: dict[str, dict[str, Any]] = {
     "dpaat epoch": {"sync_weight": 2.0, "average": "epoch"},
     "dpaat plain": {"sync_weight": 0.0},
 }
-
-
-def store_of(rank: int, world: int) -> list[dict[str, Any]]:
-    """Samples of its own, and one that all ranks meet; states after each of two merges and a third without news."""
-    store, states = MarginStore(0.25), []
-    for epoch in range(2):
-        for i in range(3):
-            store.set([f"rank{rank}_{i}"], [0.1 * (rank + 1) + i + epoch])
-        store.set(["shared"], store.get(["shared"]) * 0.5 if epoch else store.get(["shared"]) + 0.25)
-        store.merge()
-        states.append(store.state_dict())
-    store.merge()
-    return [*states, store.state_dict()]
 
 
 def batch_of(rank: int, epoch: int, batch: int, shared: bool) -> tuple[list[str], Tensor, Tensor]:
@@ -77,31 +62,17 @@ def amat_of(rank: int, kind: str, shared: bool) -> list[dict[str, Any]]:
     return states
 
 
-class Share:
+class Share(Classification):
     """A process's part of a batch: attacked on the model itself, trained through what averages the gradients."""
 
     def __init__(self, model: nn.Module, network: nn.Module, labels: Tensor) -> None:
-        self.model, self.network, self.labels = model, network, labels
-
-    def _terms(self, logits: Tensor) -> Tensor:
-        return cross_entropy(logits, self.labels, reduction="none")[:, None]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._terms(self.model(images))
-
-    def predictions(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        super().__init__(model, labels)
+        self.network = network
 
     def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.network(images)
-        terms = self._terms(logits)
-        return terms.mean(), terms.detach(), logits
-
-    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss_and_predictions(images)[:2]
-
-    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
-        return softmax_divergence(clean, other)
+        terms = self.terms_of(logits)
+        return terms.sum(1).mean(), terms.detach(), logits
 
 
 def dpaat_of(rank: int, world: int, settings: dict[str, Any], rate: float = 0.5) -> dict[str, list[Any]]:
@@ -160,7 +131,6 @@ def main(rank: int, world: int, meeting: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     found = {
-        "store": store_of(rank, world),
         "amat": amat_of(rank, "fixed", shared=False),
         "amat shared": amat_of(rank, "fixed", shared=True),
         "amat running": amat_of(rank, "running", shared=True),

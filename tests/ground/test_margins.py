@@ -69,19 +69,6 @@ def test_random_updates_equal_a_dictionary(seed: int) -> None:
     assert all(i in store for i in values)
 
 
-def test_the_last_of_a_duplicate_wins_and_counts_twice() -> None:
-    store = MarginStore(1.0)
-    store.set(["a", "b", "a", "a"], [2.0, 3.0, 4.0, 5.0])
-    assert content(store) == {"a": (5.0, 3), "b": (3.0, 1)}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_not_written(bad: float) -> None:
-    store = filled({"a": 2.0})
-    store.set(["a", "new", "b"], [bad, bad, 3.0])
-    assert content(store) == {"a": (2.0, 2), "new": (single(0.1), 1), "b": (3.0, 1)}
-
-
 def test_dtypes_and_gradients_of_the_values() -> None:
     store = MarginStore()
     for values in (
@@ -99,6 +86,8 @@ def test_dtypes_and_gradients_of_the_values() -> None:
 def test_what_get_returned_does_not_change_later() -> None:
     store = filled({"a": 1.0})
     before = store.get(["a"])
+    assert store.to("cpu") is store
+    assert store.device == before.device == torch.device("cpu")
     store.set(["a"], [2.0])
     assert before.tolist() == [1.0]
 
@@ -109,19 +98,9 @@ def test_one_value_for_each_id(values: Any) -> None:
     with pytest.raises(ValueError, match=r"expected one value for each of 2 ids, got shape \("):
         store.set(["a", "b"], values)
     assert len(store) == 0
-
-
-@pytest.mark.parametrize("initial", [math.nan, math.inf])
-def test_the_initial_value_must_be_finite(initial: float) -> None:
-    with pytest.raises(ValueError, match=f"the initial value of a margin must be finite, got {initial}"):
-        MarginStore(initial)
-
-
-def test_to_the_device_it_is_on() -> None:
-    store = filled({"a": 1.0})
-    assert store.to("cpu") is store
-    assert store.device == torch.device("cpu")
-    assert store.get(["a"]).tolist() == [1.0]
+    for initial in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"the initial value of a margin must be finite, got {initial}"):
+            MarginStore(initial)
 
 
 # Reports
@@ -253,52 +232,58 @@ def copies(values: dict[str, float], count: int = 2, *, additive: bool = False) 
     return stores
 
 
-def test_growth_adds_up_and_shrinkage_multiplies() -> None:
-    first, second = copies({"grown": 2.0, "shrunk": 2.0, "both": 2.0, "one": 2.0, "none": 2.0})
-    first.set(["grown", "shrunk", "both", "one"], [2.5, 1.0, 3.0, 1.7])
-    second.set(["grown", "shrunk", "both"], [3.0, 0.5, 1.0])
-    store = merged(first, second)
-    assert content(store) == {
-        "grown": (3.5, 3),
-        "shrunk": (0.25, 3),
-        "both": (1.5, 3),
-        "one": (single(1.7), 2),
-        "none": (2.0, 1),
-    }
-
-
-def test_steps_in_both_directions_add_up_where_values_are_additive() -> None:
-    first, second = copies(
-        {"grown": 2.0, "shrunk": 2.0, "both": 2.0, "below": 0.25, "one": 2.0, "none": 2.0}, additive=True
-    )
-    first.set(["grown", "shrunk", "both", "below", "one"], [2.5, 1.5, 2.5, 0.0, 1.7])
-    second.set(["grown", "shrunk", "both", "below"], [2.5, 1.75, 1.5, 0.125])
-    store = merged(first, second)
-    assert content(store) == {
-        "grown": (3.0, 3),
-        "shrunk": (1.25, 3),
-        "both": (2.0, 3),
-        "below": (-0.125, 3),  # whoever uses the store clamps
-        "one": (single(1.7), 2),
-        "none": (2.0, 1),
-    }
-    assert first.additive
-    first.set(["grown", "new"], [2.5, 0.05])
-    second.set(["new"], [0.1])
-    merged(first, second)
-    assert first.get(["grown"]).item() == 2.5
-    assert first.get(["new"]).item() == pytest.approx(0.05, rel=1e-6)
-
-
-def test_two_expansions_are_two_visits() -> None:
-    """What AMAT does on two processes, from the first visit of a sample on."""
-    stores = [MarginStore(0.25), MarginStore(0.25)]
-    for store in stores:
-        store.set(["a"], store.get(["a"]) + 0.25)
-    assert content(merged(*stores)) == {"a": (0.75, 2)}
-    for store in stores:
-        store.set(["a"], store.get(["a"]) + 0.25)
-    assert content(merged(*stores)) == {"a": (1.25, 4)}
+@pytest.mark.parametrize(
+    ("additive", "start", "moves", "expected"),
+    [
+        (  # growth adds up, shrinkage multiplies; one visitor's value is taken; a visit that changed nothing counts
+            False,
+            {"grown": 2.0, "shrunk": 2.0, "both": 2.0, "one": 2.0, "none": 2.0, "same": 2.0, "zero": 0.0, "lost": 1.0},
+            (
+                {"grown": 2.5, "shrunk": 1.0, "both": 3.0, "one": 1.7, "same": 2.0, "zero": 0.5, "lost": 0.0},
+                {"grown": 3.0, "shrunk": 0.5, "both": 1.0, "same": 3.0, "zero": 0.0, "lost": 0.0},
+            ),
+            {
+                **{"grown": (3.5, 3), "shrunk": (0.25, 3), "both": (1.5, 3), "one": (single(1.7), 2)},
+                **{"none": (2.0, 1), "same": (3.0, 3), "zero": (0.5, 3), "lost": (0.0, 3)},
+            },
+        ),
+        (  # steps in both directions; whoever uses the store clamps
+            True,
+            {"grown": 2.0, "shrunk": 2.0, "both": 2.0, "below": 0.25, "one": 2.0, "none": 2.0},
+            (
+                {"grown": 2.5, "shrunk": 1.5, "both": 2.5, "below": 0.0, "one": 1.7},
+                {"grown": 2.5, "shrunk": 1.75, "both": 1.5, "below": 0.125},
+            ),
+            {
+                **{"grown": (3.0, 3), "shrunk": (1.25, 3), "both": (2.0, 3), "below": (-0.125, 3)},
+                **{"one": (single(1.7), 2), "none": (2.0, 1)},
+            },
+        ),
+        # What AMAT does on two processes from the first visit on: two expansions are two visits.
+        (False, {}, ({"a": 0.2}, {"a": 0.2}), {"a": (single(0.3), 2)}),
+    ],
+)
+def test_changes_of_two_processes(
+    additive: bool, start: dict[str, float], moves: tuple[dict[str, float], ...], expected: dict[str, tuple[float, int]]
+) -> None:
+    stores = copies(start, additive=additive)
+    for store, moved in zip(stores, moves, strict=True):
+        store.set(list(moved), list(moved.values()))
+    store = merged(*stores)
+    found = content(store)
+    assert found.keys() == expected.keys()
+    for sample, (value, visits) in expected.items():
+        assert found[sample] == (pytest.approx(value, rel=1e-6, abs=1e-7), visits)
+    before = store.state_dict()
+    for _ in range(3):  # merging again changes nothing
+        assert store.changes() == {"ids": [], "values": [], "visits": []}
+        assert merged(*stores).state_dict() == before
+        assert store.additive is additive
+    stores[0].set(["grown", "new"], [9.0, 0.05])  # and the next changes are those since
+    stores[1].set(["new"], [0.1])
+    merged(*stores)
+    assert store.get(["grown"]).item() == 9.0
+    assert store.get(["new"]).item() == pytest.approx(0.05, rel=1e-6)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -332,23 +317,6 @@ def test_ids_first_met_on_different_ranks_get_one_order() -> None:
     assert store.get(["both"]).item() == pytest.approx(0.1 + 0.2 + 0.3, rel=1e-6)  # initial + two growths
 
 
-def test_merging_again_changes_nothing() -> None:
-    first, second = copies({"a": 2.0})
-    first.set(["a", "b"], [3.0, 0.01])
-    second.set(["a"], [1.0])
-    before = merged(first, second).state_dict()
-    for _ in range(3):
-        assert first.changes() == {"ids": [], "values": [], "visits": []}
-        assert merged(first, second).state_dict() == before
-
-
-def test_a_visit_that_changed_nothing_still_counts() -> None:
-    first, second = copies({"a": 2.0})
-    first.set(["a"], [2.0])
-    second.set(["a"], [3.0])
-    assert content(merged(first, second)) == {"a": (3.0, 3)}
-
-
 @pytest.mark.parametrize(
     ("additive", "values", "expected"),
     [(False, [1.0, 0.5, 0.25], 2.0 * 0.5 * 0.25 * 0.125), (True, [1.5, 1.75, 2.5], 2.0 - 0.5 - 0.25 + 0.5)],
@@ -363,21 +331,6 @@ def test_order_of_the_ranks_matters_only_to_mixed_changes_with_factors(
             store.set(["a"], [value])
         outcomes.add(content(merged(*stores))["a"])
     assert outcomes == {(expected, 4)}
-
-
-def test_margins_stay_positive_and_finite_from_zero() -> None:
-    first, second = copies({"a": 0.0, "b": 1.0})
-    first.set(["a", "b"], [0.5, 0.0])
-    second.set(["a", "b"], [0.0, 0.0])
-    assert content(merged(first, second)) == {"a": (0.5, 3), "b": (0.0, 3)}
-
-
-def test_merging_without_processes_does_nothing() -> None:
-    store = filled({"a": 2.0})
-    before = store.state_dict()
-    store.merge()
-    assert store.state_dict() == before
-    assert store.changes()["ids"] == ["a"]
 
 
 def test_clamping_is_no_visit_and_no_change() -> None:

@@ -1,3 +1,5 @@
+"""What a host hands over, and the one pass for training."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -8,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from advmed.objective import (
+    ClassObjective,
     Objective,
     PredictingObjective,
     check_terms,
+    classes_of,
     model_of,
     names_of,
     predicting,
     training_pass,
 )
+from advmed.testing.objectives import Classification, network
 
 IMAGES = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -41,20 +46,19 @@ class Coupled:
         return terms.sum().log(), terms
 
 
-def test_any_callable_is_an_objective(tiny: SimpleNamespace) -> None:
-    assert isinstance(two_terms, Objective)
-    assert isinstance(Coupled(), Objective)
+def test_what_is_an_objective_and_one_with_predictions() -> None:
+    for objective in (two_terms, Coupled()):
+        assert isinstance(objective, Objective)
+        assert not isinstance(objective, PredictingObjective)
     assert not isinstance(torch.zeros(1), Objective)
+    compared = Classification(network(), torch.zeros(1))
+    assert isinstance(compared, PredictingObjective)
+    assert isinstance(compared, ClassObjective)
+    assert predicting(compared, "A method") is compared
+    assert classes_of(compared, "margin") is compared
 
 
 PREDICTING = ["predictions", "loss_and_predictions", "distance"]
-
-
-def test_an_objective_with_predictions(tiny: SimpleNamespace) -> None:
-    objective = tiny.Compared(tiny.cnn(), torch.zeros(1))
-    assert isinstance(objective, PredictingObjective)
-    assert predicting(objective, "A method") is objective
-    assert not isinstance(Coupled(), PredictingObjective)
 
 
 @pytest.mark.parametrize("present", [[], ["predictions"], ["distance", "predictions"]])
@@ -76,14 +80,20 @@ def test_what_an_objective_without_predictions_lacks_is_named(present: list[str]
         predicting(Half(), "DPAAT")
 
 
-def test_model_is_optional(tiny: SimpleNamespace) -> None:
+def test_an_objective_without_classes_is_told_so() -> None:
+    message = (
+        r"^the margin is for predictions that are classes, of images or voxels; Coupled shows none: it has no "
+        r"predictions, class_scores \(see advmed\.objective\.ClassObjective\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        classes_of(Coupled(), "margin")
+
+
+def test_models_and_names_are_optional() -> None:
     model = nn.Linear(2, 2)
-    assert model_of(tiny.Classifier(model, torch.zeros(1))) is model
-    assert model_of(two_terms) is None
-    assert model_of(SimpleNamespace(model="resnet18")) is None
-
-
-def test_names() -> None:
+    assert model_of(Classification(model, torch.zeros(1))) is model
+    for objective in (two_terms, SimpleNamespace(model="resnet18"), Classification(model, torch.zeros(1), named=False)):
+        assert model_of(objective) is None
     assert names_of(Coupled(), 2) == ("a", "b")
     assert names_of(two_terms, 1) == ("loss",)
     assert names_of(two_terms, 3) == ("term_0", "term_1", "term_2")

@@ -88,16 +88,13 @@ def test_one_sample_and_none() -> None:
     assert statistics.std.tolist() == [0]
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 2), (4, 3, 1)])
-def test_terms_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"expected terms of shape \(B, 3\), got \("):
-        TermStatistics(NAMES).update(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("memory", [0, -1.0, math.nan])
-def test_memory_must_be_positive(memory: float) -> None:
-    with pytest.raises(ValueError, match="memory must be a positive number of samples, got "):
-        TermStatistics(NAMES, memory)
+def test_what_statistics_refuse() -> None:
+    for shape in ((3,), (4, 2), (4, 3, 1)):
+        with pytest.raises(ValueError, match=r"expected terms of shape \(B, 3\), got \("):
+            TermStatistics(NAMES).update(torch.zeros(shape))
+    for memory in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="memory must be a positive number of samples, got "):
+            TermStatistics(NAMES, memory)
 
 
 @pytest.mark.parametrize("memory", [None, 20.0])
@@ -128,31 +125,6 @@ def test_pooled_statistics_are_those_of_all_samples(ranks: int) -> None:
     assert averaged.n == pytest.approx(len(every) / ranks)
     np.testing.assert_allclose(averaged.mean, every.mean(0), rtol=1e-12)
     np.testing.assert_allclose(averaged.std, every.std(0), rtol=1e-12)
-
-
-def test_averaging_at_every_epoch_counts_nothing_twice() -> None:
-    """Three epochs on two ranks without fading: each merge leaves what one process would know of all samples."""
-    parts = [[batches(10 * epoch + rank) for rank in range(2)] for epoch in range(3)]
-    ranks = [TermStatistics(NAMES), TermStatistics(NAMES)]
-    for epoch in range(3):
-        for statistics, new in zip(ranks, parts[epoch], strict=True):
-            for part in new:
-                statistics.update(torch.from_numpy(part))
-        for _ in range(2):  # and merging twice is merging once
-            states = [statistics.state_dict() for statistics in ranks]
-            for statistics in ranks:
-                statistics.merge(states, average=True)
-        seen = np.concatenate([part for done in parts[: epoch + 1] for rank in done for part in rank])
-        assert ranks[0].n == pytest.approx(len(seen) / 2)
-        np.testing.assert_allclose(ranks[0].mean, seen.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(ranks[1].std, seen.std(0), rtol=1e-12)
-
-
-def test_merging_without_processes_does_nothing() -> None:
-    statistics = taken_in(batches(0))
-    before = statistics.state_dict()
-    statistics.merge()
-    assert statistics.state_dict() == before
 
 
 # Rules
@@ -253,39 +225,36 @@ def test_a_minimal_file(tmp_path: Path) -> None:
     assert Thresholds.load(path) == Thresholds((0.5,), ("loss",))
 
 
+HEAD = '"format": "advmed.thresholds/1"'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
-        "3",
-        "{}",
+        *("", "{", "[]", "3", "{}", b"\x80\x02\xff"),
         '{"format": "advmed.thresholds/2", "values": [1], "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "values": [1]}',
-        '{"format": "advmed.thresholds/1", "values": [1, 2], "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "values": null, "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "values": ["x"], "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "values": [NaN], "names": ["a"]}',
-        '{"format": "advmed.thresholds/1", "values": [1], "names": ["a"], "colour": 1}',
+        *(
+            f"{{{HEAD}, {rest}}}"
+            for rest in (
+                '"names": ["a"]',
+                '"values": [1]',
+                '"values": [1, 2], "names": ["a"]',
+                '"values": null, "names": ["a"]',
+                '"values": ["x"], "names": ["a"]',
+                '"values": [NaN], "names": ["a"]',
+                '"values": [1], "names": ["a"], "colour": 1',
+            )
+        ),
     ],
 )
-def test_files_that_are_no_thresholds(tmp_path: Path, text: str) -> None:
+def test_files_that_are_no_thresholds(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "thresholds.json"
-    path.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"thresholds.json is not a thresholds file of the format advmed.thresholds/1: "
-    ):
+    with pytest.raises(FileNotFoundError, match=r"there is no thresholds file .*thresholds\.json"):
         Thresholds.load(path)
-
-
-def test_binary_and_missing_files(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(b"\x80\x02\xff")
-    with pytest.raises(ValueError, match="is not a thresholds file of the format"):
-        Thresholds.load(tmp_path / "x.json")
-    with pytest.raises(FileNotFoundError, match=r"there is no thresholds file .*missing\.json"):
-        Thresholds.load(tmp_path / "missing.json")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = r"thresholds.json is not a thresholds file of the format advmed.thresholds/1: "
+    with pytest.raises(ValueError, match=message):
+        Thresholds.load(path)
 
 
 def test_thresholds_of_another_model_say_both() -> None:
@@ -363,13 +332,10 @@ def test_running_thresholds_resume_from_json() -> None:
     assert torch.equal(resumed.tensor(torch.zeros(())), running.tensor(torch.zeros(())))
 
 
-def test_running_thresholds_need_a_warm_up() -> None:
-    with pytest.raises(ValueError, match="no thresholds to be had from no samples"):
-        RunningThresholds(NAMES).begin()
-
-
-def test_running_thresholds_of_another_model() -> None:
+def test_running_thresholds_need_a_warm_up_and_their_own_model() -> None:
     running = RunningThresholds(["ce", "dice"])
+    with pytest.raises(ValueError, match="no thresholds to be had from no samples"):
+        running.begin()
     assert len(running) == 2
     running.require(("ce", "dice"))
     with pytest.raises(ValueError, match=r"the self-calibrated thresholds do not fit this model: .*K = 2.*K = 1"):

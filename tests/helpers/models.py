@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmed.distances import softmax_divergence
 from advmed.methods import SAT
-from advmed.objective import ClassScores
+from advmed.testing.objectives import Classification as Compared
+from advmed.testing.objectives import network as cnn
+
+__all__ = ["Affine", "Classifier", "Compared", "Logistic", "cnn", "trained", "xrays"]
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 
@@ -60,70 +62,12 @@ class Classifier:
         self.model, self.labels, self.calls = model, labels, 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        return F.cross_entropy(self.model(images), self.labels, reduction="none")[:, None]
+        return self.terms_and_errors(images)[0]
 
     def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += 1
         logits = self.model(images)
         return F.cross_entropy(logits, self.labels, reduction="none")[:, None], logits.argmax(1) != self.labels
-
-
-class Compared(Classifier):
-    """Two terms of a classifier, a batch loss that is not the mean of their sums, and predictions; notes its passes."""
-
-    names = ("ce", "sharp")
-
-    def __init__(self, model: nn.Module, labels: Tensor) -> None:
-        super().__init__(model, labels)
-        self.passes: list[str] = []
-
-    def _logits(self, kind: str, images: Tensor) -> Tensor:
-        self.calls += 1
-        self.passes.append(kind if torch.is_grad_enabled() else f"{kind} without gradient")
-        return self.model(images)
-
-    def _terms(self, logits: Tensor) -> Tensor:
-        return torch.stack((F.cross_entropy(logits, self.labels, reduction="none"), logits.square().mean(1)), 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._terms(self._logits("terms", images))
-
-    def predictions(self, images: Tensor) -> Tensor:
-        return self._logits("predictions", images)
-
-    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._logits("training", images)
-        terms = self._terms(logits)
-        return terms.square().sum().sqrt(), terms, logits
-
-    def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss_and_predictions(images)[:2]
-
-    def class_scores(self, predictions: Tensor) -> ClassScores:
-        truth = F.one_hot(self.labels, predictions.shape[1]).to(predictions.dtype)
-        return ClassScores(predictions, truth, None, exclusive=True)
-
-    def distance(self, clean: Tensor, other: Tensor) -> Tensor:
-        return softmax_divergence(clean, other)
-
-
-def cnn(
-    channels: int = 3, classes: int = 4, *, normalise: bool = False, dropout: float = 0.0, seed: int = 0
-) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(channels, 6, 3, padding=1),
-            nn.BatchNorm2d(6) if normalise else nn.Identity(),
-            nn.Tanh(),
-            nn.Dropout(dropout) if dropout else nn.Identity(),
-            nn.Conv2d(6, 8, 3, stride=2),
-            nn.Tanh(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32, classes),
-        )
 
 
 @cache

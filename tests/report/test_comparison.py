@@ -1,124 +1,93 @@
+"""Reports side by side: a classifier sign(w x) of points at known distances from its plane, so that all is known."""
+
 from __future__ import annotations
 
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
+from matplotlib.image import imread
 
 from advmed.attacks.names import parse_attacks
-from advmed.cli.evaluate import compare
 from advmed.cli.main import main
 from advmed.evaluation.auc import auc_robust
-from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import Subject
+from advmed.report import Entry, write_report
 from advmed.report.comparison import Report, compare_reports
+from helpers.evaluations import by_hand
 
 LEVELS = (0.0, 0.5, 1.0)
 IDS = [f"s{i:02d}" for i in range(24)]
-
-
-def accuracy(scores: Any) -> float:
-    return float(scores["right"].mean())
-
-
-ACCURACY = Metric("accuracy", accuracy, per_sample=lambda s: np.asarray(s["right"], float), fails_at=0.5, is_mean=True)
+ACCURACY = Metric(
+    "accuracy", lambda s: float(s["right"].mean()), per_sample=lambda s: s["right"], fails_at=0.5, is_mean=True
+)
 DISTANCE = Metric("distance", lambda s: float(s["distance"].mean()), higher_is_better=False, unit="mm")
 
-
-@pytest.fixture(scope="module")
-def done() -> dict[str, Path]:
-    return {}
-
-
-class Linear:
-    """Classifier sign(w x) of points at known distances from the plane, so that every number is known."""
-
-    def __init__(self, width: float, scale: float = 1.0) -> None:
-        self.model = nn.Linear(4, 1, bias=False)
-        nn.init.constant_(self.model.weight, scale / 2)
-        self.width = width
-
-    def batches(self, ids: Sequence[str] = IDS) -> list[EvaluationBatch]:
-        def load(part: Sequence[str]) -> LoadedBatch:
-            distance = torch.tensor([self.width * (int(id_[1:]) + 1) / len(IDS) for id_ in part])
-            images = distance[:, None] * torch.full((1, 4), 0.5)
-
-            def objective(inputs: Tensor) -> Tensor:
-                return nn.functional.softplus(-self.model(inputs))
-
-            def score(inputs: Tensor) -> dict[str, Tensor]:
-                logit = self.model(inputs)[:, 0]
-                return {"right": (logit > 0).float(), "distance": (2 - logit).clamp_min(0)}
-
-            return LoadedBatch(images, objective, score)
-
-        return [EvaluationBatch(part, lambda part=part: load(part)) for part in (ids[:10], ids[10:])]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
-def evaluate(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, done: dict[str, Path]) -> Callable[..., Path]:
-    """Makes a report, or a copy of one that an earlier test has made alike."""
+def evaluated(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a report of models by their widths: the k-th point is k / 24 of that away from the plane."""
 
-    def copied(name: str, models: dict[str, float], **changes: Any) -> Path:
-        key = repr((models, changes))
-        if key not in done:
-            done[key] = made(tmp_path_factory.mktemp("reports"), name, models, **changes)
-        return Path(shutil.copytree(done[key], tmp_path / name))
+    def make(
+        name: str,
+        models: dict[str, float],
+        *,
+        ids: Sequence[str] = IDS,
+        levels: Sequence[float] = LEVELS,
+        attacks: Sequence[str] = ("pgd10", "ifgsm5"),
+        norm: float = 2,
+        bounds: tuple[float, float] | None = None,
+        metrics: Sequence[Metric] = (ACCURACY, DISTANCE),
+        level_unit: str = "L2 norm",
+    ) -> Path:
+        parsed = parse_attacks([*attacks, "gaussian"], norm=norm)
 
-    def made(folder: Path, name: str, models: dict[str, float], **changes: Any) -> Path:
-        checkpoint = folder / "model.ckpt"
-        checkpoint.write_text("weights")
-        ids = changes.pop("ids", IDS)
-        norm = changes.pop("norm", 2)
-        given: dict[str, Any] = {
-            "examples": lambda *_: [],
-            "fingerprint": {},
-            "title": name,
-            "level_unit": "L2 norm",
-            "say": lambda _: None,
-            "metrics": [ACCURACY, DISTANCE],
-            "levels": LEVELS,
-            **changes,
-        }
-        metrics, levels = given.pop("metrics"), given.pop("levels")
-        subjects = [Subject(model, checkpoint, Linear(width).batches(ids)) for model, width in models.items()]
-        attacks = parse_attacks(given.pop("attacks", ["pgd10", "ifgsm5"]), norm=norm)
-        return compare(folder / name, subjects, attacks, levels, metrics, **given).parent
+        def entry(model: str, width: float) -> Entry:
+            clean = width * np.array([int(id_[1:]) + 1 for id_ in ids]) / len(IDS)
+            curves = {attack: [clean - level * (attack != "gaussian") for level in levels] for attack in parsed}
+            made = by_hand(
+                curves,
+                levels,
+                attacks=parsed,
+                scores=lambda v: {"right": (v > 0).astype(float), "distance": np.maximum(2 - v, 0)},
+                ids=ids,
+                bounds=bounds,
+            )
+            return Entry(model, made)
 
-    return copied
+        entries = [entry(*model) for model in models.items()]
+        return write_report(tmp_path / name, entries, metrics, title=name, level_unit=level_unit).parent
+
+    return make
 
 
-def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    with (folder / "compare.csv").open() as file:
-        return {(row["model"], row["column"]): row for row in csv.DictReader(file)}
+def section_of(*folders: Path, **how: Any) -> Any:
+    """The only section of the reports."""
+    (section,) = compare_reports([Report.read(folder) for folder in folders], **how)
+    return section
 
 
-def test_numbers_differences_and_files(evaluate: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    first, second = evaluate("one", {"near": 1.0}), evaluate("two", {"far": 3.0})
+def test_numbers_differences_and_files(evaluated: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    first, second = evaluated("one", {"near": 1.0}), evaluated("two", {"far": 3.0})
     assert main(["compare", str(first), str(second / "report.json"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    rows = rows_of(tmp_path / "out")
-    # A point is lost at a level if it is nearer to the plane: k / 24 * width <= level.
-    near = [1.0, sum(k / 24 > 0.5 for k in range(1, 25)) / 24, 0.0]
-    far = [1.0, sum(3 * k / 24 > 0.5 for k in range(1, 25)) / 24, sum(3 * k / 24 > 1 for k in range(1, 25)) / 24]
-    for model, curve in (("near", near), ("far", far)):
-        for column, value in zip(("clean", "0.5", "1"), curve, strict=True):
-            assert float(rows[model, column]["value"]) == pytest.approx(value, abs=0.05)
-        assert float(rows[model, "mean"]["value"]) == pytest.approx(np.mean(curve[1:]), abs=0.05)
-        assert float(rows[model, "AUC_robust"]["value"]) == pytest.approx(auc_robust(LEVELS, curve), abs=0.05)
+    with (tmp_path / "out" / "compare.csv").open() as file:
+        rows = {(row["model"], row["column"]): row for row in csv.DictReader(file)}
+    for model, width in (("near", 1), ("far", 3)):
+        # A point is lost at a level if it is nearer to the plane.
+        curve = [sum(width * k / 24 > level for k in range(1, 25)) / 24 for level in LEVELS]
+        wanted = [*curve, np.mean(curve[1:]), auc_robust(LEVELS, curve)]
+        for column, value in zip(("clean", "0.5", "1", "mean", "AUC_robust"), wanted, strict=True):
+            assert float(rows[model, column]["value"]) == pytest.approx(value)
     gain = rows["far", "1"]
-    assert float(gain["difference"]) == pytest.approx(
-        float(gain["value"]) - float(rows["near", "1"]["value"]), abs=1e-12
-    )
+    assert float(gain["difference"]) == pytest.approx(float(gain["value"]) - float(rows["near", "1"]["value"]))
     assert float(gain["difference_low"]) > 0
     assert "Differences from near, paired by sample" in said
     assert f"**{float(gain['difference']):+.4g}" in said
@@ -126,15 +95,18 @@ def test_numbers_differences_and_files(evaluate: Callable[..., Path], tmp_path: 
     assert record["format"] == "advmed.comparison/1"
     assert len(record["rows"]) == len(rows)
     assert (tmp_path / "out" / "compare.md").read_text() in said
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    # Another task becomes a panel of its own.
+    third = evaluated("three", {"far": 3.0}, metrics=[DISTANCE])
+    assert main(["compare", str(first), str(third), "--tasks", "--out", str(tmp_path / "tasks")]) == 0
+    (height, width, _), (_, double, _) = (imread(tmp_path / name / "compare.png").shape for name in ("out", "tasks"))
+    assert 2 * width == pytest.approx(double, abs=2) and width > height
 
 
-def test_paired_intervals_are_those_of_the_paired_samples(evaluate: Callable[..., Path], tmp_path: Path) -> None:
+def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Callable[..., Path]) -> None:
     """Two models that are right about the same samples but for a few: the intervals of each overlap, not that of the
     difference."""
-    folder = evaluate("one", {"a": 2.0, "b": 2.6}, levels=(0.0, 1.0))
-    reports = [Report.read(folder)]
-    (section,) = compare_reports(reports)
+    folder = evaluated("one", {"a": 2.0, "b": 2.6}, levels=(0.0, 1.0))
+    section = section_of(folder)
     a, b = section.rows
     gain, (low, high) = section.differences(b, a)
     samples = {
@@ -152,23 +124,22 @@ def test_paired_intervals_are_those_of_the_paired_samples(evaluate: Callable[...
     assert high[1] - low[1] < mine[1] - mine[0]
 
 
-def test_other_samples_have_no_differences(evaluate: Callable[..., Path], capsys: Any) -> None:
-    first, second = evaluate("one", {"a": 1.0}), evaluate("two", {"b": 3.0}, ids=IDS[:20])
+def test_other_samples_have_no_differences(evaluated: Callable[..., Path], capsys: Any) -> None:
+    first, second = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, ids=IDS[:20])
     assert main(["compare", str(first), str(second)]) == 0
     said = capsys.readouterr().out
     assert "Differences" not in said
     assert "Of other samples than a, hence without differences: b." in said
 
 
-def test_the_same_name_twice_is_told_apart_by_folder(evaluate: Callable[..., Path]) -> None:
-    reports = [Report.read(evaluate(name, {"AMAT": width})) for name, width in (("one", 1.0), ("two", 3.0))]
-    (section,) = compare_reports(reports)
+def test_the_same_name_twice_is_told_apart_by_folder(evaluated: Callable[..., Path]) -> None:
+    section = section_of(*(evaluated(name, {"AMAT": width}) for name, width in (("one", 1.0), ("two", 3.0))))
     assert [row.model for row in section.rows] == ["one: AMAT", "two: AMAT"]
 
 
-def test_lower_is_better_shares_one_scale(evaluate: Callable[..., Path]) -> None:
-    reports = [Report.read(evaluate(name, {name: width})) for name, width in (("one", 1.0), ("two", 3.0))]
-    (section,) = compare_reports(reports, metric="distance")
+def test_lower_is_better_shares_one_scale(evaluated: Callable[..., Path]) -> None:
+    folders = [evaluated(name, {name: width}) for name, width in (("one", 1.0), ("two", 3.0))]
+    section = section_of(*folders, metric="distance")
     largest = max(row.curve.max() for row in section.rows)
     for row in section.rows:
         expected = auc_robust(LEVELS, row.curve, higher_is_better=False, scale=largest)
@@ -176,30 +147,28 @@ def test_lower_is_better_shares_one_scale(evaluate: Callable[..., Path]) -> None
     assert section.label == "distance (mm)"
 
 
-def test_a_baseline_by_name(evaluate: Callable[..., Path], capsys: Any) -> None:
-    folder = evaluate("one", {"a": 1.0, "b": 3.0})
+def test_a_baseline_by_name_and_failed_checks(evaluated: Callable[..., Path], capsys: Any) -> None:
+    folder = evaluated("one", {"a": 1.0, "b": 3.0})
     assert main(["compare", str(folder), "--baseline", "b"]) == 0
-    assert "Differences from b" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Differences from b" in said
+    assert "**-" in said  # a clear loss is marked as a clear gain is
+    assert "do not rely" not in said
     assert main(["compare", str(folder), "--baseline", "c"]) == 1
     assert "there is no model 'c'; there are a, b" in capsys.readouterr().err
-
-
-def test_failed_checks_are_flagged(evaluate: Callable[..., Path], capsys: Any) -> None:
-    folder = evaluate("one", {"a": 1.0, "b": 3.0})
-    path = folder / "report.json"
-    record = json.loads(path.read_text())
+    record = json.loads((folder / "report.json").read_text())
     record["checks"]["b"] = [{"name": "noise", "verdict": "failed"}, {"name": "steps", "verdict": "passed"}]
-    path.write_text(json.dumps(record))
+    (folder / "report.json").write_text(json.dumps(record))
     assert main(["compare", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "| b ! |" in said
     assert "do not rely on the robustness of: b (noise)" in said
 
 
-def test_without_draws_there_are_numbers_and_no_intervals(evaluate: Callable[..., Path]) -> None:
-    folder = evaluate("one", {"a": 1.0, "b": 3.0})
+def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Callable[..., Path]) -> None:
+    folder = evaluated("one", {"a": 1.0, "b": 3.0})
     (folder / "draws.npz").unlink()
-    (section,) = compare_reports([Report.read(folder)])
+    section = section_of(folder)
     gain, bounds = section.differences(section.rows[1], section.rows[0])
     assert np.isfinite(gain).all()
     assert np.isnan(bounds).all()
@@ -217,31 +186,31 @@ def test_without_draws_there_are_numbers_and_no_intervals(evaluate: Callable[...
     ],
 )
 def test_numbers_that_cannot_stand_in_one_column(
-    changes: dict[str, Any], message: str, evaluate: Callable[..., Path], capsys: Any, tmp_path: Path
+    changes: dict[str, Any], message: str, evaluated: Callable[..., Path], capsys: Any
 ) -> None:
-    first, second = evaluate("one", {"a": 1.0}), evaluate("two", {"b": 3.0}, **changes)
+    first, second = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, **changes)
     assert main(["compare", str(first), str(second)]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert main(["compare", str(first), str(second), "--tasks", "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", str(first), str(second), "--tasks"]) == 0
     assert capsys.readouterr().out.count("noise level:") == 2
 
 
-def test_bad_input(evaluate: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    folder = evaluate("one", {"a": 1.0})
-
-    def refused(*words: str) -> str:
-        assert main(["compare", *words]) == 1
-        return str(capsys.readouterr().err)
-
-    assert "there is no" in refused(str(tmp_path / "nowhere"))
+def test_bad_input(evaluated: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    folder = evaluated("one", {"a": 1.0})
     (tmp_path / "other.json").write_text('{"a": 1}')
-    assert "is no report of an evaluation" in refused(str(tmp_path / "other.json"))
     (tmp_path / "old.json").write_text('{"format": "advmed.report/1"}')
-    assert "is in the format advmed.report/1, and only advmed.report/2" in refused(str(tmp_path / "old.json"))
-    assert "has no metric 'mAP'; it has accuracy, distance" in refused(str(folder), "--metric", "mAP")
-    assert "has no attack 'gaussian'; it has pgd10, ifgsm5" in refused(str(folder), "--attack", "gaussian")
-    assert "a report is given twice" in refused(str(folder), str(folder / "report.json"))
+    for words, message in (
+        ([tmp_path / "nowhere"], "there is no"),
+        ([tmp_path / "other.json"], "is no report of an evaluation"),
+        ([tmp_path / "old.json"], "is in the format advmed.report/1, and only advmed.report/2"),
+        ([folder, "--metric", "mAP"], "has no metric 'mAP'; it has accuracy, distance"),
+        ([folder, "--attack", "gaussian"], "has no attack 'gaussian'; it has pgd10, ifgsm5"),
+        ([folder, folder / "report.json"], "a report is given twice"),
+    ):
+        assert main(["compare", *map(str, words)]) == 1
+        assert message in capsys.readouterr().err
     (folder / "draws.npz").write_bytes(b"no archive")
-    assert "is damaged" in refused(str(folder))
+    assert main(["compare", str(folder)]) == 1
+    assert "is damaged" in capsys.readouterr().err

@@ -9,11 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from advmed.attacks.names import parse_attacks
-from advmed.evaluation.loop import Condition, Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.report import Entry
 from advmed.report.failures import Failures, count_failures
+from helpers.evaluations import by_hand
 
 LEVELS = (0.0, 1.0, 2.0, 4.0)
 DICE = Metric("Dice", lambda s: float(s["v"].mean()), per_sample=lambda s: s["v"], fails_at=0.5)
@@ -23,18 +22,7 @@ INF, NAN = math.inf, math.nan
 
 def entry(name: str, clean: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]]) -> Entry:
     """Values of N samples clean, and by attack at every level above 0."""
-
-    def condition(value: Sequence[float]) -> Condition:
-        own = np.array(value, dtype=np.float64)
-        return Condition(own, own, np.zeros(len(own), np.int64), {"v": own}, 0.0)
-
-    attacked = {
-        (attack, level): condition(values)
-        for attack, rows in curves.items()
-        for level, values in zip(LEVELS[1:], rows, strict=True)
-    }
-    ids = tuple("abcdefghij"[: len(clean)])
-    return Entry(name, Evaluation({}, parse_attacks(curves), LEVELS, ids, condition(clean), attacked))
+    return Entry(name, by_hand({attack: [clean, *rows] for attack, rows in curves.items()}, LEVELS))
 
 
 CLEAN = [0.9, 0.9, 0.4, 0.9, NAN, 0.5]
@@ -103,30 +91,23 @@ def test_shares_agree_with_a_loop() -> None:
         assert sum(v <= half for v in known) >= len(known) / 2 > sum(v < half for v in known)
 
 
-def test_samples_to_look_at() -> None:
-    """Half of them fail first, half fail last; those that are wrong from the start are nothing to look at."""
-    found = failures([0.0, 4.0, 1.0, INF, NAN, 2.0, 1.0])
-    assert found.first_and_last(2) == ["c", "d"]
-    assert found.first_and_last(4) == ["c", "g", "d", "b"]  # at the same level in the order of the samples
-    assert found.first_and_last(3) == ["c", "g", "d"]
-    assert found.first_and_last(1) == ["c"]
-    assert found.first_and_last(0) == []
-    assert found.first_and_last(50) == ["c", "g", "f", "b", "d"]  # each once
-    assert len(set(found.first_and_last(5))) == 5
-
-
-def test_samples_to_look_at_are_of_the_mean_over_the_models() -> None:
-    found = failures([1.0, INF, 2.0, 0.0], [4.0, 1.0, 2.0, 0.0])
-    # 2.5, (8 + 1) / 2, 2, 0: never failing counts as twice the last level
-    assert found.first_and_last(3) == ["c", "a", "b"]
-    unknown = failures([1.0, INF, 2.0, 4.0], [4.0, NAN, 2.0, 1.0])
-    assert unknown.first_and_last(3) == ["c", "a", "d"]  # one without a value of any model is left out
-
-
-def test_samples_to_look_at_where_there_is_little_choice() -> None:
-    assert failures([0.0, 0.0, 0.0]).first_and_last(2) == ["a", "c"]  # all wrong from the start: those
-    assert failures([NAN, NAN]).first_and_last(2) == []
-    assert failures([INF]).first_and_last(4) == ["a"]
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        # Half of them fail first, half fail last; those that are wrong from the start are nothing to look at. At the
+        # same level they come in the order of the samples, and each once.
+        ([[0, 4, 1, INF, NAN, 2, 1]], {0: "", 1: "c", 2: "cd", 3: "cgd", 4: "cgdb", 50: "cgfbd"}),
+        # Of several models by the mean, 2.5, (8 + 1) / 2, 2, 0: never failing counts as twice the last level.
+        ([[1, INF, 2, 0], [4, 1, 2, 0]], {3: "cab"}),
+        ([[1, INF, 2, 4], [4, NAN, 2, 1]], {3: "cad"}),  # one without a value of any model is left out
+        ([[0, 0, 0]], {2: "ac"}),  # all wrong from the start: those
+        ([[NAN, NAN]], {2: ""}),
+        ([[INF]], {4: "a"}),
+    ],
+)
+def test_samples_to_look_at(rows: list[list[float]], wanted: dict[int, str]) -> None:
+    found = failures(*rows)
+    assert {number: "".join(found.first_and_last(number)) for number in wanted} == wanted
 
 
 def test_several_models_by_their_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thre
 from advmed.training.settings import TrainingSettings
 
 IDS = ["a", "b", "c", "d"]
-COMPARING = ["TRADES", "DPAAT"]
+COMPARING = ["TRADES", "DPAAT", "MART"]
 NAMES = ("ce",)
 
 
@@ -108,28 +109,22 @@ def test_thresholds_begin_once_when_the_warm_up_is_over(objective: Any, images: 
         ("SAT", None, None, 100, 0),
         ("SAT", None, 4, 100, 4),
         ("STD", None, 4, 100, 0),
+        ("AMAT", fixed(), 3, 3, "leaves no adversarial epoch of 3"),
+        ("AMAT", running(), None, 1, "leaves no adversarial epoch of 1"),
+        ("AMAT", running(), 0, 9, "AMAT has no thresholds"),
+        ("AMAT", None, None, 9, "AMAT needs delta and thresholds"),
     ],
 )
 def test_how_long_the_warm_up_is(
-    name: str, thresholds: Any, warmup_epochs: int | None, epochs: int, expected: int
+    name: str, thresholds: Any, warmup_epochs: int | None, epochs: int, expected: int | str
 ) -> None:
-    assert MethodRun(name, settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs).warmup_epochs == expected
-
-
-@pytest.mark.parametrize(
-    ("thresholds", "warmup_epochs", "epochs", "message"),
-    [
-        (fixed(), 3, 3, "leaves no adversarial epoch of 3"),
-        (running(), None, 1, "leaves no adversarial epoch of 1"),
-        (running(), 0, 9, "AMAT has no thresholds"),
-        (None, None, 9, "AMAT needs delta and thresholds"),
-    ],
-)
-def test_a_run_without_an_adversarial_epoch_or_thresholds_is_refused(
-    thresholds: Any, warmup_epochs: int | None, epochs: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        MethodRun("AMAT", settings(warmup_epochs=warmup_epochs), thresholds, epochs=epochs)
+    """A run without an adversarial epoch, or without thresholds, is refused."""
+    wanted = settings(warmup_epochs=warmup_epochs)
+    if isinstance(expected, int):
+        assert MethodRun(name, wanted, thresholds, epochs=epochs).warmup_epochs == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            MethodRun(name, wanted, thresholds, epochs=epochs)
 
 
 def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tensor) -> None:
@@ -227,28 +222,23 @@ def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor
     assert math.isnan(values["margin_q50"])
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [
-        ("STD", set(LOG_KEYS) - {"loss_clean"}),
-        ("SAT", {"loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
-        ("AT", {"loss_clean", "loss_sync", "expanded", "margin_q05", "margin_q50", "margin_q95"}),
-    ],
-)
-def test_what_a_method_does_not_have_is_nan(objective: Any, images: Tensor, name: str, missing: set[str]) -> None:
-    values = epoch(MethodRun(name, settings(), epochs=3), 0, objective, images)
-    assert {key for key, value in values.items() if math.isnan(value)} == missing
+SIZES = {"expanded", "margin_q05", "margin_q50", "margin_q95"}
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "missing"),
     [
-        ("TRADES", {}, {"expanded", "margin_q05", "margin_q50", "margin_q95"}),
+        ("STD", {}, set(LOG_KEYS) - {"loss_clean"}),
+        ("SAT", {}, {"loss_sync", *SIZES}),
+        ("AT", {}, {"loss_clean", "loss_sync", *SIZES}),
+        ("TRADES", {}, SIZES),
+        ("MART", {}, SIZES),
+        ("FAT", {}, {"loss_clean", "loss_sync", *SIZES}),
         ("DPAAT", {}, set()),
         ("DPAAT", {"sync_weight": 0}, {"loss_sync"}),
     ],
 )
-def test_what_a_method_that_compares_does_not_have_is_nan(
+def test_what_a_method_does_not_have_is_nan(
     compared: Any, images: Tensor, name: str, changes: dict[str, Any], missing: set[str]
 ) -> None:
     values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared, images)
@@ -258,27 +248,46 @@ def test_what_a_method_that_compares_does_not_have_is_nan(
 # Epochs that begin again
 
 
-@pytest.mark.parametrize("source", ["fixed", "running"])
-def test_an_epoch_that_begins_again_begins_where_it_began(objective: Any, images: Tensor, source: str) -> None:
-    run = MethodRun("AMAT", settings(), fixed() if source == "fixed" else running(), epochs=5)
+KINDS: dict[str, Callable[[], MethodRun]] = {
+    "AMAT": lambda: MethodRun("AMAT", settings(random_start=0.5), fixed(1.4), epochs=5),
+    "AMAT, self-calibrated": lambda: MethodRun("AMAT", settings(random_start=0.5), running(), epochs=5),
+    "TRADES": lambda: MethodRun("TRADES", settings(random_start=0.5, seed=3), epochs=5),
+    **{
+        f"DPAAT {changes}": lambda changes=changes: MethodRun(
+            "DPAAT", settings(random_start=0.5, seed=3, step_size=0.0625, **changes), epochs=5
+        )
+        for changes in ({"average": "batch"}, {"average": "epoch"}, {"sync_weight": 0})
+    },
+}
+
+
+def objective_of(kind: str, objective: Any, compared: Any) -> Any:
+    return objective if kind.startswith("AMAT") else compared
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_that_begins_again_begins_where_it_began(
+    objective: Any, compared: Any, images: Tensor, kind: str
+) -> None:
+    run, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(2):
-        epoch(run, number, objective, images)
+        epoch(run, number, task, images)
     run.begin_epoch(2)
     start = copy.deepcopy(run.method.state_dict())
     for attempt in range(3):
-        run.step(objective, images, IDS)
-        run.step(objective, images + 0.1, IDS)
+        run.step(task, images, IDS)
+        run.step(task, images + 0.1, IDS)
         if attempt == 1:
             run.end_epoch()  # back from a checkpoint after a whole epoch, too
         assert run.method.state_dict() != start
         lines = run.begin_epoch(2)
         assert lines == ["Epoch 3 begins again: margins and thresholds are back at its start"]
         assert run.method.state_dict() == start
-    first = run.step(objective, images, IDS).logs
+    first = run.step(task, images, IDS).logs
     assert run.end_epoch()["loss_clean"] == pytest.approx(float(first["loss_clean"]))  # of this attempt alone
     after = run.method.state_dict()
     assert run.begin_epoch(3) == []
-    assert run.method.state_dict() == after
+    assert run.method.state_dict() | {"increases": 0} == after | {"increases": 0}  # which begin anew
 
 
 def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any, images: Tensor) -> None:
@@ -295,69 +304,30 @@ def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective:
     assert run.method.margins.visits().tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("average", ["batch", "epoch"])
-def test_an_epoch_of_perturbation_sizes_begins_again_where_it_began(
-    compared: Any, images: Tensor, average: str
-) -> None:
-    run = MethodRun("DPAAT", settings(average=average, random_start=0.5), epochs=5)
-    epoch(run, 0, compared, images)
-    run.begin_epoch(1)
-    start = copy.deepcopy(run.method.state_dict())
-    losses = []
-    for _ in range(2):
-        losses.append([run.step(compared, images, IDS).loss.item() for _ in range(2)])
-        assert run.method.state_dict() != start
-        run.begin_epoch(1)
-        assert run.method.state_dict() == start
-    assert losses[0] == losses[1]
-
-
 # State
 
 
-@pytest.mark.parametrize("source", ["fixed", "running"])
-def test_a_run_continues_from_its_state(objective: Any, images: Tensor, source: str) -> None:
-    def make() -> MethodRun:
-        return MethodRun("AMAT", settings(random_start=0.5), fixed(1.4) if source == "fixed" else running(), epochs=5)
-
-    whole, first = make(), make()
-    for run in (whole, first):
-        for number in range(3):
-            epoch(run, number, objective, images)
-    state = json.loads(json.dumps(first.state_dict()))  # plain values
-    thresholds = saved_thresholds(state, NAMES, running)
-    assert type(thresholds) is type(first.thresholds)
-    second = MethodRun("AMAT", settings(random_start=0.5), thresholds, epochs=5)
-    assert second.load_state_dict(state) == []
-    assert second.state_dict() == first.state_dict()
-    for run in (whole, second):
-        epoch(run, 3, objective, images)
-    assert second.method.state_dict() == whole.method.state_dict()
-    assert str(second.thresholds) == str(whole.thresholds)
-    assert second.thresholds is not first.thresholds
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("TRADES", {}), ("DPAAT", {"average": "batch"}), ("DPAAT", {"average": "epoch"}), ("DPAAT", {"sync_weight": 0})],
-)
-def test_a_run_that_compares_continues_from_its_state(
-    compared: Any, images: Tensor, name: str, changes: dict[str, Any]
-) -> None:
-    def make() -> MethodRun:
-        return MethodRun(name, settings(random_start=0.5, seed=3, step_size=0.0625, **changes), epochs=5)
-
-    whole = make()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: Tensor, kind: str) -> None:
+    whole, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(3):
-        epoch(whole, number, compared, images)
-    second = make()
-    assert second.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False))) == []
+        epoch(whole, number, task, images)
+    state = json.loads(json.dumps(whole.state_dict(), allow_nan=False))  # plain values
+    second = KINDS[kind]()
+    if kind.startswith("AMAT"):
+        thresholds = saved_thresholds(state, NAMES, running)
+        assert type(thresholds) is type(whole.thresholds)
+        second = MethodRun("AMAT", settings(random_start=0.5), thresholds, epochs=5)
+    assert second.load_state_dict(state) == []
+    assert second.state_dict() == whole.state_dict()
     for run in (whole, second):
         run.begin_epoch(3)
-    first, other = (run.step(compared, images, IDS) for run in (whole, second))
+    first, other = (run.step(task, images, IDS) for run in (whole, second))
     assert torch.equal(first.adversarial, other.adversarial)
     assert torch.equal(first.loss, other.loss)
     assert second.state_dict() == whole.state_dict()
+    assert str(second.thresholds) == str(whole.thresholds)
+    assert second.thresholds is None or second.thresholds is not whole.thresholds
 
 
 def test_the_length_of_the_warm_up_is_that_of_the_saved_run(objective: Any, images: Tensor) -> None:
@@ -390,62 +360,49 @@ def test_saved_thresholds_of_another_model_are_refused() -> None:
 
 # The outlook
 
+MARGINS = "margins can reach about {} (L2 norm, delta 0.5{})"
+SIZES_LIE = "perturbation sizes begin at 0.5 and can come to lie between {} and {} (L{} norm)"
+
 
 @pytest.mark.parametrize(
-    ("epochs", "samples", "visits", "eps", "reach", "advice"),
+    ("name", "changes", "epochs", "visits", "samples", "met", "words", "advice"),
     [
-        (10, 8, 8, 2.0, 5.0, None),
-        (4, 8, 8, 2.0, 2.0, None),
-        (3, 8, 8, 2.0, 1.5, 2.0 / 3),
-        (10, 8, 2, 2.0, 1.25, 2.0 / 2.5),
-        (3, 8, 8, None, 1.5, None),
+        ("AMAT", {"eps": 2.0}, 10, 8, 8, "10.0", MARGINS.format("5.00", ", eps 2"), None),
+        ("AMAT", {"eps": 2.0}, 4, 8, 8, "4.0", MARGINS.format("2.00", ", eps 2"), None),
+        ("AMAT", {"eps": 2.0}, 3, 8, 8, "3.0", MARGINS.format("1.50", ", eps 2"), "0.67"),
+        ("AMAT", {"eps": 2.0}, 10, 2, 8, "2.5", MARGINS.format("1.25", ", eps 2"), "0.8"),
+        ("AMAT", {"eps": None}, 3, 8, 8, "3.0", MARGINS.format("1.50", ""), None),
+        ("AMAT", {"eps": None, "warmup_epochs": 4}, 10, 8, 8, "6.0", MARGINS.format("3.00", ""), None),
+        # Twenty steps of 0.05 lie between the smallest and the largest size.
+        ("DPAAT", {}, 10, 8, 8, "10.0", SIZES_LIE.format("0.00", "1.00", 2), None),
+        ("DPAAT", {}, 4, 8, 8, "4.0", SIZES_LIE.format("0.30", "0.70", 2), None),
+        ("DPAAT", {"warmup_epochs": 4}, 10, 8, 8, "6.0", SIZES_LIE.format("0.20", "0.80", 2), None),
+        ("DPAAT", {"eps_min": 0.25, "eps_max": 0.625}, 10, 8, 8, "10.0", SIZES_LIE.format("0.25", "0.62", 2), None),
+        ("DPAAT", {"step_size": 0}, 10, 8, 8, "10.0", SIZES_LIE.format("0.50", "0.50", 2), None),
+        ("DPAAT", {"norm": math.inf}, 4, 8, 8, "4.0", SIZES_LIE.format("0.30", "0.70", "inf"), None),
+        # As it is; but a sample that is met at all is met once.
+        ("DPAAT", {}, 2, 3, 100, "0.1", SIZES_LIE.format("0.45", "0.55", 2), None),
     ],
 )
-def test_the_outlook_says_how_far_margins_reach(
-    epochs: int, samples: int, visits: float, eps: float | None, reach: float, advice: float | None
+def test_the_outlook(
+    name: str,
+    changes: dict[str, Any],
+    epochs: int,
+    visits: int,
+    samples: int,
+    met: str,
+    words: str,
+    advice: str | None,
 ) -> None:
-    lines = MethodRun("AMAT", settings(eps=eps), fixed(), epochs=epochs).outlook(samples, visits)
-    assert f"margins can reach about {reach:.2f}" in lines[0]
-    assert ("eps" in lines[0]) is (eps is not None)
-    assert len(lines) == (1 if advice is None else 2)
+    run = MethodRun(name, settings(**changes), fixed() if name == "AMAT" else None, epochs=epochs)
+    first, *warnings = run.outlook(samples, visits, "slices")
+    assert first == f"{samples} slices, each met about {met} times in this run: {words}"
+    assert len(warnings) == (advice is not None)
     if advice is not None:
-        assert lines[1].startswith("WARNING: margins cannot reach")
-        assert f"Raise delta to about {advice:.2g}" in lines[1]
-
-
-def test_the_outlook_leaves_the_warm_up_out_and_is_about_margins_only() -> None:
-    (line,) = MethodRun("AMAT", settings(eps=None, warmup_epochs=4), fixed(), epochs=10).outlook(8, 8)
-    assert "each met about 6.0 times" in line
-    assert MethodRun("SAT", settings(), epochs=10).outlook(8, 8) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "epochs", "met", "low", "high"),
-    [
-        ({}, 10, "10.0", "0.00", "1.00"),  # twenty steps of 0.05 lie between the smallest and the largest size
-        ({}, 4, "4.0", "0.30", "0.70"),
-        ({"warmup_epochs": 4}, 10, "6.0", "0.20", "0.80"),
-        ({"eps_min": 0.25, "eps_max": 0.625}, 10, "10.0", "0.25", "0.62"),
-        ({"step_size": 0}, 10, "10.0", "0.50", "0.50"),
-        ({"norm": math.inf}, 4, "4.0", "0.30", "0.70"),
-    ],
-)
-def test_the_outlook_says_where_perturbation_sizes_can_come_to_lie(
-    changes: dict[str, Any], epochs: int, met: str, low: str, high: str
-) -> None:
-    run = MethodRun("DPAAT", settings(**changes), epochs=epochs)
-    (line,) = run.outlook(8, 8, "slices")
-    assert line == (
-        f"8 slices, each met about {met} times in this run: perturbation sizes begin at 0.5 and can come to lie "
-        f"between {low} and {high} (L{'inf' if changes.get('norm') else '2'} norm)"
-    )
-
-
-def test_the_outlook_counts_one_visit_at_least() -> None:
-    (line,) = MethodRun("DPAAT", settings(), epochs=2).outlook(100, 3)
-    assert "each met about 0.1 times" in line  # as it is; but one that is met at all is met once
-    assert "between 0.45 and 0.55" in line
-    assert MethodRun("TRADES", settings(), epochs=2).outlook(100, 3) == []
+        assert warnings[0].startswith("WARNING: margins cannot reach")
+        assert f"Raise delta to about {advice}, " in warnings[0]
+    for other in ("SAT", "TRADES"):
+        assert MethodRun(other, settings(), epochs=10).outlook(8, 8) == []
 
 
 # Thresholds from a file

@@ -8,55 +8,42 @@ from typing import Any
 
 import pytest
 
-from advmed.methods import AMAT, DPAAT, METHODS, TRADES, method_class
+from advmed.methods import AMAT, DPAAT, METHODS, method_class
 from advmed.training.settings import TrainingSettings, make_settings, read_settings, settings_text
 
 ATTACK: dict[str, Any] = {"steps": 7, "step_scale": 2.5, "norm": math.inf, "bounds": (0.0, 1.0), "seed": 5}
 
 
-def attack_of(method: Any) -> dict[str, Any]:
-    attack = method.attack
-    return {
-        "steps": attack.steps,
-        "step_scale": attack.step_scale,
-        "norm": attack.norm,
-        "bounds": method.bounds,
-        "seed": method.seed,
-    }
-
-
-def test_dpaat_gets_its_settings() -> None:
-    settings = TrainingSettings(
-        eps=0.5,
-        eps_min=0.25,
-        eps_max=0.75,
-        step_size=0.125,
-        sync_weight=2.0,
-        average="epoch",
-        random_start=0.5,
-        **ATTACK,
-    )
-    method = settings.make_method("DPAAT")
-    assert isinstance(method, DPAAT)
-    assert (method.eps_0, method.lowest, method.highest, method.step_size) == (0.5, 0.25, 0.75, 0.125)
-    assert (method.sync_weight, method.average) == (2.0, "epoch")
-    assert attack_of(method) == ATTACK
-    assert method.attack.random_start == 0.5
-    method = TrainingSettings(eps=0.5).make_method("DPAAT")
-    assert isinstance(method, DPAAT)
-    assert (method.lowest, method.highest, method.step_size) == (0.0, 1.0, 0.05)
-    assert (method.sync_weight, method.average, method.attack.random_start) == (1.0, "batch", 0)
-
-
-@pytest.mark.parametrize(("random_start", "taken"), [(0.0, 0.01), (0.3, 0.3), (1.0, 1.0)])
-def test_trades_gets_its_settings_and_never_starts_on_the_image(random_start: float, taken: float) -> None:
-    method = TrainingSettings(eps=0.5, beta=3.0, random_start=random_start, **ATTACK).make_method("TRADES")
-    assert isinstance(method, TRADES)
-    assert (method.eps, method.beta, method.attack.random_start) == (0.5, 3.0, taken)
-    assert attack_of(method) == ATTACK
-    method = TrainingSettings(eps=0.5).make_method("TRADES")
-    assert isinstance(method, TRADES)
-    assert method.beta == 6.0
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (
+            "DPAAT",
+            {"eps_min": 0.25, "eps_max": 0.75, "step_size": 0.125, "sync_weight": 2.0, "average": "epoch"},
+            {"eps_0": 0.5, "lowest": 0.25, "highest": 0.75, "step_size": 0.125, "sync_weight": 2.0, "average": "epoch"},
+        ),
+        (
+            "DPAAT",
+            {},
+            {"lowest": 0.0, "highest": 1.0, "step_size": 0.05, "sync_weight": 1.0, "average": "batch"},
+        ),
+        ("TRADES", {"beta": 3.0}, {"eps": 0.5, "beta": 3.0}),
+        ("TRADES", {}, {"beta": 6.0}),
+        ("MART", {"kl_weight": 2.5}, {"eps": 0.5, "kl_weight": 2.5}),
+        ("FAT", {"tau": 3}, {"eps": 0.5, "tau": 3}),
+    ],
+)
+@pytest.mark.parametrize("random_start", [0.0, 0.3, 1.0])
+def test_a_method_gets_its_settings(
+    name: str, settings: dict[str, Any], expected: dict[str, Any], random_start: float
+) -> None:
+    method = TrainingSettings(eps=0.5, random_start=random_start, **settings, **ATTACK).make_method(name)
+    assert type(method) is METHODS[name]
+    assert {key: getattr(method, key) for key in expected} == expected
+    attack = {key: getattr(method.attack, key) for key in ("steps", "step_scale", "norm")}
+    assert attack | {"bounds": method.bounds, "seed": method.seed} == ATTACK
+    # TRADES never starts on the image.
+    assert method.attack.random_start == (0.01 if name == "TRADES" and not random_start else random_start)
 
 
 def test_every_method_is_known_by_its_name() -> None:
@@ -64,11 +51,13 @@ def test_every_method_is_known_by_its_name() -> None:
     for name in set(METHODS) - {"AMAT"}:
         assert type(TrainingSettings(eps=0.5).make_method(name)) is METHODS[name]
     assert [name for name in METHODS if method_class(name).keeps_sizes] == ["AMAT", "DPAAT"]
-    with pytest.raises(ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown method 'PAT'; there are STD, AT, SAT, AMAT, TRADES, DPAAT, MART, FAT$"
+    ):
         TrainingSettings(eps=0.5).make_method("PAT")
 
 
-@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT"])
+@pytest.mark.parametrize("name", ["AT", "SAT", "TRADES", "DPAAT", "MART", "FAT"])
 def test_a_radius_is_needed(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} needs eps, the radius of its noise$"):
         TrainingSettings().make_method(name)
@@ -76,7 +65,7 @@ def test_a_radius_is_needed(name: str) -> None:
 
 def test_passes_that_are_compared_cannot_be_back_propagated_one_after_the_other() -> None:
     apart = TrainingSettings(eps=0.5, backward="sequential")
-    for name in ("TRADES", "DPAAT"):
+    for name in ("TRADES", "DPAAT", "MART"):
         message = (
             f"^{name} compares the predictions of its two passes, which therefore cannot be back-propagated one after "
             "the other: use backward 'together'$"

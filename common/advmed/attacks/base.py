@@ -87,7 +87,7 @@ class GradientAttack:
     @property
     def queries(self) -> int:
         """Forward passes without a gradient, per image."""
-        return self.restarts
+        return self.restarts if self.loss is None else self.restarts * self.loss.goals + self.loss.queries
 
     @property
     def starts(self) -> Iterator[float]:

@@ -39,6 +39,11 @@ class AttackLoss(Protocol):
         ...
 
     @property
+    def queries(self) -> int:
+        """Forward passes beside those of the searches: to make the objectives, to judge, and for the host's terms."""
+        ...
+
+    @property
     def description(self) -> str:
         """What is climbed, for a report; completes "...; "."""
         ...
@@ -129,6 +134,7 @@ class CosineWeighted:
 
     name: ClassVar[str] = "cosine-weighted cross-entropy"
     goals: ClassVar[int] = 1
+    queries: ClassVar[int] = 1
     description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
 
     def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
@@ -185,6 +191,11 @@ class Margin:
     def goals(self) -> int:
         """One, or one for each target."""
         return max(1, self.targets)
+
+    @property
+    def queries(self) -> int:
+        """See :attr:`AttackLoss.queries`."""
+        return 1 + (self.targets > 0) + (self.goals if self.goals > 1 else 0)
 
     @property
     def description(self) -> str:

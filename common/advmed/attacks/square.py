@@ -64,7 +64,8 @@ class SquareAttack:
     @property
     def queries(self) -> int:
         """Forward passes per image."""
-        return (self.steps + 1) * (1 if self.loss is None else self.loss.goals)
+        own = self.steps + 1
+        return own if self.loss is None else own * self.loss.goals + self.loss.queries
 
     @property
     def description(self) -> str:

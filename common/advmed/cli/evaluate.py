@@ -22,7 +22,7 @@ from advmed.norms import check_norm
 from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
 from advmed.report.summary import verdict
-from advmed.report.write import configure, refuse_another
+from advmed.report.writer import configure, refuse_another
 
 Examples = Callable[[tuple[str, Any], Sequence[float], Sequence[str]], Sequence[Example]]
 """Makes the pictures: from an attack with its name, the levels above 0, and the ids of the samples to show."""

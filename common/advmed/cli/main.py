@@ -15,7 +15,7 @@ from advmed.cli import runner
 
 COMMANDS = {
     "compare": ("advmed.cli.compare", "put the reports of several runs into one table and figure"),
-    "search": ("advmed.search", "choose delta, or any other setting, by AUC_robust on validation data"),
+    "search": ("advmed.cli.search", "choose delta, or any other setting, by AUC_robust on validation data"),
 }
 """Subcommand: its module, and one line of help."""
 

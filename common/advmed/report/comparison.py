@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
 from advmed.evaluation.intervals import interval
-from advmed.report.write import FORMAT as REPORT
+from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
 

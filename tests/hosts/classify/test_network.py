@@ -1,30 +1,24 @@
-"""timm networks with the normalisation inside, and weights from files."""
+"""timm networks with the normalisation inside, and their weights from files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from adv_classify import ClassificationObjective
 from adv_classify.network import Network, NormalizedClassifier, make_network
-
-
-@pytest.fixture
-def images(tools: Any) -> Tensor:
-    return tools.noise(2, 3, 16, 16)
+from advmed.attacks import PGD
+from helpers.classify import noise
+from helpers.mistakes import told
 
 
 def plain(name: str, classes: int = 3, channels: int = 3) -> nn.Module:
     return timm.create_model(name, num_classes=classes, in_chans=channels).eval()
-
-
-# Normalisation
 
 
 @pytest.mark.parametrize(
@@ -39,22 +33,26 @@ def plain(name: str, classes: int = 3, channels: int = 3) -> nn.Module:
     ],
 )
 def test_the_network_is_that_of_timm_on_normalised_images(
-    tools: Any, name: str, channels: int, given: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+    name: str, channels: int, given: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     network = make_network(Network(name=name, **given), 3, channels).eval()
     twin = plain(name, 3, channels)
     twin.load_state_dict(network.model.state_dict())
-    images = tools.noise(2, channels, 16, 16)
+    images = noise(2, channels, 16, 16)
     kept = images.clone()
     normalised = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     torch.testing.assert_close(network(images), twin(normalised), rtol=1e-4, atol=1e-5)
     assert torch.equal(images, kept)
     assert network(images).shape == (2, 3)
+    assert network.state_dict()["mean"].shape == (1, channels, 1, 1)
+    moved = network.to(torch.float64)
+    assert moved.mean.dtype == moved.std.dtype == torch.float64
+    assert "mean" not in dict(network.named_parameters())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channels_last_changes_the_memory_format_alone(tools: Any, channels: int) -> None:
-    images = tools.noise(2, channels, 32, 32).requires_grad_()
+def test_channels_last_changes_the_memory_format_alone(channels: int) -> None:
+    images = noise(2, channels, 32, 32).requires_grad_()
     found = []
     for last in (False, True):
         torch.manual_seed(0)
@@ -69,14 +67,6 @@ def test_channels_last_changes_the_memory_format_alone(tools: Any, channels: int
     torch.testing.assert_close(gradient_last, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_the_normalisation_goes_where_the_network_goes() -> None:
-    network = make_network(Network(name="test_efficientnet"), 3, 3)
-    assert network.state_dict()["mean"].shape == (1, 3, 1, 1)
-    moved = network.to(torch.float64)
-    assert moved.mean.dtype == moved.std.dtype == torch.float64
-    assert "mean" not in dict(network.named_parameters())
-
-
 @pytest.mark.parametrize(
     ("given", "channels", "message"),
     [
@@ -85,94 +75,40 @@ def test_the_normalisation_goes_where_the_network_goes() -> None:
         ({"std": (0.5,)}, 3, "mean and std need one number per channel, std > 0"),
         ({"std": (0.5, 0.0, 0.5)}, 3, "mean and std need one number per channel, std > 0"),
         ({"std": (0.5, -1.0, 0.5)}, 3, "mean and std need one number per channel, std > 0"),
+        ({"name": "resnet81"}, 3, "timm has no model 'resnet81'; near names are resnet18"),
+        ({"name": "efficientnet_b00"}, 3, "efficientnet_b0"),
+        ({"name": "test_vitt"}, 3, "test_vit"),
+        ({"name": "qqqqqqqqqqq"}, 3, "timm has no model 'qqqqqqqqqqq'; see timm.list_models()"),
     ],
 )
-def test_a_normalisation_that_does_not_fit_is_an_error(given: dict[str, Any], channels: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        make_network(Network(name="test_efficientnet", **given), 3, channels)
+def test_mistakes(given: dict[str, Any], channels: int, message: str) -> None:
+    told(ValueError, lambda: make_network(Network(**{"name": "test_efficientnet", **given}), 3, channels), message)
 
 
-# The network
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [
-        ("resnet81", "resnet18"),
-        ("efficientnet_b00", "efficientnet_b0"),
-        ("test_vitt", "test_vit"),
-        ("qqqqqqqqqqq", "see timm.list_models()"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_near_ones(name: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"timm has no model '{name}'") as error:
-        make_network(Network(name=name), 3, 3)
-    assert near in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_dropout() -> None:
-    for rate in (0.0, 0.4):
-        network = make_network(Network(name="test_resnet", drop_rate=rate), 3, 3)
-        assert network.model.drop_rate == rate
-
-
-def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     def download(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were asked for")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", download)
-    make_network(Network(name="test_resnet"), 3, 3)
+    assert make_network(Network(name="test_resnet", drop_rate=rate), 3, 3).model.drop_rate == rate
     with pytest.raises(AssertionError, match="weights were asked for"):
         timm.create_model("test_resnet", pretrained=True)
 
 
-# Weights
-
-
-def write_pth(path: Path, state: dict[str, Tensor]) -> Path:
-    torch.save(state, path.with_suffix(".pth"))
-    return path.with_suffix(".pth")
-
-
-def write_wrapped(path: Path, state: dict[str, Tensor]) -> Path:
-    return write_pth(path, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3})
-
-
-def write_safetensors(path: Path, state: dict[str, Tensor]) -> Path:
-    save_file(state, path.with_suffix(".safetensors"))
-    return path.with_suffix(".safetensors")
-
-
-def write_ours(path: Path, state: dict[str, Tensor]) -> Path:
-    ours = {f"network.model.{k}": v for k, v in state.items()} | {"network.mean": torch.zeros(1, 3, 1, 1)}
-    torch.save({"state_dict": ours, "hyper_parameters": {"lr": 1.0}}, path.with_suffix(".ckpt"))
-    return path.with_suffix(".ckpt")
-
-
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
-@pytest.mark.parametrize("write", [write_pth, write_wrapped, write_safetensors, write_ours])
-def test_weights_of_a_file(
-    tmp_path: Path, images: Tensor, name: str, write: Callable[[Path, dict[str, Tensor]], Path]
-) -> None:
-    source = plain(name)
-    path = write(tmp_path / "weights", source.state_dict())
-    same = make_network(Network(name=name, weights=str(path), mean=(0, 0, 0), std=(1, 1, 1)), 3, 3).eval()
-    torch.testing.assert_close(same(images), source(images))
-
-    other = make_network(Network(name=name, weights=str(path), mean=(0, 0, 0), std=(1, 1, 1)), 5, 3).eval()
+@pytest.mark.parametrize("start", ["", "module.", "network.model."])
+def test_weights_of_a_file(tmp_path: Path, name: str, start: str) -> None:
+    """Of timm, of a wrapped network, and a checkpoint of ours, which has more; for other classes too."""
+    source, path, images = plain(name), tmp_path / "own.pth", noise(2, 3, 16, 16)
+    own = {"state_dict": {f"{start}{k}": v for k, v in source.state_dict().items()} | {"network.mean": torch.zeros(3)}}
+    torch.save(own if start else source.state_dict(), path)
+    network = Network(name=name, weights=str(path), mean=(0, 0, 0), std=(1, 1, 1))
+    torch.testing.assert_close(make_network(network, 3, 3).eval()(images), source(images))
+    other = make_network(network, 5, 3).eval()
     torch.testing.assert_close(other.model.forward_features(images), source.forward_features(images))
     assert other(images).shape == (2, 5)
     assert other.model.get_classifier().weight.shape[0] == 5
-
-
-def test_weights_of_a_run_of_ours(standard: Path, npz: Path, tools: Any, images: Tensor) -> None:
-    path = standard / "checkpoints" / "best.ckpt"
-    network = make_network(Network(name=tools.NETWORK, weights=str(path)), 7, 3)
-    saved = tools.weights(standard, "best")
-    for key, value in network.model.state_dict().items():
-        if not key.startswith("classifier."):
-            assert torch.equal(value, saved[f"network.model.{key}"]), key
 
 
 @pytest.mark.parametrize(
@@ -180,49 +116,19 @@ def test_weights_of_a_run_of_ours(standard: Path, npz: Path, tools: Any, images:
     [("test_efficientnet", 3, "bn1.bias"), ("test_resnet", 1, "conv1.0.weight"), ("resnet10t", 3, "bn1.bias")],
 )
 def test_weights_of_another_network_are_refused(tmp_path: Path, name: str, channels: int, missing: str) -> None:
-    path = write_pth(tmp_path / "weights", plain(name, 3, channels).state_dict())
-    own = plain("test_resnet")
-    with pytest.raises(ValueError, match="holds weights of another network") as error:
-        make_network(Network(name="test_resnet", weights=str(path)), 3, 3)
-    assert str(path) in str(error.value)
-    assert missing in str(error.value)
-    assert f"of {len(own.state_dict())} tensors" in str(error.value)
-    assert "\n" not in str(error.value)
+    """A head that is missing is made anew."""
+    path, own = tmp_path / "own.pth", plain("test_resnet").state_dict()
+    torch.save({key: value for key, value in own.items() if not key.startswith("fc.")}, path)
+    network = Network(name="test_resnet", weights=str(path))
+    make_network(network, 3, 3)
+    torch.save(plain(name, 3, channels).state_dict(), path)
+    parts = (f"{path} holds weights of another network", missing, f"of {len(own)} tensors")
+    told(ValueError, lambda: make_network(network, 3, 3), *parts)
 
 
-def test_a_head_that_is_missing_is_made_anew_and_a_body_is_not(tmp_path: Path) -> None:
-    state = plain("test_resnet").state_dict()
-    body = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    make_network(Network(name="test_resnet", weights=str(write_pth(tmp_path / "body", body))), 3, 3)
-    del state["bn1.running_mean"]
-    with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing .* such as bn1.running_mean$"):
-        make_network(Network(name="test_resnet", weights=str(write_pth(tmp_path / "part", state))), 3, 3)
-
-
-@pytest.mark.parametrize("kind", ["garbage", "empty", "list", "module", "safetensors"])
-def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
-    content = {"list": [1, 2], "module": nn.Linear(2, 2)}
-    if kind in content:
-        torch.save(content[kind], path)
-    else:
-        path.write_bytes(b"" if kind == "empty" else b"these are no weights")
-    with pytest.raises(ValueError, match=r"weights\.\w+ (cannot be read as a|is no) file of weights") as error:
-        make_network(Network(name="test_resnet", weights=str(path)), 3, 3)
-    assert "\n" not in str(error.value)
-
-
-def test_there_is_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file of weights .*nothing\.pth"):
-        make_network(Network(name="test_resnet", weights=str(tmp_path / "nothing.pth")), 3, 3)
-
-
-def test_attacks_hold_the_whole_of_it_still(images: Tensor) -> None:
+def test_attacks_hold_the_whole_of_it_still() -> None:
     """BatchNorm and all: what is attacked is the module with the normalisation inside."""
-    from adv_classify import ClassificationObjective
-    from advmed.attacks import PGD
-
-    network = make_network(Network(name="test_resnet"), 3, 3).train()
+    network, images = make_network(Network(name="test_resnet"), 3, 3).train(), noise(2, 3, 16, 16)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     result = PGD(2, 2.0)(ClassificationObjective(network, torch.tensor([0, 1])), images, 0.5)
     assert isinstance(network, NormalizedClassifier)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch.distributions import Categorical, kl_divergence
 from adv_classify import ClassificationObjective
 from advmed.attacks.losses import Margin, margin
 from advmed.objective import PredictingObjective
+from helpers.classify import Small, noise
 
 LABELS = torch.tensor([3, 0, 1, 1, 2])
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25])
@@ -33,13 +33,13 @@ class Counted(nn.Module):
 
 
 @pytest.fixture
-def images(tools: Any) -> Tensor:
-    return tools.noise(len(LABELS), 3, 8, 8)
+def images() -> Tensor:
+    return noise(len(LABELS), 3, 8, 8)
 
 
 @pytest.fixture
-def model(tools: Any) -> Counted:
-    model = Counted(tools.Small())
+def model() -> Counted:
+    model = Counted(Small())
     model.model[-1].weight.data *= 10  # sure predictions, right and wrong
     return model
 
@@ -56,38 +56,28 @@ def reference(logits: Tensor, weight: Tensor | None = None, smoothing: float = 0
 
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_the_terms_are_the_cross_entropy_of_every_image(
+def test_terms_and_training_loss_are_the_cross_entropy_of_every_image(
     model: Counted, images: Tensor, weight: Tensor | None, smoothing: float
 ) -> None:
+    """The terms are never smoothed, the loss is if wished: then the terms carry no graph."""
     objective = ClassificationObjective(model, LABELS, weight=weight, label_smoothing=smoothing)
     assert isinstance(objective, PredictingObjective)
     assert objective.names == ("ce",)
     wanted = reference(model(images), weight)
     assert wanted.max() > 2 > 1 > wanted.min() > 0
-    for terms in (objective(images), objective.loss(images)[1], objective.loss_and_predictions(images)[1]):
+    loss, last, logits = objective.loss_and_predictions(images)
+    for terms in (objective(images), objective.loss(images)[1], last):
         assert terms.shape == (len(LABELS), 1)
         np.testing.assert_allclose(terms.detach().numpy()[:, 0], wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("weight", [None, WEIGHT])
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_the_training_loss_is_the_mean_over_images_smoothed_if_wished(
-    model: Counted, images: Tensor, weight: Tensor | None, smoothing: float
-) -> None:
-    objective = ClassificationObjective(model, LABELS, weight=weight, label_smoothing=smoothing)
-    loss, terms, logits = objective.loss_and_predictions(images)
+    assert objective(images).requires_grad
+    assert objective.loss(images)[1].requires_grad == (not smoothing)
     assert loss.item() == pytest.approx(reference(logits, weight, smoothing).mean(), rel=1e-5)
-    assert (loss.item() == pytest.approx(terms.mean().item())) == (not smoothing)
+    assert (loss.item() == pytest.approx(last.mean().item())) == (not smoothing)
     found = torch.autograd.grad(loss, list(model.parameters()))
     plain = nn.functional.cross_entropy(model(images), LABELS, reduction="none", label_smoothing=smoothing)
     expected = torch.autograd.grad((plain * (1 if weight is None else weight[LABELS])).mean(), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_smoothed_terms_carry_no_graph(model: Counted, images: Tensor) -> None:
-    assert ClassificationObjective(model, LABELS).loss(images)[1].requires_grad
-    assert not ClassificationObjective(model, LABELS, label_smoothing=0.1).loss(images)[1].requires_grad
 
 
 def test_one_pass_each(model: Counted, images: Tensor) -> None:
@@ -113,9 +103,9 @@ def test_the_gradient_reaches_the_images(images: Tensor, weight: Tensor | None) 
     torch.testing.assert_close(images.grad, (error @ linear[1].weight).reshape(images.shape), rtol=1e-4, atol=1e-7)
 
 
-def test_the_distance_is_the_divergence_of_the_predictions(model: Counted, images: Tensor, tools: Any) -> None:
+def test_the_distance_is_the_divergence_of_the_predictions(model: Counted, images: Tensor) -> None:
     objective = ClassificationObjective(model, LABELS, weight=WEIGHT)
-    clean, other = objective.predictions(images), objective.predictions(tools.noise(*images.shape, seed=1))
+    clean, other = objective.predictions(images), objective.predictions(noise(*images.shape, seed=1))
     wanted = kl_divergence(Categorical(logits=clean), Categorical(logits=other))
     torch.testing.assert_close(objective.distance(clean, other), wanted, rtol=1e-4, atol=1e-7)
     assert (wanted - objective.distance(other, clean)).abs().max() > 1e-4

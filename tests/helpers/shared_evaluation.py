@@ -1,7 +1,4 @@
-"""One of several CPU processes, started by test_processes.py as torchrun would: ``team_rank.py FOLDER``.
-
-A script of its own, because a started process could not import a test module.
-"""
+"""One of several processes at one evaluation, started by evaluation/test_processes.py as torchrun would do it."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ from advmed.distributed import Processes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject
-from advmed.report import figures
+from helpers.evaluations import leave_out_curves
 
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
 LEVELS = (0, 0.5, 2)
@@ -62,8 +60,6 @@ def run(folder: Path, report: str) -> dict[str, Any]:
     # A handler of one line, which mypy takes for a mistake.
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]  # a recorder
     logging.getLogger("advmed.evaluation.loop").addHandler(handler)
-    for name in ("curves", "curve", "failure_curves"):
-        setattr(figures, name, lambda *_: b"not drawn")  # takes most of the time of a report
     page = compare(
         folder / report,
         [subject(folder, "one", loaded), subject(folder, "other", loaded)],
@@ -85,6 +81,7 @@ def run(folder: Path, report: str) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    leave_out_curves(pytest.MonkeyPatch())
     found = {"shared": run(folder, "shared"), "again": run(folder, "shared")}
     processes = Processes.of_environment()
     if processes.rank == 0:

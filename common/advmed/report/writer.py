@@ -1,8 +1,7 @@
-"""Writes a report: numbers as JSON, CSV and npz (docs/report-format.md), and a page that needs nothing else."""
+"""The files of a report: numbers as JSON, CSV and npz (docs/report-format.md), and the page."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -11,7 +10,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,15 @@ import numpy as np
 import torch
 
 import advmed
+from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
 from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
-from advmed.report.figures import Example, ExamplePictures
+from advmed.report.figures import Example
+from advmed.report.page import render_page
 from advmed.report.summary import Array, Table, cautions, findings, tabulate, verdict
 
 FORMAT = "advmed.report/2"
@@ -87,7 +87,7 @@ def write_report(
     if not overwrite:
         refuse_another(folder, configuration)
     record = _record(entries, tables, failures, configuration, title, groups)
-    page = _page(record, entries, tables, failures, examples, class_names or {}, grouped=groups is not None)
+    page = render_page(record, entries, tables, failures, examples, class_names or {}, grouped=groups is not None)
     contents = {
         "report.json": json.dumps(record, indent=1, allow_nan=False).encode(),
         "results.csv": _csv(_result_rows(tables)),
@@ -201,7 +201,7 @@ def _record(
             }
             for table in tables
         },
-        "checks": {entry.name: [asdict(check) for check in entry.checks] for entry in entries},
+        "checks": {entry.name: [_of_check(check) for check in entry.checks] for entry in entries},
         "bootstrap": {
             "confidence": CONFIDENCE,
             "seed": seed_of(entries[0].evaluation.ids, groups),
@@ -211,6 +211,10 @@ def _record(
         "attacks": {entry.name: _effort(entry) for entry in entries},
         "margins": {entry.name: _distribution(entry.margins) for entry in entries if entry.margins is not None},
     }
+
+
+def _of_check(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"figures": {name: _number(value) for name, value in check.figures.items()}}
 
 
 def _of_model(table: Table, m: int) -> dict[str, Any]:
@@ -335,81 +339,3 @@ def _csv(rows: Iterator[list[Any]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
-
-
-def _page(
-    record: Mapping[str, Any],
-    entries: Sequence[Entry],
-    tables: Sequence[Table],
-    failures: Failures | None,
-    examples: Sequence[Example],
-    class_names: Mapping[int, str],
-    *,
-    grouped: bool,
-) -> str:
-    """report.html; the template escapes every text."""
-    from jinja2 import Environment, StrictUndefined
-
-    themes = (figures.LIGHT, figures.DARK)
-    labels = figures.foreground_labels(examples, class_names)
-    colours = [figures.CLASS_COLOURS[k % len(figures.CLASS_COLOURS)] for k in range(len(labels))]
-    legend = [
-        (class_names.get(label, f"class {label}"), "#{:02x}{:02x}{:02x}".format(*colour))
-        for label, colour in zip(labels, colours, strict=True)
-    ]
-    if any(example.truth is not None for example in examples):
-        legend.append(("white line: outline of the truth", "#ffffff"))
-    if any(example.points is not None for example in examples):
-        shown = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (figures.TRUE_POINT, figures.FOUND_POINT))
-        legend += zip(("true landmark", "found landmark, with a line to the true one"), shown, strict=True)
-    levels = tables[0].levels
-    source = files("advmed.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(
-        record=record,
-        tables=tables,
-        evaluation=entries[0].evaluation,
-        curves=[
-            [(attack, [_uri(figures.curve(table, attack, t)) for t in themes]) for attack in figures.aimed(table)]
-            for table in tables
-        ],
-        failures=failures,
-        infinity=float("inf"),
-        checked=any(entry.checks for entry in entries),
-        grouped=grouped,
-        failure_curves=[] if failures is None else [_uri(figures.failure_curves(failures, t)) for t in themes],
-        histogram=[_uri(figures.margin_histogram(entries, levels, t)) for t in themes] if record["margins"] else [],
-        examples=[_example(example, labels) for example in examples],
-        legend=legend,
-    )
-
-
-def _example(example: Example, labels: Sequence[int]) -> dict[str, Any]:
-    """An example as the page shows it: a strip of figures for the sample, and one for each model.
-
-    A figure is (caption, note, pictures), a picture (data URI, alternative text).
-    """
-    draw = ExamplePictures(example, labels)
-    sample = [("Input", "", [(_uri(draw.clean()), f"{example.sample}: the clean input")])]
-    if any(truth is not None for truth in (example.truth, example.boxes, example.points)):
-        sample.append(("Truth", "", [(_uri(draw.truth()), f"{example.sample}: the true labels over the clean input")]))
-    strips = {"": sample}
-    for view in example.views:
-        caption = f"{view.attack}, level {view.level:g}" if view.level > 0 else "Clean"
-        about = f"{example.sample}, {view.model}, {caption}"
-        pictures = [(_uri(draw.prediction(view)), f"{about}: {view.note or 'prediction'}")]
-        if view.level > 0:
-            pictures.append((_uri(draw.noise(view)), f"{about}: the noise, amplified {draw.amplification:g} times"))
-        if view.heat is not None:
-            pictures.append((_uri(draw.heat(view)), f"{about}: what the prediction rests on"))
-        strips.setdefault(view.model, []).append((caption, view.note, pictures))
-    return {
-        "sample": example.sample,
-        "size": draw.size,
-        "amplification": draw.amplification,
-        "strips": strips,
-    }
-
-
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,143 @@
+"""Every attack against the contract of all attacks, and the contract against attacks that break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from advmed.attacks import APGD, PGD, AttackResult, CosineWeighted, Margin, Noise, SquareAttack
+from advmed.testing.attacks import AttackFactory, attack_checks, check_attack
+
+ATTACKS: dict[str, tuple[AttackFactory, dict[str, bool]]] = {
+    "pgd": (lambda norm: PGD(5, 2.0, norm), {}),
+    "pgd random": (lambda norm: PGD(4, 3.0, norm, random_start=1.0), {}),
+    "pgd best": (lambda norm: PGD(6, 4.0, norm, keep="best"), {}),
+    "pgd restarts": (lambda norm: PGD(3, 4.0, norm, random_start=0.5, restarts=2, keep="best"), {}),
+    "cospgd": (lambda norm: PGD(4, 2.0, norm, loss=CosineWeighted()), {}),
+    "pgd margin": (lambda norm: PGD(3, 2.0, norm, random_start=1.0, restarts=2, loss=Margin(targets=3)), {}),
+    "apgd": (lambda norm: APGD(7, norm, random_start=0), {"keeps_best": True}),
+    "apgd random": (lambda norm: APGD(5, norm, restarts=2), {"keeps_best": True}),
+    "apgd margin": (lambda norm: APGD(4, norm, random_start=0, loss=Margin()), {}),
+    "square": (lambda norm: SquareAttack(40, norm), {"keeps_best": True, "spatial": True}),
+    "square margin": (lambda norm: SquareAttack(8, norm, loss=Margin(targets=2)), {"spatial": True}),
+    "gaussian": (lambda norm: Noise("gaussian", norm), {}),
+    "uniform": (lambda norm: Noise("uniform", norm), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("attack", "check"),
+    [
+        pytest.param(make, check, id=f"{kind}: {name}")
+        for kind, (make, traits) in ATTACKS.items()
+        for name, check in attack_checks(**traits)
+    ],
+)
+def test_every_attack_keeps_the_contract(attack: AttackFactory, check: Callable[[AttackFactory], None]) -> None:
+    check(attack)
+
+
+Attacked = Callable[..., AttackResult]
+
+
+def faulty(spoil: Callable[[Attacked, Any, torch.Tensor, Any, dict[str, Any]], AttackResult]) -> type[PGD]:
+    """PGD whose call is made by a function, of the true one and its arguments."""
+
+    @dataclass(frozen=True)
+    class Faulty(PGD):
+        def __call__(self, objective: Any, images: torch.Tensor, radius: Any, **more: Any) -> AttackResult:
+            return spoil(super().__call__, objective, images, radius, more)
+
+    return Faulty
+
+
+def twice(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+    attack(objective, images, radius, **more)
+    return attack(objective, images, radius, **more)
+
+
+def careless(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+    torch.rand(1)
+    return attack(objective, images, radius, **more)
+
+
+def learning(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+    for buffer in getattr(objective, "model", torch.nn.Module()).buffers():
+        buffer.add_(1)
+    return attack(objective, images, radius, **more)
+
+
+def restless(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+    found = attack(objective, images, radius, **more)
+    still = (found.norms == 0) & (torch.as_tensor(radius) > 0)
+    return replace(found, images=found.images + 1e-9 * still.reshape(-1, *[1] * (images.ndim - 1)))
+
+
+FAULTS: dict[str, Any] = {
+    "costs what": twice,
+    "gives a complete": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), norms=f.norms * 2),
+    "never leaves": lambda attack, o, x, r, more: attack(o, x, r * 1.5, **more),
+    "radius 0": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), images=f.images + 0.0),
+    "one number": lambda attack, o, x, r, more: attack(o, x, r * (0.5 if isinstance(r, float) else 1), **more),
+    "samples are": lambda attack, o, x, r, more: attack(o, x, r * (0.9 if len(x) > 1 else 1), **more),
+    "the generator": careless,
+    "leaves no trace": learning,
+    "runs where": lambda attack, o, x, r, more: attack(o, x, r * (1 if torch.is_grad_enabled() else 0.5), **more),
+    "runs under": lambda attack, o, x, r, more: attack(
+        o, x, r * (0.1 if torch.is_autocast_enabled("cpu") else 1), **more
+    ),
+    "takes images": lambda attack, o, x, r, more: attack(o, x.float(), r, **more),
+    "keeps the memory": lambda attack, o, x, r, more: replace(
+        f := attack(o, x, r, **more), images=f.images.contiguous()
+    ),
+    "a zero gradient": restless,
+    "a gradient that": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), nonfinite=f.nonfinite * 0),
+    "a broken image": lambda attack, o, x, r, more: attack(o, x, r * (0.5 if x.isnan().any() else 1), **more),
+    "refuses what": lambda attack, o, x, r, more: attack(
+        o, x, r, **{k: v for k, v in more.items() if not isinstance(v, str)}
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_attack_that_breaks_the_contract_is_found_out(fault: str) -> None:
+    kind = faulty(FAULTS[fault])
+    (check,) = (check for name, check in attack_checks() if name.startswith(fault))
+    with pytest.raises(AssertionError):
+        check(lambda norm: kind(4, 2.0, norm, keep="best"))
+
+
+@pytest.mark.parametrize(
+    ("attack", "traits", "name", "message"),
+    [
+        (lambda norm: PGD(3, 9.0, norm), {"keeps_best": True}, "keeps the worst", "the loss is not the largest"),
+        (
+            lambda norm: PGD(3, 2.0, norm, random_start=0.5),
+            {"random": False},
+            "the generator",
+            "another generator changes the result",
+        ),
+        (
+            lambda norm: PGD(3, 2.0, norm),
+            {"spatial": True},
+            "gives",
+            "images without spatial dimensions: no ValueError",
+        ),
+    ],
+)
+def test_what_is_said_of_an_attack_is_looked_at(
+    attack: AttackFactory, traits: dict[str, bool], name: str, message: str
+) -> None:
+    (check,) = (check for other, check in attack_checks(**traits) if other.startswith(name))
+    with pytest.raises(AssertionError, match=message):
+        check(attack)
+
+
+def test_the_check_that_failed_is_named() -> None:
+    with pytest.raises(AssertionError, match="is not what was asked for, Linf") as error:
+        check_attack(lambda norm: PGD(3, 2.0, 2))
+    assert error.value.__notes__ == ["check: says what it is"]

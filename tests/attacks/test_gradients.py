@@ -1,0 +1,326 @@
+"""What PGD and APGD share: closed forms, starts, restarts, half precision; and the settings of every attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmed.attacks import APGD, PGD, Attack, AttackResult, Margin, Noise, SquareAttack, ifgsm, pgd
+from advmed.attacks.apgd import apgd
+from advmed.attacks.square import square
+from helpers.tensors import ORDERS, RANKS, comparing, seeded, uniform
+
+TINY = [(1, 1), (1, 1, 1), (2, 2, 3), (1, 5, 1)]
+SEARCHES: dict[str, Callable[..., Attack]] = {
+    "pgd": lambda steps, norm=2, **more: PGD(steps, 2.0, norm, **more),
+    "apgd": lambda steps, norm=2, **more: APGD(steps, norm, **{"random_start": 0.0, **more}),
+}
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1, keepdim=True)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("shape", RANKS + TINY)
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_reaches_the_maximum_of_an_affine_objective(
+    tiny: SimpleNamespace, shape: tuple[int, ...], p: float, start: float
+) -> None:
+    """<x, slope> + offset + radius * dual norm of the slope."""
+    for batch, terms in ((1, 1), (5, 3)):
+        slopes, offsets = uniform(terms, *shape, seed=1) - 0.5, uniform(terms, seed=2)
+        objective, images = tiny.Affine(slopes, offsets), uniform(batch, *shape)
+        radius = torch.linspace(0.2, 3, batch, dtype=torch.float64)
+        slope = slopes.sum(0)
+        dual = slope.norm(2) if p == 2 else slope.abs().sum()
+        best = (images * slope).flatten(1).sum(1) + offsets.sum() + radius * dual
+        # From anywhere in the ball: PGD's step is long enough to cross it, and short enough to settle.
+        for attack, rtol in (
+            (PGD(60, 8, p, random_start=start), 1e-4 if start else 1e-12),
+            (APGD(60, p, random_start=start), 1e-6),
+        ):
+            result = attack(objective, images, radius, generator=seeded(0))
+            torch.testing.assert_close(result.terms.sum(1), best, rtol=rtol, atol=1e-6)
+            torch.testing.assert_close(result.norms, radius, rtol=1e-5, atol=0)
+            torch.testing.assert_close(result.terms, objective(result.images), rtol=0, atol=0)
+        direction = slope / slope.norm() if p == 2 else slope.sign()
+        expected = images + radius.reshape(-1, *[1] * len(shape)) * direction
+        result = ifgsm(objective, images, radius, steps=7, norm=p)
+        torch.testing.assert_close(result.images, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", RANKS + TINY)
+def test_linf_reaches_the_maximum_inside_bounds(tiny: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    slopes, images = uniform(1, *shape, seed=1) - 0.5, uniform(4, *shape)
+    objective = tiny.Affine(slopes, torch.zeros(1, dtype=torch.float64))
+    for attack in (PGD(9, 2.0, math.inf), APGD(20, math.inf)):
+        result = attack(objective, images, 0.3, bounds=(0, 1))
+        expected = (images + 0.3 * slopes[0].sign()).clamp(0, 1)
+        torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("p", ORDERS)
+def test_tiny_and_huge_gradients_still_give_the_direction(tiny: SimpleNamespace, scale: float, p: float) -> None:
+    slopes, images = (uniform(1, 2, 5) - 0.5).float(), uniform(3, 2, 5, dtype=torch.float32)
+    direction = slopes[0] / slopes[0].norm() if p == 2 else slopes[0].sign()
+    for attack, atol in ((PGD(5, 2.0, p), 1e-5), (APGD(40, p), 2e-3)):
+        result = attack(tiny.Affine(slopes * scale, torch.zeros(1)), images, 1.0, generator=seeded(0))
+        torch.testing.assert_close(result.images, images + direction, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_half_precision_images_and_terms(kind: torch.dtype, p: float, name: str) -> None:
+    """Terms in float16 take the loss scale as their gradient: no step may be lost to it."""
+    images = uniform(3, 2, 6, 6, dtype=torch.float32).to(kind)
+    slopes = (uniform(2, 6, 6, seed=1, dtype=torch.float32) - 0.5).to(kind)
+
+    def terms(x: Tensor) -> Tensor:
+        assert x.dtype == kind
+        return torch.stack(((x * slopes).flatten(1).sum(1), (x * slopes).flatten(1).sum(1) / 2), 1)
+
+    radius = torch.tensor([0.0, 0.25, 0.5])
+    result = SEARCHES[name](10, p)(terms, images, radius)
+    assert result.nonfinite.sum() == 0
+    torch.testing.assert_close(result.norms, radius, rtol=1e-5, atol=0)
+    direction = slopes.float() / slopes.float().norm() if p == 2 else slopes.float().sign()
+    expected = images.float() + radius.reshape(3, 1, 1, 1) * direction
+    torch.testing.assert_close(result.images.float(), expected, rtol=0, atol=2e-3 if kind == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("attack", [PGD(4, 1.0, keep="best"), APGD(6, random_start=0)])
+def test_terms_in_half_precision_are_added_up_in_float32(attack: Attack) -> None:
+    """In bfloat16 1024 + 0.5 is 1024, and no point would be worse than the first."""
+
+    def terms(x: Tensor) -> Tensor:
+        small = x[:, 0, 0].bfloat16()
+        return torch.stack((small, torch.full_like(small, 1024.0)), 1)
+
+    torch.testing.assert_close(attack(terms, torch.zeros(2, 1, 1), 1.0).norms, torch.ones(2))
+
+
+# Starts and restarts
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_runs_begin_at_the_image_or_in_the_ball_of_the_fraction_and_then_at_random(name: str) -> None:
+    starts: list[Tensor] = []
+
+    def terms(x: Tensor) -> Tensor:
+        starts.append(x.detach())
+        return flat(x)
+
+    SEARCHES[name](1, restarts=3)(terms, torch.zeros(1, 1, 4), 1.0)
+    first, second, third = starts[0], starts[2], starts[4]
+    assert first.count_nonzero() == 0
+    assert second.count_nonzero() == third.count_nonzero() == 4
+    assert not torch.equal(second, third)
+    for fraction in (0.25, 1.0):
+        starts.clear()
+        SEARCHES[name](1, random_start=fraction)(terms, torch.zeros(8, 1, 20), 2.0, generator=seeded(0))
+        norms = starts[0].flatten(1).norm(dim=1)
+        assert norms.max() <= 2 * fraction * (1 + 1e-6)
+        assert norms.mean() > 2 * fraction * 0.8  # most of a ball of 20 dimensions is near its surface
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("name", ["pgd last", "pgd best", "apgd"])
+def test_restarts_keep_the_worst_run_of_each_sample(tiny: SimpleNamespace, p: float, name: str) -> None:
+    classifier, images = tiny.Classifier(tiny.cnn().double().eval(), torch.arange(6) % 4), uniform(6, 3, 8, 8)
+    radius, generator = 6.0 if p == 2 else 0.4, seeded(5)
+
+    def wavy(x: Tensor) -> Tensor:
+        return (classifier(x) * 6).sin()
+
+    def attack(generator: torch.Generator, restarts: int = 1) -> AttackResult:
+        if name == "apgd":
+            return APGD(3, p, restarts=restarts)(wavy, images, radius, generator=generator)
+        found = PGD(2, 1.0, p, random_start=1.0, restarts=restarts, keep=name.removeprefix("pgd "))
+        return found(wavy, images, radius, thresholds=[0.5], generator=generator)
+
+    runs = [attack(generator) for _ in range(4)]
+    together = attack(seeded(5), restarts=4)
+    winner = torch.stack([run.terms.sum(1) for run in runs]).argmax(0).tolist()
+    assert len(set(winner)) > 1
+    for field in ("images", "terms", "norms", *([] if name == "apgd" else ["crossing"])):
+        expected = torch.stack([getattr(runs[w], field)[i] for i, w in enumerate(winner)])
+        assert torch.equal(getattr(together, field), expected), field
+    assert together.nonfinite.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_restart_replaces_a_run_without_a_finite_loss(bad: float) -> None:
+    passes = iter(range(99))
+
+    def terms(x: Tensor) -> Tensor:
+        return flat(x) * (bad if next(passes) < 4 else 1.0)
+
+    result = pgd(terms, torch.zeros(2, 1, 4), 1.0, steps=3, step_scale=2, restarts=2, generator=seeded(0))
+    assert result.terms.isfinite().all()
+    torch.testing.assert_close(result.terms, flat(result.images))
+
+
+# float16
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_float16_gradients_do_not_underflow(p: float) -> None:
+    """A convolution in float16 under a tiny loss: its gradient is below what float16 holds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Conv2d(2, 4, 3)
+
+    def objective(scale: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x).float().square().flatten(1).mean(1, keepdim=True) * scale
+
+    images, attack = uniform(3, 2, 12, 12, dtype=torch.float32), PGD(4, 2.0, p)
+    exact = attack(objective(1.0), images, 1.0)
+    with torch.autocast("cpu", torch.float16):
+        leaf = images.clone().requires_grad_()
+        assert torch.autograd.grad(objective(1e-6)(leaf).sum(), leaf)[0].count_nonzero() < leaf.numel() / 2
+        result = attack(objective(1e-6), images, 1.0)
+    cosine = torch.cosine_similarity((result.images - images).flatten(1), (exact.images - images).flatten(1))
+    assert cosine.min() > 0.9
+    assert result.nonfinite.sum() == 0
+
+
+def test_float16_overflow_backs_off_per_sample() -> None:
+    """Sample 1 has a loss a thousand times larger: its scaled gradient overflows until its scale has come down."""
+    model = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    factor = torch.tensor([1e-3, 20.0])
+    with torch.autocast("cpu", torch.float16):
+        result = PGD(8, 8.0)(
+            lambda x: (model(x).float().flatten(1).sum(1) * factor)[:, None], torch.zeros(2, 1, 3, 3), 1.0
+        )
+    assert result.nonfinite.tolist() == [0, 1]  # 20 * 2^15 is too much, 20 * 2^11 is not
+    torch.testing.assert_close(result.images, torch.full((2, 1, 3, 3), 1 / 3))
+
+
+# Settings of all attacks
+
+LEAST: dict[Any, dict[str, Any]] = {
+    PGD: {"steps": 2, "step_scale": 1.0}, APGD: {"steps": 2}, SquareAttack: {"steps": 2}, Noise: {"kind": "gaussian"}
+}  # fmt: skip
+COUNT, FRACTION = "must be a whole number >= 1, got", r"must be a fraction {}in \[0, 1\], got {}$"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name", "value", "message"),
+    [
+        ((PGD, APGD, SquareAttack), "steps", 0, f"steps {COUNT} 0"),
+        ((PGD, APGD, SquareAttack), "steps", 2.0, f"steps {COUNT} 2.0"),
+        ((PGD, APGD, SquareAttack), "steps", True, f"steps {COUNT} True"),
+        ((PGD, APGD), "restarts", 0, f"restarts {COUNT} 0"),
+        ((PGD, APGD), "random_start", 1.5, "random_start " + FRACTION.format("of the radius ", 1.5)),
+        ((PGD, APGD), "random_start", math.nan, "random_start " + FRACTION.format("of the radius ", "nan")),
+        (tuple(LEAST), "norm", 1, r"norm must be 2 or inf \(L2 or Linf\), got 1"),
+        *(
+            ((PGD,), "step_scale", value, rf"step_scale must be positive \(1 just reaches the radius\), got {value}")
+            for value in (0, -1.0, math.inf, math.nan)
+        ),
+        ((PGD,), "keep", "worst", "keep must be 'last' or 'best', got 'worst'"),
+        ((APGD,), "momentum", 0, "momentum must be above 0, or nothing moves"),
+        ((APGD,), "momentum", 1.1, "momentum " + FRACTION.format("", 1.1)),
+        ((APGD,), "rho", -0.1, "rho " + FRACTION.format("", -0.1)),
+        ((SquareAttack,), "share", 0, "share must be above 0"),
+        ((SquareAttack,), "share", 1.5, "share " + FRACTION.format("", 1.5)),
+        ((SquareAttack,), "share", math.nan, "share " + FRACTION.format("", "nan")),
+        ((Noise,), "kind", "salt", "kind must be 'gaussian' or 'uniform', got 'salt'"),
+    ],
+)
+def test_settings_out_of_range(kinds: tuple[Any, ...], name: str, value: Any, message: str) -> None:
+    for kind in kinds:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            kind(**(LEAST[kind] | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("call", "more", "attack"),
+    [
+        (pgd, {"steps": 3, "step_scale": 2.0, "norm": "inf"}, PGD(3, 2.0, math.inf, 1.0)),
+        (
+            pgd,
+            {"steps": 3, "step_scale": 2.0, "keep": "best", "loss": Margin()},
+            PGD(3, 2.0, 2, 1.0, 1, "best", Margin()),
+        ),
+        (ifgsm, {"steps": 3, "keep": "best"}, PGD(3, 1.0, keep="best")),
+        (apgd, {"steps": 4, "restarts": 2, "loss": Margin()}, APGD(4, restarts=2, loss=Margin())),
+        (square, {"queries": 5, "norm": math.inf}, SquareAttack(5, math.inf)),
+    ],
+)
+def test_an_attack_in_one_call(call: Callable[..., AttackResult], more: dict[str, Any], attack: Attack) -> None:
+    """It is the attack of these settings, and refuses a radius that is none."""
+    objective, images = comparing()
+    found = call(objective, images, 0.5, bounds=(0, 1), generator=seeded(0), **more)
+    expected = attack(objective, images, 0.5, bounds=(0, 1), generator=seeded(0))
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.terms, expected.terms)
+    with pytest.raises(ValueError, match="radius must be >= 0 and finite, got -1"):
+        call(objective, images, -1, **more)
+    with pytest.raises(ValueError, match=f"steps {COUNT} 0"):
+        call(objective, images, 1, **(more | {"queries" if call is square else "steps": 0}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bounds": (1, 0)}, r"bounds must be \(lowest, highest\) with lowest < highest, got \(1, 0\)"),
+        ({"bounds": (math.nan, 1)}, r"bounds must be \(lowest, highest\) with lowest < highest, got \(nan, 1\)"),
+        ({"bounds": (0, 1, 2)}, r"bounds must be None, 'sample' or a pair \(lowest, highest\), got \(0, 1, 2\)"),
+        ({"bounds": "image"}, r"bounds must be None, 'sample' or a pair \(lowest, highest\), got 'image'"),
+        ({"bounds": 1.0}, r"bounds must be None, 'sample' or a pair \(lowest, highest\), got 1.0"),
+        ({"bounds": (torch.zeros(3), torch.ones(3))}, r"must be a number or have shape \(2,\), got \(3,\)"),
+        ({"radius": -0.5}, r"radius must be >= 0 and finite, got -0.5"),
+        ({"radius": torch.tensor([1.0, -2.0])}, r"radius must be >= 0 and finite, got -2.0"),
+        ({"radius": math.nan}, r"radius must be >= 0 and finite, got nan"),
+        ({"radius": math.inf}, r"radius must be >= 0 and finite, got inf"),
+        ({"radius": torch.ones(3)}, r"must be a number or have shape \(2,\), got \(3,\)"),
+        ({"thresholds": [1.0, 2.0]}, r"2 thresholds were given for K = 1 loss terms"),
+        *(
+            ({"objective": terms}, rf"loss terms of shape \(B, K\) = \(2, K\), one row per sample.*got {got}")
+            for terms, got in (
+                (lambda x: x.sum(), r"\(\)"),
+                (lambda x: x.flatten(1).sum(1), r"\(2,\)"),
+                (lambda x: x.sum().reshape(1, 1), r"\(1, 1\)"),
+                (lambda x: 0.5, "float"),
+            )
+        ),
+    ],
+)
+def test_what_does_not_fit_a_batch(arguments: dict[str, Any], message: str) -> None:
+    given = {"objective": flat, "images": torch.zeros(2, 1, 4), "radius": 1.0, "steps": 2, "step_scale": 1.0}
+    with pytest.raises(ValueError, match=message):
+        pgd(**(given | arguments))
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (APGD(100), "100 steps of adaptive length from a random point of the ball; largest loss"),
+        (APGD(100, random_start=0), "from the input; largest loss"),
+        (APGD(100, restarts=3), "largest loss, the worst of 3 runs"),
+        (SquareAttack(1000), "Square Attack (Andriushchenko et al. 2020): 1000 queries of the loss, no gradients"),
+        (Noise("gaussian"), "no attack, the control: gaussian noise of the same norm"),
+    ],
+)
+def test_descriptions(attack: Attack, words: str) -> None:
+    assert attack.description.endswith(words)
+
+
+def test_settings_are_read_as_numbers() -> None:
+    attack = APGD(5, "inf", random_start=True)
+    assert (attack.norm, attack.random_start) == (math.inf, 1.0)
+    assert SquareAttack(5, "inf").norm == Noise("uniform", "inf").norm == math.inf

@@ -1,0 +1,87 @@
+"""What the page of a host on Lightning and the README tell a user to type, typed: commands, code, configurations."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def block(text: str, language: str, part: str) -> str:
+    """The one code block with such a part."""
+    (found,) = [code for code in blocks(text, language) if part in code]
+    return found
+
+
+def commands(text: str, name: str) -> list[list[str]]:
+    """The words of the commands of this name, in their order."""
+    lines = [line for code in blocks(text, "console") for line in code.splitlines()]
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+    return [line for line in words if line and line[0] == name]
+
+
+def run(folder: Path, *words: object) -> str:
+    """Runs a command that must succeed, an installed one by its name; returns what it prints."""
+    given = [str(word) for word in words]
+    given[0] = str(Path(sys.executable).parent / given[0])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(given, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def type_commands(folder: Path, page: str, name: str, network: Sequence[str], samples: int) -> None:
+    """Runs what a page tells to type, shorter and with a small network."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    documented = commands(page, name)
+    assert [words[1] for words in documented] == ["fit", "fit", "evaluate", "predict"]
+    short = [*network, "--model.attack.steps", "1", "--data.init_args.workers", "0", "--trainer.max_epochs", "1"]
+    short += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    few = ["--attacks", "[pgd1]", "--samples", str(samples), "--examples", "1", "--checks", "2", "--device", "cpu"]
+    more = {  # later words win, so that these go behind what is documented
+        "fit": [*short, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"],
+        "predict": [*short, "--trainer.limit_predict_batches", "2"],
+        "evaluate": few,
+    }
+    for words in documented:
+        run(folder, *words, *more[words[1]])
+    assert list(folder.rglob("predictions.csv"))
+    readme = [words for words in commands(README, name) if words[1] != "predict"]
+    assert readme == documented[:3]
+
+
+def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: str) -> str:
+    """Runs code of a page where our packages cannot be imported, with the names of this run."""
+    for old, new in replaced.items():
+        assert old in code
+        code = code.replace(old, new)
+    hidden = "import sys\nfor name in ('adv_classify', 'adv_landmark', 'advmed'):\n    sys.modules[name] = None\n"
+    return run(folder, sys.executable, "-c", hidden + code + end)
+
+
+def check_configuration(path: Path, name: str) -> dict[str, object]:
+    """An example configuration is read by the command itself as it is written; returns what is made of it."""
+    text = path.read_text(encoding="utf-8")
+    wanted = yaml.safe_load(text)
+    shown: dict[str, dict[str, dict[str, object]]] = yaml.safe_load(
+        run(ROOT, name, "fit", "--config", path, "--print_config")
+    )
+    assert shown["model"]["method"]["name"] == wanted["model"]["method"]["name"]
+    assert shown["data"]["class_path"] == wanted["data"]["class_path"]
+    assert shown["data"]["init_args"].keys() >= wanted["data"]["init_args"].keys()
+    assert text.startswith(f"# {name} fit --config {path.relative_to(ROOT)}")
+    return shown["model"]

@@ -1,0 +1,18 @@
+"""What every host on Lightning owes its users."""
+
+from __future__ import annotations
+
+import pytest
+
+from advmed.testing.lightning import LightningInputContract, LightningTrainingContract
+
+
+@pytest.mark.slow  # the same code as of the classifiers
+class TestInput(LightningInputContract):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+class TestTraining(LightningTrainingContract):
+    pass

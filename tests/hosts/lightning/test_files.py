@@ -1,0 +1,186 @@
+"""What hosts on Lightning share: weights and images from files, and images in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from advmed.integrations.lightning.evaluation import in_batches, picture
+from advmed.integrations.lightning.images import count_channels, image_size, read_image
+from advmed.integrations.lightning.weights import load_weights
+from helpers.mistakes import told
+
+State = dict[str, Tensor]
+PREFIXES = ("network.body.", "module.")
+
+
+def net(classes: int = 3, channels: int = 2) -> nn.Module:
+    return nn.ModuleDict(
+        {"body": nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)), "fc": nn.Linear(4, classes)}
+    )
+
+
+def wrapped(state: State, start: str) -> dict[str, Any]:
+    return {"state_dict": {f"{start}{k}": v for k, v in state.items()} | {"network.mean": torch.ones(1)}, "epoch": 3}
+
+
+WRITERS: dict[str, tuple[str, Callable[[State, Path], object]]] = {
+    "plain": ("own.pth", torch.save),
+    "wrapped": ("own.pth", lambda state, path: torch.save(wrapped(state, "module."), path)),
+    "checkpoint": ("own.ckpt", lambda state, path: torch.save(wrapped(state, "network.body."), path)),
+    "safetensors": ("own.safetensors", save_file),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_weights_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
+    """All of them, biases and statistics too; a head of another shape begins anew."""
+    name, write = WRITERS[kind]
+    source, path = net(), tmp_path / name
+    write(source.state_dict(), path)
+    load = partial(load_weights, path=path, prefixes=PREFIXES, heads=("fc.",))
+    same, other = net(), net(classes=5)
+    load(same)
+    load(other)
+    for key, value in source.state_dict().items():
+        assert torch.equal(same.state_dict()[key], value), key
+        assert key.startswith("fc.") or torch.equal(other.state_dict()[key], value), key
+    assert other["fc"].weight.shape == (5, 4)
+
+
+def test_weights_whose_names_are_alike(tmp_path: Path) -> None:
+    source, same = net(), net()
+    torch.save({key.replace(".", "_"): value for key, value in source.state_dict().items()}, tmp_path / "own.pth")
+    load_weights(same, tmp_path / "own.pth", prefixes=(), alike=lambda key: key.replace("_", "."))
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "own.pth"
+    for source, model, missing in (
+        (
+            net().state_dict(),
+            net(classes=5),
+            "2 of 9 tensors are missing or have another shape, such as fc.bias, fc.weight",
+        ),
+        (
+            net(channels=1).state_dict(),
+            net(),
+            "1 of 9 tensors are missing or have another shape, such as body.0.weight",
+        ),
+        (
+            {k: v for k, v in net().state_dict().items() if k != "body.1.running_mean"},
+            net(),
+            "such as body.1.running_mean",
+        ),
+        (nn.Linear(2, 2).state_dict(), net(), "9 of 9 tensors"),
+    ):
+        torch.save(source, path)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        told(
+            ValueError,
+            lambda m=model: load_weights(m, path, prefixes=()),
+            f"{path} holds weights of another network",
+            missing,
+        )
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"these are no weights", [1, 2], nn.Linear(2, 2)])
+@pytest.mark.parametrize("name", ["own.pth", "own.safetensors"])
+def test_files_that_hold_no_weights(tmp_path: Path, name: str, content: Any) -> None:
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    message = told(ValueError, lambda: load_weights(net(), path, prefixes=()), str(path))
+    assert "cannot be read as a file of weights" in message or "is no file of weights: it holds a list" in message
+    path.unlink()
+    told(FileNotFoundError, lambda: load_weights(net(), path, prefixes=()), f"there is no file of weights {path}")
+
+
+# Images
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_an_image_of_every_kind_is_read(tmp_path: Path, mode: str) -> None:
+    """As one of grey or of colour; grey becomes colour, and colour its luma."""
+    array = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    path = tmp_path / ("own.tif" if mode == "CMYK" else "own.png")
+    Image.fromarray(array).convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
+    assert image_size(path) == (12, 16)
+    assert count_channels(path) == (1 if mode in ("1", "L") else 3)
+    one, three = (read_image(path, channels) for channels in (1, 3))
+    assert (one.shape, three.shape, one.dtype) == ((1, 12, 16), (3, 12, 16), torch.uint8)
+    luma = np.tensordot((0.299, 0.587, 0.114), array, (0, 2))
+    if mode in ("L", "RGB"):
+        np.testing.assert_allclose(one[0].numpy(), luma, atol=1)
+    if mode == "RGB":
+        np.testing.assert_array_equal(three.numpy(), array.transpose(2, 0, 1))
+    elif mode in ("1", "L"):
+        assert torch.equal(three, one.expand(3, -1, -1))
+
+
+def test_images_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    """Radiographs often come so; cut off at 255, as Pillow converts them, they would be white."""
+    ramp = np.linspace(0, 65535, 96).reshape(8, 12).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "own.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "own.tif")
+    for channels in (1, 3):
+        image = read_image(tmp_path / "own.png", channels)
+        assert image.shape == (channels, 8, 12)
+        np.testing.assert_allclose(image.numpy(), np.broadcast_to(ramp / 65535, image.shape), atol=1e-5)
+    assert count_channels(tmp_path / "own.png") == 1
+    told(
+        ValueError, lambda: read_image(tmp_path / "own.tif", 1), "own.tif has floating-point pixels, whose range is not"
+    )
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """None at all, cut off behind their header, or broken in their middle."""
+    path = tmp_path / "own.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    middle = content[:second] + b"\0\1\2\3" + content[second + 4 :]
+    for spoilt, header in ((b"no picture", False), (content[:-200], True), (middle, True)):
+        path.write_bytes(spoilt)
+        told(ValueError, lambda: read_image(path, 1), f"{path} cannot be read as an image: ")
+        if header:
+            assert image_size(path) == (400, 400)
+        else:
+            told(ValueError, lambda: image_size(path), f"{path} cannot be read as an image: ")
+
+
+def test_a_picture_is_grey_or_colour() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    np.testing.assert_array_equal(picture(images[:, :1]), images[0, 0])
+    np.testing.assert_array_equal(picture(images)[2, 3], images[0, :, 2, 3])
+
+
+# Batches
+
+
+def test_some_images_are_at_even_distances() -> None:
+    def load(indices: Any) -> Any:
+        return indices
+
+    def numbers(*limits: int | None) -> list[list[int]]:
+        batches = in_batches([f"i{k}" for k in range(12)], 5, load, *limits)
+        assert [batch.load() for batch in batches] == [[int(i[1:]) for i in batch.ids] for batch in batches]
+        return [list(map(int, batch.load())) for batch in batches]
+
+    assert numbers(None) == numbers(12) == numbers(99) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert numbers(4) == [[0, 3, 7, 11]]
+    assert numbers(1) == [[0]]
+    assert numbers(4, 3) == [[0, 3, 11]]  # of those that are evaluated, some are checked
+    assert numbers(None, 3) == [[0, 5, 11]]
+    assert numbers(4, 32) == numbers(4)
+    assert [len(part) for part in numbers(11)] == [5, 5, 1]
