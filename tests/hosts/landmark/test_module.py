@@ -204,7 +204,7 @@ def test_the_weight_of_the_heatmaps() -> None:
         ({"data__size": "[16,16]"}, "the radius of a landmark, 0.8 pixels, must be at least 1"),
         ({"data__size": "[0,16]"}, "size must be >= 1, got (0, 16)"),
         ({"data__root": "none"}, "there is no table none/landmarks.csv"),
-        ({"data__colour": 1}, "adv_landmark.data.LandmarkTable"),
+        ({"data__colour": 1}, "given class_path 'adv_landmark.LandmarkTable'"),
         ({"data__rotate": 200}, "rotate must be between 0 and 180, got 200"),
         ({"data__channels": 2}, "channels must be 1 or 3, got 2"),
         ({"data__origin": "edge"}, "edge"),
