@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from advmed.attacks import PGD, Attack, Margin, parse_attacks
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
 from advmed.evaluation.metric import Metric
 from advmed.integrations.lightning import MARGINS
-from advmed.integrations.lightning.evaluation import in_batches, picture
+from advmed.integrations.lightning.evaluation import LightningEvaluation, in_batches, picture
 from advmed.margins import read_margins
 from advmed.report import Example, View
 
@@ -225,3 +225,53 @@ def make_examples(
         truth = class_names[int(labels[0])]
         examples.append(Example(f"{dataset.samples.ids[index]} ({truth})", picture(images), None, views))
     return examples
+
+
+class ClassifierEvaluation(LightningEvaluation):
+    """See :class:`LightningEvaluation`; the command's own option is ``gradcam``."""
+
+    bounds = BOUNDS
+    data: ClassificationData
+
+    def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
+        """See :func:`parse`."""
+        return parse(names, norm)
+
+    @cached_property
+    def values(self) -> int:
+        """Number of values of an image."""
+        return self.data.dataset(self.split)[0]["image"].numel()
+
+    def default_levels(self, norm: float) -> list[float]:
+        """The same noise in every value whatever the norm: 0, 2, 4 and 8 / 255."""
+        scale = 1.0 if norm == float("inf") else self.values**0.5
+        return [round(level / 255 * scale, 4 if scale > 1 else 8) for level in (0, 2, 4, 8)]
+
+    def load_model(self, name: str, path: Path) -> TrainedModel:
+        """See :func:`load_model`."""
+        return load_model(name, path, self.data, self.split, self.device, gradcam=self.given.gradcam)
+
+    def batches(self, model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
+        """See :func:`make_batches`."""
+        return make_batches(model, *limits)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """See :func:`metrics`."""
+        return metrics(self.given.gradcam)
+
+    def examples(
+        self, attack: tuple[str, Attack], levels: Sequence[float], ids: Sequence[str], *, seed: int
+    ) -> list[Example]:
+        """See :func:`make_examples`."""
+        return make_examples(self.models, self.data.class_names, attack, levels, ids, seed=seed)
+
+    @property
+    def measured_over(self) -> str:
+        """See :attr:`EvaluationHost.measured_over`."""
+        return f"the image in [0, 1] ({self.values} values)"
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Grad-CAM is among the scores that are kept."""
+        return {**super().fingerprint, "cam": self.given.gradcam}

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from adv_landmark.data import LandmarkData, LandmarkDataset
+from adv_landmark.data import BOUNDS, LandmarkData, LandmarkDataset
 from adv_landmark.maps import decode
 from adv_landmark.module import RobustLandmarks, check_model
 from advmed.attacks import Attack
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
 from advmed.evaluation.metric import Metric
 from advmed.integrations.lightning import MARGINS
-from advmed.integrations.lightning.evaluation import in_batches, picture
+from advmed.integrations.lightning.evaluation import LightningEvaluation, in_batches, picture
 from advmed.margins import read_margins
 from advmed.report import Example, View
 
@@ -163,7 +164,7 @@ def make_examples(
         views: list[View] = []
         for model in models:
             loaded, batch = load(model, [index]), model.read([index])
-            for level, attacked in at_levels(loaded, method, levels, bounds=(-1.0, 1.0), seed=seed):
+            for level, attacked in at_levels(loaded, method, levels, bounds=BOUNDS, seed=seed):
                 with torch.no_grad():
                     maps = model.module(attacked)
                 error = model.module.errors(maps, batch)
@@ -175,3 +176,48 @@ def make_examples(
         truth = item["points"].numpy()
         examples.append(Example(item["id"], picture(item["image"][None]), None, views, points=truth))
     return examples
+
+
+class LandmarkEvaluation(LightningEvaluation):
+    """See :class:`LightningEvaluation`; the command's own option is ``radii``."""
+
+    bounds = BOUNDS
+    data: LandmarkData
+
+    def default_levels(self, norm: float) -> list[float]:
+        """The paper's levels, 0, 0.5, 1 and 2 in L2 for 3 x 200 x 160 values, and as much for every value of others."""
+        if norm == float("inf"):
+            return [0, 1 / 255, 2 / 255, 4 / 255]
+        scale = (self.data.channels * self.data.size[0] * self.data.size[1] / (3 * 200 * 160)) ** 0.5
+        return [round(level * scale, 4) for level in (0, 0.5, 1, 2)]
+
+    def load_model(self, name: str, path: Path) -> TrainedModel:
+        """See :func:`load_model`."""
+        return load_model(name, path, self.data, self.split, self.device)
+
+    def batches(self, model: TrainedModel, *limits: int | None) -> list[EvaluationBatch]:
+        """See :func:`make_batches`."""
+        return make_batches(model, *limits)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """See :func:`metrics`."""
+        return metrics(self.data.unit, self.given.radii)
+
+    def examples(
+        self, attack: tuple[str, Attack], levels: Sequence[float], ids: Sequence[str], *, seed: int
+    ) -> list[Example]:
+        """See :func:`make_examples`."""
+        return make_examples(self.models, attack, levels, ids, seed=seed)
+
+    @property
+    def measured_over(self) -> str:
+        """See :attr:`EvaluationHost.measured_over`."""
+        height, width = self.data.size
+        return f"the image in [-1, 1] ({self.data.channels} x {height} x {width} values)"
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The landmarks."""
+        names = self.data.landmark_names
+        return {"landmarks": f"{len(names)}: {', '.join(names)}"}

@@ -11,11 +11,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adv_nnunet.objective import SampleTerms, inference_loss
-from adv_nnunet.trainer import STATE, segmentation_counts
+from adv_nnunet.scores import segmentation_counts
+from adv_nnunet.settings import STATE
 from advmed.attacks import Attack
+from advmed.cli.evaluate import EvaluationHost
 from advmed.evaluation.dice import Counts, adi, dice_per_sample, tvdi
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import spread
+from advmed.evaluation.subjects import Subject, spread
 from advmed.objective import ClassScores
 from advmed.report import Example, View
 
@@ -68,14 +71,11 @@ class SlidingWindow(nn.Module):
         pads = _pads(size, self.patch_size)
         padded = functional.pad(images, [n for pair in reversed(pads) for n in pair])
         steps = compute_steps_for_sliding_window(tuple(padded.shape[2:]), self.patch_size, self.tile_step_size)
-        tiles = [
-            tuple(slice(low, low + n) for low, n in zip(corner, self.patch_size, strict=True))
-            for corner in itertools.product(*steps)
-        ]
+        tiles = [_place(corner, self.patch_size) for corner in itertools.product(*steps)]
         logits = self.network(padded) if len(tiles) == 1 else self._stitched(padded, tiles)
-        return logits[(..., *(slice(low, low + n) for (low, _), n in zip(pads, size, strict=True)))]
+        return logits[_place([low for low, _ in pads], size)]
 
-    def _stitched(self, padded: Tensor, tiles: list[tuple[slice, ...]]) -> Tensor:
+    def _stitched(self, padded: Tensor, tiles: Sequence[Any]) -> Tensor:
         # Every tile's activations at once would not fit for large cases: they are computed again when the gradient
         # needs them, so that the memory is that of one tile.
         recompute = len(tiles) > 2 and torch.is_grad_enabled() and padded.requires_grad
@@ -84,11 +84,11 @@ class SlidingWindow(nn.Module):
         )
         total, weights = None, torch.zeros(padded.shape[2:], device=padded.device)
         for tile in tiles:
-            patch = padded[(..., *tile)]
+            patch = padded[tile]
             logits = checkpoint(self.network, patch, use_reentrant=False) if recompute else self.network(patch)
             if total is None:
                 total = logits.new_zeros((*logits.shape[:2], *padded.shape[2:]), dtype=torch.float32)
-            total[(..., *tile)] += logits * weight
+            total[tile] += logits * weight
             weights[tile] += weight
         assert total is not None
         return total / weights
@@ -244,6 +244,11 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
     return {name: partial(load, name) for name in cases}
 
 
+def _place(corner: Sequence[int], size: Sequence[int]) -> Any:
+    """The index of a part of images: its first voxel and its size; leading dimensions are taken whole."""
+    return (..., *(slice(low, low + n) for low, n in zip(corner, size, strict=True)))
+
+
 def _pads(size: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:
     """How many voxels nnU-Net puts before and behind, so that an image is no smaller than a patch."""
     missing = [max(0, p - n) for p, n in zip(patch_size, size, strict=True)]
@@ -299,7 +304,7 @@ def make_batches(
     return batches
 
 
-def few(
+def subset(
     model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample], batch_size: int, number: int
 ) -> list[EvaluationBatch]:
     """Batches of so many of the samples, at even distances."""
@@ -420,3 +425,131 @@ def _plane(images: Tensor, middle: int | None) -> np.ndarray:
     """The first channel of the first image, (H, W): a slice, or the given slice of a volume."""
     image = images[0, 0].cpu().numpy()
     return image if middle is None else image[middle]
+
+
+@dataclass
+class SegmentationEvaluation(EvaluationHost):
+    """What nnU-Net's models give to an evaluation.
+
+    Attributes:
+        folders: model folders as nnU-Net writes them, by the models' names.
+        fold: of each.
+        device: where the models are evaluated.
+        checkpoint: name of the file in the fold's folder.
+        step_size: of the tiles.
+        batch_size: slices at a time, in 2D.
+        samples: how many are evaluated, None for all.
+        raw: folders of images and labels as the user wrote them, in the place of the fold's validation cases.
+    """
+
+    folders: Mapping[str, Path]
+    fold: int | str
+    device: torch.device
+    checkpoint: str
+    step_size: float
+    batch_size: int
+    samples: int | None
+    raw: tuple[str, str] | None
+
+    @cached_property
+    def models(self) -> list[TrainedModel]:
+        """The models, loaded; they predict the same labels.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        models = [
+            load_model(name, folder, self.fold, self.device, file=self.checkpoint, tile_step_size=self.step_size)
+            for name, folder in self.folders.items()
+        ]
+        first = models[0]
+        for model in models:
+            if (model.planar, model.labels.label_dict) != (first.planar, first.labels.label_dict):
+                raise ValueError(
+                    f"{model.name} and {first.name} do not predict the same: other labels, or 2D against 3D"
+                )
+        return models
+
+    @property
+    def first(self) -> TrainedModel:
+        """The first model, which speaks for all of them."""
+        return self.models[0]
+
+    @cached_property
+    def cases(self) -> dict[str, dict[str, Case]]:
+        """The cases as preprocessed for each model, by the model's name."""
+        if self.raw is None:
+            return {model.name: validation_cases(model, self.fold) for model in self.models}
+        return {model.name: raw_cases(model, *map(Path, self.raw)) for model in self.models}
+
+    @cached_property
+    def listed(self) -> dict[str, list[Sample]]:
+        """The samples of each model, by the model's name."""
+        return {model.name: list_samples(model, self.cases[model.name], self.samples) for model in self.models}
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """See :attr:`EvaluationHost.subjects`."""
+        found = []
+        for model in self.models:
+            given = (model, self.cases[model.name], self.listed[model.name], self.batch_size)
+            batches = make_batches(*given)
+            found.append(Subject(model.name, model.checkpoint, batches, model.margins, partial(subset, *given)))
+        return found
+
+    def default_levels(self, norm: float) -> list[float]:
+        """The paper's levels for hippocampus (2, 6, 10 on 56 x 40 pixels), scaled to the patch."""
+        size = 1.0 if norm == math.inf else math.sqrt(math.prod(self.first.window.patch_size))
+        return [0.0, *(float(f"{factor * size:.2g}") for factor in (0.04, 0.12, 0.2))]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """See :func:`metrics`."""
+        return metrics(self.first.planar)
+
+    def examples(
+        self, attack: tuple[str, Attack], levels: Sequence[float], ids: Sequence[str], *, seed: int
+    ) -> list[Example]:
+        """See :func:`make_examples`."""
+        return make_examples(self.models, self.cases, self.listed[self.first.name], attack, levels, ids, seed=seed)
+
+    @property
+    def groups(self) -> Callable[[str], str] | None:
+        """The slices of a case are alike."""
+        return (lambda id_: id_.rpartition(":")[0]) if self.first.planar else None
+
+    @property
+    def data_name(self) -> str:
+        """Of the data set."""
+        return str(self.first.predictor.plans_manager.dataset_name)
+
+    @property
+    def measured_over(self) -> str:
+        """See :attr:`EvaluationHost.measured_over`."""
+        sample = "slice" if self.first.planar else "case"
+        return f"a whole {sample} as the network receives it, in units of the normalised intensities"
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See :attr:`EvaluationHost.fingerprint`."""
+        return {"step_size": self.step_size, "images": "validation" if self.raw is None else self.raw[0]}
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """The foreground labels that are single ones."""
+        names = self.first.labels.label_dict
+        return {value: name for name, value in names.items() if isinstance(value, int) and value > 0}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :attr:`EvaluationHost.settings`; of files no more than what is no secret of the user's."""
+        sample, name = "slice" if self.first.planar else "case", self.first.name
+        source = f"the fold's {len(self.cases[name])} validation cases" if self.raw is None else "raw files"
+        return {
+            "data set": self.data_name,
+            "configuration": self.first.predictor.configuration_manager.data_identifier,
+            "fold": str(self.fold),
+            "samples": f"{len(self.listed[name])} {sample}s of {source}",
+            "prediction": f"tiles (step {self.step_size:g}) inside the attacked function, no mirroring",
+            "checkpoints": {model.name: "/".join(model.checkpoint.parts[-3:]) for model in self.models},
+        }

@@ -15,6 +15,8 @@ VARIABLE = "nnUNet_adversarial"
 """Environment variable that may name a settings file."""
 FILE = "adversarial.yaml"
 """Its name in the preprocessed data set's folder, and that of the resolved settings in the output folder."""
+STATE = "advmed"
+"""Key of our state in a checkpoint; the stock host ignores it."""
 
 # The paper tuned delta on three data sets (arXiv 2206.01736, section 3.8): 0.5 for 56 x 40 pixels, 3 for 320 x 320, 5
 # for 320 x 256. Divided by the square root of the number of input values, as an L2 norm grows with it, these are 0.011,

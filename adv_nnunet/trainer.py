@@ -24,17 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from adv_nnunet import calibration as standard
 from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
-from adv_nnunet.settings import FILE, find_settings
+from adv_nnunet.scores import segmentation_counts
+from adv_nnunet.settings import FILE, STATE, find_settings
 from advmed.distributed import from_first_rank
-from advmed.evaluation.dice import Counts, confusion_counts, dice_per_sample, region_confusion_counts
+from advmed.evaluation.dice import dice_per_sample
 from advmed.methods import AdaptiveRadiusMethod, Method, method_class
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
 
-STATE = "advmed"
-"""Key of our state in a checkpoint; the stock host ignores it."""
 LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
@@ -554,26 +553,6 @@ class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
 def stock_class(kind: type) -> type:
     """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))
-
-
-def segmentation_counts(label_manager: Any, output: Tensor, target: Tensor, padding: Tensor | None = None) -> Counts:
-    """TP, FP, FN of the hard prediction, per sample and foreground class or region.
-
-    Args:
-        label_manager: the host's.
-        output: logits, (B, heads, *spatial).
-        target: label map (B, 1, *spatial), or regions (B, regions (+ 1), *spatial).
-        padding: what does not count, (B, *spatial), bool; besides the ignore label.
-    """
-    ignore = padding
-    if label_manager.has_ignore_label:
-        last = target[:, -1]
-        ignored = last > 0 if label_manager.has_regions else last == label_manager.ignore_label
-        ignore = ignored if padding is None else ignored | padding
-    if label_manager.has_regions:
-        regions = target[:, :-1] if label_manager.has_ignore_label else target
-        return region_confusion_counts(output > 0, regions > 0, ignore=ignore)
-    return confusion_counts(output.argmax(1), target[:, 0].long(), label_manager.foreground_labels, ignore=ignore)
 
 
 def _bare(network: torch.nn.Module) -> torch.nn.Module:

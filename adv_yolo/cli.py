@@ -8,79 +8,79 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from advmed.cli import options, runner
+from advmed.cli.options import Option
 
 HELP = """
     adv-yolo is 'yolo' with adversarial training. Syntax and arguments are those of 'yolo'; it adds:
 
-    1. method=amat|sat|at|trades|dpaat to train, with arguments of its own (null: a default that fits the image size):
+    1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
-{arguments}
-    2. Thresholds for AMAT from a trained standard model:
+            thresholds=auto rule=null clean_epochs=null backward=together
+            eps=null tau=1 kl_weight=5.0 eps_min=null
+            eps_max=null step_size=null sync_weight=1.0 average=batch
+            beta=6.0 delta=null refinement=paper margin_min=null
+            margin_max=null steps=20 step_scale=4.0 norm=2.0
+            random_start=0.0 bounds=[0.0, 1.0] bn=clean
+
+    2. Thresholds for AMAT from a trained standard model; see adv-yolo thresholds --help:
         adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std] [out=FILE]
 
-    3. Trained models under attack, in one report:
-        adv-yolo evaluate model=a.pt,b.pt data=data.yaml split=val levels=0,5,10,15 [attacks=pgd100,ifgsm10]
-                          [norm=2] [samples=100] [names=STD,AMAT] [out=FOLDER] [examples=4] [checks=32] [seed=0]
-                          [overwrite=True]
+    3. Trained models under attack, in one report for each norm; see adv-yolo evaluate --help:
+        adv-yolo evaluate model=a.pt,b.pt data=data.yaml split=val levels=0,5,10,15
+                          {evaluate}
 
     Everything else is what 'yolo' does: adv-yolo detect val|predict|export ...; see 'yolo help'.
 """
+"""The arguments of ``method=`` stand here as text, as their settings import PyTorch; a test compares them."""
 
-THRESHOLDS = {"model": None, "data": None, "rule": None, "split": "train", "out": None}
-EVALUATE = {
-    "model": None,
-    "data": None,
-    "split": "val",
-    "levels": None,
-    "attacks": "pgd100,ifgsm10",
-    "norm": 2,
-    "samples": None,
-    "names": None,
-    "out": "runs/evaluate",
-    "examples": 4,
-    "checks": 32,
-    "seed": 0,
-    "overwrite": False,
-}
+MODELS = (
+    Option("model", str, "a trained model; for evaluate one or more: a.pt,b.pt"),
+    Option("data", str, "the YAML file of the data set"),
+)
+THRESHOLDS = (*MODELS, Option("split", str, "split of the data set", "train"), *options.THRESHOLDS)
+EVALUATE = (
+    *MODELS,
+    Option("split", str, "split of the data set", "val"),
+    *options.with_defaults(options.EVALUATE, out="runs/evaluate"),
+)
+OWN = {"thresholds": THRESHOLDS, "evaluate": EVALUATE}
 HOST = ("imgsz", "batch", "device", "conf", "iou", "max_det", "nms", "workers", "single_cls")
 """The host's arguments that our own commands take, too."""
+_ASKED = {"help", "-h", "--help", "-help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; prints one clear line for a mistake of the user, and returns the exit status."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
-    try:
-        _dispatch(argv)
-    except (OSError, ValueError, TypeError, RuntimeError, SyntaxError, AssertionError) as error:
-        if debug:
-            raise
-        print(f"adv-yolo: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the command, see :func:`advmed.cli.runner.run`."""
+    return runner.run("adv-yolo", _dispatch, arguments, extra="yolo")
 
 
 def _dispatch(argv: list[str]) -> None:
-    from ultralytics.utils import LOGGER
+    if not argv or argv[0] in _ASKED:
+        print(HELP.format(evaluate=" ".join(f"[{o.name}=]" for o in EVALUATE[3:] if o.name != "levels")))
+    elif argv[0] in OWN:
+        if _ASKED & set(argv):
+            print(_help_of(argv[0]))
+        else:
+            (_thresholds if argv[0] == "thresholds" else _evaluate)(_own(argv[1:], argv[0]))
+    elif not (("train" in argv or "mode=train" in argv) and _train(argv)):
+        _host(argv)
 
-    if not argv or argv[0] in {"help", "-h", "--help", "-help"}:
-        LOGGER.info(HELP.format(arguments=_argument_help()))
-        return
-    if argv[0] == "thresholds":
-        _thresholds(_own(argv[1:], THRESHOLDS, "thresholds"))
-        return
-    if argv[0] == "evaluate":
-        _evaluate(_own(argv[1:], EVALUATE, "evaluate"))
-        return
-    if "train" in argv or "mode=train" in argv:
-        trained = _train(argv)
-        if trained:
-            return
-    _host(argv)
+
+def _help_of(command: str) -> str:
+    return "\n".join(
+        [
+            f"usage: adv-yolo {command} model=... data=... [NAME=VALUE ...]",
+            "",
+            options.key_value_help(OWN[command]),
+            "",
+            f"Of the host's arguments it takes {', '.join(HOST)}.",
+            runner.DEBUG,
+        ]
+    )
 
 
 def _host(argv: Sequence[str]) -> None:
@@ -88,14 +88,6 @@ def _host(argv: Sequence[str]) -> None:
     from ultralytics.cfg import entrypoint
 
     entrypoint("" if list(argv) == sys.argv[1:] else " ".join(["yolo", *argv]))
-
-
-def _argument_help() -> str:
-    from adv_yolo.settings import Settings, arguments_of
-
-    pairs = [f"{name}={'null' if value is None else value}" for name, value in arguments_of(Settings()).items()]
-    rows = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
-    return "\n".join("            " + " ".join(row) for row in rows) + "\n"
 
 
 def _parse(argv: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
@@ -126,16 +118,17 @@ def _parse(argv: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _own(argv: Sequence[str], defaults: dict[str, Any], command: str) -> dict[str, Any]:
+def _own(argv: Sequence[str], command: str) -> dict[str, Any]:
     """The arguments of a command of ours."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    known = {**{name: DEFAULT_CFG_DICT[name] for name in HOST}, **defaults}
+    table = OWN[command]
+    known = {**{name: DEFAULT_CFG_DICT[name] for name in HOST}, **{o.name: o.default for o in table}}
     found = _parse(argv, known)
     for name in ("model", "data"):
         if not found.get(name):
             raise SyntaxError(f"{command} needs {name}=..., for example {command} model=best.pt data=data.yaml")
-    return {**defaults, **found}
+    return {**found, **options.key_values(table, found)}
 
 
 # Training
@@ -244,91 +237,44 @@ def _thresholds(found: dict[str, Any]) -> None:
 
     from adv_yolo import calibration as standard
     from adv_yolo.settings import RULE
-    from advmed.thresholds import std_factor
+    from advmed.cli.thresholds import ThresholdsOptions, write_thresholds
 
-    rule = found["rule"] or RULE
-    std_factor(rule)
+    chosen = ThresholdsOptions.of(found)
     arguments = _arguments(found, _network_arguments(found["model"]))
     device = _device(found, arguments)
     data = _data(found["data"], found["split"], bool(found.get("single_cls")))
     args = get_cfg(DEFAULT_CFG_DICT, arguments)
+    rule = chosen.rule or RULE
     measured = standard.measure(found["model"], data, args, rule=rule, device=device, split=found["split"])
-    path = Path(found["out"] or Path(found["model"]).with_name(standard.FILE))
-    measured.save(path)
-    assert measured.mean is not None
-    assert measured.std is not None
-    LOGGER.info(f"{measured.n} clean images of the split {found['split']}, {found['model']}")
-    for name, value, mean, std in zip(measured.names, measured.values, measured.mean, measured.std, strict=True):
-        LOGGER.info(f"  {name}: threshold {value:.4f} ({measured.rule}; mean {mean:.4f}, std {std:.4f})")
-    LOGGER.info(f"Written to {path}. Train with: method=amat thresholds={path}")
+    path = chosen.out or Path(found["model"]).with_name(standard.FILE)
+    write_thresholds(
+        measured,
+        path,
+        of=f"clean images of the split {found['split']}",
+        hint=f"Train with: method=amat thresholds={path}",
+        say=LOGGER.info,
+    )
 
 
 def _evaluate(found: dict[str, Any]) -> None:
     from ultralytics.utils import LOGGER
 
-    from adv_yolo import evaluate as host
-    from advmed.attacks.names import parse_attacks
-    from advmed.evaluation.auc import check_levels
-    from advmed.evaluation.subjects import Subject, check_numbers, compare
+    from adv_yolo.evaluate import DetectionEvaluation
+    from advmed.cli.evaluate import EvaluationOptions, evaluate_models
 
-    paths = _listed(found["model"])
-    names = _listed(found["names"]) if found["names"] else [_name(path) for path in paths]
-    if len(names) != len(paths) or len(set(names)) != len(names):
-        raise ValueError(f"{len(paths)} models need {len(paths)} different names, got {names}; set them with names=A,B")
-    check_numbers(samples=found["samples"], examples=found["examples"], checks=found["checks"])
-    attacks = parse_attacks(_listed(found["attacks"]), norm=float(found["norm"]))
+    paths = options.listed(found["model"]) or []
+    chosen = EvaluationOptions.of(found, [_name(path) for path in paths], models="models", option="names=A,B")
     arguments = _arguments(found, _network_arguments(paths[0])) | {"split": found["split"]}
-    device = _device(found, arguments)
-    scale = 1 if float(found["norm"]) == float("inf") else int(arguments["imgsz"]) / 320
-    levels = [float(x) for x in _listed(found["levels"])] if found["levels"] is not None else None
-    if levels is None:
-        levels = [0, 2 / 255, 4 / 255, 8 / 255] if float(found["norm"]) == float("inf") else [0, 5, 10, 15]
-        levels = [round(level * scale, 6) for level in levels]
-    levels = list(check_levels(levels))
-    data = _data(found["data"], found["split"], bool(found.get("single_cls")))
-    folder = Path(found["out"])
-    models = [
-        host.load_model(name, path, data, arguments, device, folder) for name, path in zip(names, paths, strict=True)
-    ]
-    root = data.get("path")
-    subjects = []
-    for model in models:
-        batches = partial(host.make_batches, model, root, found["samples"])
-        subjects.append(Subject(model.name, model.path, batches(), model.margins, few=batches))
-    class_names = {int(k): str(v) for k, v in models[0].network.names.items()}
-    norm = "Linf" if float(found["norm"]) == float("inf") else "L2"
-    seed = int(found["seed"])
-    compare(
-        folder,
-        subjects,
-        attacks,
-        levels,
-        host.metrics(class_names),
-        examples=partial(host.make_examples, models, root, seed=seed),
-        shown=found["examples"],
-        checks=found["checks"],
-        fingerprint={"arguments": arguments},
-        bounds=(0.0, 1.0),
-        seed=seed,
-        overwrite=bool(found["overwrite"]),
-        say=LOGGER.info,
-        title=f"Robustness of {', '.join(names)} on {Path(found['data']).stem}",
-        level_unit=f"{norm} norm of the noise over the image tensor in [0, 1] ({arguments['imgsz']} pixels)",
-        class_names={label + 1: name for label, name in class_names.items()},
-        settings={
-            "data set": Path(found["data"]).name,
-            "split": f"{found['split']}, {sum(len(batch.ids) for batch in subjects[0].batches)} images",
-            "host arguments": {name: value for name, value in arguments.items() if name != "split"},
-            "checkpoints": {model.name: "/".join(model.path.parts[-3:]) for model in models},
-        },
+    host = DetectionEvaluation(
+        paths=dict(zip(chosen.names, map(Path, paths), strict=True)),
+        data=_data(found["data"], found["split"], bool(found.get("single_cls"))),
+        data_file=Path(found["data"]),
+        device=_device(found, arguments),
+        arguments=arguments,
+        samples=chosen.samples,
+        folder=chosen.out,
     )
-
-
-def _listed(value: Any) -> list[Any]:
-    """Values separated by commas, however the host's parser read them."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return [part.strip() for part in str(value).split(",") if part.strip()]
+    evaluate_models(host, chosen, say=LOGGER.info)
 
 
 def _name(path: str) -> str:

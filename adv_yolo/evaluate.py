@@ -6,15 +6,16 @@ the head that predicts. The host's validator does the rest: non-maximum suppress
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import DEFAULT_CFG_DICT
@@ -24,12 +25,14 @@ from adv_yolo.calibration import CleanBatches, load_network, on_device
 from adv_yolo.objective import DetectionObjective, ImageTerms
 from adv_yolo.trainer import relative_names
 from advmed.attacks import Attack
+from advmed.cli.evaluate import EvaluationHost
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import spread
+from advmed.evaluation.subjects import Subject, spread
 from advmed.margins import read_margins
 from advmed.report import Example, View
 
+BOUNDS = (0.0, 1.0)
 CONFIDENCE = 0.25
 """A detection counts for the average IoU, and is drawn, above this confidence: the host's default for prediction."""
 
@@ -49,7 +52,7 @@ class TrainedModel:
 
     name: str
     path: Path
-    network: nn.Module
+    network: Any
     source: CleanBatches
     validator: Any
     margins: np.ndarray | None
@@ -234,7 +237,7 @@ def make_examples(
             if picture is None:
                 objects = model.validator._prepare_batch(0, batch)
                 picture, truth = _picture(loaded.images), _rows(objects["cls"], objects["bboxes"])
-            for level, images in at_levels(loaded, method, levels, bounds=(0.0, 1.0), seed=seed):
+            for level, images in at_levels(loaded, method, levels, bounds=BOUNDS, seed=seed):
                 with torch.no_grad():
                     found = model.validator.postprocess(model.network(images))[0]
                 objects = model.validator._prepare_batch(0, batch)
@@ -263,3 +266,97 @@ def _picture(images: Tensor) -> np.ndarray:
 def _rows(classes: Tensor, boxes: Tensor) -> np.ndarray:
     """(n, 5): label (class + 1, as 0 is the background of a picture), x1, y1, x2, y2 in pixels."""
     return torch.cat([classes[:, None].float() + 1, boxes.float()], 1).cpu().numpy()
+
+
+@dataclass
+class DetectionEvaluation(EvaluationHost):
+    """What YOLO's models give to an evaluation.
+
+    Attributes:
+        paths: of the checkpoints, by the models' names.
+        data: as the host's ``check_det_dataset`` returns it.
+        data_file: which it is from.
+        device: where the models are evaluated.
+        arguments: of the host, with the split.
+        samples: how many images are evaluated, None for all.
+        folder: of the report.
+    """
+
+    paths: Mapping[str, Path]
+    data: dict[str, Any]
+    data_file: Path
+    device: torch.device
+    arguments: dict[str, Any]
+    samples: int | None
+    folder: Path
+
+    bounds = BOUNDS
+
+    @cached_property
+    def models(self) -> list[TrainedModel]:
+        """The models, loaded."""
+        return [
+            load_model(name, path, self.data, self.arguments, self.device, self.folder)
+            for name, path in self.paths.items()
+        ]
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """See :attr:`EvaluationHost.subjects`."""
+        found = []
+        for model in self.models:
+            batches = partial(make_batches, model, self.data.get("path"), self.samples)
+            found.append(Subject(model.name, model.path, batches(), model.margins, batches))
+        return found
+
+    def default_levels(self, norm: float) -> list[float]:
+        """In L2 the paper's levels for 320 pixels, growing with the image; in Linf 2, 4 and 8 / 255."""
+        if norm == math.inf:
+            return [round(level / 255, 6) for level in (0, 2, 4, 8)]
+        return [round(level * int(self.arguments["imgsz"]) / 320, 6) for level in (0, 5, 10, 15)]
+
+    @property
+    def _names(self) -> dict[int, str]:
+        return {int(k): str(v) for k, v in self.models[0].network.names.items()}
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """See :func:`metrics`."""
+        return metrics(self._names)
+
+    def examples(
+        self, attack: tuple[str, Attack], levels: Sequence[float], ids: Sequence[str], *, seed: int
+    ) -> list[Example]:
+        """See :func:`make_examples`."""
+        return make_examples(self.models, self.data.get("path"), attack, levels, ids, seed=seed)
+
+    @property
+    def data_name(self) -> str:
+        """Of the data set."""
+        return self.data_file.stem
+
+    @property
+    def measured_over(self) -> str:
+        """See :attr:`EvaluationHost.measured_over`."""
+        return f"the image tensor in [0, 1] ({self.arguments['imgsz']} pixels)"
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See :attr:`EvaluationHost.fingerprint`."""
+        return {"arguments": self.arguments}
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Label 0 is the background of a picture."""
+        return {label + 1: name for label, name in self._names.items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :attr:`EvaluationHost.settings`."""
+        images = sum(len(batch.ids) for batch in self.subjects[0].batches)
+        return {
+            "data set": self.data_file.name,
+            "split": f"{self.arguments['split']}, {images} images",
+            "host arguments": {name: value for name, value in self.arguments.items() if name != "split"},
+            "checkpoints": {name: "/".join(path.parts[-3:]) for name, path in self.paths.items()},
+        }

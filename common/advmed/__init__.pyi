@@ -23,6 +23,7 @@ from .evaluation.loop import EvaluationBatch as EvaluationBatch
 from .evaluation.loop import LoadedBatch as LoadedBatch
 from .evaluation.loop import evaluate as evaluate
 from .evaluation.metric import Metric as Metric
+from .evaluation.subjects import Entry as Entry
 from .margins import MarginStore as MarginStore
 from .methods import METHODS as METHODS
 from .methods.amat import AMAT as AMAT
@@ -40,7 +41,6 @@ from .objective import ClassObjective as ClassObjective
 from .objective import ClassScores as ClassScores
 from .objective import Objective as Objective
 from .objective import PredictingObjective as PredictingObjective
-from .report.summary import Entry as Entry
 from .report.writer import write_report as write_report
 from .thresholds import RunningThresholds as RunningThresholds
 from .thresholds import TermStatistics as TermStatistics

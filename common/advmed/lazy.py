@@ -32,13 +32,17 @@ def public_names(
         try:
             return find(name)
         except ModuleNotFoundError as error:
-            if extra is None or (error.name or "").partition(".")[0] in OURS:
+            text = missing(f"{package}.{name}", error, extra)
+            if text is None:
                 raise
-            raise ImportError(missing(f"{package}.{name}", error, extra), name=error.name) from error
+            raise ImportError(text, name=error.name) from error
 
     return get, names, public
 
 
-def missing(what: str, error: ModuleNotFoundError, extra: str) -> str:
-    """What to do about a package that is not installed."""
-    return f"{what} needs {error.name}, which is not installed: pip install 'advmed[{extra}]'"
+def missing(what: str, error: ModuleNotFoundError, extra: str | None) -> str | None:
+    """What to do about a package that is not installed; None without an extra, and for a module of ours."""
+    package = (error.name or "").partition(".")[0]
+    if extra is None or not package or package in OURS:
+        return None
+    return f"{what} needs {package}, which is not installed: pip install 'advmed[{extra}]'"

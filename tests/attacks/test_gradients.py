@@ -100,6 +100,17 @@ def test_half_precision_images_and_terms(kind: torch.dtype, p: float, name: str)
     torch.testing.assert_close(result.images.float(), expected, rtol=0, atol=2e-3 if kind == torch.float16 else 1e-2)
 
 
+@pytest.mark.parametrize("attack", [PGD(4, 1.0, keep="best"), APGD(6, random_start=0)])
+def test_terms_in_half_precision_are_added_up_in_float32(attack: Attack) -> None:
+    """In bfloat16 1024 + 0.5 is 1024, and no point would be worse than the first."""
+
+    def terms(x: Tensor) -> Tensor:
+        small = x[:, 0, 0].bfloat16()
+        return torch.stack((small, torch.full_like(small, 1024.0)), 1)
+
+    torch.testing.assert_close(attack(terms, torch.zeros(2, 1, 1), 1.0).norms, torch.ones(2))
+
+
 # Starts and restarts
 
 

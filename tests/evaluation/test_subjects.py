@@ -16,11 +16,11 @@ from torch import Tensor
 
 from advmed.attacks import Noise
 from advmed.attacks.names import parse_attacks
+from advmed.cli.evaluate import compare
 from advmed.evaluation.checks import QUESTIONS, probes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
-from advmed.evaluation.subjects import Subject, compare, with_control
+from advmed.evaluation.subjects import Entry, Subject, with_control
 from advmed.report import Example, Metric, View, format_table, tabulate
-from advmed.report.summary import Entry
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -162,7 +162,7 @@ def test_the_tables_are_said_and_then_the_page(
 def test_what_is_said_is_what_is_written(tmp_path: Path, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's margins and numbers stay together with its name."""
     entries: list[Entry] = []
-    import advmed.evaluation.subjects as here
+    import advmed.cli.evaluate as here
 
     original = here.write_report
 
@@ -196,14 +196,14 @@ def checked(model: Subject) -> Subject:
     """With batches for the checks: of the first samples, in one batch."""
     whole = model.batches[0]
 
-    def few(number: int) -> list[EvaluationBatch]:
+    def subset(number: int) -> list[EvaluationBatch]:
         def load() -> LoadedBatch:
             loaded = whole.load()
             return LoadedBatch(loaded.images[:number], loaded.objective, loaded.score)
 
         return [EvaluationBatch(list(whole.ids)[:number], load)]
 
-    return replace(model, few=few)
+    return replace(model, subset=subset)
 
 
 def test_a_control_that_was_asked_for_is_the_only_one() -> None:

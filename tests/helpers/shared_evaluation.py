@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from advmed.attacks.names import parse_attacks
+from advmed.cli.evaluate import compare
 from advmed.distributed import Processes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import Subject, compare
+from advmed.evaluation.subjects import Subject
 from helpers.evaluations import leave_out_curves
 
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
@@ -47,7 +48,7 @@ def subject(folder: Path, name: str, loaded: list[str]) -> Subject:
         return LoadedBatch(images, objective, score)
 
     batches = [EvaluationBatch([f"{n}a", f"{n}b"], lambda n=n: load(n)) for n in range(BATCHES)]
-    return Subject(name, checkpoint, batches, few=lambda number: batches[: number // 2])
+    return Subject(name, checkpoint, batches, subset=lambda number: batches[: number // 2])
 
 
 def run(folder: Path, report: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -110,7 +111,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it, drawn once: a control, checks, failures, groups, margins, an example."""
     folder: Path = tmp_path_factory.mktemp("report")
-    checks = [Check("steps", "Twice the steps do not help.", "passed", "They do not.", {"gain": 0.0})]
+    figures = {"gain": 0.0, "share": math.nan}
+    checks = [Check("steps", "Twice the steps do not help.", "passed", "They do not.", figures)]
     std, amat = entries()
     models = [
         replace(std, evaluation=evaluation({**STD, **NOISE}, "sha-of-std"), checks=checks),
@@ -130,6 +132,7 @@ def test_the_record(folder: Path) -> None:
     assert set(record["versions"]) == {"advmed", "python", "torch", "numpy"}
     assert record["configuration"]["models"] == {"STD": "sha-of-std", "AMAT": "sha-of-amat"}
     assert record["configuration"]["evaluation"]["seed"] == 0
+    assert record["checks"]["STD"][0]["figures"] == {"gain": 0.0, "share": None}
     assert record["configuration"]["level_unit"] == UNIT
     assert record["configuration"]["settings"] == {"data set": "Task02_Heart", "folder": "models"}
     for name, curves in (("STD", STD), ("AMAT", AMAT)):

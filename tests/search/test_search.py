@@ -459,9 +459,10 @@ def test_a_machine_with_signs_of_life_keeps_its_trial(monkeypatch: pytest.Monkey
     assert watch.verdict(1, None) == "unknown"
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_study(toy: Toy, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process plays another machine: it sees signs of life, and locks as a network folder shows them."""
-    path = toy(train="wait=go", space={"delta": [1, 2]}, patience=1)
+    path = toy(train="wait=go", space={"delta": [1, 2]}, patience=8)
     other = process(path)
     wait_for(lambda: begun(1))
     host(wait="", again="1")

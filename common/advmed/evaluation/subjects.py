@@ -1,4 +1,4 @@
-"""Several trained models under the same attacks, in one report: what every host's ``evaluate`` command ends in."""
+"""Several trained models under the same attacks, measured one after the other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ import numpy as np
 from advmed.attacks import Attack, Noise
 from advmed.distributed import Processes
 from advmed.evaluation.checks import Check, check, level_to_check, probes, strongest
-from advmed.evaluation.loop import Evaluation, EvaluationBatch, describe, evaluate_with_bar
-from advmed.evaluation.metric import Metric
-from advmed.report import Entry, Example, format_table, tabulate, write_report
-from advmed.report.failures import count_failures
-from advmed.report.summary import Array, verdict
-from advmed.report.writer import configure, refuse_another
+from advmed.evaluation.loop import ALONE, Evaluation, EvaluationBatch, evaluate_with_bar
+from advmed.evaluation.metric import Array, Metric
 from advmed.thresholds import sha256
 
 
@@ -31,139 +27,115 @@ class Subject:
         checkpoint: its file; the numbers of an earlier run count only if it is the same.
         batches: what it is evaluated on, see :func:`advmed.evaluation.loop.evaluate`.
         margins: the noise levels that its training ended with, (N,), or None.
-        few: makes batches of so many of the samples, at even distances, for the checks of the attack; None for none.
+        subset: makes batches of so many of the samples, at even distances, for the checks of the attack; None for none.
     """
 
     name: str
     checkpoint: Path
     batches: Sequence[EvaluationBatch]
     margins: Array | None = None
-    few: Callable[[int], Sequence[EvaluationBatch]] | None = None
+    subset: Callable[[int], Sequence[EvaluationBatch]] | None = None
 
 
-Examples = Callable[[tuple[str, Any], Sequence[float], Sequence[str]], Sequence[Example]]
-"""Makes the pictures: from an attack with its name, the levels above 0, and the ids of the samples to show."""
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of a model.
+
+    Attributes:
+        name: as shown, such as "AMAT".
+        evaluation: the numbers.
+        margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
+        checks: whether the attacks are to be believed (:mod:`advmed.evaluation.checks`); empty where not looked at.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from advmed import Entry, EvaluationBatch, LoadedBatch, evaluate, parse_attacks
+        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
+        >>> batch = LoadedBatch(torch.zeros(2, 1, 2, 2), objective, lambda images: {"sum": objective(images)[:, 0]})
+        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1])
+        >>> Entry("AMAT", found, margins=np.array([0.5, 1.0])).evaluation.levels
+        (0.0, 1.0)
+    """
+
+    name: str
+    evaluation: Evaluation
+    margins: Array | None = None
+    checks: Sequence[Check] = ()
+
+    def __post_init__(self) -> None:
+        if self.margins is not None and (self.margins.size == 0 or not np.isfinite(self.margins).all()):
+            raise ValueError(f"margins of {self.name} must be one or more finite numbers, got {self.margins}")
 
 
-def compare(
+def measure_subjects(
     folder: Path,
     subjects: Sequence[Subject],
     attacks: Mapping[str, Attack],
     levels: Sequence[float],
     metrics: Sequence[Metric],
     *,
-    examples: Examples,
-    shown: int = 4,
     fingerprint: Mapping[str, Any],
     checks: int = 0,
     bounds: tuple[float, float] | None = None,
     seed: int = 0,
-    groups: Callable[[str], str] | None = None,
     overwrite: bool = False,
-    say: Callable[[str], object] = print,
-    **report: Any,
-) -> Path:
-    """Evaluates the models one after the other, writes their report, and says its tables.
-
-    Under torchrun the processes share the batches, and the first of them writes the report.
+    processes: Processes = ALONE,
+) -> list[Entry]:
+    """Evaluates the models one after the other, and checks the strongest attack on each.
 
     Args:
-        folder: of the report; what is finished in it is not computed again.
-        subjects: the models.
-        attacks: attacks by name, the strongest first; noise of the same norm is added as their control.
+        folder: finished batches of a model are in ``folder/name``, and not computed again.
+        subjects: the models, see :func:`check_alike`.
+        attacks: attacks by name, the strongest first.
         levels: noise levels, 0 first.
-        metrics: the metrics, the most important first.
-        examples: makes the pictures.
-        shown: number of samples in them: of those that fail first and of those that fail last.
+        metrics: the metrics; the first that knows failures judges the attack.
         fingerprint: what the numbers depend on beside the checkpoint, JSON-ready.
         checks: number of samples that the attack is checked on, see :mod:`advmed.evaluation.checks`; 0 for no checks.
         bounds: lowest and highest value of an input.
         seed: of the random starts.
-        groups: to which group a sample belongs, by its id, for the bootstrap; None for independent samples.
         overwrite: replaces what another evaluation left in the folder.
-        say: prints or logs a text.
-        **report: ``title``, ``level_unit``, ``class_names`` and ``settings`` of
-            :func:`advmed.report.write_report`.
-
-    Returns:
-        The path of report.html.
+        processes: the processes that share the work.
     """
-    check_numbers(samples=None, examples=shown, checks=checks)
-    _check_alike(subjects)
-    processes = Processes.of_environment()
-    attacks = with_control(attacks)
-
-    how: dict[str, Any] = {"bounds": bounds, "seed": seed}
+    criterion = next((metric for metric in metrics if metric.fails_at is not None), metrics[0])
+    name = strongest(attacks)
     marks = {
         subject.name: json.dumps({"checkpoint": sha256(subject.checkpoint), **fingerprint}, default=str)
         for subject in subjects
     }
-    if not overwrite:  # said before hours of measuring rather than after them
-        planned = {name: describe(attacks, levels, fingerprint=mark, **how) for name, mark in marks.items()}
-        ids = [str(id_) for batch in subjects[0].batches for id_ in batch.ids]
-        settings = report.get("settings") or {}
-        refuse_another(folder, configure(planned, ids, metrics, report["level_unit"], settings), before=True)
 
-    def measure(name: str, subject: Subject, batches: Sequence[EvaluationBatch], *what: Any) -> Evaluation:
+    def measure(place: str, subject: Subject, batches: Sequence[EvaluationBatch], *what: Any) -> Evaluation:
         return evaluate_with_bar(
-            name,
+            place,
             batches,
             *what,
             folder=folder,
             overwrite=overwrite,
             processes=processes,
             fingerprint=marks[subject.name],
-            **how,
+            bounds=bounds,
+            seed=seed,
         )
 
     entries = []
-    criterion = next((metric for metric in metrics if metric.fails_at is not None), metrics[0])
     for subject in subjects:
         measured = measure(subject.name, subject, subject.batches, attacks, levels)
         found: list[Check] = []
-        name = strongest(attacks)
-        if name is not None and checks and subject.few is not None:
+        if name is not None and checks and subject.subset is not None:
             level = level_to_check(measured, name, criterion)
             place = f"{subject.name}/checks_{checks}_{level:g}"
-            probed = measure(place, subject, subject.few(checks), probes(attacks[name]), (0.0, level))
+            probed = measure(place, subject, subject.subset(checks), probes(attacks[name]), (0.0, level))
             found = check(measured, name, probed, criterion)
         entries.append(Entry(subject.name, measured, subject.margins, found))
-    page = folder / "report.html"
-    if processes.rank == 0:
-        failures = count_failures(entries, metrics)
-        ids = failures.first_and_last(shown) if failures else []
-        ids = ids or [str(id_) for id_ in spread(entries[0].evaluation.ids, shown)]
-        page = write_report(
-            folder,
-            entries,
-            metrics,
-            examples=examples(next(iter(attacks.items())), levels[1:], ids) if shown else [],
-            groups=None if groups is None else [groups(id_) for id_ in measured.ids],
-            overwrite=overwrite,
-            **report,
-        )
-        for table in tabulate(entries, metrics, resample=False):
-            say(f"\n{format_table(table)}")
-        say(f"\n{verdict(entries)[1]}\n\nReport: {page}")
-    processes.wait()
-    return page
+    return entries
 
 
-def check_numbers(*, samples: Any, examples: Any, checks: Any) -> None:
-    """Numbers that a user gave: how many samples are evaluated (None: all), shown, and checked.
+def check_alike(subjects: Sequence[Subject]) -> None:
+    """Models have names of their own and the same samples: said before hours of measuring rather than after them.
 
     Raises:
-        ValueError: for one that is no whole number, or too small.
+        ValueError: if they do not.
     """
-    for name, value, least in (("samples", samples, 1), ("examples", examples, 0), ("checks", checks, 0)):
-        if name == "samples" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _check_alike(subjects: Sequence[Subject]) -> None:
-    """Models have names of their own and the same samples: said before hours of measuring rather than after them."""
     names = [subject.name for subject in subjects]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"a report needs one or more models of different names, got {names}")

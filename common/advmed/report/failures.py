@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from advmed.evaluation.metric import Metric
-from advmed.report.summary import Array, Entry
+from advmed.evaluation.subjects import Entry
+from advmed.report.summary import Array
 
 
 @dataclass(frozen=True)

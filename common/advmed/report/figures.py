@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from advmed.evaluation.subjects import Entry
 from advmed.report.failures import Failures
-from advmed.report.summary import Array, Entry, Table
+from advmed.report.summary import Array, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from advmed.evaluation.subjects import Entry
 from advmed.report import figures
 from advmed.report.failures import Failures
 from advmed.report.figures import Example, ExamplePictures
-from advmed.report.summary import Entry, Table
+from advmed.report.summary import Table
 
 
 def render_page(

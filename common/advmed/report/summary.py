@@ -10,43 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
-from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import interval, resamples
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import Entry
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model of the report.
-
-    Attributes:
-        name: as shown, such as "AMAT".
-        evaluation: what was measured.
-        margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
-        checks: whether the attacks are to be believed (:mod:`advmed.evaluation.checks`); empty where not looked at.
-
-    Example:
-        >>> import numpy as np
-        >>> import torch
-        >>> from advmed import Entry, EvaluationBatch, LoadedBatch, evaluate, parse_attacks
-        >>> objective = lambda images: images.flatten(1).sum(1, keepdim=True)
-        >>> batch = LoadedBatch(torch.zeros(2, 1, 2, 2), objective, lambda images: {"sum": objective(images)[:, 0]})
-        >>> found = evaluate([EvaluationBatch(["a", "b"], lambda: batch)], parse_attacks(["ifgsm10"]), [0, 1])
-        >>> Entry("AMAT", found, margins=np.array([0.5, 1.0])).evaluation.levels
-        (0.0, 1.0)
-    """
-
-    name: str
-    evaluation: Evaluation
-    margins: Array | None = None
-    checks: Sequence[Check] = ()
-
-    def __post_init__(self) -> None:
-        if self.margins is not None and (self.margins.size == 0 or not np.isfinite(self.margins).all()):
-            raise ValueError(f"margins of {self.name} must be one or more finite numbers, got {self.margins}")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 
 import advmed
+from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
+from advmed.evaluation.subjects import Entry
 from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
 from advmed.report.figures import Example
 from advmed.report.page import render_page
-from advmed.report.summary import Array, Entry, Table, cautions, findings, tabulate, verdict
+from advmed.report.summary import Array, Table, cautions, findings, tabulate, verdict
 
 FORMAT = "advmed.report/2"
 FILES = ("report.json", "results.csv", "samples.csv", "table.csv", "draws.npz", "curves.png", "report.html")
@@ -199,7 +201,7 @@ def _record(
             }
             for table in tables
         },
-        "checks": {entry.name: [asdict(check) for check in entry.checks] for entry in entries},
+        "checks": {entry.name: [_of_check(check) for check in entry.checks] for entry in entries},
         "bootstrap": {
             "confidence": CONFIDENCE,
             "seed": seed_of(entries[0].evaluation.ids, groups),
@@ -209,6 +211,10 @@ def _record(
         "attacks": {entry.name: _effort(entry) for entry in entries},
         "margins": {entry.name: _distribution(entry.margins) for entry in entries if entry.margins is not None},
     }
+
+
+def _of_check(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"figures": {name: _number(value) for name, value in check.figures.items()}}
 
 
 def _of_model(table: Table, m: int) -> dict[str, Any]:

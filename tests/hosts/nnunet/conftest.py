@@ -6,13 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 # nnU-Net reads these when it is imported.
@@ -28,10 +24,12 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerp
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from adv_nnunet import trainer as trainers
+from advmed.thresholds import Thresholds
 
 SOURCE = Path(__file__).parents[3] / "examples" / "data" / "Dataset004_Hippocampus"
 NAME = "Dataset004_Hippocampus"
@@ -51,25 +49,19 @@ SETTINGS: dict[str, Any] = {
 CPU = torch.device("cpu")
 
 
+def enter(world: World, results: Path, patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's variables, no settings but those that a test writes, and what makes nnU-Net quick."""
+    for name, value in world.variables(results).items():
+        patch.setenv(name, value)
+    patch.delenv("nnUNet_adversarial", raising=False)
+    patch.setattr(multiprocessing, "get_context", _threads)
+    patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)  # costs more than an epoch here
+
+
 @pytest.fixture(autouse=True)
 def environment(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's variables; every test has a results folder of its own, and no settings but those it writes."""
-    for name, value in variables(world, tmp_path / "results").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # batches are made in this process
-    monkeypatch.delenv("nnUNet_adversarial", raising=False)
-    monkeypatch.setattr(multiprocessing, "get_context", _threads)
-
-
-def variables(world: World, results: Path) -> dict[str, str]:
-    results.mkdir(exist_ok=True)
-    return {
-        "nnUNet_raw": str(world.raw),
-        "nnUNet_preprocessed": str(world.preprocessed),
-        "nnUNet_results": str(results),
-        "nnUNet_def_n_proc": "1",
-        "nnUNet_compile": "f",
-    }
+    """Every test has a results folder of its own."""
+    enter(world, tmp_path / "results", monkeypatch)
 
 
 class _ThreadContext:
@@ -88,64 +80,60 @@ def _threads(method: str | None = None) -> Any:
 class World:
     """Data sets in nnU-Net's layout, made when they are first asked for."""
 
-    name, plans, source, settings = NAME, PLANS, SOURCE, SETTINGS
+    settings = SETTINGS
 
     def __init__(self, root: Path) -> None:
         self.root, self.raw, self.preprocessed = root, root / "raw", root / "preprocessed"
         self.cases = sorted(p.name.removesuffix(".nii.gz") for p in (SOURCE / "labelsTr").glob("*.nii.gz"))[:8]
         self._made: dict[str, str] = {}
 
-    @cached_property
-    def main(self) -> str:
+    def variables(self, results: Path) -> dict[str, str]:
+        results.mkdir(exist_ok=True)
+        return {
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(results),
+            "nnUNet_def_n_proc": "1",
+            "nnUNet_n_proc_DA": "0",  # batches are made in this process
+            "nnUNet_compile": "f",
+        }
+
+    def make_main(self) -> None:
         """Eight cases, planned and preprocessed by nnU-Net itself; fold 0 validates on the last two."""
         self._copy_raw(NAME, self.cases)
-        with self._planning():
-            extract_fingerprints([4], num_processes=1, verbose=False, show_progress_bar=False)
-            plan_experiments([4])
+        extract_fingerprints([4], num_processes=1, verbose=False, show_progress_bar=False)
+        plan_experiments([4])
         folder = self.preprocessed / NAME
-        shutil.copytree(self.raw / NAME / "labelsTr", folder / "gt_segmentations")
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
         plans["plans_name"] = PLANS
         for name in CONFIGURATIONS:
             configuration = plans["configurations"][name]
             configuration["batch_size"] = 4 if name == "2d" else 2
             configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 8, 8]
-        (folder / f"{PLANS}.json").write_text(json.dumps(plans))
-        self._preprocess(NAME)
-        self.split(NAME, (self.cases[:6], self.cases[6:]), (self.cases[2:], self.cases[:2]))
-        return NAME
+        self._preprocess(NAME, plans, (self.cases[:6], self.cases[6:]), (self.cases[2:], self.cases[:2]))
+        self._made["main"] = NAME
 
     def dataset(self, kind: str) -> str:
         """The name of a data set of that kind: main, or one of four cases: regions, ignore, two_channels, ..."""
-        if kind == "main":
-            return self.main
         if kind not in self._made:
-            base = self.main
-            name = f"Dataset{len(self._made) + 11:03d}_{kind.replace('_', '')}"
+            name = f"Dataset{len(self._made) + 10:03d}_{kind.replace('_', '')}"
             cases = self.cases[:4]
             self._copy_raw(name, cases)
-            getattr(self, f"_make_{kind}")(self.raw / name, cases)
+            self._change(kind, self.raw / name, cases)
             folder = self.preprocessed / name
             folder.mkdir()
             shutil.copy(self.raw / name / "dataset.json", folder)
-            shutil.copy(self.preprocessed / base / "dataset_fingerprint.json", folder)
-            shutil.copytree(self.raw / name / "labelsTr", folder / "gt_segmentations")
-            plans = json.loads((self.preprocessed / base / f"{PLANS}.json").read_text()) | {"dataset_name": name}
+            shutil.copy(self.preprocessed / NAME / "dataset_fingerprint.json", folder)
+            plans = json.loads((self.preprocessed / NAME / f"{PLANS}.json").read_text()) | {"dataset_name": name}
             if kind == "two_channels":
                 properties = plans["foreground_intensity_properties_per_channel"]
                 properties["1"] = properties["0"]
                 for configuration in (plans["configurations"][name] for name in CONFIGURATIONS):
                     configuration["normalization_schemes"] *= 2
                     configuration["use_mask_for_norm"] *= 2
-            (folder / f"{PLANS}.json").write_text(json.dumps(plans))
-            self._preprocess(name)
-            self.split(name, (cases[:3], cases[3:]))
+            self._preprocess(name, plans, (cases[:3], cases[3:]))
             self._made[kind] = name
         return self._made[kind]
-
-    def split(self, name: str, *folds: tuple[Sequence[str], Sequence[str]]) -> None:
-        content = [{"train": list(train), "val": list(val)} for train, val in folds]
-        (self.preprocessed / name / "splits_final.json").write_text(json.dumps(content))
 
     def _copy_raw(self, name: str, cases: Sequence[str]) -> None:
         for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
@@ -155,69 +143,49 @@ class World:
         content = json.loads((SOURCE / "dataset.json").read_text()) | {"numTraining": len(cases)}
         (self.raw / name / "dataset.json").write_text(json.dumps(content))
 
-    def _preprocess(self, name: str) -> None:
-        """What nnUNetv2_preprocess does, without its processes."""
+    def _preprocess(self, name: str, plans: dict[str, Any], *folds: tuple[Sequence[str], Sequence[str]]) -> None:
+        """What nnUNetv2_preprocess does, without its processes; and the split."""
         folder = self.preprocessed / name
+        (folder / f"{PLANS}.json").write_text(json.dumps(plans))
+        shutil.copytree(self.raw / name / "labelsTr", folder / "gt_segmentations")
         description = json.loads((folder / "dataset.json").read_text())
-        plans = PlansManager(str(folder / f"{PLANS}.json"))
+        manager = PlansManager(str(folder / f"{PLANS}.json"))
         for name_of_configuration in CONFIGURATIONS:
-            configuration = plans.get_configuration(name_of_configuration)
+            configuration = manager.get_configuration(name_of_configuration)
             target = folder / configuration.data_identifier
             target.mkdir()
             for label in sorted((self.raw / name / "labelsTr").glob("*.nii.gz")):
                 case = label.name.removesuffix(".nii.gz")
                 images = [str(p) for p in sorted((self.raw / name / "imagesTr").glob(f"{case}_*.nii.gz"))]
                 DefaultPreprocessor(verbose=False).run_case_save(
-                    str(target / case), images, str(label), plans, configuration, description
+                    str(target / case), images, str(label), manager, configuration, description
                 )
+        content = [{"train": list(train), "val": list(val)} for train, val in folds]
+        (folder / "splits_final.json").write_text(json.dumps(content))
 
-    @staticmethod
-    def _planning() -> Any:
-        """Within a session fixture there is no environment of a test yet."""
-        return pytest.MonkeyPatch.context()
-
-    # Kinds of data sets: each changes the raw files of four cases.
-
-    @staticmethod
-    def _describe(folder: Path, **changes: Any) -> None:
+    def _change(self, kind: str, folder: Path, cases: Sequence[str]) -> None:
+        """Changes the raw files of four cases to those of a kind of data set."""
+        labels: dict[str, Any] = {"background": 0, "Anterior": 1, "Posterior": 2}
+        changes: dict[str, Any] = {"labels": labels}
+        if kind.startswith("regions"):
+            changes |= {"labels": {"background": 0, "whole": [1, 2], "posterior": 2}, "regions_class_order": [1, 2]}
+        if kind.endswith("ignore"):
+            changes["labels"]["ignore"] = 3
+            for case in cases:
+                _edit(folder / "labelsTr" / f"{case}.nii.gz", _ignore_a_third)
+        if kind == "two_channels":
+            changes["channel_names"] = {"0": "MRI", "1": "blurred"}
+            for case in cases:
+                first = folder / "imagesTr" / f"{case}_0000.nii.gz"
+                blurred = sitk.SmoothingRecursiveGaussian(sitk.ReadImage(first, sitk.sitkFloat32), 2.0)
+                sitk.WriteImage(blurred, folder / "imagesTr" / f"{case}_0001.nii.gz")
+        if kind == "empty_case":
+            _edit(folder / "labelsTr" / f"{cases[1]}.nii.gz", np.zeros_like)
         path = folder / "dataset.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    @staticmethod
-    def _edit(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        image = sitk.ReadImage(path)
-        changed = sitk.GetImageFromArray(change(sitk.GetArrayFromImage(image)))
-        changed.CopyInformation(image)
-        sitk.WriteImage(changed, path)
-
-    def _make_regions(self, folder: Path, cases: Sequence[str]) -> None:
-        labels = {"background": 0, "whole": [1, 2], "posterior": 2}
-        self._describe(folder, labels=labels, regions_class_order=[1, 2])
-
-    def _make_ignore(self, folder: Path, cases: Sequence[str]) -> None:
-        self._describe(folder, labels={"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3})
-        for case in cases:
-            self._edit(folder / "labelsTr" / f"{case}.nii.gz", _ignore_a_third)
-
-    def _make_regions_ignore(self, folder: Path, cases: Sequence[str]) -> None:
-        labels = {"background": 0, "whole": [1, 2], "posterior": 2, "ignore": 3}
-        self._describe(folder, labels=labels, regions_class_order=[1, 2])
-        for case in cases:
-            self._edit(folder / "labelsTr" / f"{case}.nii.gz", _ignore_a_third)
-
-    def _make_two_channels(self, folder: Path, cases: Sequence[str]) -> None:
-        self._describe(folder, channel_names={"0": "MRI", "1": "blurred"})
-        for case in cases:
-            image = sitk.ReadImage(folder / "imagesTr" / f"{case}_0000.nii.gz", sitk.sitkFloat32)
-            sitk.WriteImage(sitk.SmoothingRecursiveGaussian(image, 2.0), folder / "imagesTr" / f"{case}_0001.nii.gz")
-
-    def _make_nan(self, folder: Path, cases: Sequence[str]) -> None:
-        """As it is; :meth:`spoil` puts the NaN in later, because readers of NIfTI files turn NaN into 0."""
-
-    _make_nan_in_validation = _make_nan
-
     def spoil(self, name: str, case: str) -> None:
-        """Puts one NaN into a preprocessed case."""
+        """Puts one NaN into a preprocessed case (readers of NIfTI files turn NaN into 0)."""
         folder = self.preprocessed / name / "nnUNetPlans_2d"
         image, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
         image, segmentation = image[:], segmentation[:]
@@ -226,8 +194,12 @@ class World:
             path.unlink()
         nnUNetDatasetBlosc2.save_case(image, segmentation, properties, str(folder / case))
 
-    def _make_empty_case(self, folder: Path, cases: Sequence[str]) -> None:
-        self._edit(folder / "labelsTr" / f"{cases[1]}.nii.gz", np.zeros_like)
+
+def _edit(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    image = sitk.ReadImage(path)
+    changed = sitk.GetImageFromArray(change(sitk.GetArrayFromImage(image)))
+    changed.CopyInformation(image)
+    sitk.WriteImage(changed, path)
 
 
 def _ignore_a_third(label: np.ndarray) -> np.ndarray:
@@ -240,10 +212,9 @@ def _ignore_a_third(label: np.ndarray) -> np.ndarray:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("nnunet"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables(world, world.root / "results").items():
-            patch.setenv(name, value)
-        patch.setattr(multiprocessing, "get_context", _threads)
-        assert world.main == NAME
+        enter(world, world.root / "results", patch)
+        patch.setenv("nnUNet_n_proc_DA", "1")  # a number of threads while plans are made
+        world.make_main()
     return world
 
 
@@ -252,17 +223,7 @@ class Bench:
 
     def __init__(self, world: World, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.world, self.folder, self.patch = world, folder, patch
-
-    @property
-    def results(self) -> Path:
-        return Path(os.environ["nnUNet_results"])
-
-    def settings(self, **changes: Any) -> Path:
-        """Writes a settings file and names it in the environment."""
-        path = self.folder / "settings.yaml"
-        path.write_text(yaml.safe_dump(SETTINGS | changes))
-        self.patch.setenv("nnUNet_adversarial", str(path))
-        return path
+        self.results = Path(os.environ["nnUNet_results"])
 
     def make(
         self,
@@ -271,25 +232,51 @@ class Bench:
         *,
         dataset: str = "main",
         fold: int | str = 0,
-        resume: bool = False,
+        resume: Any = False,
         plans: str = PLANS,
         **settings: Any,
     ) -> Any:
-        """A trainer as nnUNetv2_train makes it: one of ours by the name of its method, or a class."""
-        self.settings(**settings)
+        """A trainer as nnUNetv2_train makes it, of a method's name or a class; the settings are in a file.
+
+        To be resumed: as with --c, or a trainer whose last checkpoint is loaded.
+        """
+        path = self.folder / "settings.yaml"
+        path.write_text(yaml.safe_dump(SETTINGS | settings))
+        self.patch.setenv("nnUNet_adversarial", str(path))
         if isinstance(kind, str):
             kind = getattr(trainers, f"nnUNetTrainer{kind}")
         folder = self.world.preprocessed / self.world.dataset(dataset)
-        content = json.loads((folder / f"{plans}.json").read_text()) | {"continue_training": resume}
+        content = json.loads((folder / f"{plans}.json").read_text()) | {"continue_training": bool(resume)}
         description = json.loads((folder / "dataset.json").read_text())
-        return kind(plans=content, configuration=configuration, fold=fold, dataset_json=description, device=CPU)
+        made = kind(plans=content, configuration=configuration, fold=fold, dataset_json=description, device=CPU)
+        if not isinstance(resume, bool):
+            final, latest = (Path(resume.output_folder) / f"checkpoint_{name}.pth" for name in ("final", "latest"))
+            made.load_checkpoint(str(final if final.exists() else latest))
+        return made
 
-    def ready(self, *args: Any, **kwargs: Any) -> Any:
-        """A trainer in the state after ``on_train_start``, in its first training epoch."""
+    def started(self, *args: Any, **kwargs: Any) -> Any:
+        """A trainer in the state after ``on_train_start``."""
         trainer = self.make(*args, **kwargs)
         trainer.on_train_start()
+        return trainer
+
+    def ready(self, *args: Any, **kwargs: Any) -> Any:
+        """A trainer in its first training epoch."""
+        trainer = self.started(*args, **kwargs)
         trainer.on_train_epoch_start()
         return trainer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """A trainer after its training."""
+        trainer = self.make(*args, **kwargs)
+        trainer.run_training()
+        return trainer
+
+    def thresholds(self, *values: float, names: Sequence[str] = ("ce+dice",)) -> str:
+        """A thresholds file."""
+        path = self.folder / "thresholds.json"
+        Thresholds(values, tuple(names)).save(path)
+        return str(path)
 
     def batches(self, trainer: Any, number: int, seed: int = 0) -> list[dict[str, Any]]:
         """Batches of a trainer's own data without augmentation, the same in every call; with ``ids`` where it has them.
@@ -318,18 +305,24 @@ class Bench:
         finally:
             np.random.set_state(state)
 
-    def feed(self, trainer: Any, batches: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> None:
-        """Makes a trainer take these batches, cycling through the validation ones."""
+    def feed(self, trainer: Any, batches: Iterable[dict[str, Any]]) -> None:
+        """Makes a trainer take these batches, and always the same one for validation."""
+        (validation,) = self.batches(trainer, 1, seed=9)
 
         def forever() -> Iterator[dict[str, Any]]:
-            while True:
-                for batch in validation:  # the host overwrites targets where there is an ignore label
-                    yield batch | {"target": [t.clone() for t in batch["target"]]}
+            while True:  # the host overwrites targets where there is an ignore label
+                yield validation | {"target": [t.clone() for t in validation["target"]]}
 
         trainer.get_dataloaders = lambda: (iter(batches), forever())
 
     def log(self, trainer: Any) -> str:
         return Path(trainer.log_file).read_text()
+
+    def saved(self, trainer: Any, name: str = "final") -> dict[str, Any]:
+        """A checkpoint of a trainer."""
+        path = Path(trainer.output_folder) / f"checkpoint_{name}.pth"
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=False)
+        return checkpoint
 
 
 @pytest.fixture
@@ -337,55 +330,39 @@ def bench(world: World, tmp_path: Path, environment: None, monkeypatch: pytest.M
     return Bench(world, tmp_path, monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """progress.png costs more than a training epoch here; tests that want it say ``@pytest.mark.usefixtures``."""
-    if "pictures" not in request.fixturenames:
-        from nnunetv2.training.logging.nnunet_logger import LocalLogger
+@pytest.fixture(scope="session")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Model folders of short trainings (fold 0), each made once and not to be written into."""
+    results = tmp_path_factory.mktemp("finished")
+    made: dict[Any, Path] = {}
 
-        monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+    def trained(dataset: str = "main", configuration: str = "2d", kind: Any = "STD") -> Path:
+        key = dataset, configuration, kind
+        if key in made:
+            return made[key]
+        with pytest.MonkeyPatch.context() as patch:
+            enter(world, results, patch)
+            torch.manual_seed(1)
+            schedule = {"epochs": 1, "iterations_per_epoch": 1, "initial_lr": 0.05}
+            trainer = Bench(world, results, patch).make(kind, configuration, dataset=dataset, **schedule)
+            if kind is nnUNetTrainer:
+                trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 20, 1
+            trainer.run_training()
+        made[key] = Path(trainer.output_folder).parent
+        return made[key]
 
-
-@pytest.fixture
-def pictures() -> None:
-    """Asks for progress.png."""
+    return trained
 
 
 @pytest.fixture(scope="session")
-def stock_results(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with a finished training of the stock trainer (2d, fold 0), not to be written into."""
-    folder = tmp_path_factory.mktemp("stock")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables(world, folder).items():
-            patch.setenv(name, value)
-        patch.setenv("nnUNet_n_proc_DA", "0")
-        patch.setattr(multiprocessing, "get_context", _threads)
-        from nnunetv2.training.logging.nnunet_logger import LocalLogger
-
-        patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
-        torch.manual_seed(1)
-        bench = Bench(world, folder, patch)
-        trainer = bench.make(nnUNetTrainer)
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 20, 1
-        trainer.run_training()
-        (folder / "settings.yaml").unlink()
-    return folder
+def stock(finished: Callable[..., Path]) -> Path:
+    """The model folder of a finished training of the stock trainer; its results folder has no other."""
+    return finished(kind=nnUNetTrainer)
 
 
 @pytest.fixture
-def with_stock(stock_results: Path, bench: Bench) -> Path:
-    """A copy of it as this test's results folder; returns the fold's folder."""
-    shutil.copytree(stock_results, bench.results, dirs_exist_ok=True)
-    return bench.results / NAME / f"nnUNetTrainer__{PLANS}__2d" / "fold_0"
-
-
-@pytest.fixture(scope="session")
-def console() -> SimpleNamespace:
-    """The installed commands, by name."""
-    scripts = Path(sysconfig.get_path("scripts"))
-    return SimpleNamespace(
-        train=[sys.executable, str(scripts / "nnUNetv2_train")],
-        predict=[sys.executable, str(scripts / "nnUNetv2_predict")],
-        ours=[sys.executable, str(scripts / "adv-nnunet")],
-        twice=[sys.executable, str(scripts / "torchrun"), "--nproc-per-node", "2", "--no-python"],
-    )
+def with_stock(stock: Path, bench: Bench) -> Path:
+    """A copy of it in this test's results folder; returns the fold's folder."""
+    copied = bench.results / NAME / stock.name
+    shutil.copytree(stock, copied)
+    return copied / "fold_0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,117 +16,81 @@ import torch
 from adv_nnunet import cli
 from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
-from advmed.thresholds import Thresholds
-
-
-@pytest.mark.parametrize("missing", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
-def test_no_variables_of_nnunet(bench: Any, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    trainer = type(bench.make())
-    monkeypatch.delenv(missing)
-    with pytest.raises(RuntimeError, match=rf"{missing} are not set\. Set them to folders \(export NAME=FOLDER\)"):
-        trainer({"dataset_name": bench.world.main}, "2d", 0, {}, torch.device("cpu"))
-
-
-def test_a_wrong_setting_stops_before_an_output_folder_is_made(bench: Any) -> None:
-    with pytest.raises(ValueError, match=r"settings\.yaml: unknown setting 'setps', did you mean 'steps'\?"):
-        bench.make(setps=3)
-    assert not any(bench.results.iterdir())
-
-
-def test_a_warm_up_as_long_as_the_training(bench: Any) -> None:
-    with pytest.raises(ValueError, match=r"warmup_epochs \(2\) leaves no adversarial epoch of 2; lower it"):
-        bench.make(warmup_epochs=2).on_train_start()
-
+from helpers.hosts import mistake_of
 
 SIZES = r"settings.yaml: perturbation sizes need eps_min <= eps <= eps_max, got eps_min {}, eps 2, eps_max {}$"
 TOGETHER = r"^{} compares the predictions of its two passes, .* one after the other: use backward 'together'$"
+NO_STANDARD = r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"
+
+
+@pytest.mark.parametrize("missing", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+def test_no_variables_of_nnunet(bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    trainer = type(bench.make())
+    monkeypatch.delenv(missing)
+    with pytest.raises(RuntimeError, match=rf"{missing} are not set\. Set them to folders \(export NAME=FOLDER\)"):
+        trainer({"dataset_name": world.dataset("main")}, "2d", 0, {}, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        ("AMAT", {"setps": 3}, r"settings\.yaml: unknown setting 'setps', did you mean 'steps'\?"),
+        ("AMAT", {"warmup_epochs": 2}, r"warmup_epochs \(2\) leaves no adversarial epoch of 2; lower it"),
+        ("AMAT", {"warmup_epochs": 0}, NO_STANDARD),
+        (
+            "AMAT",
+            {"configuration": "3d_fullres", "sample_id": "slice"},
+            "slice is for 2d; 3d_fullres is 3D, use 'case'",
+        ),
+        ("AMAT", {"start_from": "standard"}, "'start_from: standard' found no checkpoint.*stock trainer first"),
+        ("AMAT", {"start_from": "nowhere.pth"}, r"there is no nowhere\.pth\. Name a checkpoint file"),
+        ("AMAT", {"thresholds": "mine.json"}, r"there is no thresholds file .*mine\.json"),
+        ("AMAT", {"thresholds": {}}, r"is not a thresholds file of the format advmed\.thresholds/1"),
+        ("AMAT", {"thresholds": ("box",)}, r"\['box'\].*\['ce\+dice'\]\. Make thresholds of this model's own"),
+        ("AMAT", {"thresholds": ("ce", "dice")}, r"K = 2 loss terms \['ce', 'dice'\], the model's .* K = 1 terms"),
         ("DPAAT", {"eps": 2.0, "eps_min": 3.0}, SIZES.format(3, 4)),
         ("DPAAT", {"eps": 2.0, "eps_max": 1.5}, SIZES.format(0, 1.5)),
         ("DPAAT", {"backward": "sequential"}, TOGETHER.format("DPAAT")),
         ("TRADES", {"backward": "sequential", "sync_weight": 0.0}, TOGETHER.format("TRADES")),
     ],
+    ids=str,
 )
-def test_settings_that_a_method_cannot_work_with(bench: Any, kind: str, settings: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        bench.make(kind, **settings).run_training()
+def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
+    bench: Any, kind: str, settings: dict[str, Any], message: str
+) -> None:
+    given = settings.get("thresholds", "auto")
+    if isinstance(given, tuple):  # of terms of these names
+        settings = {**settings, "thresholds": bench.thresholds(*(0.1 for _ in given), names=given)}
+    elif not isinstance(given, str):
+        (bench.folder / "no.json").write_text(json.dumps(given))
+        settings = {**settings, "thresholds": str(bench.folder / "no.json")}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        bench.train(kind, **settings)
     assert not list(bench.results.rglob("*.pth"))
     assert not any("Epoch 0" in log.read_text() for log in bench.results.rglob("training_log*.txt"))
+    assert "setps" not in settings or not any(bench.results.iterdir()), "an output folder was made"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (Thresholds((0.1, 0.2), ("ce", "dice")), r"K = 2 loss terms \['ce', 'dice'\], the model's .* K = 1 terms"),
-        (Thresholds((0.1,), ("box",)), r"\['box'\].*\['ce\+dice'\]\. Make thresholds of this model's own"),
-        ("{}", r"is not a thresholds file of the format advmed\.thresholds/1"),
-        (None, r"there is no thresholds file .*mine\.json"),
-    ],
-)
-def test_thresholds_that_do_not_fit(bench: Any, tmp_path: Path, content: Any, message: str) -> None:
-    path = tmp_path / "mine.json"
-    if isinstance(content, Thresholds):
-        content.save(path)
-    elif content is not None:
-        path.write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        bench.make(thresholds=str(path)).on_train_start()
-
-
-def test_no_thresholds_and_no_warm_up(bench: Any) -> None:
-    with pytest.raises(ValueError, match=r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"):
-        bench.make(warmup_epochs=0).on_train_start()
-
-
-def test_start_from_a_training_that_is_not_there(bench: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'start_from: standard' found no checkpoint.*stock trainer first"):
-        bench.make(start_from="standard").on_train_start()
-    with pytest.raises(FileNotFoundError, match=r"there is no nowhere\.pth\. Name a checkpoint file"):
-        bench.make(start_from="nowhere.pth").on_train_start()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
-def test_margins_of_another_data_set(bench: Any, kind: str) -> None:
-    trainer = bench.ready(kind, warmup_epochs=0, thresholds=_file(bench, 100.0))
-    for batch in bench.batches(trainer, 2):
-        trainer.train_step(batch)
-    trainer.on_train_epoch_end([{"loss": np.float32(0)}])
-    trainer.logger.local_logger.my_fantastic_logging["mean_fg_dice"].append(0.0)
-    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    trainer.save_checkpoint(str(path))
-    checkpoint = torch.load(path, weights_only=False)
-    ids = checkpoint[STATE]["method"]["margins"]["ids"]
-    checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
-    torch.save(checkpoint, path)
-    again = bench.make(kind, resume=True, warmup_epochs=0, thresholds=_file(bench, 100.0))
-    again.load_checkpoint(str(path))
-    with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
-        again.on_train_start()
-
-
-@pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
-def test_margins_of_other_sample_ids(bench: Any, kind: str) -> None:
-    first = bench.make(kind, thresholds=_file(bench, 100.0))
-    first.run_training()
-    again = bench.make(kind, resume=True, thresholds=_file(bench, 100.0), sample_id="case")
-    again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+def test_a_training_that_cannot_be_continued(bench: Any, kind: str) -> None:
+    given = {"thresholds": bench.thresholds(100.0)}
+    first = bench.train(kind, **given)
+    # Of other sample ids.
+    again = bench.make(kind, resume=first, sample_id="case", **given)
     with pytest.raises(ValueError, match=r"splits_final\.json or sample_id\): restore them, or start a new training"):
         again.on_train_start()
     assert "settings changed since the checkpoint: sample_id slice -> case" in bench.log(again)
-
-
-def test_continuing_a_training_of_another_method(bench: Any) -> None:
-    """The user has changed the trainer, and with it the output folder; so the checkpoint was brought there by hand."""
-    first = bench.make("SAT")
-    first.run_training()
-    again = bench.make("DPAAT", resume=True)
-    again.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
-    with pytest.raises(ValueError, match="the saved state is of the method 'SAT', this run trains 'DPAAT'"):
-        again.on_train_start()
+    # Of another method: the checkpoint was brought to the output folder by hand.
+    with pytest.raises(ValueError, match=f"the saved state is of the method '{kind}', this run trains 'SAT'"):
+        bench.started("SAT", resume=first)
+    # Of another data set.
+    checkpoint = bench.saved(first)
+    ids = checkpoint[STATE]["method"]["margins"]["ids"]
+    checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
+    torch.save(checkpoint, Path(first.output_folder) / "checkpoint_final.pth")
+    with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
+        bench.started(kind, resume=first, **given)
 
 
 def test_continuing_a_stock_training(bench: Any, with_stock: Path) -> None:
@@ -134,44 +99,30 @@ def test_continuing_a_stock_training(bench: Any, with_stock: Path) -> None:
         trainer.load_checkpoint(str(with_stock / "checkpoint_final.pth"))
 
 
-def test_nan_in_an_image(bench: Any) -> None:
-    bench.world.spoil(bench.world.dataset("nan"), bench.world.cases[1])
-    trainer = bench.make(dataset="nan")
-    with pytest.raises(
-        ValueError, match=rf"1 preprocessed case\(s\) hold NaN .*: {bench.world.cases[1]}\. Mend the raw"
-    ):
-        trainer.on_train_start()
+def test_nan_in_an_image(bench: Any, world: Any) -> None:
+    world.spoil(world.dataset("nan"), world.cases[1])
+    with pytest.raises(ValueError, match=rf"1 preprocessed case\(s\) hold NaN .*: {world.cases[1]}\. Mend the raw"):
+        bench.started(dataset="nan")
 
 
-def test_a_case_without_foreground_is_named_and_trained_on(bench: Any) -> None:
-    trainer = bench.ready(dataset="empty_case")
-    assert f"1 case(s) have no foreground: {bench.world.cases[1]}." in bench.log(trainer)
-    (batch,) = bench.batches(trainer, 1)
-    assert np.isfinite(trainer.train_step(batch)["loss"])
-
-
-def test_a_case_of_both_data_sets_is_named_once(bench: Any) -> None:
+def test_a_case_without_foreground_is_named_once_and_trained_on(bench: Any, world: Any) -> None:
     """Fold "all" validates on what it trains on."""
-    trainer = bench.ready("SAT", dataset="empty_case", fold="all")
-    assert f"1 case(s) have no foreground: {bench.world.cases[1]}." in bench.log(trainer)
+    for fold in (0, "all"):
+        trainer = bench.ready("SAT", dataset="empty_case", fold=fold)
+        assert f"1 case(s) have no foreground: {world.cases[1]}." in bench.log(trainer)
+        (batch,) = bench.batches(trainer, 1)
+        assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
-def test_the_second_stage_of_a_cascade(bench: Any) -> None:
-    folder = bench.world.preprocessed / bench.world.main
+def test_the_second_stage_of_a_cascade(bench: Any, world: Any) -> None:
+    folder = world.preprocessed / world.dataset("main")
     plans = json.loads((folder / "tiny.json").read_text())
-    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-    plans["configurations"]["3d_lowres"] = {
-        **plans["configurations"]["3d_fullres"],
-        "next_stage": "3d_cascade_fullres",
-    }
+    configurations, second = plans["configurations"], "3d_cascade_fullres"
+    configurations[second] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    configurations["3d_lowres"] = {**configurations["3d_fullres"], "next_stage": second}
     (folder / "cascade.json").write_text(json.dumps(plans))
     with pytest.raises(RuntimeError, match=r"does not train the second stage of a cascade.*Train 3d_lowres"):
-        bench.make(configuration="3d_cascade_fullres", plans="cascade")
-
-
-def test_slices_in_3d(bench: Any) -> None:
-    with pytest.raises(ValueError, match="sample_id: slice is for 2d; 3d_fullres is 3D, use 'case' or 'cell'"):
-        bench.make(configuration="3d_fullres", sample_id="slice")
+        bench.make(configuration=second, plans="cascade")
 
 
 def test_an_output_folder_with_a_training(bench: Any) -> None:
@@ -181,13 +132,13 @@ def test_an_output_folder_with_a_training(bench: Any) -> None:
     with pytest.raises(FileExistsError, match=r"holds checkpoint_best\.pth .* --c, move it away, .* 'overwrite: true'"):
         trainer.on_train_start()
     assert kept.read_bytes() == b"precious"
-    bench.make(overwrite=True).on_train_start()
+    bench.started(overwrite=True)
 
 
-def test_a_gradient_that_is_not_finite_is_counted_and_harms_no_other_sample(bench: Any) -> None:
-    trainer = bench.ready(thresholds=_file(bench, 1e9), warmup_epochs=0)
+def test_a_gradient_that_is_not_finite_is_counted_and_harms_no_other_sample(bench: Any, world: Any) -> None:
+    trainer = bench.ready(thresholds=bench.thresholds(1e9))
     batch = bench.batches(trainer, 1)[0]
-    batch["ids"] = [f"{bench.world.cases[0]}:{i}" for i in range(4)]
+    batch["ids"] = [f"{world.cases[0]}:{i}" for i in range(4)]
 
     def break_gradient(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
@@ -217,95 +168,113 @@ def test_a_loss_that_is_never_finite_stops_the_training(bench: Any) -> None:
         trainer.on_train_epoch_end([{"loss": np.float32("nan")}, {"loss": np.float32("inf")}])
 
 
-def _file(bench: Any, value: float) -> str:
-    path = bench.folder / "thresholds.json"
-    Thresholds((value,), ("ce+dice",)).save(path)
-    return str(path)
-
-
 # The command
 
-EVALUATE = ["evaluate", "-d", "4", "-c", "2d", "-device", "cpu", "-p", "tiny", "-o", "out"]
+SAME = ["-d", "4", "-c", "2d", "-device", "cpu", "-p", "tiny"]
+EVALUATE = ["evaluate", *SAME, "-o", "out"]
+STOCK = [*EVALUATE, "-tr", "nnUNetTrainer"]
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command that must fail, and returns its one message."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # the command takes one for every core
+
+    def run(*words: Any) -> str:
+        message = mistake_of(main, capsys, *words)
+        assert message.startswith(f"adv-nnunet {words[0]}: ")
+        return message
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--levels", "0", "4", "2"], "levels"),
-        (["--levels", "1", "2"], "levels"),
-        (["--levels", "0", "-1"], "levels"),
-        (["--attacks", "fgsm"], "unknown attack 'fgsm': expected pgd<steps>"),
-        (["-i", "somewhere"], "-i and -l belong together"),
-        (["-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
-        (["-tr", "nnUNetTrainer"], "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
-        (["-m", "a=x", "a=y"], "two models have the same name"),
-        (["--samples", "0"], "samples must be a whole number >= 1, got 0"),
-        (["--examples", "-1"], "examples must be a whole number >= 0, got -1"),
-        (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),
+        ([*EVALUATE, "--levels", "0", "4", "2"], "levels"),
+        ([*EVALUATE, "--levels", "1", "2"], "levels"),
+        ([*EVALUATE, "--levels", "0", "-1"], "levels"),
+        ([*EVALUATE, "--attacks", "fgsm"], "unknown attack 'fgsm': expected pgd<steps>"),
+        ([*EVALUATE, "-i", "somewhere"], "-i and -l belong together"),
+        ([*EVALUATE, "-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
+        (STOCK, "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
+        ([*EVALUATE, "-m", "a=x", "a=y"], "2 models need 2 different names"),
+        ([*EVALUATE, "--samples", "0"], "samples must be a whole number >= 1, got 0"),
+        ([*EVALUATE, "--examples", "-1"], "examples must be a whole number >= 0, got -1"),
+        ([*EVALUATE, "--checks", "-1"], "checks must be a whole number >= 0, got -1"),
+        (
+            ["thresholds", *SAME],
+            "there is no finished standard training.*nnUNetv2_train 4 2d 0 -p tiny, or name .* -tr",
+        ),
+        (["thresholds", *SAME, "-p", "other"], "other.json: run nnUNetv2_plan_and_preprocess -d 4 first"),
+        (["thresholds", *SAME, "-d", "hippocampus"], "give an integer number .* or a correct dataset name"),
+        (["thresholds", *SAME, "-device", "cuda"], "there is no CUDA device here; choose another with -device cpu"),
     ],
+    ids=str,
 )
-def test_evaluate_with_a_mistake(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+def test_mistakes_on_the_command_line(
+    mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*EVALUATE, *arguments]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("adv-nnunet evaluate: ")
-    assert re.search(message, error), error
-    assert not (tmp_path / "out").exists()
-
-
-def test_evaluate_what_cannot_be_found(
-    with_stock: Path, bench: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    stock = [*EVALUATE, "-tr", "nnUNetTrainer"]
-    images, labels = tmp_path / "images", tmp_path / "labels"
-    images.mkdir()
-    cases = [
-        ([*stock, "-f", "1"], "fold_1"),
-        ([*stock, "-chk", "checkpoint_middle.pth"], "-chk names another checkpoint file"),
-        ([*stock, "-i", "images", "-l", "labels"], "there is no folder labels"),
-    ]
-    for arguments, message in cases:
-        assert main(arguments) == 1
-        assert message in capsys.readouterr().err
-    labels.mkdir()
-    assert main([*stock, "-i", "images", "-l", "labels"]) == 1
-    assert "holds no image that ends with _0000.nii.gz" in capsys.readouterr().err
-    (images / "one_0000.nii.gz").touch()
-    assert main([*stock, "-i", "images", "-l", "labels"]) == 1
-    assert "1 image(s) have no label file in labels: one" in capsys.readouterr().err
-    (images / "one_0000.nii.gz").unlink()
-    raw = bench.world.raw / bench.world.main
-    for channel in ("0000", "0001"):
-        shutil.copy(raw / "imagesTr" / f"{bench.world.cases[0]}_0000.nii.gz", images / f"one_{channel}.nii.gz")
-    shutil.copy(raw / "labelsTr" / f"{bench.world.cases[0]}.nii.gz", labels / "one.nii.gz")
-    assert main([*stock, "-i", "images", "-l", "labels"]) == 1
-    assert "one in images has 2 channel(s), the model 'STD' takes 1" in capsys.readouterr().err
-
-
-def test_evaluate_into_a_folder_of_another_evaluation(
-    with_stock: Path, bench: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    quick = [*EVALUATE, "-tr", "nnUNetTrainer", "--attacks", "ifgsm1", "--samples", "2", "--examples", "0"]
-    quick += ["--checks", "0"]
-    assert main([*quick, "--levels", "0", "1"]) == 0
-    before = (tmp_path / "out" / "report.json").read_bytes()
-    assert main([*quick, "--levels", "0", "2"]) == 1
-    assert "another configuration" in capsys.readouterr().err
-    assert (tmp_path / "out" / "report.json").read_bytes() == before
-    assert main([*quick, "--levels", "0", "2", "--overwrite"]) == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["evaluation"]["levels"] == [0, 2]
-
-
-def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = ["thresholds", "-d", "4", "-c", "2d", "-p", "tiny"]
-    assert main(arguments) == 1
-    assert "there is no CUDA device here; choose another with -device cpu" in capsys.readouterr().err
+    error = mistake(*words)
+    assert re.search(message, error, re.DOTALL), error
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("with_stock")
+def test_evaluate_what_cannot_be_found(
+    mistake: Callable[..., str], world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, images, labels = world.raw / world.dataset("main"), Path("images"), Path("labels")
+    files = [*STOCK, "-i", "images", "-l", "labels"]
+    images.mkdir()
+    assert "fold_1" in mistake(*STOCK, "-f", "1")
+    assert "-chk names another checkpoint file" in mistake(*STOCK, "-chk", "checkpoint_middle.pth")
+    assert "there is no folder labels" in mistake(*files)
+    labels.mkdir()
+    assert "holds no image that ends with _0000.nii.gz" in mistake(*files)
+    (images / "one_0000.nii.gz").touch()
+    assert "1 image(s) have no label file in labels: one" in mistake(*files)
+    for channel in ("0000", "0001"):
+        shutil.copy(raw / "imagesTr" / f"{world.cases[0]}_0000.nii.gz", images / f"one_{channel}.nii.gz")
+    shutil.copy(raw / "labelsTr" / f"{world.cases[0]}.nii.gz", labels / "one.nii.gz")
+    assert "one in images has 2 channel(s), the model 'STD' takes 1" in mistake(*files)
+    (Path("empty") / raw.name).mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_preprocessed", "empty")
+    message = mistake(*STOCK)
+    assert "preprocess the data set with nnUNetv2_plan_and_preprocess, or give raw files with -i and -l" in message
+
+
+@pytest.mark.slow
+def test_evaluate_models_that_do_not_go_together(
+    mistake: Callable[..., str], stock: Path, finished: Callable[..., Path]
+) -> None:
+    volume, regions = finished(configuration="3d_fullres"), finished("regions_ignore")
+    message = mistake(*EVALUATE, "-m", f"flat={stock}", f"volume={volume}")
+    assert "volume and flat do not predict the same: other labels, or 2D against 3D" in message
+    message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}")
+    assert "regions and flat do not predict the same: other labels, or 2D against 3D" in message
+
+
+def test_evaluate_an_image_with_nan(mistake: Callable[..., str], finished: Callable[..., Path], world: Any) -> None:
+    folder, name = finished("nan_in_validation"), world.dataset("nan_in_validation")
+    world.spoil(name, world.cases[3])
+    message = mistake(*EVALUATE, "-d", name, "-m", folder, "--attacks", "ifgsm1", "--levels", "0", "1")
+    assert "images hold NaN or infinite values, check the preprocessing of" in message
+    assert f"{world.cases[3]}:5" in message
+
+
+@pytest.mark.usefixtures("with_stock", "undrawn")
+def test_evaluate_into_a_folder_of_another_evaluation(mistake: Callable[..., str]) -> None:
+    quick = [*STOCK, "--attacks", "ifgsm1", "--samples", "2", "--examples", "0", "--checks", "0", "--levels", "0"]
+    report = Path("out") / "report.json"
+    assert main([*quick, "1"]) == 0
+    before = report.read_bytes()
+    assert "another configuration" in mistake(*quick, "2")
+    assert report.read_bytes() == before
+    assert main([*quick, "2", "--overwrite"]) == 0
+    assert json.loads(report.read_text())["configuration"]["evaluation"]["levels"] == [0, 2]
 
 
 def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,20 +284,3 @@ def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli._device("cuda") == torch.device("cuda:1")
     assert cli._device("cpu") == torch.device("cpu")
-
-
-def test_thresholds_without_a_standard_training(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["thresholds", "-d", "4", "-c", "2d", "-p", "tiny", "-device", "cpu"]) == 1
-    error = capsys.readouterr().err
-    assert "there is no finished standard training" in error
-    assert "nnUNetv2_train 4 2d 0 -p tiny, or name its trainer with -tr" in error
-
-
-def test_thresholds_of_a_data_set_that_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["thresholds", "-d", "4", "-c", "2d", "-p", "other", "-device", "cpu"]) == 1
-    assert "other.json: run nnUNetv2_plan_and_preprocess -d 4 first" in capsys.readouterr().err
-
-
-def test_a_data_set_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["thresholds", "-d", "hippocampus", "-c", "2d", "-p", "tiny", "-device", "cpu"]) == 1
-    assert "give an integer number ('1', '2', etc) or a correct dataset name" in capsys.readouterr().err

@@ -4,129 +4,109 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from adv_nnunet import calibration as standard
 from advmed.thresholds import RunningThresholds, Thresholds, sha256
+from helpers.hosts import different
+
+FOUND = Thresholds((0.6,), ("ce+dice",), "mean+1std", (0.5,), (0.1,), 10)
 
 
-def write(path: Path, *values: float, names: tuple[str, ...] = ("ce+dice",)) -> Path:
-    Thresholds(values, names, rule="mean").save(path)
-    return path
-
-
-# --- which of the three it was ---------------------------------------------------------------------------------------
-
-
-def test_a_file_that_the_settings_name(bench: Any, with_stock: Path) -> None:
-    path = write(bench.folder / "mine.json", 0.125)
-    write(with_stock / standard.FILE, 9.0)  # named beats found
-    trainer = bench.make("AMAT", thresholds=str(path))
-    trainer.on_train_start()
-    assert trainer.method.thresholds.values == (0.125,)
-    assert f"Thresholds from the file {path}: ce+dice < 0.125" in bench.log(trainer)
-    assert trainer.run.warmup_epochs == 0
-
-
-def test_a_file_beside_the_standard_training(bench: Any, with_stock: Path) -> None:
-    path = write(with_stock / standard.FILE, 0.25)
-    trainer = bench.make("AMAT")
-    trainer.on_train_start()
-    assert trainer.method.thresholds.values == (0.25,)
-    assert f"Thresholds from the file {path} (found beside the standard training)" in bench.log(trainer)
-    assert trainer.run.warmup_epochs == 0
+def test_a_file_that_the_settings_name_beats_one_beside_the_standard_training(bench: Any, with_stock: Path) -> None:
+    """A tagged trainer finds the same standard training."""
+    found, named = with_stock / standard.FILE, bench.thresholds(0.125)
+    FOUND.save(found)
+    for settings, value, said in (
+        ({"thresholds": named}, 0.125, f"Thresholds from the file {named}: ce+dice < 0.125"),
+        ({}, 0.6, f"Thresholds from the file {found} (found beside the standard training)"),
+        ({"tag": "x"}, 0.6, f"Thresholds from the file {found} (found beside the standard training)"),
+        ({"rule": "mean"}, 0.5, "by the rule mean of the settings instead of the file's"),
+    ):
+        trainer = bench.started("AMAT", **settings)
+        assert trainer.method.thresholds.values == (value,)
+        assert said in bench.log(trainer)
+        assert ("rule" in settings) == ("by the rule" in bench.log(trainer))
+        assert trainer.run.warmup_epochs == 0
 
 
 def test_made_from_the_finished_standard_training(bench: Any, with_stock: Path) -> None:
-    trainer = bench.make("AMAT", threshold_samples=30)
-    trainer.on_train_start()
-    log, path = bench.log(trainer), with_stock / standard.FILE
-    assert f"Thresholds are measured on the standard training {with_stock / standard.CHECKPOINT}" in log
+    trainer = bench.started("AMAT", threshold_samples=30)
+    log, path, checkpoint = bench.log(trainer), with_stock / standard.FILE, with_stock / standard.CHECKPOINT
+    assert f"Thresholds are measured on the standard training {checkpoint}" in log
     assert "mean Dice of that network on clean training samples" in log
     assert f"written to {path}" in log
     found = Thresholds.load(path)
     assert trainer.method.thresholds == found
     assert found.n == 32  # whole batches of four
-    assert found.source == str(with_stock / standard.CHECKPOINT)
-    assert found.source_sha256 == sha256(with_stock / standard.CHECKPOINT)
-    assert found.notes["configuration"] == "2d"
-    assert found.notes["absent_classes"] == "skip"
+    assert (found.source, found.source_sha256) == (str(checkpoint), sha256(checkpoint))
+    assert (found.notes["configuration"], found.notes["absent_classes"]) == ("2d", "skip")
     # The next training finds the file.
-    again = bench.make("AMAT", tag="again")
-    again.on_train_start()
+    again = bench.started("AMAT", tag="again")
     assert "found beside the standard training" in bench.log(again)
     assert "Delete the file" not in bench.log(again)
     assert again.method.thresholds == found
+    # One that speaks of the network before the fold was trained anew is not taken silently.
+    Thresholds((0.5,), ("ce+dice",), "mean", (0.5,), (0.1,), 10, "checkpoint", "0" * 64).save(path)
+    last = bench.started("AMAT", tag="last")
+    assert "was made of another checkpoint than the checkpoint_final.pth beside it. Delete" in bench.log(last)
 
 
-def test_self_calibrated(bench: Any) -> None:
-    trainer = bench.make("AMAT", epochs=20)
-    trainer.on_train_start()
+@pytest.mark.parametrize("dataset", ["main", "regions_ignore", "two_channels"])
+def test_our_own_standard_trainer_serves_too(bench: Any, finished: Callable[..., Path], dataset: str) -> None:
+    """The schedule of the settings trains nnUNetTrainerSTD; its network is a standard one."""
+    folder = finished(dataset)
+    shutil.copytree(folder, bench.results / folder.parent.name / folder.name)
+    trainer = bench.started("AMAT", dataset=dataset, threshold_samples=8)
+    assert "nnUNetTrainerSTD__tiny__2d" in trainer.method.thresholds.source
+    assert "measured on the standard training" in bench.log(trainer)
+    assert math.isfinite(trainer.method.thresholds.values[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"fold": 1}, {"configuration": "3d_fullres"}, {"std_trainer": "nnUNetTrainerNoMirroring"}, "unfinished"],
+    ids=str,
+)
+def test_self_calibrated_where_there_is_no_finished_standard_training(
+    bench: Any, with_stock: Path, change: Any
+) -> None:
+    """One of something else, or one that has not ended, does not count."""
+    if change == "unfinished":
+        change = {}
+        (with_stock / standard.CHECKPOINT).rename(with_stock / "checkpoint_latest.pth")
+    elif change:
+        FOUND.save(with_stock / standard.FILE)
+    else:
+        shutil.rmtree(with_stock)
+    trainer = bench.started("AMAT", epochs=20, **change)
     assert isinstance(trainer.method.thresholds, RunningThresholds)
     assert "Thresholds are self-calibrated: a clean warm-up first" in bench.log(trainer)
     assert trainer.run.warmup_epochs == 2  # a tenth
     assert "2 epoch(s) of clean warm-up" in bench.log(trainer)
 
 
-def test_an_unfinished_standard_training_does_not_count(bench: Any, with_stock: Path) -> None:
-    (with_stock / standard.CHECKPOINT).rename(with_stock / "checkpoint_latest.pth")
-    trainer = bench.make("AMAT")
-    trainer.on_train_start()
-    assert "self-calibrated" in bench.log(trainer)
-
-
-@pytest.mark.parametrize(
-    "change", [{"fold": 1}, {"configuration": "3d_fullres"}, {"std_trainer": "nnUNetTrainerNoMirroring"}], ids=str
-)
-def test_a_standard_training_of_something_else_does_not_count(bench: Any, with_stock: Path, change: dict) -> None:
-    write(with_stock / standard.FILE, 0.25)
-    trainer = bench.make("AMAT", **change)
-    trainer.on_train_start()
-    assert "self-calibrated" in bench.log(trainer)
-
-
-def test_our_own_standard_trainer_serves_too(bench: Any) -> None:
-    """The schedule of the settings trains nnUNetTrainerSTD; its network is a standard one."""
-    bench.make("STD").run_training()
-    trainer = bench.make("AMAT", threshold_samples=8)
-    trainer.on_train_start()
-    assert "nnUNetTrainerSTD__tiny__2d" in trainer.method.thresholds.source
-    assert "measured on the standard training" in bench.log(trainer)
-
-
-def test_a_tagged_trainer_finds_the_same_standard_training(bench: Any, with_stock: Path) -> None:
-    write(with_stock / standard.FILE, 0.25)
-    trainer = bench.make("AMAT", tag="x")
-    trainer.on_train_start()
-    assert trainer.method.thresholds.values == (0.25,)
-
-
-# --- the warm-up of self-calibration ---------------------------------------------------------------------------------
-
-
 def test_the_warm_up_measures_the_clean_terms(bench: Any) -> None:
     trainer = bench.make("AMAT", epochs=4, warmup_epochs=1)
     batches = bench.batches(trainer, 8)
     trainer.initialize = lambda: None
-    bench.feed(trainer, batches, bench.batches(trainer, 1))
-    expected = []
+    bench.feed(trainer, batches)
+    expected, step = [], trainer.train_step
 
-    def record(step: Any) -> Any:
-        def wrapped(batch: dict[str, Any]) -> Any:
-            if trainer.current_epoch == 0:
-                with torch.no_grad():
-                    expected.append(trainer.terms(trainer.network(batch["data"]), batch["target"]).double())
-            return step(batch)
+    def recorded(batch: dict[str, Any]) -> Any:
+        if trainer.current_epoch == 0:
+            with torch.no_grad():
+                expected.append(trainer.terms(trainer.network(batch["data"]), batch["target"]).double())
+        return step(batch)
 
-        return wrapped
-
-    trainer.train_step = record(trainer.train_step)
+    trainer.train_step = recorded
     trainer.run_training()
     # The statistics fade with a memory of one epoch: two batches of weights exp(-4 / 8) and 1.
     weight = math.exp(-4 / 8)
@@ -140,16 +120,11 @@ def test_the_warm_up_measures_the_clean_terms(bench: Any) -> None:
     assert trainer.method.thresholds.statistics.n == pytest.approx(4 * sum(weight**k for k in range(8)))
 
 
-# --- the measurement -------------------------------------------------------------------------------------------------
-
-
-def test_the_measured_mean_is_that_of_the_samples(
-    bench: Any, with_stock: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By hand: the same draws through the same network in evaluation mode."""
+def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the same draws through the same network in evaluation mode. Repeatable, and without a trace."""
     trainer = bench.make("AMAT", threshold_samples=12, terms="separate", rule="mean+2std")
     trainer.initialize()
-    rows = []
+    rows, checkpoint = [], stock / "fold_0" / standard.CHECKPOINT
 
     class Spy(standard.SampleTerms):
         def __call__(self, outputs: Any, targets: Any) -> Any:
@@ -157,7 +132,8 @@ def test_the_measured_mean_is_that_of_the_samples(
             return rows[-1]
 
     monkeypatch.setattr(standard, "SampleTerms", Spy)
-    found = standard.measure(trainer, with_stock / standard.CHECKPOINT)
+    state, weights = np.random.get_state()[1].copy(), {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    found = standard.measure(trainer, checkpoint)
     values = torch.cat(rows).double().numpy()
     assert values.shape == (12, 2)
     assert found.names == ("ce", "dice")
@@ -167,95 +143,25 @@ def test_the_measured_mean_is_that_of_the_samples(
     assert 0 <= found.notes["training_dice"] <= 1
     json.dumps(dict(found.notes))
 
-
-def test_the_measurement_is_repeatable_and_leaves_random_states_alone(bench: Any, with_stock: Path) -> None:
-    trainer = bench.make("AMAT", threshold_samples=12)
-    trainer.initialize()
-    before = np.random.get_state()[1].copy(), torch.get_rng_state(), {k: v.clone() for k, v in _weights(trainer)}
-    first = standard.measure(trainer, with_stock / standard.CHECKPOINT)
-    assert np.array_equal(np.random.get_state()[1], before[0])
-    assert all(torch.equal(value, before[2][name]) for name, value in _weights(trainer))
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert not different(trainer.network.state_dict(), weights)
     np.random.seed(99)
-    assert standard.measure(trainer, with_stock / standard.CHECKPOINT) == first
-    assert standard.measure(trainer, with_stock / standard.CHECKPOINT, seed=1) != first
+    assert standard.measure(trainer, checkpoint) == found
+    assert standard.measure(trainer, checkpoint, seed=1) != found
 
 
-def _weights(trainer: Any) -> Any:
-    return trainer.network.state_dict().items()
-
-
-@pytest.mark.parametrize("dataset", ["regions_ignore", "two_channels"])
-def test_measuring_other_kinds_of_data(bench: Any, dataset: str) -> None:
-    stock = bench.make(nnUNetTrainer, dataset=dataset)
-    stock.num_epochs = stock.num_iterations_per_epoch = stock.num_val_iterations_per_epoch = 1
-    stock.run_training()
-    trainer = bench.make("AMAT", dataset=dataset, threshold_samples=8)
-    trainer.on_train_start()
-    assert math.isfinite(trainer.method.thresholds.values[0])
-    assert "measured on the standard training" in bench.log(trainer)
-
-
-# --- a file that does not belong to this training any more -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(("rule", "expected"), [("mean", 0.5), ("mean+2std", 0.7), (None, 0.6)])
-def test_the_rule_of_the_settings_is_applied_to_a_found_file(
-    bench: Any, with_stock: Path, rule: str | None, expected: float
-) -> None:
-    """The file keeps mean and std; without a rule in the settings, its own holds."""
-    found = Thresholds((0.6,), ("ce+dice",), rule="mean+1std", mean=(0.5,), std=(0.1,), n=10)
-    found.save(with_stock / standard.FILE)
-    trainer = bench.make("AMAT", **({"rule": rule} if rule else {}))
-    trainer.on_train_start()
-    assert trainer.method.thresholds.values == pytest.approx((expected,))
-    said = f"by the rule {rule} of the settings instead of the file's" in bench.log(trainer)
-    assert said == (rule is not None)
-
-
-def test_a_rule_for_a_file_of_bare_values(bench: Any, with_stock: Path) -> None:
-    Thresholds((0.5,), ("ce+dice",)).save(with_stock / standard.FILE)
-    trainer = bench.make("AMAT", rule="mean+2std")
-    with pytest.raises(ValueError, match="hold no mean and std that the rule 'mean\\+2std' could be applied to"):
-        trainer.on_train_start()
-
-
-def test_a_found_file_of_an_older_standard_training_is_not_taken_silently(bench: Any, with_stock: Path) -> None:
-    """The fold was trained anew, and the file beside it speaks of the network before."""
-    found = Thresholds((0.5,), ("ce+dice",), "mean", (0.5,), (0.1,), 10, "checkpoint", "0" * 64)
-    found.save(with_stock / standard.FILE)
-    trainer = bench.make("AMAT")
-    trainer.on_train_start()
-    assert "was made of another checkpoint than the checkpoint_final.pth beside it. Delete" in bench.log(trainer)
-
-
-# --- training that starts from the standard weights ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["standard", "path"])
+@pytest.mark.parametrize("how", ["standard", "path", "nothing to continue"])
 def test_start_from_the_standard_training(bench: Any, with_stock: Path, how: str) -> None:
+    """nnUNetv2_train --c with nothing to continue warns and trains from the start, which is where the settings say."""
     source = with_stock / standard.CHECKPOINT
-    write(with_stock / standard.FILE, 0.25)
-    trainer = bench.make("AMAT", start_from="standard" if how == "standard" else str(source))
-    trainer.on_train_start()
+    start = str(source) if how == "path" else "standard"
+    trainer = bench.started("AMAT", start_from=start, threshold_samples=4, resume=how == "nothing to continue")
     weights = torch.load(source, weights_only=False)["network_weights"]
-    assert all(torch.equal(value, weights[name]) for name, value in _weights(trainer))
+    assert not different(trainer.network.state_dict(), weights)
     assert f"Starting from the weights of {source}" in bench.log(trainer)
 
 
 def test_a_resumed_training_starts_from_its_own_weights(bench: Any, with_stock: Path) -> None:
-    first = bench.make("AMAT", start_from="standard", threshold_samples=4)
-    first.run_training()
-    path = Path(first.output_folder) / "checkpoint_final.pth"
-    again = bench.make("AMAT", start_from="standard", resume=True)
-    again.load_checkpoint(str(path))
-    again.on_train_start()
-    weights = torch.load(path, weights_only=False)["network_weights"]
-    assert all(torch.equal(value, weights[name]) for name, value in _weights(again))
-
-
-def test_continue_without_a_checkpoint_starts_from_the_standard_weights(bench: Any, with_stock: Path) -> None:
-    """nnUNetv2_train --c with nothing to continue warns and trains from the start, which is where the settings say."""
-    trainer = bench.make("AMAT", start_from="standard", threshold_samples=4, resume=True)
-    trainer.on_train_start()
-    weights = torch.load(with_stock / standard.CHECKPOINT, weights_only=False)["network_weights"]
-    assert all(torch.equal(value, weights[name]) for name, value in _weights(trainer))
+    first = bench.train("AMAT", start_from="standard", threshold_samples=4)
+    again = bench.started("AMAT", start_from="standard", resume=first)
+    assert not different(again.network.state_dict(), bench.saved(first)["network_weights"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +26,12 @@ from adv_nnunet.settings import Settings
 from adv_nnunet.trainer import STATE
 from advmed.thresholds import Thresholds, sha256
 from advmed.training.settings import read_settings
+from helpers.hosts import BLOCKER, margins_of
 
 pytestmark = pytest.mark.slow
 
-EPOCHS, WARM_UP, ITERATIONS, BATCH = 4, 1, 20, 4
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+EPOCHS, WARM_UP, ITERATIONS, BATCH = 4, 1, 10, 4
 SETTINGS = {
     "epochs": EPOCHS,
     "iterations_per_epoch": ITERATIONS,
@@ -41,10 +42,9 @@ SETTINGS = {
     "warmup_epochs": WARM_UP,
     "refinement": "crossing",
 }
-EVALUATE = ["--attacks", "pgd10", "ifgsm3", "--levels", "0", "2", "6", "--samples", "20", "--batch_size", "4"]
-EVALUATE += ["--checks", "4"]
-
-
+SAME = ["-d", "4", "-c", "2d", "-p", "tiny", "-f", "0", "-device", "cpu"]
+EVALUATE = ["evaluate", *SAME, "--attacks", "pgd4", "ifgsm2", "--levels", "0", "2", "6", "--samples", "12"]
+EVALUATE += ["--batch_size", "4", "--checks", "4", "-tr", "nnUNetTrainer", "nnUNetTrainerAMAT", "-o"]
 ONE_CORE = """
 # The host's commands take a thread for every core. On a busy machine threads of so small a network wait for each other
 # a thousand times longer than they work.
@@ -52,105 +52,97 @@ import os
 
 os.cpu_count = lambda: 1
 """
-WITHOUT_US = (
-    ONE_CORE
-    + """
-import pathlib, sys
+WITHOUT_US = """
+import pathlib
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("adv_nnunet", "advmed"):
-            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
-
-sys.meta_path.insert(0, Blocker())
 os.environ.pop("nnUNet_extTrainer", None)
 pathlib.Path(os.environ["BLOCKED"]).write_text(str(sorted({m.partition(".")[0] for m in sys.modules})))
 """
-)
 
 
-def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool], seconds: float = 240) -> None:
-    """SIGKILL as soon as ``ready`` says so; then its worker processes, which it cannot end any more itself."""
-    deadline = time.monotonic() + seconds
+class Shell:
+    """A user's shell: nnU-Net's variables, a results folder with a stock training, and adversarial.yaml in place."""
+
+    def __init__(self, root: Path, world: Any, stock: Path) -> None:
+        self.root, data = root, world.dataset("main")
+        self.results = root / "results" / data
+        self.stock = self.results / stock.name
+        shutil.copytree(stock, self.stock)
+        shutil.copytree(world.preprocessed / data, root / "preprocessed" / data)
+        (root / "preprocessed" / data / "adversarial.yaml").write_text(yaml.safe_dump(SETTINGS))
+        for folder, code in (("one_core", ONE_CORE), ("blocker", ONE_CORE + BLOCKER + WITHOUT_US)):
+            (root / folder).mkdir()
+            (root / folder / "sitecustomize.py").write_text(code)
+        self.variables = world.variables(root / "results") | {
+            "nnUNet_preprocessed": str(root / "preprocessed"),
+            "nnUNet_n_proc_DA": "1",
+        }
+        unset = ("nnUNet_extTrainer", "nnUNet_adversarial", "nnUNet_compile")
+        self.environment = {k: v for k, v in (os.environ | self.variables).items() if k not in unset} | {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(root / "one_core"),
+        }
+
+    def start(self, log: str, *words: Any, **environment: str) -> subprocess.Popen[bytes]:
+        """Starts an installed command of Python."""
+        command, *rest = words
+        with (self.root / f"{log}.log").open("wb") as out:
+            return subprocess.Popen(
+                [str(word) for word in (SCRIPTS / command, *rest)],
+                env=self.environment | environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=self.root,
+                start_new_session=True,
+            )
+
+    def finish(self, log: str, process: subprocess.Popen[bytes]) -> str:
+        try:
+            status = process.wait(timeout=300)
+        finally:
+            process.kill()
+        text = (self.root / f"{log}.log").read_text(errors="replace")
+        assert status == 0, text[-4000:]
+        return text
+
+    def here(self, patch: pytest.MonkeyPatch) -> None:
+        """For a command that runs in this process, to save an import of PyTorch."""
+        for name, value in self.variables.items():
+            patch.setenv(name, value)
+        patch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+@pytest.fixture(scope="module")
+def shell(world: Any, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("console"), world, stock)
+
+
+@pytest.fixture(scope="module")
+def trained(shell: Shell) -> SimpleNamespace:
+    """An AMAT training, killed in the middle of its third epoch, and continued to its end."""
+    command = ["nnUNetv2_train", "4", "2d", "0", "-p", "tiny", "-tr", "nnUNetTrainerAMAT", "-device", "cpu"]
+    folder = shell.results / "nnUNetTrainerAMAT__tiny__2d" / "fold_0"
+    # The stock training of this fold must not serve for thresholds here: there is a self-calibrated run to continue.
+    hidden = shell.stock.rename(shell.root / "hidden")
+    process, deadline = shell.start("train", *command), time.monotonic() + 240
     try:
-        while not ready():
-            assert process.poll() is None, f"it ended before it could be killed, with status {process.returncode}"
+        while not any("Epoch 2" in path.read_text() for path in folder.glob("training_log_*.txt")):
+            assert process.poll() is None, (shell.root / "train.log").read_text()[-4000:]
             assert time.monotonic() < deadline, "it never came to where it was to be killed"
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def shell(world: Any, stock_results: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A user's shell: nnU-Net's variables, a results folder with a stock training, and adversarial.yaml in place."""
-    root = tmp_path_factory.mktemp("console")
-    shutil.copytree(stock_results, root / "results")
-    shutil.copytree(world.preprocessed / world.main, root / "preprocessed" / world.main)
-    (root / "preprocessed" / world.main / "adversarial.yaml").write_text(yaml.safe_dump(SETTINGS))
-    (root / "one_core").mkdir()
-    (root / "one_core" / "sitecustomize.py").write_text(ONE_CORE)
-    environment = {k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "nnUNet_adversarial")} | {
-        "nnUNet_raw": str(world.raw),
-        "nnUNet_preprocessed": str(root / "preprocessed"),
-        "nnUNet_results": str(root / "results"),
-        "nnUNet_n_proc_DA": "1",
-        "nnUNet_def_n_proc": "1",
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(root / "one_core"),
-    }
-    return SimpleNamespace(root=root, environment=environment, results=root / "results" / world.main)
-
-
-def start(shell: SimpleNamespace, command: list[str], log: str, **environment: str) -> subprocess.Popen[bytes]:
-    with (shell.root / f"{log}.log").open("wb") as out:
-        return subprocess.Popen(
-            command,
-            env=shell.environment | environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=shell.root,
-            start_new_session=True,
-        )
-
-
-def finish(shell: SimpleNamespace, process: subprocess.Popen[bytes], log: str) -> str:
-    try:
-        status = process.wait(timeout=300)
-    finally:
-        process.kill()
-    text = (shell.root / f"{log}.log").read_text(errors="replace")
-    assert status == 0, text[-4000:]
-    return text
-
-
-@pytest.fixture(scope="module")
-def trained(shell: SimpleNamespace, console: SimpleNamespace, world: Any) -> SimpleNamespace:
-    """An AMAT training, killed in the middle of its third epoch, and continued to its end."""
-    command = [*console.train, "4", "2d", "0", "-p", world.plans, "-tr", "nnUNetTrainerAMAT", "-device", "cpu"]
-    folder = shell.results / f"nnUNetTrainerAMAT__{world.plans}__2d" / "fold_0"
-    # The stock training of this fold must not serve for thresholds here: there is a self-calibrated run to continue.
-    hidden = shell.results / "hidden"
-    (shell.results / f"nnUNetTrainer__{world.plans}__2d").rename(hidden)
-
-    def in_third_epoch() -> bool:
-        logs = [path.read_text() for path in folder.glob("training_log_*.txt")]
-        return bool(logs) and "Epoch 2" in logs[0]
-
-    try:
-        kill_when(start(shell, command, "train"), in_third_epoch)
         (killed_log,) = (path.read_text() for path in folder.glob("training_log_*.txt"))
         latest = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
         remains = sorted(path.name for path in folder.glob("checkpoint_*"))
-        resumed_log = finish(shell, start(shell, [*command, "--c"], "continue"), "continue")
+        resumed_log = shell.finish("continue", shell.start("continue", *command, "--c"))
     finally:
-        hidden.rename(shell.results / f"nnUNetTrainer__{world.plans}__2d")
+        with contextlib.suppress(ProcessLookupError):  # worker processes, which it could not end any more itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        hidden.rename(shell.stock)
     return SimpleNamespace(
         folder=folder, killed_log=killed_log, latest=latest, remains=remains, resumed_log=resumed_log
     )
@@ -177,31 +169,24 @@ def test_a_killed_training_continues_and_ends(trained: SimpleNamespace) -> None:
     assert state["steps_done"] == (EPOCHS - WARM_UP) * ITERATIONS
     assert sum(trained.latest[STATE]["method"]["margins"]["visits"]) == (2 - WARM_UP) * ITERATIONS * BATCH
     assert state["thresholds"]["ceiling"] == trained.latest[STATE]["method"]["thresholds"]["ceiling"]
-    for name in ("progress.png", "margins.csv", "adversarial.yaml", "checkpoint_best.pth", "validation/summary.json"):
+    for name in ("adversarial.yaml", "checkpoint_best.pth", "validation/summary.json"):
         assert (trained.folder / name).is_file(), name
-    rows = list(csv.DictReader((trained.folder / "margins.csv").open()))
-    assert [float(row["margin"]) for row in rows] == pytest.approx(state["margins"]["values"])
+    assert (trained.folder / "progress.png").stat().st_size > 10_000
+    assert list(margins_of(trained.folder / "margins.csv").values()) == pytest.approx(state["margins"]["values"])
     assert "Mean Validation Dice" in trained.resumed_log
 
 
-def test_prediction_where_our_package_is_not_installed(
-    trained: SimpleNamespace, shell: SimpleNamespace, console: SimpleNamespace, world: Any
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_prediction_where_our_package_is_not_installed(shell: Shell, world: Any) -> None:
     images, outputs = shell.root / "images", [shell.root / "with", shell.root / "without"]
     images.mkdir()
     for case in world.cases[6:]:
-        shutil.copy(world.raw / world.main / "imagesTr" / f"{case}_0000.nii.gz", images)
-    blocker = shell.root / "blocker"
-    blocker.mkdir()
-    (blocker / "sitecustomize.py").write_text(WITHOUT_US)
-    started = []
-    for output in outputs:
-        command = [*console.predict, "-i", str(images), "-o", str(output), "-d", "4", "-c", "2d", "-p", world.plans]
-        command += ["-tr", "nnUNetTrainerAMAT", "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0"]
-        hidden = {"PYTHONPATH": str(blocker), "BLOCKED": str(shell.root / "blocked")} if output == outputs[1] else {}
-        started.append((start(shell, command, output.name, **hidden), output.name))
-    for process, log in started:
-        finish(shell, process, log)
+        shutil.copy(world.raw / shell.results.name / "imagesTr" / f"{case}_0000.nii.gz", images)
+    hidden = {"PYTHONPATH": str(shell.root / "blocker"), "BLOCKED": str(shell.root / "blocked")}
+    command = ["nnUNetv2_predict", "-i", images, *SAME, "-tr", "nnUNetTrainerAMAT", "-npp", "0", "-nps", "0", "-o"]
+    started = [shell.start(out.name, *command, out, **(hidden if out == outputs[1] else {})) for out in outputs]
+    for output, process in zip(outputs, started, strict=True):
+        shell.finish(output.name, process)
     blocked = (shell.root / "blocked").read_text()
     assert "adv_nnunet" not in blocked
     assert "advmed" not in blocked
@@ -210,69 +195,41 @@ def test_prediction_where_our_package_is_not_installed(
         assert np.array_equal(*masks)
         assert masks[0].shape == sitk.GetArrayFromImage(sitk.ReadImage(images / f"{case}_0000.nii.gz")).shape
     check = [sys.executable, "-c", "import adv_nnunet"]
-    environment = shell.environment | {"PYTHONPATH": str(blocker), "BLOCKED": str(shell.root / "blocked")}
-    refused = subprocess.run(check, env=environment, capture_output=True, text=True, cwd=shell.root)
+    refused = subprocess.run(check, env=shell.environment | hidden, capture_output=True, text=True, cwd=shell.root)
     assert "is not installed here" in refused.stderr, "the hook hides nothing"
 
 
-def here(shell: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's shell for a command that runs in this process, to save an import of PyTorch."""
-    for name, value in shell.environment.items():
-        if name.startswith("nnUNet_"):
-            monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-
-
 def test_thresholds_from_the_stock_training(
-    shell: SimpleNamespace, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here(shell, monkeypatch)
-    before = {path.relative_to(shell.results) for path in shell.results.rglob("*")}
-    command = ["thresholds", "-d", "4", "-c", "2d", "-f", "0", "-p", world.plans, "-device", "cpu", "--samples", "60"]
-    assert main(command) == 0
-    text = capsys.readouterr().out
-    fold = shell.results / f"nnUNetTrainer__{world.plans}__2d" / "fold_0"
-    new = {path.relative_to(shell.results) for path in shell.results.rglob("*")} - before
-    assert new == {(fold / "thresholds.json").relative_to(shell.results)}, "it left something else behind"
+    shell.here(monkeypatch)
+    before = set(shell.results.rglob("*"))
+    assert main(["thresholds", *SAME, "--samples", "60"]) == 0
+    text, fold = capsys.readouterr().out, shell.stock / "fold_0"
+    assert set(shell.results.rglob("*")) - before == {fold / "thresholds.json"}, "it left something else behind"
     assert os.environ["nnUNet_results"] == shell.environment["nnUNet_results"]
     found = Thresholds.load(fold / "thresholds.json")
-    assert found.names == ("ce+dice",)
-    assert found.rule == "mean"
+    assert (found.names, found.rule, found.n) == (("ce+dice",), "mean", 60)
     assert found.values == found.mean
-    assert found.n == 60
     assert found.source_sha256 == sha256(fold / "checkpoint_final.pth")
     assert f"ce+dice: threshold {found.values[0]:.4f} (mean;" in text
     assert f"Written to {fold / 'thresholds.json'}" in text
     assert "WARNING: this network is poorly trained" in text  # twenty iterations
 
 
-def test_evaluate_is_killed_and_goes_on_in_two_processes(
-    trained: SimpleNamespace,
-    shell: SimpleNamespace,
-    console: SimpleNamespace,
-    world: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A stock model and ours in one report; the numbers are those of an evaluation in one go."""
-    here(shell, monkeypatch)
-    report = shell.root / "report"
-    command = ["evaluate", "-d", "4", "-c", "2d", "-f", "0", "-p", world.plans, "-device", "cpu", *EVALUATE]
-    command += ["-tr", "nnUNetTrainer", "nnUNetTrainerAMAT", "-o"]
-    parts = report / "AMAT" / "parts"
-    kill_when(start(shell, [*console.ours, *command, str(report)], "evaluate"), lambda: len([*parts.glob("*.npz")]) > 1)
-    assert not (report / "report.json").exists()
-    done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in report.rglob("*.npz")}
-    again = [*console.twice, *console.ours, *command, str(report)]
-    text = finish(shell, start(shell, again, "evaluate2"), "evaluate2")
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done
+@pytest.mark.usefixtures("trained")
+def test_evaluate_in_two_processes(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stock model and ours in one report; the numbers are those of an evaluation in one process."""
+    shell.here(monkeypatch)
+    report, whole = shell.root / "report", shell.root / "whole"
+    twice = ["torchrun", "--nproc-per-node", "2", "--no-python", SCRIPTS / "adv-nnunet", *EVALUATE, report]
+    text = shell.finish("evaluate", shell.start("evaluate", *twice))
     assert text.count(f"Report: {report / 'report.html'}") == 1
-    for name in ("STD", "AMAT", "pgd10", "ifgsm3", "ADI", "TVDI", "AUC"):
+    for name in ("STD", "AMAT", "pgd4", "ifgsm2", "ADI", "TVDI", "AUC"):
         assert name in text, name
-
-    whole = shell.root / "whole"
-    assert main([*command, str(whole)]) == 0
-    assert (whole / "table.csv").read_text() == (report / "table.csv").read_text()
-    assert (whole / "samples.csv").read_text() == (report / "samples.csv").read_text()
+    assert main([*EVALUATE, str(whole)]) == 0
+    for name in ("table.csv", "samples.csv"):
+        assert (whole / name).read_text() == (report / name).read_text()
     for name in ("report.html", "report.json", "curves.png"):
         assert (report / name).stat().st_size > 0
     content, other = (json.loads((folder / "report.json").read_text()) for folder in (report, whole))
@@ -283,29 +240,27 @@ def test_evaluate_is_killed_and_goes_on_in_two_processes(
     assert str(shell.root) not in (report / "report.html").read_text(), "the report tells where the user keeps things"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_raw_files(
-    shell: SimpleNamespace, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: Shell, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Raw files of the validation cases give the numbers of the validation cases."""
-    here(shell, monkeypatch)
+    shell.here(monkeypatch)
     images, labels = shell.root / "raw_images", shell.root / "raw_labels"
     for folder, part, ending in ((images, "imagesTr", "_0000.nii.gz"), (labels, "labelsTr", ".nii.gz")):
         folder.mkdir()
         for case in world.cases[6:]:
-            shutil.copy(world.raw / world.main / part / f"{case}{ending}", folder)
-    model = shell.results / f"nnUNetTrainer__{world.plans}__2d"
-    command = ["evaluate", "-d", "4", "-c", "2d", "-m", f"mine={model}", "-device", "cpu", "--attacks", "ifgsm2"]
-    command += ["--levels", "0", "3", "--samples", "6", "--examples", "1", "--checks", "0"]
+            shutil.copy(world.raw / shell.results.name / part / f"{case}{ending}", folder)
+    command = ["evaluate", *SAME, "-m", f"mine={shell.stock}", "--attacks", "ifgsm2", "--levels", "0", "3"]
+    command += ["--samples", "6", "--examples", "1", "--checks", "0", "-o"]
     raw, validation = shell.root / "of_raw", shell.root / "of_validation"
-    assert main([*command, "-i", str(images), "-l", str(labels), "-o", str(raw)]) == 0
-    assert main([*command, "-o", str(validation)]) == 0
+    assert main([*command, str(raw), "-i", str(images), "-l", str(labels)]) == 0
+    assert main([*command, str(validation)]) == 0
     assert (raw / "samples.csv").read_text() == (validation / "samples.csv").read_text()
     assert "mine" in capsys.readouterr().out
 
 
-def test_settings_make_a_round_trip(console: SimpleNamespace, tmp_path: Path) -> None:
-    done = subprocess.run([*console.ours, "settings"], capture_output=True, text=True, cwd=tmp_path, check=True)
+def test_settings_make_a_round_trip(shell: Shell, tmp_path: Path) -> None:
     path = tmp_path / "adversarial.yaml"
-    path.write_text(done.stdout)
+    path.write_text(shell.finish("settings", shell.start("settings", "adv-nnunet", "settings")))
     assert read_settings(Settings, path) == Settings()
-    assert done.stderr == ""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ from adv_nnunet.evaluate import SlidingWindow
 from advmed.attacks.names import parse_attacks
 from advmed.evaluation.dice import Counts, adi, tvdi
 from advmed.evaluation.loop import evaluate
+from helpers.hosts import table
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +31,20 @@ def keep_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stock_model(with_stock: Path) -> Any:
-    return host.load_model("STD", with_stock.parent, 0, torch.device("cpu"), file="checkpoint_final.pth")
+def stock_model(stock: Path) -> Any:
+    return load(stock)
 
 
-def finished(bench: Any, configuration: str = "2d", dataset: str = "main") -> Path:
-    """A model folder of ours, trained for one step, whose predictions are not all background."""
-    bench.make("STD", configuration, dataset=dataset, epochs=1, iterations_per_epoch=1, initial_lr=0.05).run_training()
-    return (
-        Path(bench.results) / bench.world.dataset(dataset) / f"nnUNetTrainerSTD__{bench.world.plans}__{configuration}"
-    )
+def load(folder: Path) -> Any:
+    return host.load_model("STD", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
 
 
-# --- the sliding window ----------------------------------------------------------------------------------------------
+def report(output: Path, *words: Any) -> Path:
+    """Runs the command on the CPU."""
+    given = ["evaluate", "-p", "tiny", "-device", "cpu", "-o", output, *words]
+    assert main([str(word) for word in given]) == 0
+    return output
+
 
 SIZES_2D = [(56, 40), (57, 41), (90, 61), (30, 25), (30, 70), (168, 120)]
 SIZES_3D = [(40, 56, 40), (33, 51, 35), (45, 70, 39)]
@@ -72,8 +75,8 @@ def test_slices_are_predicted_as_nnunet_does(stock_model: Any, size: tuple[int, 
 
 
 @pytest.mark.parametrize("size", SIZES_3D)
-def test_volumes_are_predicted_as_nnunet_does(bench: Any, size: tuple[int, int, int]) -> None:
-    model = host.load_model("x", finished(bench, "3d_fullres"), 0, torch.device("cpu"), file="checkpoint_final.pth")
+def test_volumes_are_predicted_as_nnunet_does(finished: Callable[..., Path], size: tuple[int, int, int]) -> None:
+    model = load(finished(configuration="3d_fullres"))
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model.window(image[None])[0]
@@ -122,18 +125,10 @@ def test_gradients_through_recomputed_tiles(size: tuple[int, int]) -> None:
     assert torch.allclose(gradients[0], gradients[1], atol=1e-4 * float(gradients[1].abs().max()))
     tiles = {(56, 40): 1, (57, 40): 2, (90, 61): 9, (30, 100): 4}[size]
     assert len(passes) == tiles + (2 * tiles if tiles > 2 else tiles), "more than two tiles are computed again"
-
-
-def test_without_gradients_nothing_is_computed_again() -> None:
-    network = nn.Conv2d(1, 2, 1)
-    passes = []
-    network.register_forward_hook(lambda *_: passes.append(1))
+    del passes[:]
     with torch.no_grad():
-        SlidingWindow(network, (8, 8))(torch.randn(1, 1, 20, 20))
-    assert len(passes) == 16
-
-
-# --- clean numbers ---------------------------------------------------------------------------------------------------
+        SlidingWindow(network, (56, 40))(image)
+    assert len(passes) == tiles, "without gradients nothing is computed again"
 
 
 def independent_dice(
@@ -222,7 +217,9 @@ def test_padding_is_not_scored(stock_model: Any, world: Any) -> None:
     assert loaded.images.shape[2:] == (56, 40)
     counts = loaded.score(loaded.images)
     for sample, tp, fp in zip(samples, counts["tp"][:, 0], counts["fp"][:, 0], strict=True):
-        label = sitk.GetArrayFromImage(sitk.ReadImage(world.raw / world.main / "labelsTr" / f"{sample.case}.nii.gz"))
+        label = sitk.GetArrayFromImage(
+            sitk.ReadImage(world.raw / world.dataset("main") / "labelsTr" / f"{sample.case}.nii.gz")
+        )
         assert label[0].size < 56 * 40
         assert int(tp) == (label[sample.index] == 1).sum()
         assert int(tp + fp) == label[0].size
@@ -253,120 +250,74 @@ def test_samples_at_even_distances(stock_model: Any) -> None:
     assert host.list_samples(stock_model, cases, 10_000) == every
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("dataset", ["regions_ignore", "ignore", "two_channels"])
-def test_other_kinds_of_data(bench: Any, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = finished(bench, dataset=dataset)
-    output = bench.folder / "report"
-    command = ["evaluate", "-d", bench.world.dataset(dataset), "-c", "2d", "-m", str(folder), "-o", str(output)]
-    command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "2", "--samples", "6", "--examples", "1"]
-    assert main([*command, "--checks", "0"]) == 0, capsys.readouterr().err
-    assert "Whether the attacks are strong enough was not checked." in capsys.readouterr().out
-    rows = list(csv.DictReader((output / "samples.csv").open()))
-    assert len({row["id"] for row in rows}) == 6
-    pictures = re.findall(r'alt="(.*?): the clean input"', (output / "report.html").read_text())
-    assert len(pictures) == (0 if dataset.startswith("regions") else 1), "overlapping regions are no label map"
-    model = host.load_model("x", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
+def test_other_kinds_of_data(finished: Callable[..., Path], tmp_path: Path, world: Any, dataset: str) -> None:
+    folder = finished(dataset)
+    words = ["--attacks", "pgd2", "--levels", "0", "2", "--samples", "6", "--examples", "1", "--checks", "0"]
+    output = report(tmp_path / "report", "-d", world.dataset(dataset), "-c", "2d", "-m", folder, *words)
+    assert len({row["id"] for row in table(output / "samples.csv")}) == 6
+    page = (output / "report.html").read_text()
+    assert page.count(": the clean input") == (not dataset.startswith("regions")), (
+        "overlapping regions are no label map"
+    )
+    model = load(folder)
     cases = host.validation_cases(model, 0)
-    (batch,) = host.make_batches(model, cases, host.list_samples(model, cases, 3), 32)
+    samples = host.list_samples(model, cases, 3)
+    (batch,) = host.make_batches(model, cases, samples, 32)
     loaded = batch.load()
     counts = loaded.score(loaded.images)
     assert counts["tp"].shape == (3, 2)
     if dataset.endswith("ignore"):  # what is ignored counts nowhere
         _, truth = next(iter(cases.values()))()
-        ignored = torch.from_numpy(truth[0, [s.index for s in host.list_samples(model, cases, 3)]] == 3)
+        ignored = torch.from_numpy(truth[0, [sample.index for sample in samples]] == 3)
         assert ignored.any()
         everything = torch.stack((counts["tp"], counts["fp"], counts["fn"])).sum((0, 2))
         assert (everything <= 2 * (~ignored).flatten(1).sum(1)).all()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_whether_to_believe_it(
-    with_stock: Path, bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, audit: Any
+    stock: Path, tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch, audit: Any
 ) -> None:
     """Of slices, whose intervals are over cases; with a network that finds something."""
-    load = host.load_model
+    load_model = host.load_model
 
     def finding(*given: Any, **how: Any) -> Any:
-        model = load(*given, **how)
+        model = load_model(*given, **how)
         _predict_foreground(model, host.validation_cases(model, 0), 0.2)
         return model
 
     monkeypatch.setattr(host, "load_model", finding)
-    output = bench.folder / "report"
-    command = ["evaluate", "-d", "4", "-c", "2d", "-p", "tiny", "-m", f"own={with_stock.parent}", "-o", str(output)]
-    command += ["-device", "cpu", "--attacks", "pgd2", "--levels", "0", "1", "3", "--samples", "16", "--examples", "3"]
-    assert main([*command, "--checks", "4"]) == 0
-    cases = world.cases[6:]
-    assert len(cases) > 1
+    words = ["--attacks", "pgd2", "--levels", "0", "1", "3", "--samples", "16", "--examples", "3", "--checks", "4"]
+    output = report(tmp_path / "report", "-d", "4", "-c", "2d", "-m", f"own={stock}", *words)
     how = {"fails_at": 0.5, "checked": 4, "shown": 3, "groups": lambda id_: id_.split(":")[0]}
     record = audit(output, "ADI", **how)
-    assert {id_.split(":")[0] for id_ in record["configuration"]["samples"]} == set(cases)
+    assert {id_.split(":")[0] for id_ in record["configuration"]["samples"]} == set(world.cases[6:])
     assert record["failures"]["criterion"] == "ADI below 0.5"
     assert record["results"]["ADI"]["models"]["own"]["clean"] > 0.01
     assert "(whole groups of them)" in (output / "report.html").read_text()
 
 
-def test_a_volume_under_attack(bench: Any, world: Any, capsys: pytest.CaptureFixture[str], audit: Any) -> None:
-    folder = finished(bench, "3d_fullres")
-    output = bench.folder / "report"
-    command = ["evaluate", "-d", "4", "-c", "3d_fullres", "-m", str(folder), "-o", str(output), "-device", "cpu"]
-    command += ["--attacks", "pgd1", "--levels", "0", "10", "--samples", "1", "--examples", "1", "--checks", "0"]
-    assert main(command) == 0, capsys.readouterr().err
-    text = capsys.readouterr().out
+@pytest.mark.usefixtures("undrawn")
+def test_a_volume_under_attack(
+    finished: Callable[..., Path], tmp_path: Path, world: Any, capsys: pytest.CaptureFixture[str], audit: Any
+) -> None:
+    words = ["--attacks", "pgd1", "--levels", "0", "10", "--samples", "1", "--examples", "1", "--checks", "0"]
+    folder = finished(configuration="3d_fullres")
+    output = report(tmp_path / "report", "-d", "4", "-c", "3d_fullres", "-m", folder, *words)
+    text, page = capsys.readouterr().out, (output / "report.html").read_text()
     assert "Dice" in text
     assert "TVDI" not in text
-    assert "whole case as" in (output / "report.html").read_text()
+    assert "Whether the attacks are strong enough was not checked." in text
+    assert "whole case as" in page
+    assert "(whole groups of them)" not in page
     record = audit(output, "Dice", fails_at=0.5, checked=0, shown=1, groups=str)
     assert record["configuration"]["samples"] == world.cases[6:7]
-    assert "(whole groups of them)" not in (output / "report.html").read_text()
 
 
 def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_model: Any) -> None:
     assert stock_model.margins is None
-    trainer = bench.make("AMAT", warmup_epochs=1)
-    trainer.run_training()
-    folder = Path(trainer.output_folder).parent
-    model = host.load_model("AMAT", folder, 0, torch.device("cpu"), file="checkpoint_final.pth")
-    assert model.margins.tolist() == trainer.method.margins.values().tolist()
-
-
-# --- mistakes, each with its message ---------------------------------------------------------------------------------
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(["evaluate", "-d", "4", "-c", "2d", "-p", "tiny", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    assert captured.err.startswith("adv-nnunet evaluate: ")
-    assert captured.err.count("\n") == 1, "one clear message"
-    return captured.err
-
-
-CPU = ("-device", "cpu")
-
-
-def test_another_kind_of_model(bench: Any, with_stock: Path, capsys: Any) -> None:
-    volume = finished(bench, "3d_fullres")
-    message = mistake(
-        capsys, *CPU, "-o", str(bench.folder / "report"), "-m", f"flat={with_stock.parent}", f"volume={volume}"
-    )
-    assert "volume and flat do not predict the same: other labels, or 2D against 3D" in message
-
-
-def test_nan_in_a_preprocessed_image(bench: Any, world: Any, capsys: Any) -> None:
-    folder = finished(bench, dataset="nan_in_validation")
-    world.spoil(world.dataset("nan_in_validation"), world.cases[3])
-    message = mistake(
-        capsys, *CPU, "-m", str(folder), "-o", str(bench.folder / "report"), "--attacks", "ifgsm1", "--levels", "0", "1"
-    )
-    assert "images hold NaN or infinite values, check the preprocessing of" in message
-    assert f"{world.cases[3]}:5" in message
-
-
-def test_no_preprocessed_data_and_no_raw_files(bench: Any, with_stock: Path, monkeypatch: Any, capsys: Any) -> None:
-    out = ("-o", str(bench.folder / "report"))
-    empty = bench.folder / "empty"
-    (empty / bench.world.main).mkdir(parents=True)
-    monkeypatch.setenv("nnUNet_preprocessed", str(empty))
-    message = mistake(capsys, *CPU, *out, "-tr", "nnUNetTrainer")
-    assert "preprocess the data set with nnUNetv2_plan_and_preprocess, or give raw files with -i and -l" in message
+    trainer = bench.train("AMAT", warmup_epochs=1)
+    margins = load(Path(trainer.output_folder).parent).margins
+    assert margins.tolist() == trainer.method.margins.values().tolist()

@@ -32,7 +32,6 @@ def contains(slice_: np.ndarray, patch: np.ndarray) -> bool:
 
 def test_slice_ids_name_the_stored_slices(bench: Any) -> None:
     trainer = bench.make()
-    training = trainer.get_tr_and_val_datasets()[0] if trainer.was_initialized else None
     batches = bench.batches(trainer, 6)
     training, _ = trainer.get_tr_and_val_datasets()
     seen = set()
@@ -73,46 +72,33 @@ def test_cells_are_those_of_the_centre_of_the_patch() -> None:
     assert case_of("case:0,0,2") == "case"
 
 
-def test_cell_ids_in_3d(bench: Any) -> None:
-    trainer = bench.make(configuration="3d_fullres", sample_id="cell")
+@pytest.mark.parametrize("sample_id", ["cell", "auto"])
+def test_what_has_an_id_in_3d(bench: Any, sample_id: str) -> None:
+    trainer = bench.make(configuration="3d_fullres", sample_id=sample_id)
     trainer.initialize()
     batch = next(trainer.get_dataloaders()[0])
-    assert all(sample.count(",") == 2 for sample in batch["ids"])
-    assert trainer.sample_ids() is None
-
-
-def test_a_case_is_the_sample_in_3d(bench: Any) -> None:
-    trainer = bench.make(configuration="3d_fullres")
-    trainer.initialize()
-    batch = next(trainer.get_dataloaders()[0])
-    assert "ids" not in batch
-    assert set(batch["keys"]) <= set(trainer.sample_ids())
+    if sample_id == "cell":
+        assert all(sample.count(",") == 2 for sample in batch["ids"])
+        assert trainer.sample_ids() is None
+    else:  # a case
+        assert "ids" not in batch
+        assert set(batch["keys"]) <= set(trainer.sample_ids())
 
 
 def test_all_slice_ids() -> None:
     assert slice_ids([("a", 2), ("b", 1)]) == ["a:0", "a:1", "b:0"]
 
 
-# What we rely on in nnU-Net
-
-
-def test_the_host_builds_its_loaders_from_a_global_name() -> None:
-    assert "nnUNetDataLoader" in nnUNetTrainer.get_dataloaders.__code__.co_names
-    assert host_trainer_module.nnUNetDataLoader is host_module.nnUNetDataLoader
-
-
-def test_the_host_asks_for_one_box_per_sample() -> None:
-    source = inspect.getsource(host_module.nnUNetDataLoader.generate_train_batch)
+def test_the_host_builds_its_loaders_from_a_global_name_and_asks_for_one_box_per_sample(bench: Any) -> None:
+    before, code = host_module.nnUNetDataLoader, nnUNetTrainer.get_dataloaders
+    assert "nnUNetDataLoader" in code.__code__.co_names
+    source = inspect.getsource(before.generate_train_batch)
     assert source.count("self.get_bbox(") == 1
     assert "'keys': selected_keys" in source
-
-
-def test_the_hosts_module_and_method_stay_as_they_are(bench: Any) -> None:
-    before, code = host_trainer_module.nnUNetDataLoader, nnUNetTrainer.get_dataloaders
     trainer = bench.make()
     trainer.initialize()
     trainer.get_dataloaders()
-    assert host_trainer_module.nnUNetDataLoader is before
+    assert host_trainer_module.nnUNetDataLoader is before, "ours stays behind"
     assert nnUNetTrainer.get_dataloaders is code
 
 

@@ -13,9 +13,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective, inference_loss
+from helpers.hosts import binary_divergence, class_divergence
 
 SPACES = [(12, 10), (6, 8, 4)]
 CLASSES, IGNORE = 3, 3
@@ -27,20 +27,12 @@ def dice_settings(batch_dice: bool, do_bg: bool = False) -> dict[str, Any]:
 
 
 def stock(kind: str, batch_dice: bool, deep: bool) -> nn.Module:
-    if kind in ("labels", "labels+ignore"):
-        loss: nn.Module = DC_and_CE_loss(
-            dice_settings(batch_dice),
-            {},
-            ignore_label=IGNORE if kind.endswith("ignore") else None,
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
+    ignore, dice = kind.endswith("ignore"), {"dice_class": MemoryEfficientSoftDiceLoss}
+    loss: nn.Module
+    if kind.startswith("labels"):
+        loss = DC_and_CE_loss(dice_settings(batch_dice), {}, ignore_label=IGNORE if ignore else None, **dice)
     else:
-        loss = DC_and_BCE_loss(
-            {},
-            dice_settings(batch_dice, do_bg=True),
-            use_ignore_label=kind.endswith("ignore"),
-            dice_class=MemoryEfficientSoftDiceLoss,
-        )
+        loss = DC_and_BCE_loss({}, dice_settings(batch_dice, do_bg=True), use_ignore_label=ignore, **dice)
     return DeepSupervisionWrapper(loss, np.array(SCALES) / sum(SCALES)) if deep else loss
 
 
@@ -67,6 +59,7 @@ def of_sample(tensors: Any, index: int) -> Any:
 
 
 KINDS = ["labels", "labels+ignore", "regions", "regions+ignore"]
+DICE = (SoftDiceLoss, MemoryEfficientSoftDiceLoss)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -83,6 +76,9 @@ def test_a_row_is_the_stock_loss_of_the_sample_alone(
     wanted = torch.stack([loss(of_sample(outputs, i), of_sample(targets, i)) for i in range(4)])
     torch.testing.assert_close(terms.sum(1), wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(SampleTerms(loss, "sum", "count")(outputs, targets)[:, 0], wanted, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(terms[1].sum(), outputs[0] if deep else outputs)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[[0, 2, 3]].abs().sum() == 0, "rows know each other"
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions"])
@@ -126,22 +122,6 @@ def test_classes_that_a_sample_does_not_contain() -> None:
     empty = terms["skip"](outputs, targets)[1]
     assert empty[1] == -1
     assert empty[0] > 0  # its cross-entropy decides
-
-
-def test_class_weights_of_the_cross_entropy() -> None:
-    weights = torch.tensor([0.2, 1.0, 3.0])
-    loss = DC_and_CE_loss(
-        dice_settings(False), {"weight": weights}, ignore_label=IGNORE, dice_class=MemoryEfficientSoftDiceLoss
-    )
-    outputs, targets = batch("labels+ignore", (12, 10), False)
-    found = SampleTerms(loss, "separate")(outputs, targets)[:, 0]
-    for i in range(4):
-        log = torch.log_softmax(outputs[i].double(), 0)
-        labels = targets[i, 0]
-        valid = labels != IGNORE
-        w = weights.double()[labels[valid]]
-        picked = log.movedim(0, -1)[valid].gather(1, labels[valid][:, None])[:, 0]
-        assert found[i].item() == pytest.approx(float(-(w * picked).sum() / w.sum()), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["labels+ignore", "regions+ignore"])
@@ -241,15 +221,8 @@ def test_the_distance_is_the_divergence_at_full_resolution(space: tuple[int, ...
     other = [2 * x.detach() - 0.7 * x.detach().roll(1, 0) for x in clean] if deep else 2 * clean.detach() - 0.7
     if not deep:
         other[:, 0] += 0.5  # (a number added to all classes is none to a softmax)
-    p, q = (x[0] if deep else x for x in (clean, other))
-    wanted = torch.zeros(4, dtype=torch.float64)
-    for i in range(4):
-        one, two = (x[i].detach().double().flatten(1).T for x in (p, q))  # (voxels, channels)
-        if kind.startswith("labels"):
-            voxels = kl_divergence(Categorical(logits=one), Categorical(logits=two))
-        else:
-            voxels = kl_divergence(Bernoulli(logits=one), Bernoulli(logits=two)).sum(1)
-        wanted[i] = voxels.mean()
+    divergence = class_divergence if kind.startswith("labels") else binary_divergence
+    wanted = divergence(*(x[0].detach() if deep else x.detach() for x in (clean, other))).flatten(1).mean(1)
     objective = SegmentationObjective(nn.Identity(), nn.Identity(), loss, SampleTerms(loss), targets)
     found = objective.distance(clean, other)
     assert found.shape == (4,)
@@ -263,52 +236,38 @@ def test_the_distance_is_the_divergence_at_full_resolution(space: tuple[int, ...
     assert all(gradient is None for gradient in gradients[1:])
 
 
+SMOOTH = {"label_smoothing": 0.1}
+LABELS, REGIONS = torch.tensor([0.2, 3.0, 1.0]), torch.tensor([2.0, 0.5]).reshape(2, 1, 1)
+
+
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "dice"),
     [
-        ("labels", {"label_smoothing": 0.1}),
-        ("labels", {"label_smoothing": 0.1, "weight": torch.tensor([0.2, 3.0, 1.0])}),
-        ("regions", {"pos_weight": torch.tensor([2.0, 0.5]).reshape(2, 1, 1)}),
-        ("regions", {"weight": torch.tensor([2.0, 0.5]).reshape(2, 1, 1)}),
+        ("labels", SMOOTH, {}),
+        ("labels", {"weight": LABELS}, {}),
+        ("labels", {**SMOOTH, "weight": LABELS}, {}),
+        ("regions", {"pos_weight": REGIONS}, {}),
+        ("regions", {"weight": REGIONS}, {}),
+        *(("labels", {}, {"smooth": smooth, "class": kind}) for smooth in (0.0, 1.0) for kind in DICE),
+        ("labels", {}, {"weights": (0.5, 2.0)}),
     ],
-    ids=["smoothed", "smoothed and weighted", "weighted positives", "weighted regions"],
+    ids=str,
 )
 @pytest.mark.parametrize("ignore", [False, True])
-def test_options_of_the_stock_cross_entropy(kind: str, options: dict[str, Any], ignore: bool) -> None:
+def test_options_of_the_stock_loss(kind: str, options: dict[str, Any], dice: dict[str, Any], ignore: bool) -> None:
     """Trainers that users derive set them; a row must still be the loss of its sample."""
+    how = {**dice_settings(False, do_bg=kind == "regions"), "smooth": dice.get("smooth", 1e-5)}
+    own = dice.get("class", SoftDiceLoss)
+    weight_ce, weight_dice = dice.get("weights", (1, 1))
     if kind == "labels":
-        ignored = IGNORE if ignore else None
-        loss: nn.Module = DC_and_CE_loss(dice_settings(False), dict(options), ignore_label=ignored)
+        more = {"ignore_label": IGNORE if ignore else None, "dice_class": own}
+        loss: nn.Module = DC_and_CE_loss(how, dict(options), weight_ce, weight_dice, **more)
     else:
-        loss = DC_and_BCE_loss(dict(options), dice_settings(False, do_bg=True), use_ignore_label=ignore)
+        loss = DC_and_BCE_loss(dict(options), how, use_ignore_label=ignore, dice_class=own)
     outputs, targets = batch(kind + "+ignore" * ignore, (12, 10), False)
-    rows = SampleTerms(loss, "sum", "count")(outputs, targets)[:, 0]
+    rows = SampleTerms(loss, "separate", "count")(outputs, targets)
     wanted = torch.stack([loss(of_sample(outputs, i), of_sample(targets, i)) for i in range(4)])
-    torch.testing.assert_close(rows, wanted, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dice_class", [SoftDiceLoss, MemoryEfficientSoftDiceLoss])
-@pytest.mark.parametrize("smooth", [0.0, 1.0])
-def test_both_dice_classes_of_the_host(dice_class: type[nn.Module], smooth: float) -> None:
-    loss = DC_and_CE_loss({**dice_settings(False), "smooth": smooth}, {}, dice_class=dice_class)
-    outputs, targets = batch("labels", (12, 10), False)
-    torch.testing.assert_close(SampleTerms(loss)(outputs, targets).sum(1).mean(), loss(outputs, targets))
-
-
-def test_weights_of_the_parts() -> None:
-    loss = stock("labels", False, False)
-    outputs, targets = batch("labels", (12, 10), False)
-    plain = SampleTerms(loss)(outputs, targets)
-    loss.weight_ce, loss.weight_dice = 0.5, 2.0
-    torch.testing.assert_close(SampleTerms(loss)(outputs, targets), plain * torch.tensor([0.5, 2.0]))
-
-
-def test_rows_do_not_know_each_other() -> None:
-    outputs, targets = batch("labels", (12, 10), False)
-    rows = SampleTerms(stock("labels", True, False))(outputs, targets)
-    (gradient,) = torch.autograd.grad(rows[1].sum(), outputs)
-    assert gradient[1].abs().sum() > 0
-    assert gradient[[0, 2, 3]].abs().sum() == 0
+    torch.testing.assert_close(rows.sum(1), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_absent_regions_are_looked_for_behind_the_ignore_mask() -> None:

@@ -1,4 +1,4 @@
-"""Settings: every wrong value is named before anything runs, and says what would be right."""
+"""Settings of our own beside those of the core: every wrong value is named, and says what would be right."""
 
 from __future__ import annotations
 
@@ -9,31 +9,20 @@ from typing import Any
 import pytest
 
 from adv_nnunet.settings import Settings, find_settings
-from advmed.methods import AMAT, AT, SAT, STD
+from advmed.methods import AMAT
 from advmed.thresholds import Thresholds
 from advmed.training.settings import make_settings, read_settings, settings_text
 
 WRONG = [
-    ({"detla": 0.5}, "unknown setting 'detla', did you mean 'delta'\\?.*The settings are: eps, delta"),
+    ({"detla": 0.5}, "unknown setting 'detla', did you mean 'delta'\\?.*The settings are: .*eps, .*delta,"),
     ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
-    ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
     ({"steps": True}, "steps must be a whole number, got True"),
-    ({"eps": -1}, "eps must be a finite number >= 0, got -1"),
     ({"eps": "big"}, "eps must be a number or null, got 'big'"),
     ({"delta": 0}, "delta must be a finite number > 0, got 0"),
-    ({"delta": math.inf}, "delta must be a finite number > 0, got inf"),
-    ({"step_scale": 0}, "step_scale must be positive"),
-    ({"norm": 3}, "norm must be 2 or inf"),
-    ({"random_start": 2}, "random_start must be a fraction of the radius in \\[0, 1\\], got 2"),
     ({"rule": "median"}, "the rule for thresholds must be 'mean' or 'mean\\+<number>std'"),
-    ({"refinement": "last"}, "refinement must be 'paper' or 'crossing', got 'last'"),
     ({"bounds": [1, 0]}, "lowest < highest"),
     ({"bounds": [0, 1, 2]}, "bounds must be a pair of numbers or 'sample' or null"),
-    ({"margin_min": 2, "margin_max": 1}, "margin_min 2.0 is above margin_max 1.0"),
     ({"warmup_epochs": -1}, "warmup_epochs must be >= 0, got -1"),
-    ({"beta": 0}, "beta must be a finite number > 0, got 0"),
-    ({"sync_weight": -1}, "sync_weight must be a finite number >= 0, got -1"),
-    ({"average": "week"}, "average must be 'batch' or 'epoch', got 'week'"),
     ({"epochs": 0}, "epochs must be >= 1, got 0"),
     ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1"),
     ({"initial_lr": 0}, "initial_lr must be a positive number"),
@@ -42,35 +31,28 @@ WRONG = [
     ({"tag": "a/b"}, "tag may hold letters, digits"),
     ({"compile": 1}, "compile must be true or false, got 1"),
     ({"attack_precision": "float16"}, "attack_precision must be 'host' or 'float32' or 'bfloat16'"),
+    ({"episodes": 3, "steps": "many", "eps": "big"}, "unknown setting 'episodes'.*steps must be.*eps must be"),
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), WRONG, ids=[str(values) for values, _ in WRONG])
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=str)
 def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)^adversarial.yaml: .*{message}"):
         make_settings(Settings, values, "adversarial.yaml")
-
-
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match=r"unknown setting 'episodes'.*steps must be.*eps must be"):
-        make_settings(Settings, {"episodes": 3, "steps": "many", "eps": "big"}, "file")
 
 
 def test_defaults_by_the_size_of_the_input() -> None:
     """The paper's delta for 56 x 40 pixels is 0.5, for 320 x 320 it is 3."""
     small, large = Settings().resolved(1, [56, 40]), Settings().resolved(1, [320, 320])
     assert small.delta == pytest.approx(0.01 * math.sqrt(56 * 40), abs=1e-4)
-    assert large.delta == pytest.approx(3.2)
-    assert large.eps == pytest.approx(32)
+    assert (large.delta, large.eps) == pytest.approx((3.2, 32))
     assert (small.sample_id, Settings().resolved(1, [40, 56, 40]).sample_id) == ("slice", "case")
-    two_channels = Settings().resolved(2, [320, 320])
-    assert two_channels.delta == pytest.approx(0.01 * math.sqrt(2 * 320 * 320), abs=1e-4)
+    assert Settings().resolved(2, [320, 320]).delta == pytest.approx(0.01 * math.sqrt(2 * 320 * 320), abs=1e-4)
     assert Settings(norm=math.inf).resolved(1, [56, 40]).eps == 0.1
     assert Settings(delta=0.7, eps=3.0).resolved(1, [56, 40]).delta == 0.7
 
 
 def test_where_settings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("nnUNet_adversarial", raising=False)
     assert find_settings(tmp_path) == (Settings(), "defaults")
     (tmp_path / "adversarial.yaml").write_text("steps: 7\n")
     settings, origin = find_settings(tmp_path)
@@ -86,44 +68,34 @@ def test_where_settings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_settings(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "is not a YAML file"), ("- 1\n", "must hold 'name: value'")])
-def test_a_file_that_is_no_settings_file(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("a: [1", "is not a YAML file"),
+        ("- 1\n", "must hold 'name: value'"),
+        ("# nothing yet\n", Settings()),
+        ("initial_lr: 1e-3\nnorm: inf\n", Settings(initial_lr=0.001, norm=math.inf)),  # texts to YAML
+    ],
+)
+def test_what_a_file_says(tmp_path: Path, text: str, result: Any) -> None:
     path = tmp_path / "adversarial.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_settings(Settings, path)
+    if isinstance(result, Settings):
+        assert read_settings(Settings, path) == result
+    else:
+        with pytest.raises(ValueError, match=result):
+            read_settings(Settings, path)
 
 
-def test_a_number_that_yaml_takes_for_a_text(tmp_path: Path) -> None:
-    (tmp_path / "adversarial.yaml").write_text("initial_lr: 1e-3\nnorm: inf\n")
-    settings = read_settings(Settings, tmp_path / "adversarial.yaml")
-    assert (settings.initial_lr, settings.norm) == (0.001, math.inf)
-
-
-def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
-    (tmp_path / "adversarial.yaml").write_text("# nothing yet\n")
-    assert read_settings(Settings, tmp_path / "adversarial.yaml") == Settings()
-
-
-def test_what_is_written_can_be_read(tmp_path: Path) -> None:
-    settings = Settings(eps=2.0, norm=math.inf, bounds=(-1.0, 1.0), tag="x-1", warmup_epochs=0).resolved(1, [8, 8])
+def test_what_is_written_can_be_read_and_reaches_the_method(tmp_path: Path) -> None:
+    settings = Settings(
+        eps=2.0, delta=0.3, norm=math.inf, bounds=(-1.0, 1.0), tag="x-1", warmup_epochs=0, steps=7, step_scale=2.0
+    ).resolved(1, [8, 8])
     path = tmp_path / "adversarial.yaml"
     path.write_text(settings_text(settings, method="SAT"))
     assert path.read_text().startswith("# method: SAT\n")
     assert read_settings(Settings, path) == settings
-
-
-def test_the_method_gets_the_settings() -> None:
-    settings = Settings(eps=2.0, delta=0.3, steps=7, step_scale=2.0, norm=math.inf, refinement="crossing")
-    assert isinstance(settings.method("STD"), STD)
-    sat, at = settings.method("SAT"), settings.method("AT")
-    assert isinstance(sat, SAT)
-    assert isinstance(at, AT)
+    sat, amat = settings.make_method("SAT"), settings.make_method("AMAT", Thresholds([0.1], ["ce+dice"]))
     assert (sat.eps, sat.attack.steps, sat.attack.step_scale, sat.attack.norm) == (2.0, 7, 2.0, math.inf)
-    amat = settings.method("AMAT", Thresholds([0.1], ["ce+dice"]))
     assert isinstance(amat, AMAT)
-    assert (amat.delta, amat.refinement, amat.attack.steps) == (0.3, "crossing", 7)
-    with pytest.raises(ValueError, match="AMAT needs delta and thresholds"):
-        settings.method("AMAT")
-    with pytest.raises(ValueError, match=r"unknown method 'FAST'; there are STD, AT, SAT, AMAT, TRADES, DPAAT$"):
-        settings.method("FAST")
+    assert (amat.delta, amat.attack.steps) == (0.3, 7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
 from pathlib import Path
@@ -19,21 +18,15 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
     nnUNetTrainerNoDeepSupervision,
 )
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from adv_nnunet.settings import FILE, Settings
 from adv_nnunet.trainer import LOG_KEYS, STATE, AdversarialTraining, _open_log, nnUNetTrainerAMAT
-from advmed.methods import DPAAT, AdaptiveRadiusMethod
-from advmed.methods.base import Step
-from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.methods import AdaptiveRadiusMethod
 from advmed.training.settings import read_settings
+from helpers.hosts import Interrupted, binary_divergence, class_divergence, different, plain, table, watched
 
 
 class NoDeepSupervisionAMAT(AdversarialTraining, nnUNetTrainerNoDeepSupervision):
-    method_name = "AMAT"
-
-
-class NoMirroringAMAT(AdversarialTraining, nnUNetTrainerNoMirroring):
     method_name = "AMAT"
 
 
@@ -41,60 +34,40 @@ class NoDeepSupervisionTRADES(AdversarialTraining, nnUNetTrainerNoDeepSupervisio
     method_name = "TRADES"
 
 
-def thresholds_file(folder: Path, *values: float, names: tuple[str, ...] = ("ce+dice",)) -> str:
-    path = folder / "thresholds.json"
-    Thresholds(values, names).save(path)
-    return str(path)
+class NoMirroringAMAT(AdversarialTraining, nnUNetTrainerNoMirroring):
+    method_name = "AMAT"
 
 
-def weights(trainer: Any) -> dict[str, torch.Tensor]:
+def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trainer.network.state_dict().items()}
-
-
-def watched(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """What the method makes of every batch from here on."""
-    made: list[Step] = []
-    step = trainer.method.step
-    monkeypatch.setattr(trainer.method, "step", lambda *a, **k: made.append(step(*a, **k)) or made[-1])
-    return made
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-# --- the host assumption ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_std_is_the_stock_trainer_bit_for_bit(bench: Any, configuration: str) -> None:
     """Our train_step repeats the host's around the loss. If a release changes its own, this fails first."""
-    ours = bench.make("STD", configuration)
-    ours.initialize()
-    stock = bench.make(nnUNetTrainer, configuration)
-    stock.initialize()
+    ours, stock = (bench.make(kind, configuration) for kind in ("STD", nnUNetTrainer))
+    for trainer in (ours, stock):
+        trainer.initialize()
     stock.network.load_state_dict(ours.network.state_dict())
     for batch in bench.batches(ours, 4):
         losses = [float(trainer.train_step(dict(batch))["loss"]) for trainer in (ours, stock)]
         assert losses[0] == losses[1]
-        assert same(weights(ours), weights(stock))
-    left, right = ours.optimizer.state_dict(), stock.optimizer.state_dict()
-    assert all(
-        torch.equal(left["state"][k]["momentum_buffer"], right["state"][k]["momentum_buffer"]) for k in left["state"]
-    )
+        assert not different(weights(ours), weights(stock))
+    left, right = (trainer.optimizer.state_dict()["state"] for trainer in (ours, stock))
+    assert all(torch.equal(left[key]["momentum_buffer"], right[key]["momentum_buffer"]) for key in left)
 
 
-def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any) -> None:
     """Schedule, deep supervision, validation passes in between: everything around the step is the host's, too."""
     ends = []
     for kind in ("STD", nnUNetTrainer):
         trainer = bench.make(kind)
         trainer.num_epochs, trainer.num_val_iterations_per_epoch, trainer.num_iterations_per_epoch = 2, 1, 2
         torch.manual_seed(0)
-        bench.feed(trainer, bench.batches(trainer, 4), bench.batches(trainer, 1, seed=9))
+        bench.feed(trainer, bench.batches(trainer, 4))
         trainer.run_training()
-        ends.append(torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False))
-    assert same(ends[0]["network_weights"], ends[1]["network_weights"])
+        ends.append(bench.saved(trainer))
+    assert not different(*(end["network_weights"] for end in ends))
     for key, values in ends[1]["logging"].items():
         if "timestamps" not in key:
             assert ends[0]["logging"][key] == values, key
@@ -102,9 +75,7 @@ def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any, monkeypatc
     assert ends[0]["_best_ema"] == ends[1]["_best_ema"]
 
 
-# --- every kind of data and network ----------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "configuration", "dataset", "settings"),
     [
@@ -137,7 +108,7 @@ def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any, monkeypatc
 )
 def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, dataset: str, settings: dict) -> None:
     names = ("ce", "dice") if settings.get("terms") == "separate" else ("ce+dice",)
-    path = thresholds_file(bench.folder, *(1.0 for _ in names), names=names)
+    path = bench.thresholds(*(1.0 for _ in names), names=names)
     trainer = bench.ready(kind, configuration, dataset=dataset, thresholds=path, **settings)
     before = weights(trainer)
     batch = next(trainer.dataloader_train)
@@ -152,7 +123,7 @@ def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, datas
     assert len(gradients) >= len(parameters) - 4, "only the lowest outputs of deep supervision have no weight"
     assert all(g.isfinite().all() for g in gradients)
     assert sum(float(g.abs().sum()) for g in gradients) > 0
-    assert not same(before, weights(trainer))
+    assert different(before, weights(trainer))
     assert trainer.num_input_channels == batch["data"].shape[1] == (2 if dataset == "two_channels" else 1)
     assert trainer.terms.names == names
     # The host's own loader says no more than the case; nobody else needs ours.
@@ -161,61 +132,39 @@ def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, datas
     assert isinstance(trainer.method, AdaptiveRadiusMethod) == adaptive
     if adaptive:
         assert set(trainer.method.store.ids()) == set(batch.get("ids", batch["keys"]))
-
-
-def test_no_deep_supervision_has_one_output(bench: Any) -> None:
-    trainer = bench.ready(NoDeepSupervisionAMAT, thresholds=thresholds_file(bench.folder, 1.0))
-    batch = next(trainer.dataloader_train)
-    assert isinstance(batch["target"], torch.Tensor)
-    assert isinstance(trainer.network(batch["data"]), torch.Tensor)
-    assert trainer.terms.weights is None
+    with trainer._attack_precision():
+        assert torch.is_autocast_enabled("cpu") == (settings.get("attack_precision") == "bfloat16")
+    deep = kind not in (NoDeepSupervisionAMAT, NoDeepSupervisionTRADES)
+    assert isinstance(batch["target"], list) == isinstance(trainer.network(batch["data"]), (list, tuple)) == deep
+    assert (trainer.terms.weights is None) != deep
 
 
 def test_a_whole_training_on_ignored_labels_and_regions(bench: Any) -> None:
     """The host's validation overwrites targets; nothing of ours may trip over it."""
-    trainer = bench.make("AMAT", dataset="regions_ignore", epochs=3, warmup_epochs=1)
-    trainer.run_training()
-    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
-    assert np.isfinite(trainer.logger.get_value("train_losses", None)).all()
+    trainer = bench.train("AMAT", dataset="regions_ignore", epochs=3, warmup_epochs=1)
+    assert np.isfinite(bench.saved(trainer)["logging"]["train_losses"]).all()
 
 
-# --- margins ---------------------------------------------------------------------------------------------------------
-
-
-def test_margins_grow_by_delta_while_every_term_is_below_its_threshold(bench: Any) -> None:
-    trainer = bench.ready("AMAT", thresholds=thresholds_file(bench.folder, math.inf), delta=0.75)
+def test_margins_are_the_radius_and_grow_while_every_term_is_below_its_threshold(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = bench.ready("AMAT", thresholds=bench.thresholds(math.inf), delta=0.75)
     (batch,) = bench.batches(trainer, 1)
     assert len(set(batch["ids"])) == len(batch["ids"])
+    made = watched(trainer.method, monkeypatch)
     for visits in (1, 2, 3):
         trainer.train_step(dict(batch))
         assert trainer.method.margins.get(batch["ids"]).tolist() == pytest.approx([0.75 * (1 + visits)] * 4)
     assert trainer.method.margins.visits().tolist() == [3] * 4
-
-
-def test_margins_shrink_by_crossing_and_stay_by_the_paper(bench: Any) -> None:
-    reached = {}
-    for refinement in ("paper", "crossing"):
-        path = thresholds_file(bench.folder, -math.inf)
-        trainer = bench.ready("AMAT", thresholds=path, refinement=refinement, delta=1.0)
-        (batch,) = bench.batches(trainer, 1)
-        trainer.train_step(batch)
-        reached[refinement] = trainer.method.margins.get(batch["ids"]).tolist()
-    assert reached["paper"] == pytest.approx([1.0] * 4, rel=1e-5)
-    assert reached["crossing"] == pytest.approx([0.5] * 4)
-
-
-def test_the_radius_of_the_noise_is_the_margin(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = bench.ready("AMAT", thresholds=thresholds_file(bench.folder, math.inf), delta=1.0)
-    (batch,) = bench.batches(trainer, 1)
-    trainer.method.margins.set(batch["ids"][:2], [3.0, 0.25])
-    made = watched(trainer, monkeypatch)
+    trainer.method.margins.set(batch["ids"][:2], [2.5, 0.25])
     trainer.train_step(batch)
-    distance = (made[0].adversarial - batch["data"]).flatten(1).norm(dim=1)
-    assert distance.tolist() == pytest.approx([3.0, 0.25, 1.0, 1.0], rel=1e-4)
+    distances = torch.stack([(step.adversarial - batch["data"]).flatten(1).norm(dim=1) for step in made])
+    wanted = torch.tensor([[0.75] * 4, [1.5] * 4, [2.25] * 4, [2.5, 0.25, 3.0, 3.0]])
+    torch.testing.assert_close(distances, wanted, rtol=1e-4, atol=0)
 
 
 def test_the_loss_is_the_mean_of_the_stock_loss_on_clean_and_attacked_images(bench: Any) -> None:
-    trainer = bench.ready("AMAT", thresholds=thresholds_file(bench.folder, 1.0))
+    trainer = bench.ready("AMAT", thresholds=bench.thresholds(1.0))
     (batch,) = bench.batches(trainer, 1)
     with torch.no_grad():
         clean = float(trainer.loss(trainer.network(batch["data"]), batch["target"]))
@@ -226,17 +175,18 @@ def test_the_loss_is_the_mean_of_the_stock_loss_on_clean_and_attacked_images(ben
     assert logs["loss_adversarial"] > logs["loss_clean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "DPAAT"])
 def test_sequential_backward_makes_the_same_update(bench: Any, kind: str) -> None:
     """DPAAT without synchronisation back-propagates one pass only, so that the setting does not matter to it."""
     ends = []
     for backward in ("together", "sequential"):
-        path = thresholds_file(bench.folder, 1.0)
-        trainer = bench.ready(kind, thresholds=path, backward=backward, refinement="crossing", sync_weight=0.0)
+        how = {"backward": backward, "refinement": "crossing", "sync_weight": 0.0}
+        trainer = bench.ready(kind, thresholds=bench.thresholds(1.0), **how)
         before = weights(trainer)
         for batch in bench.batches(trainer, 2):
             loss = float(trainer.train_step(batch)["loss"])
-        assert not same(before, weights(trainer))
+        assert different(before, weights(trainer))
         ends.append((weights(trainer), loss, trainer.method.state_dict()))
     (left, loss, state), (right, other_loss, other_state) = ends
     assert loss == pytest.approx(other_loss, rel=1e-5)
@@ -247,27 +197,20 @@ def test_sequential_backward_makes_the_same_update(bench: Any, kind: str) -> Non
 
 
 def test_warm_up_is_stock_training(bench: Any) -> None:
-    path = thresholds_file(bench.folder, 1.0)
-    warm = bench.ready("AMAT", thresholds=path, warmup_epochs=1)
-    plain = bench.ready("STD")
-    plain.network.load_state_dict(warm.network.state_dict())
+    warm = bench.ready("AMAT", thresholds=bench.thresholds(1.0), warmup_epochs=1)
+    plain_one = bench.ready("STD")
+    plain_one.network.load_state_dict(warm.network.state_dict())
     for batch in bench.batches(warm, 2):
         warm.train_step(dict(batch))
-        plain.train_step(dict(batch))
-    assert same(weights(warm), weights(plain))
+        plain_one.train_step(dict(batch))
+    assert not different(weights(warm), weights(plain_one))
     assert len(warm.method.margins) == 0
-
-
-# --- methods that compare predictions --------------------------------------------------------------------------------
 
 
 def divergence(clean: Any, other: Any, regions: bool) -> Tensor:
     """KL(clean || other) of every sample at full resolution, the mean over its voxels, in float64."""
-    p, q = ((output if isinstance(output, Tensor) else output[0]).double() for output in (clean, other))
-    if regions:
-        return kl_divergence(Bernoulli(logits=p), Bernoulli(logits=q)).sum(1).flatten(1).mean(1)
-    p, q = (Categorical(logits=logits.movedim(1, -1)) for logits in (p, q))
-    return kl_divergence(p, q).flatten(1).mean(1)
+    p, q = (output if isinstance(output, Tensor) else output[0] for output in (clean, other))
+    return (binary_divergence if regions else class_divergence)(p, q).flatten(1).mean(1)
 
 
 def surer(trainer: Any) -> None:
@@ -276,6 +219,7 @@ def surer(trainer: Any) -> None:
         layer.weight.data *= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["main", "regions"])
 @pytest.mark.parametrize(
     ("kind", "settings"),
@@ -290,7 +234,7 @@ def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
     surer(trainer)
     (batch,) = bench.batches(trainer, 1)
     assert isinstance(batch["target"], list), "no deep supervision"
-    network, steps = copy.deepcopy(trainer.network), watched(trainer, monkeypatch)
+    network, steps = copy.deepcopy(trainer.network), watched(trainer.method, monkeypatch)
     loss = float(trainer.train_step(batch)["loss"])
 
     passes = [network(images) for images in (batch["data"], steps[0].adversarial)]
@@ -318,71 +262,26 @@ def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
         assert math.isnan(logs["loss_sync"])
 
 
-@pytest.mark.parametrize(("dataset", "precision"), [("main", "host"), ("regions", "host"), ("main", "bfloat16")])
-def test_the_attack_of_trades_drives_the_predictions_apart(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, dataset: str, precision: str
-) -> None:
-    """Farther than noise of the same length does that knows nothing of the network."""
-    trainer = bench.ready("TRADES", dataset=dataset, eps=3.0, steps=4, step_scale=4.0, attack_precision=precision)
-    surer(trainer)
-    (batch,) = bench.batches(trainer, 1)
-    network, steps = copy.deepcopy(trainer.network), watched(trainer, monkeypatch)
-    trainer.train_step(batch)
-    images = batch["data"]
-    noise = steps[0].adversarial - images
-    lengths = noise.flatten(1).norm(dim=1)
-    assert lengths.tolist() == pytest.approx([3.0] * 4, rel=0.01)
-    with torch.no_grad():
-        clean = network(images)
-        found = divergence(clean, network(images + noise), dataset == "regions")
-        for seed in range(3):
-            other = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-            other *= (lengths / other.flatten(1).norm(dim=1))[:, None, None, None]
-            assert (found > 2 * divergence(clean, network(images + other), dataset == "regions")).all()
-
-
-def test_sizes_grow_for_stable_samples_and_shrink_for_fragile_ones(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = bench.ready("DPAAT", eps=2.0, step_size=0.5)
-    (batch,) = bench.batches(trainer, 1)
-    assert len(set(batch["ids"])) == 4
-    steps, sizes = watched(trainer, monkeypatch), torch.full((4,), 2.0)
-    for visit in (0, 1):
-        network = copy.deepcopy(trainer.network)
-        trainer.train_step(dict(batch))
-        images, attacked = batch["data"], steps[visit].adversarial
-        assert (attacked - images).flatten(1).norm(dim=1).tolist() == pytest.approx(sizes.tolist(), rel=0.01)
-        with torch.no_grad():
-            before, after = (trainer.terms(network(x), batch["target"]).sum(1) for x in (images, attacked))
-        stable = after - before <= (after - before).mean()
-        assert 0 < stable.sum() < 4, "the batch shows one half of the rule"
-        sizes = sizes + torch.where(stable, 0.5, -0.5)
-        assert trainer.method.sizes.get(batch["ids"]).tolist() == pytest.approx(sizes.tolist())
-    assert trainer.method.sizes.visits().tolist() == [2] * 4
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    pass
-
-
-def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> None:
+def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> Any:
     """The host's whole loop on fixed batches, from batch ``start``, killed when it asks for batch ``stop``."""
-    batches = bench.batches(trainer, 8)
 
     def fed() -> Any:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(bench.batches(trainer, 8)):
             if number == stop:
-                raise Killed
+                raise Interrupted
             if number >= start:
                 yield batch
 
-    bench.feed(trainer, fed(), bench.batches(trainer, 1, seed=9))
-    trainer.get_dataloaders, loaders = lambda: (fed(), loaders()[1]), trainer.get_dataloaders
-    trainer.run_training()
+    bench.feed(trainer, fed())
+    if stop is None:
+        trainer.run_training()
+    else:
+        with pytest.raises(Interrupted):
+            trainer.run_training()
+    return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stop", "settings"),
     [
@@ -399,38 +298,28 @@ def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> No
 def test_killed_and_resumed_is_uninterrupted(bench: Any, kind: str, stop: int, settings: dict[str, Any]) -> None:
     settings = {"epochs": 4, "save_every": 1, **settings}
     if settings.pop("file", False):
-        settings["thresholds"] = thresholds_file(bench.folder, 1.7)
-    whole = bench.make(kind, tag="whole", **settings)
-    run(bench, whole)
-
-    killed = bench.make(kind, tag="killed", **settings)
-    with pytest.raises(Killed):
-        run(bench, killed, stop=stop)
-    folder = Path(killed.output_folder)
-    assert not (folder / "checkpoint_final.pth").exists()
-    resumed = bench.make(kind, tag="killed", resume=True, **settings)
-    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+        settings["thresholds"] = bench.thresholds(1.7)
+    whole = run(bench, bench.make(kind, tag="whole", **settings))
+    killed = run(bench, bench.make(kind, tag="killed", **settings), stop=stop)
+    assert not (Path(killed.output_folder) / "checkpoint_final.pth").exists()
+    resumed = bench.make(kind, tag="killed", resume=killed, **settings)
     assert resumed.current_epoch == stop // 2
     run(bench, resumed, start=stop // 2 * 2)
 
-    assert same(weights(whole), weights(resumed))
+    assert not different(weights(whole), weights(resumed))
     assert resumed.method.state_dict() == whole.method.state_dict()
     assert resumed.run.warmup_epochs == whole.run.warmup_epochs
-    ends = [
-        torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=False, map_location="cpu")
-        for t in (whole, resumed)
-    ]
+    ends = [bench.saved(trainer) for trainer in (whole, resumed)]
     for key, values in ends[0]["logging"].items():
         if "timestamps" not in key and key != "adv_attack_seconds":
             assert np.array_equal(ends[1]["logging"][key], values, equal_nan=True), key
     assert str(ends[0][STATE]["method"]) == str(ends[1][STATE]["method"])
     tables = [Path(t.output_folder) / "margins.csv" for t in (whole, resumed)]
     if kind == "TRADES":
-        assert not any(table.exists() for table in tables), "one noise level for all is no table"
+        assert not any(path.exists() for path in tables), "one noise level for all is no table"
         return
     assert tables[0].read_text() == tables[1].read_text()
-    with tables[1].open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tables[1])
     assert list(rows[0]) == ["id", "margin", "visits"]
     assert {row["id"] for row in rows} <= set(resumed.sample_ids())
     assert all(":" in row["id"] for row in rows), "a slice has a level of its own, not a case"
@@ -438,111 +327,85 @@ def test_killed_and_resumed_is_uninterrupted(bench: Any, kind: str, stop: int, s
     assert sum(int(row["visits"]) for row in rows) == (8 - 2 * whole.run.warmup_epochs) * 4
 
 
-def test_everything_comes_back_exactly(bench: Any) -> None:
-    first = bench.make("AMAT", epochs=4, warmup_epochs=1, random_start=0.5, refinement="crossing", save_every=1)
-    with pytest.raises(Killed):
-        run(bench, first, stop=6)
-    state = first.method.state_dict()
-    assert state["steps_done"] == 4
-    assert isinstance(first.method.thresholds, RunningThresholds)
-    second = bench.make(
-        "AMAT", epochs=4, warmup_epochs=1, random_start=0.5, refinement="crossing", save_every=1, resume=True
-    )
-    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    second.on_train_start()
-    assert second.method.state_dict() == state
-    assert second.method.thresholds.current() == first.method.thresholds.current()
-    assert second.run.warmup_epochs == 1
-    assert second.current_epoch == 3
-    assert same(weights(first), weights(second))
-
-
-def test_thresholds_of_a_file_come_from_the_checkpoint_not_from_the_file(bench: Any) -> None:
-    path = thresholds_file(bench.folder, 1.25)
-    first = bench.make("AMAT", thresholds=path, epochs=4, save_every=1)
-    with pytest.raises(Killed):
-        run(bench, first, stop=2)
-    thresholds_file(bench.folder, 99.0)  # someone wrote another one meanwhile
-    second = bench.make("AMAT", thresholds=path, epochs=4, save_every=1, resume=True)
-    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+def test_a_run_continues_with_its_thresholds_and_the_settings_of_now(bench: Any) -> None:
+    given = {"epochs": 4, "save_every": 1}
+    first = run(bench, bench.make("AMAT", thresholds=bench.thresholds(1.25), **given), stop=2)
+    # Someone wrote another file meanwhile.
+    second = bench.make("AMAT", thresholds=bench.thresholds(99.0), delta=3.0, resume=first, **given)
     second.on_train_start()
     assert second.method.thresholds == first.method.thresholds
     assert second.method.thresholds.values == (1.25,)
-    assert "Thresholds from the checkpoint: ce+dice < 1.25" in bench.log(second)
+    assert second.method.delta == 3.0
+    log = bench.log(second)
+    assert "Thresholds from the checkpoint: ce+dice < 1.25" in log
+    assert "WARNING: settings changed since the checkpoint: delta 1.0 -> 3.0" in log
 
 
-def test_changed_settings_are_named_on_resume(bench: Any) -> None:
-    first = bench.make("SAT", eps=2.0, epochs=4, save_every=1)
-    with pytest.raises(Killed):
-        run(bench, first, stop=2)
-    second = bench.make("SAT", eps=3.0, epochs=4, save_every=1, resume=True)
-    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    second.on_train_start()
-    assert "WARNING: settings changed since the checkpoint: eps 2.0 -> 3.0" in bench.log(second)
-    assert second.method.eps == 3.0
-
-
-def test_resuming_a_finished_training_changes_nothing(bench: Any) -> None:
-    """nnUNetv2_train --c of a finished training runs its validation again, and writes checkpoint_final again."""
-    first = bench.make("AMAT", thresholds=thresholds_file(bench.folder, math.inf))
-    first.run_training()
-    path = Path(first.output_folder) / "checkpoint_final.pth"
-    before = torch.load(path, weights_only=False)
-    second = bench.make("AMAT", thresholds=thresholds_file(bench.folder, math.inf), resume=True)
-    second.load_checkpoint(str(path))
-    second.run_training()
-    after = torch.load(path, weights_only=False)
+def test_resuming_or_validating_a_finished_training_changes_nothing(bench: Any) -> None:
+    """nnUNetv2_train --c of a finished training runs its validation again, and writes checkpoint_final again;
+    nnUNetv2_train --val loads it without a training.
+    """
+    given = {"thresholds": bench.thresholds(math.inf)}
+    first = bench.train("AMAT", **given)
+    before = bench.saved(first)
+    assert len(before[STATE]["method"]["margins"]["ids"]) > 0
+    bench.make("AMAT", resume=first, **given).run_training()
+    after = bench.saved(first)
     assert after[STATE] == before[STATE]
     assert after["current_epoch"] == before["current_epoch"]
-    assert same(after["network_weights"], before["network_weights"])
-    assert len(before[STATE]["method"]["margins"]["ids"]) > 0
+    assert not different(after["network_weights"], before["network_weights"])
+    summary = Path(first.output_folder) / "validation" / "summary.json"
+    third = bench.make("AMAT", **given)
+    third.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    third.perform_actual_validation()
+    assert len(json.loads(summary.read_text())["metric_per_case"]) == 2
 
 
 def test_continue_without_a_checkpoint_starts_anew(bench: Any) -> None:
     """The host warns and trains from the start; so do we."""
-    trainer = bench.make("AMAT", resume=True)
-    trainer.run_training()
-    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
-    assert len(trainer.logger.get_value("adv_margin_q50", None)) == 2
+    trainer = bench.train("AMAT", resume=True)
+    assert len(bench.saved(trainer)["logging"]["adv_margin_q50"]) == 2
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+def check_log(kind: str, logging: dict[str, list[float]]) -> None:
+    """One value per epoch, NaN where a method has none; the first of three epochs was a warm-up."""
+    assert {len(values) for values in logging.values()} == {3}
+    after_warm_up, never, always = [False, True, True], [False] * 3, [True] * 3
+    margins = ("adv_margin_q05", "adv_margin_q50", "adv_margin_q95")
+    expected = {
+        "adv_loss_clean": [True, False, False] if kind == "AT" else always,
+        "adv_loss_adversarial": after_warm_up,
+        "adv_loss_sync": after_warm_up if kind in ("TRADES", "DPAAT") else never,
+        "adv_expanded": after_warm_up if kind in ("AMAT", "DPAAT") else never,
+        "adv_nonfinite": after_warm_up,
+        "adv_attack_seconds": always,
+        **dict.fromkeys(margins, always if kind in ("AMAT", "DPAAT") else never),
+    }
+    if kind == "STD":
+        expected = {name: always if name == "adv_loss_clean" else never for name in LOG_KEYS}
+    assert {name: np.isfinite(logging[name]).tolist() for name in LOG_KEYS} == expected
+    if kind != "STD":
+        assert logging["adv_attack_seconds"][0] == 0
+        assert logging["adv_attack_seconds"][1] > 0
 
 
-def plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and plain(v) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(plain, value))
-    return value is None or type(value) in (str, int, float, bool)
-
-
-@pytest.mark.parametrize(
-    ("kind", "stock"),
-    [
-        ("AMAT", "nnUNetTrainer"),
-        ("SAT", "nnUNetTrainer"),
-        ("TRADES", "nnUNetTrainer"),
-        ("DPAAT", "nnUNetTrainer"),
-        (NoMirroringAMAT, "nnUNetTrainerNoMirroring"),
-    ],
-    ids=str,
-)
-def test_checkpoints_are_the_hosts_with_plain_values_of_ours(bench: Any, kind: Any, stock: str) -> None:
-    trainer = bench.make(kind, warmup_epochs=1, tag="x")
-    trainer.run_training()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "STD", "TRADES", "DPAAT", NoMirroringAMAT], ids=str)
+def test_a_log_and_checkpoints_of_the_host_with_plain_values_of_ours(bench: Any, kind: Any) -> None:
+    trainer = bench.train(kind, epochs=3, warmup_epochs=None if kind == "STD" else 1, tag="x")
+    check_log(trainer.method_name, bench.saved(trainer)["logging"])
     folder = Path(trainer.output_folder)
     reference = bench.make(nnUNetTrainer)
     reference.initialize()
     reference.save_checkpoint(str(bench.folder / "stock.pth"))
     expected = torch.load(bench.folder / "stock.pth", weights_only=False)
-    for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
-        checkpoint = torch.load(folder / name, weights_only=False)
+    for name in ("final", "best"):
+        checkpoint = bench.saved(trainer, name)
         assert checkpoint.keys() == expected.keys() | {STATE}
-        assert checkpoint["trainer_name"] == stock
+        assert checkpoint["trainer_name"] == "nnUNetTrainer" + "NoMirroring" * (kind is NoMirroringAMAT)
         assert checkpoint["network_weights"].keys() == expected["network_weights"].keys()
         assert plain(checkpoint[STATE]), "something else than plain values needs this package to be read"
-        assert checkpoint[STATE]["warmup_epochs"] == 1
+        assert checkpoint[STATE]["warmup_epochs"] == (kind != "STD")
         json.dumps(checkpoint[STATE])
         torch.save(checkpoint[STATE], bench.folder / "state.pth")
         torch.load(bench.folder / "state.pth", weights_only=True)
@@ -550,10 +413,10 @@ def test_checkpoints_are_the_hosts_with_plain_values_of_ours(bench: Any, kind: A
     assert not (folder / "checkpoint_latest.pth").exists()
     # And the stock classes take it.
     reference.load_checkpoint(str(folder / "checkpoint_final.pth"))
-    assert same(weights(reference), weights(trainer))
+    assert not different(weights(reference), weights(trainer))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder.parent), (0,), "checkpoint_final.pth")
-    assert same(predictor.list_of_parameters[0], weights(trainer))
+    assert not different(predictor.list_of_parameters[0], weights(trainer))
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,63 +439,13 @@ def test_a_failed_write_leaves_the_old_checkpoint(bench: Any, monkeypatch: pytes
     assert not list(path.parent.glob("*.tmp")), "what could not be written fills the disk"
 
 
-def test_disabled_checkpointing_writes_nothing(bench: Any) -> None:
-    trainer = bench.make("AMAT")
+def test_fold_all_without_checkpoints(bench: Any) -> None:
+    trainer = bench.make("AMAT", fold="all")
     trainer.disable_checkpointing = True
     trainer.run_training()
+    assert Path(trainer.output_folder).name == "fold_all"
+    assert len(trainer.sample_ids()) > len(bench.make("AMAT").sample_ids())
     assert not list(Path(trainer.output_folder).glob("*.pth*"))
-
-
-def test_validation_of_a_finished_training(bench: Any) -> None:
-    """nnUNetv2_train --val: load_checkpoint without a training, then the host's validation."""
-    bench.make("AMAT").run_training()
-    trainer = bench.make("AMAT")
-    trainer.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
-    trainer.perform_actual_validation()
-    summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
-    assert len(summary["metric_per_case"]) == 2
-
-
-# --- log, settings, output folder ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "STD", "TRADES", "DPAAT"])
-def test_the_log_has_one_value_per_epoch(bench: Any, kind: str) -> None:
-    trainer = bench.make(kind, epochs=3, warmup_epochs=None if kind == "STD" else 1)
-    trainer.run_training()
-    folder = Path(trainer.output_folder)
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    assert {name: len(values) for name, values in checkpoint["logging"].items()} == dict.fromkeys(
-        checkpoint["logging"], 3
-    )
-    assert set(LOG_KEYS) < set(checkpoint["logging"])
-    logged = {name: np.isfinite(checkpoint["logging"][name]).tolist() for name in LOG_KEYS}
-    after_warm_up, never, always = [False, True, True], [False] * 3, [True] * 3
-    expected = {
-        "adv_loss_clean": after_warm_up if kind == "AT" else always,
-        "adv_loss_adversarial": after_warm_up,
-        "adv_loss_sync": after_warm_up if kind in ("TRADES", "DPAAT") else never,
-        "adv_expanded": after_warm_up,
-        "adv_nonfinite": after_warm_up,
-        "adv_attack_seconds": always,
-        **dict.fromkeys(("adv_margin_q05", "adv_margin_q50", "adv_margin_q95"), always),
-    }
-    if kind == "AT":
-        expected["adv_loss_clean"] = [True, False, False]  # of the warm-up
-    if kind in ("SAT", "AT", "TRADES"):
-        expected |= dict.fromkeys(("adv_expanded", "adv_margin_q05", "adv_margin_q50", "adv_margin_q95"), never)
-    if kind == "STD":
-        expected = {name: always if name == "adv_loss_clean" else never for name in LOG_KEYS}
-    assert logged == expected
-    if kind != "STD":
-        assert checkpoint["logging"]["adv_attack_seconds"][0] == 0
-        assert checkpoint["logging"]["adv_attack_seconds"][1] > 0
-
-
-def test_progress_png(bench: Any, pictures: None) -> None:
-    trainer = bench.make("AMAT", warmup_epochs=1)
-    trainer.run_training()
-    assert (Path(trainer.output_folder) / "progress.png").stat().st_size > 10_000
 
 
 def test_a_stock_log_gets_our_keys(with_stock: Path, bench: Any) -> None:
@@ -648,8 +461,8 @@ def test_a_stock_log_gets_our_keys(with_stock: Path, bench: Any) -> None:
 
 
 def test_the_resolved_settings_can_be_read_back(bench: Any) -> None:
-    trainer = bench.make("AMAT", eps=None, delta=None, norm="inf", bounds=[-1.0, 5.0], tag="run-2.b", warmup_epochs=1)
-    trainer.run_training()
+    given = {"norm": "inf", "bounds": [-1.0, 5.0], "tag": "run-2.b", "warmup_epochs": 1}
+    trainer = bench.started("AMAT", eps=None, delta=None, **given)
     path = Path(trainer.output_folder) / FILE
     assert read_settings(Settings, path) == trainer.settings
     assert trainer.settings.delta == pytest.approx(0.01)
@@ -658,15 +471,6 @@ def test_the_resolved_settings_can_be_read_back(bench: Any) -> None:
     assert head[0] == "# method: AMAT"
     assert "environment variable nnUNet_adversarial" in head[1]
     assert head[2] == "# thresholds: mean of the clean terms, not yet measured"
-
-
-def test_defaults_scale_with_the_input(bench: Any) -> None:
-    flat, volume = bench.make("AMAT", eps=None, delta=None), bench.make("AMAT", "3d_fullres", eps=None, delta=None)
-    two = bench.make("AMAT", dataset="two_channels", eps=None, delta=None)
-    assert flat.settings.delta == pytest.approx(0.01 * math.sqrt(56 * 40), abs=1e-3)
-    assert volume.settings.delta == pytest.approx(0.01 * math.sqrt(40 * 56 * 40), abs=1e-3)
-    assert two.settings.eps == pytest.approx(0.1 * math.sqrt(2 * 56 * 40), abs=1e-3)
-    assert (flat.settings.sample_id, volume.settings.sample_id) == ("slice", "case")
 
 
 def test_a_tag_changes_the_output_folder_and_nothing_else(bench: Any) -> None:
@@ -678,56 +482,49 @@ def test_a_tag_changes_the_output_folder_and_nothing_else(bench: Any) -> None:
     assert type(bench.make("AMAT")) is nnUNetTrainerAMAT, "the tag of one trainer stuck to the class"
 
 
-def test_schedule_of_the_settings(bench: Any) -> None:
-    trainer = bench.make(
-        "STD", epochs=7, iterations_per_epoch=3, val_iterations_per_epoch=5, initial_lr=0.05, save_every=2
-    )
-    trainer.initialize()
+def test_schedule_and_seed_of_the_settings(bench: Any) -> None:
+    schedule = {"epochs": 7, "iterations_per_epoch": 3, "val_iterations_per_epoch": 5}
+    made = []
+    for seed in (3, 3, 4):
+        trainer = bench.make("STD", seed=seed, initial_lr=0.05, save_every=2, **schedule)
+        torch.rand(5)
+        trainer.initialize()
+        made.append(weights(trainer))
+    assert not different(made[0], made[1])
+    assert different(made[0], made[2])
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (7, 3, 5)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.05
     assert trainer.lr_scheduler.max_steps == 7
     assert trainer.save_every == 2
-    stock = bench.make(nnUNetTrainer)
-    left_alone = bench.make("STD", **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations_per_epoch")))
-    assert left_alone.num_epochs == stock.num_epochs
-    assert left_alone.num_iterations_per_epoch == stock.num_iterations_per_epoch
-
-
-def test_a_seed_makes_the_same_network(bench: Any) -> None:
-    made = []
-    for seed in (3, 3, 4):
-        trainer = bench.make("AMAT", seed=seed)
-        torch.rand(5)
-        trainer.initialize()
-        made.append(weights(trainer))
-    assert same(made[0], made[1])
-    assert not same(made[0], made[2])
+    stock, left_alone = bench.make(nnUNetTrainer), bench.make("STD", **dict.fromkeys(schedule))
+    for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+        assert getattr(left_alone, name) == getattr(stock, name)
 
 
 def test_settings_of_the_data_set_folder(bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = world.preprocessed / world.main / FILE
+    path, make = world.preprocessed / world.dataset("main") / FILE, type(bench.make("SAT"))
+    plans = json.loads((path.parent / "tiny.json").read_text()) | {"continue_training": False}
+    given = (plans, "2d", 0, json.loads((path.parent / "dataset.json").read_text()), torch.device("cpu"))
     try:
         path.write_text("eps: 7\nsteps: 3\n")
-        trainer = bench.make("SAT")  # the variable comes first
-        assert trainer.settings.eps == 2.0
+        assert make(*copy.deepcopy(given)).settings.eps == 2.0  # the variable comes first
         monkeypatch.delenv("nnUNet_adversarial")
-        monkeypatch.setattr(bench, "settings", lambda **changes: path)
-        trainer = bench.make("SAT")
+        trainer = make(*copy.deepcopy(given))
         assert (trainer.settings.eps, trainer.settings.steps, trainer.settings_origin) == (7.0, 3, str(path))
     finally:
         path.unlink()
-    trainer = bench.make("SAT")
+    trainer = make(*copy.deepcopy(given))
     assert trainer.settings_origin == "defaults"
-    assert trainer.settings.steps == 20
+    # Defaults grow with the input.
+    assert (trainer.settings.steps, trainer.settings.sample_id) == (20, "slice")
+    assert trainer.settings.delta == pytest.approx(0.01 * math.sqrt(56 * 40), abs=1e-3)
+    two = bench.make("AMAT", dataset="two_channels", eps=None, delta=None)
+    assert two.settings.eps == pytest.approx(0.1 * math.sqrt(2 * 56 * 40), abs=1e-3)
 
 
-# --- what a run says at its start ------------------------------------------------------------------------------------
-
-
-def test_expected_visits_and_the_warning(bench: Any) -> None:
-    path = thresholds_file(bench.folder, 1.0)
-    trainer = bench.make("AMAT", thresholds=path, epochs=5, warmup_epochs=1, eps=10.0, delta=1.0)
-    trainer.on_train_start()
+def test_what_a_run_says_of_its_noise_levels(bench: Any) -> None:
+    given = {"thresholds": bench.thresholds(1.0), "eps": 10.0, "delta": 1.0}
+    trainer = bench.started("AMAT", epochs=5, warmup_epochs=1, **given)
     log = bench.log(trainer)
     training, _ = trainer.get_tr_and_val_datasets()
     samples = sum(training.load_case(case)[0].shape[1] for case in training.identifiers)
@@ -736,31 +533,16 @@ def test_expected_visits_and_the_warning(bench: Any) -> None:
     assert "WARNING: margins cannot reach the noise levels of interest (about eps = 10)" in log
     assert "Raise delta to about 10" in log
 
-    trainer = bench.make("AMAT", "3d_fullres", thresholds=path, epochs=61, eps=10.0, delta=1.0, overwrite=True)
-    trainer.on_train_start()
-    log = bench.log(trainer)
+    log = bench.log(bench.started("AMAT", "3d_fullres", epochs=61, **given))
     assert "6 samples (case), each met about 40.7 times in this run: margins can reach about 40.67" in log
     assert "WARNING" not in log
 
-
-def test_where_perturbation_sizes_can_come_to_lie(bench: Any) -> None:
-    trainer = bench.make("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
-    trainer.on_train_start()
+    trainer = bench.started("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
     eps = trainer.settings.eps
     assert eps == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
-    assert isinstance(trainer.method, DPAAT)
     assert (trainer.method.eps_0, trainer.method.highest) == (eps, 2 * eps), "the host's default and what hangs on it"
     assert (
         f"6 samples (case), each met about 8.0 times in this run: perturbation sizes begin at {eps:g} and can come to "
         f"lie between {eps - 8:.2f} and {eps + 8:.2f} (L2 norm)"
     ) in bench.log(trainer)
-    trainer = bench.make("TRADES", "3d_fullres")
-    trainer.on_train_start()
-    assert "each met about" not in bench.log(trainer)
-
-
-def test_fold_all(bench: Any) -> None:
-    trainer = bench.make("AMAT", fold="all")
-    trainer.run_training()
-    assert Path(trainer.output_folder).name == "fold_all"
-    assert len(trainer.sample_ids()) > len(bench.make("AMAT").sample_ids())
+    assert "each met about" not in bench.log(bench.started("TRADES", "3d_fullres"))

@@ -22,13 +22,15 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, kl_divergence
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data import build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import SETTINGS, IterableSimpleNamespace
+from ultralytics.utils import LOGGER, SETTINGS, IterableSimpleNamespace
 from ultralytics.utils.tal import make_anchors
+
+from advmed.thresholds import Thresholds
+from helpers.hosts import binary_divergence, class_divergence, listening, table
 
 SOURCE = Path(__file__).parents[3] / "examples" / "data" / "bccd"
 CLASSES = ["RBC", "WBC", "Platelets"]
@@ -184,23 +186,21 @@ def divergence(model: DetectionModel, clean: Any, other: Any) -> Tensor:
 
 
 def _divergence_of_head(model: DetectionModel, clean: dict[str, Any], other: dict[str, Any]) -> Tensor:
-    scores = [Bernoulli(logits=predictions["scores"].double()) for predictions in (clean, other)]
-    classes = kl_divergence(*scores).sum(1)
-    confidence = scores[0].probs.detach().amax(1)
-    boxes = [predictions["boxes"].double().unflatten(1, (4, -1)).movedim(2, -1) for predictions in (clean, other)]
-    if boxes[0].shape[-1] > 1:
-        sides = kl_divergence(*(Categorical(logits=logits) for logits in boxes))
+    classes = binary_divergence(clean["scores"], other["scores"])
+    confidence = clean["scores"].detach().double().sigmoid().amax(1)
+    boxes = [predictions["boxes"].double().unflatten(1, (4, -1)) for predictions in (clean, other)]
+    if boxes[0].shape[2] > 1:
+        sides = class_divergence(*boxes, axis=2)
     else:  # left, top, right and bottom in cells of the anchor's level
         _, cells = make_anchors(clean["feats"], model.stride)
         height, width = (float(n * model.stride[0]) for n in clean["feats"][0].shape[2:])
-        pixels = (boxes[0] - boxes[1]).squeeze(-1).abs() * cells.squeeze(1)
+        pixels = (boxes[0] - boxes[1]).squeeze(2).abs() * cells.squeeze(1)
         sides = pixels / torch.tensor([width, height, width, height])[:, None]
     return (classes + confidence * sides.mean(1)).sum(1) / confidence.sum(1).clamp(min=1)
 
 
 def fit(model: DetectionModel, batch: dict[str, Any], steps: int) -> None:
     """Trains on one batch; the running statistics keep pace."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     layers = [module for module in model.train().modules() if isinstance(module, torch.nn.BatchNorm2d)]
     usual = layers[0].momentum
@@ -215,7 +215,6 @@ def fit(model: DetectionModel, batch: dict[str, Any], steps: int) -> None:
     for layer in layers:
         layer.momentum = usual
     model.criterion = None
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -282,6 +281,30 @@ def known(data: DataSet) -> dict[str, Any]:
     return {"img": batch["img"], **chosen}
 
 
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the host's logger says, as "LEVEL: message"."""
+    with listening(LOGGER) as lines:
+        yield lines
+
+
+@pytest.fixture(scope="session")
+def thresholds(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """A thresholds file in which all terms have one value."""
+    folder = tmp_path_factory.mktemp("thresholds")
+
+    def write(value: float, names: tuple[str, ...] = ("box_loss", "cls_loss", "dfl_loss")) -> str:
+        path = folder / f"{value}-{len(names)}-{names[-1]}.json"
+        Thresholds((value,) * len(names), names).save(path)
+        return str(path)
+
+    return write
+
+
+def epochs(folder: Path) -> list[int]:
+    return [int(row["epoch"]) for row in table(folder / "results.csv")]
+
+
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     return SimpleNamespace(
@@ -295,8 +318,8 @@ def tools() -> SimpleNamespace:
         divergence=divergence,
         one_image=one_image,
         of_image=of_image,
+        epochs=epochs,
         QUIET=QUIET,
         STILL=STILL,
         CLASSES=CLASSES,
-        DataSet=DataSet,
     )

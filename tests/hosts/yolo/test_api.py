@@ -16,6 +16,8 @@ from ultralytics.nn.tasks import SegmentationModel, load_checkpoint
 from adv_yolo import attack, per_image_losses
 from adv_yolo.api import make_batch
 
+pytestmark = pytest.mark.slow
+
 SHORT: dict[str, Any] = {"steps": 3, "step_scale": 2.0}
 
 
@@ -42,9 +44,6 @@ def stock_losses(model: Any, images: Tensor, batch: dict[str, Any], tools: Any) 
     return torch.stack(losses)
 
 
-# Which models
-
-
 def test_a_facade_its_network_and_a_file_are_attacked_alike(trained: Path, batch: dict[str, Any]) -> None:
     facade = YOLO(str(trained))
     results = [attack(model, batch, radius=1.0, **SHORT) for model in (facade, facade.model, trained, str(trained))]
@@ -68,15 +67,6 @@ def test_other_families_lose_to_the_attack(
     assert result.terms.sum() > clean.sum()
 
 
-def test_images_and_labels_are_as_good_as_a_batch(network: Any, batch: dict[str, Any]) -> None:
-    rows = torch.cat([batch["cls"], batch["bboxes"]], 1)
-    labels = [rows[batch["batch_idx"] == i] for i in range(4)]
-    assert [len(label) for label in labels][1:3] == [1, 0]
-    first = attack(network, batch, radius=1.0, **SHORT)
-    second = attack(network, batch["img"], labels, radius=1.0, **SHORT)
-    assert torch.equal(first.images, second.images)
-
-
 @pytest.mark.parametrize("before", ["predict", "val", "inference_mode"])
 def test_a_facade_that_has_predicted_can_be_attacked(
     trained: Path, batch: dict[str, Any], data: Any, tmp_path: Path, before: str
@@ -94,9 +84,6 @@ def test_a_facade_that_has_predicted_can_be_attacked(
     wanted = attack(trained, batch, radius=1.0, **SHORT)
     torch.testing.assert_close(result.terms, wanted.terms, rtol=1e-2, atol=1e-3)  # fused layers round otherwise
     assert result.norms.median() > 0.5
-
-
-# What comes back
 
 
 @pytest.mark.parametrize("norm", [2, math.inf])
@@ -121,13 +108,12 @@ def test_the_result_is_inside_the_ball_and_the_range(
         assert torch.equal(result.images[1], batch["img"][1])
 
 
-def test_radius_zero_gives_the_images_back(network: Any, batch: dict[str, Any]) -> None:
+def test_radius_zero_gives_the_images_back_and_the_loss_rises_with_it(
+    network: Any, batch: dict[str, Any], tools: Any
+) -> None:
     result = attack(network, batch, radius=0.0, random_start=True, **SHORT)
     assert torch.equal(result.images, batch["img"])
     assert torch.equal(result.norms, torch.zeros(4))
-
-
-def test_the_loss_rises_with_the_radius(network: Any, batch: dict[str, Any], tools: Any) -> None:
     losses = [stock_losses(network, batch["img"], batch, tools)]
     for radius in (0.3, 2.0):
         images = attack(network, batch, radius=radius, steps=10, step_scale=2.0).images
@@ -143,9 +129,6 @@ def test_random_starts_are_repeatable_with_a_generator(network: Any, batch: dict
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
-
-
-# Against independent loops
 
 
 def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any], tools: Any) -> None:
@@ -165,43 +148,6 @@ def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any], tools
     assert (noise.flatten(1).norm(dim=1) > 0.8 * radius).all()
     off = ((result.images.double() - clean - noise).flatten(1).norm(dim=1) / radius).max()
     assert off < 1e-3
-
-
-def test_fgsm_is_a_step_along_the_sign(network: Any, batch: dict[str, Any], tools: Any) -> None:
-    radius = 4 / 255
-    result = attack(network, batch, radius=radius, steps=1, step_scale=1, norm=math.inf, keep="last")
-    images = batch["img"].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(stock_losses(network, images, batch, tools).sum(), images)
-    wanted = (batch["img"] + radius * gradient.sign()).clamp(0, 1)
-    sure = gradient.abs() > 1e-3 * gradient.abs().amax((1, 2, 3), keepdim=True)  # rounding may turn a sign near 0
-    assert sure.float().mean() > 0.2
-    torch.testing.assert_close(result.images[sure], wanted[sure])
-
-
-def test_torchattacks_finds_the_same_noise(
-    network: Any, batch: dict[str, Any], tools: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PGDL2 of torchattacks, its cross-entropy replaced by the stock loss."""
-    import torchattacks
-
-    class Loss(torch.nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return images  # the loss below is a function of the images
-
-    class StockLoss:
-        def __call__(self, images: Tensor, _: Tensor) -> Tensor:
-            return stock_losses(network, images, batch, tools).sum()
-
-    radius, steps, scale = 1.0, 3, 2.0
-    theirs = torchattacks.PGDL2(Loss(), eps=radius, alpha=scale * radius / steps, steps=steps, random_start=False)
-    monkeypatch.setattr(torch.nn, "CrossEntropyLoss", lambda *_: StockLoss())
-    found = theirs(batch["img"], torch.zeros(4, dtype=torch.long))
-    result = attack(network, batch, radius=radius, steps=steps, step_scale=scale, keep="last")
-    assert (found - batch["img"]).flatten(1).norm(dim=1).min() > 0.8 * radius
-    assert (result.images - found).flatten(1).norm(dim=1).max() < 1e-3 * radius
-
-
-# No trace
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -227,81 +173,33 @@ def test_the_model_is_left_as_it_was(networks: Any, batch: dict[str, Any], train
     assert getattr(model, "criterion", None) is None
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_an_attack_works_where_gradients_are_off(network: Any, batch: dict[str, Any], context: Any) -> None:
-    wanted = attack(network, batch, radius=1.0, **SHORT)
-    with context():
-        found = attack(network, {k: v.clone() for k, v in batch.items()}, radius=1.0, **SHORT)
-    assert torch.equal(found.images, wanted.images)
-
-
-def test_a_network_is_attacked_as_it_predicts(networks: Any, batch: dict[str, Any]) -> None:
-    """In evaluation mode, whatever mode it is in."""
+def test_an_attack_needs_no_mode_and_no_gradients_to_be_on(networks: Any, batch: dict[str, Any]) -> None:
+    """A network is attacked as it predicts: in evaluation mode, whatever mode it is in."""
     model = networks("yolov8n")
     wanted = attack(model, batch, radius=1.0, **SHORT)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found = attack(model, {k: v.clone() for k, v in batch.items()}, radius=1.0, **SHORT)
+        assert torch.equal(found.images, wanted.images)
     assert torch.equal(attack(model.train(), batch, radius=1.0, **SHORT).images, wanted.images)
 
 
-# Bad input
-
-
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        (lambda b: {**b, "img": (b["img"] * 255).byte()}, TypeError, r"floating point in \[0, 1\], got torch.uint8"),
-        (lambda b: {**b, "img": b["img"] * 255}, ValueError, r"in \[0, 1\], got values from .* divide by 255"),
-        (lambda b: {**b, "img": b["img"] - 0.5}, ValueError, r"in \[0, 1\], got values from -"),
-        (lambda b: {**b, "img": b["img"] * math.nan}, ValueError, "finite"),
-        (lambda b: {**b, "img": b["img"][..., :50]}, ValueError, r"multiples of 32, got \(4, 3, 96, 50\)"),
-        (lambda b: {**b, "img": b["img"][0]}, ValueError, r"must be \(B, 3, H, W\)"),
-        (lambda b: {k: v for k, v in b.items() if k != "cls"}, ValueError, "the batch has no cls; it needs img"),
-        (lambda b: {"img": b["img"]}, ValueError, "the batch has no batch_idx, cls, bboxes"),
-    ],
-)
-def test_a_batch_that_cannot_be_right_is_refused(
-    network: Any, batch: dict[str, Any], change: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        attack(network, change(batch), radius=1.0, **SHORT)
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (None, r"4 images need 4 label tensors \(n, 5\).*got none"),
+        (lambda b: {**b, "img": (b["img"] * 255).byte()}, r"floating point in \[0, 1\], got torch.uint8"),
+        (lambda b: {**b, "img": b["img"] * 255}, r"in \[0, 1\], got values from .* divide by 255"),
+        (lambda b: {**b, "img": b["img"] - 0.5}, r"in \[0, 1\], got values from -"),
+        (lambda b: {**b, "img": b["img"] * math.nan}, "finite"),
+        (lambda b: {**b, "img": b["img"][..., :50]}, r"multiples of 32, got \(4, 3, 96, 50\)"),
+        (lambda b: {**b, "img": b["img"][0]}, r"must be \(B, 3, H, W\)"),
+        (lambda b: {k: v for k, v in b.items() if k != "cls"}, "the batch has no cls; it needs img"),
+        (lambda b: {"img": b["img"]}, "the batch has no batch_idx, cls, bboxes"),
         ([torch.zeros(1, 5)] * 3, "4 images need 4 label tensors.*got 3"),
         ([torch.rand(5, 4)] * 4, r"\(n, 5\)"),
         ([torch.rand(6)] * 4, r"\(n, 5\)"),
         ([torch.tensor([[3.0, 0.5, 0.5, 0.2, 0.2]])] * 4, "class"),  # there are the classes 0, 1 and 2
-    ],
-)
-def test_labels_that_do_not_fit_are_refused(network: Any, batch: dict[str, Any], labels: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        attack(network, batch["img"], labels, radius=1.0, **SHORT)
-
-
-def test_labels_may_be_lists(batch: dict[str, Any]) -> None:
-    made = make_batch(batch["img"], [[[0, 0.5, 0.5, 0.1, 0.2]], [], torch.zeros(0), [[1, 0.1, 0.1, 0.1, 0.1]] * 2])
-    assert made["batch_idx"].tolist() == [0, 3, 3]
-    assert made["cls"].flatten().tolist() == [0, 1, 1]
-    assert made["bboxes"].shape == (3, 4)
-
-
-def test_a_missing_file_is_named(batch: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no model file .*nothing.pt"):
-        attack(tmp_path / "nothing.pt", batch, radius=1.0)
-
-
-def test_a_model_of_another_task_is_refused(batch: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"works on detection models.*SegmentationModel"):
-        attack(SegmentationModel("yolov8n-seg.yaml", verbose=False), batch, radius=1.0)
-    with pytest.raises(TypeError, match="works on detection models"):
-        attack(torch.nn.Conv2d(3, 3, 1), batch, radius=1.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+        (None, r"4 images need 4 label tensors \(n, 5\).*got none"),
         ({"steps": 0}, "steps must be a whole number >= 1"),
         ({"step_scale": 0.0}, "step_scale must be positive"),
         ({"norm": 1}, "norm"),
@@ -309,8 +207,31 @@ def test_a_model_of_another_task_is_refused(batch: dict[str, Any]) -> None:
         ({"keep": "first"}, "keep must be 'last' or 'best'"),
     ],
 )
-def test_attack_settings_out_of_range_are_refused(
-    network: Any, batch: dict[str, Any], settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        attack(network, batch, **{"radius": 1.0, **settings})
+def test_what_cannot_be_right_is_refused(network: Any, batch: dict[str, Any], change: Any, message: str) -> None:
+    """A batch, labels beside images, or settings of the attack."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        if isinstance(change, dict):
+            attack(network, batch, **{"radius": 1.0, **SHORT, **change})
+        elif callable(change):
+            attack(network, change(batch), radius=1.0, **SHORT)
+        else:
+            attack(network, batch["img"], change, radius=1.0, **SHORT)
+
+
+def test_images_and_labels_are_as_good_as_a_batch(network: Any, batch: dict[str, Any]) -> None:
+    rows = torch.cat([batch["cls"], batch["bboxes"]], 1)
+    labels = [rows[batch["batch_idx"] == i] for i in range(4)]
+    first = attack(network, batch, radius=1.0, **SHORT)
+    assert torch.equal(first.images, attack(network, batch["img"], labels, radius=1.0, **SHORT).images)
+    made = make_batch(batch["img"], [[[0, 0.5, 0.5, 0.1, 0.2]], [], torch.zeros(0), [[1, 0.1, 0.1, 0.1, 0.1]] * 2])
+    assert made["batch_idx"].tolist() == [0, 3, 3]
+    assert made["cls"].flatten().tolist() == [0, 1, 1]
+    assert made["bboxes"].shape == (3, 4)
+
+
+def test_what_is_no_detection_model_is_refused(batch: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*nothing.pt"):
+        attack(tmp_path / "nothing.pt", batch, radius=1.0)
+    for model in (SegmentationModel("yolov8n-seg.yaml", verbose=False), torch.nn.Conv2d(3, 3, 1)):
+        with pytest.raises(TypeError, match=rf"works on detection models.*{type(model).__name__}"):
+            attack(model, batch, radius=1.0)

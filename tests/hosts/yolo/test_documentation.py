@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,26 +14,29 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
+from helpers.hosts import ROOT, blocks, commands
+
 PAGE = (ROOT / "docs" / "yolo.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = ["epochs=1", "imgsz=64", "batch=4", "device=cpu", "workers=0", "plots=False", "amp=False"]
 SHORTER = {
     # Later words win, so that these go behind what is documented.
-    "train": TRAINING,
+    "detect": TRAINING,
     "thresholds": ["imgsz=64", "device=cpu"],
     "evaluate": ["attacks=pgd1", "examples=1", "checks=2", "device=cpu"],
 }
+TYPED = """
+# The commands of the console scripts, and the code, in one process that imports the host once.
+import json, sys
+import torch
+from ultralytics.cfg import entrypoint
+from adv_yolo.cli import main
 
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def commands(text: str, names: tuple[str, ...]) -> list[list[str]]:
-    lines = [line for block in blocks(text, "console") for line in block.splitlines()]
-    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
-    return [line for line in words if line and line[0] in names]
+torch.set_num_threads(1)
+for sys.argv[:] in json.loads(sys.argv[1]):  # the host keeps this list
+    assert not {"yolo": entrypoint, "adv-yolo": main}[sys.argv[0]](), sys.argv
+exec(open("page.py").read())
+"""
 
 
 @pytest.mark.slow
@@ -43,36 +46,34 @@ def test_the_commands_and_the_code_of_the_page_work(
     shutil.copytree(data.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "cells.yaml").rename(tmp_path / "data.yaml")
     monkeypatch.chdir(tmp_path)
-    # As outside of a test: the host has a place of its own for the runs of tests. For those of users, its settings hold
-    # the repository that it is installed in, or the folder of its first start.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    environment |= {"YOLO_CONFIG_DIR": str(tmp_path / "settings"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-    def run(*words: str) -> None:
-        done = subprocess.run([*words], capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(str(Path(sys.executable).with_name("yolo")), "settings", f"runs_dir={tmp_path / 'runs'}")
-    documented = commands(PAGE, ("yolo", "adv-yolo"))
+    documented = commands(PAGE, "yolo", "adv-yolo")
     assert [words[1] for words in documented] == ["detect", "thresholds", "detect", "evaluate"]
-    for words in documented:
-        more = SHORTER["train" if words[1] == "detect" else words[1]]
-        run(str(Path(sys.executable).with_name(words[0])), *words[1:], *more)
-    assert Path("runs/evaluate/report.html").is_file()
 
     python = blocks(PAGE, "python")
     assert len(python) == 3
-    shutil.copy("runs/detect/amat/weights/best.pt", "best.pt")
     torch.save(batch, "batch.pt")
     pairs = [word.split("=") for word in TRAINING] + [["epochs", "2"]]  # self-calibration needs one
     arguments = ", ".join(f"{key}={value!r}" for key, value in dict(pairs).items())
     training = python[0].replace("imgsz=320", re.sub(r"'(\d+|True|False)'", r"\1", arguments))
     python[0] = training.replace("steps=20", "steps=1")
+    python[1] = "import shutil\nshutil.copy('runs/detect/amat/weights/best.pt', 'best.pt')\n" + python[1]
     python[1] = "import torch\nbatch = torch.load('batch.pt')\n" + python[1]
     python[2] = python[2].replace("steps=20", "steps=2")
     python.append("torch.save([losses.detach(), result.images - images, result.norms], 'found.pt')\n")
     Path("page.py").write_text("\n".join(python))
-    run(sys.executable, "page.py")
+
+    # As outside of a test: the host has a place of its own for the runs of tests. For those of users, its settings hold
+    # the repository that it is installed in, or the folder of its first start.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    environment |= {"YOLO_CONFIG_DIR": str(tmp_path / "settings"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    typed = json.dumps([[*words, *SHORTER[words[1]]] for words in documented])
+    for words in (
+        [str(Path(sys.executable).with_name("yolo")), "settings", f"runs_dir={tmp_path / 'runs'}"],
+        [sys.executable, "-c", TYPED, typed],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("runs/evaluate/report.html").is_file()
     assert Path("runs/detect/train/weights/best.pt").is_file()
     losses, noise, norms = torch.load("found.pt")
     assert losses.shape == (4, 3)
@@ -82,4 +83,4 @@ def test_the_commands_and_the_code_of_the_page_work(
 
 
 def test_the_readme_shows_the_same_commands() -> None:
-    assert commands(README, ("yolo", "adv-yolo")) == commands(PAGE, ("yolo", "adv-yolo"))
+    assert commands(README, "yolo", "adv-yolo") == commands(PAGE, "yolo", "adv-yolo")

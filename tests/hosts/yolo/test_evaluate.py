@@ -18,6 +18,9 @@ from adv_yolo import evaluate as host
 from adv_yolo.cli import main
 from advmed.attacks import PGD
 from advmed.evaluation.loop import evaluate
+from helpers.hosts import Interrupted
+
+pytestmark = pytest.mark.slow
 
 LIMITS = ((3, 2), (2, 32), (None, 32))  # of the images that are evaluated, some are checked
 QUICK = {"pgd2": PGD(2, 2.0, keep="best")}
@@ -29,12 +32,9 @@ def load(path: Path, data: Any, folder: Path, **arguments: Any) -> host.TrainedM
     return host.load_model("m", path, info, given, torch.device("cpu"), folder)
 
 
-def measure(model: host.TrainedModel, folder: Path, levels: tuple[float, ...] = (0.0, 1.0)) -> Any:
-    batches = host.make_batches(model, None)
-    return evaluate(batches, QUICK, levels, bounds=(0.0, 1.0), seed=0, folder=folder, fingerprint="x")
-
-
-# The metrics
+def measure(model: host.TrainedModel, folder: Path, **more: Any) -> Any:
+    how = {"bounds": (0.0, 1.0), "seed": 0, "folder": folder, "fingerprint": "x", **more}
+    return evaluate(host.make_batches(model, None), QUICK, (0.0, 1.0), **how)
 
 
 def host_metrics(path: Path, data: Any, folder: Path, **arguments: Any) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def test_level_zero_is_what_the_host_measures(
     trained: Path, data: Any, tmp_path: Path, arguments: dict[str, Any]
 ) -> None:
     model = load(trained, data, tmp_path, **arguments)
-    result = measure(model, tmp_path, (0.0, 1.0))
+    result = measure(model, tmp_path)
     scores = result.scores("pgd2", 0.0)
     found = host.mean_average_precision(scores, model.network.names)
     wanted = host_metrics(trained, data, tmp_path, **arguments)
@@ -95,11 +95,8 @@ def boxes(*rows: tuple[float, ...]) -> dict[str, torch.Tensor]:
 def test_the_best_overlap_of_every_object(detections: list[tuple[float, ...]], best: list[float]) -> None:
     objects = {"bboxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "cls": torch.tensor([1.0, 2.0])}
     assert host.best_overlaps(objects, boxes(*detections)).tolist() == pytest.approx(best)
-
-
-def test_no_objects_have_no_overlaps() -> None:
     none = {"bboxes": torch.zeros(0, 4), "cls": torch.zeros(0)}
-    assert host.best_overlaps(none, boxes((0, 0, 1, 1, 0, 0.9))).tolist() == []
+    assert host.best_overlaps(none, boxes(*detections)).tolist() == []
 
 
 def test_the_average_iou_is_over_objects_and_an_image_without_any_has_none() -> None:
@@ -112,8 +109,7 @@ def test_the_average_iou_is_over_objects_and_an_image_without_any_has_none() -> 
 
 
 def test_stored_scores_are_what_the_network_finds(trained: Path, data: Any, tmp_path: Path, known: Any) -> None:
-    model = load(trained, data, tmp_path)
-    scores = measure(model, tmp_path).scores("pgd2", 0.0)
+    scores = measure(load(trained, data, tmp_path), tmp_path).scores("pgd2", 0.0)
     assert scores["truth"].sum(1).tolist() == [len(data.labels(name)) for name in data.names("val")]
     results = YOLO(str(trained)).predict(known["img"], imgsz=96, conf=0.25, verbose=False, project=str(tmp_path))
     for i, result in enumerate(results):
@@ -124,30 +120,26 @@ def test_stored_scores_are_what_the_network_finds(trained: Path, data: Any, tmp_
 
 def test_a_background_image_counts_for_precision_only(trained: Path, make_data: Any, tmp_path: Path) -> None:
     own = make_data()
-    name = own.names("val")[2]
-    own.write_labels(name, [])
+    own.write_labels(own.names("val")[2], [])
     model = load(trained, own, tmp_path)
     scores = measure(model, tmp_path / "parts").scores("pgd2", 0.0)
     assert scores["truth"][2].sum() == 0
     assert np.isnan(host.image_iou(scores)[2])
-    assert host.mean_average_precision(scores, model.network.names) == pytest.approx(
-        host_metrics(trained, own, tmp_path), abs=1e-4
-    )
-
-
-# Batches
+    found, wanted = host.mean_average_precision(scores, model.network.names), host_metrics(trained, own, tmp_path)
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_limit_takes_images_at_even_distances(trained: Path, data: Any, tmp_path: Path) -> None:
     model = load(trained, data, tmp_path)
-    everything = [name for batch in host.make_batches(model, None) for name in batch.ids]
-    assert len(everything) == 4
-    assert [name for batch in host.make_batches(model, None, 2) for name in batch.ids] == [everything[0], everything[3]]
+
+    def chosen(folder: Path | None, *limits: Any) -> list[str]:
+        return [id_ for batch in host.make_batches(model, folder, *limits) for id_ in batch.ids]
+
+    a, b, c, d = chosen(None)
+    assert chosen(None, 2) == [a, d]
     assert [len(batch.ids) for batch in host.make_batches(model, None, 3)] == [2, 1]
-    names = [[name for batch in host.make_batches(model, None, *limits) for name in batch.ids] for limits in LIMITS]
-    assert names == [[everything[i] for i in chosen] for chosen in ((0, 3), (0, 3), (0, 1, 2, 3))]
-    relative = [name for batch in host.make_batches(model, data.folder) for name in batch.ids]
-    assert relative == [f"images/{name}.jpg" for name in data.names("val")]
+    assert [chosen(None, *limits) for limits in LIMITS] == [[a, d], [a, d], [a, b, c, d]]
+    assert chosen(data.folder) == [f"images/{name}.jpg" for name in data.names("val")]
 
 
 def test_the_numbers_of_an_interrupted_evaluation_are_those_of_a_whole_one(
@@ -155,18 +147,15 @@ def test_the_numbers_of_an_interrupted_evaluation_are_those_of_a_whole_one(
 ) -> None:
     model = load(trained, data, tmp_path)
     whole = measure(model, tmp_path / "whole")
-    broken = host.make_batches(model, None)
     calls = []
 
     def stop(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Interrupted
 
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(
-            broken, QUICK, (0.0, 1.0), bounds=(0.0, 1.0), seed=0, folder=tmp_path / "b", fingerprint="x", progress=stop
-        )
+    with pytest.raises(Interrupted):
+        measure(model, tmp_path / "b", progress=stop)
     parts = list((tmp_path / "b" / "parts").iterdir())
     assert len(parts) == 1
     written = parts[0].stat().st_mtime_ns
@@ -175,9 +164,6 @@ def test_the_numbers_of_an_interrupted_evaluation_are_those_of_a_whole_one(
     for level in (0.0, 1.0):
         for name, values in whole.scores("pgd2", level).items():
             np.testing.assert_array_equal(again.scores("pgd2", level)[name], values)
-
-
-# What is refused
 
 
 def test_what_cannot_be_evaluated_is_said(
@@ -197,47 +183,38 @@ def test_what_cannot_be_evaluated_is_said(
         load(trained, own, tmp_path)
 
 
-# The report
-
-
-@pytest.fixture(scope="module")
-def report(trained: Path, data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, through the command."""
-    folder = tmp_path_factory.mktemp("report")
-    other = folder / "other" / "weights" / "best.pt"
+def test_a_report_of_two_equal_models(trained: Path, data: Any, tmp_path: Path, audit: Any) -> None:
+    other, out = tmp_path / "other" / "weights" / "best.pt", tmp_path / "out"
     other.parent.mkdir(parents=True)
     shutil.copy(trained, other)
-    (folder / "other" / "margins.csv").write_text("id,margin,visits\na.jpg,1.5,2\nb.jpg,2.5,2\n")
-    torch.set_num_threads(1)
+    (tmp_path / "other" / "margins.csv").write_text("id,margin,visits\na.jpg,1.5,2\nb.jpg,2.5,2\n")
     words = [f"model={trained},{other}", f"data={data.yaml}", "levels=0,1,2", "attacks=pgd2,ifgsm1", "batch=2"]
-    status = main(
-        ["evaluate", *words, f"out={folder / 'out'}", "examples=2", "checks=0", "names=STD,AMAT", "device=cpu"]
-    )
-    assert status == 0
-    return folder / "out"
-
-
-def test_the_report_has_numbers_and_boxes(report: Path, trained: Path, data: Any, tmp_path: Path) -> None:
-    page = (report / "report.html").read_text()
+    words += [f"out={out}", "examples=2", "checks=0", "names=STD,AMAT", "device=cpu"]
+    assert main(["evaluate", *words]) == 0
+    page = (out / "report.html").read_text()
     for text in ("STD", "AMAT", "mAP50-95", "mAP50", "IoU", "AUC", "RBC", "boxes, IoU", "pgd2", "ifgsm1"):
         assert text in page, text
     assert page.count("data:image") >= 1
     assert str(trained.parent) not in page
-    for name in ("report.json", "samples.csv"):
-        assert (report / name).stat().st_size > 100
     wanted = host_metrics(trained, data, tmp_path)
     numbers = []
-    for cell in (report / "table.csv").read_text().replace("\n", ",").split(","):
+    for cell in (out / "table.csv").read_text().replace("\n", ",").split(","):
         with contextlib.suppress(ValueError):
             numbers.append(float(cell))
     for value in wanted:
         assert any(number == pytest.approx(value, abs=1e-3) for number in numbers), value
+    audit(out, "IoU", fails_at=0.5, checked=0, shown=2)
+    parts = [sorted((out / name / "parts").iterdir()) for name in ("STD", "AMAT")]
+    assert len(parts[0]) == len(parts[1]) == 2
+    for first, second in zip(*parts, strict=True):
+        one, two = np.load(first, allow_pickle=False), np.load(second, allow_pickle=False)
+        names = [name for name in one.files if one[name].dtype.kind in "bi"]
+        assert names
+        for name in names:
+            np.testing.assert_array_equal(one[name], two[name], err_msg=json.dumps(name))
 
 
-def test_nothing_was_checked_where_nobody_asked(report: Path, audit: Any) -> None:
-    audit(report, "IoU", fails_at=0.5, checked=0, shown=2)
-
-
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_whether_to_believe_it(trained: Path, make_data: Any, tmp_path: Path, audit: Any) -> None:
     """With an image without objects, which can neither fail nor be shown as one that does."""
     own = make_data()
@@ -256,27 +233,9 @@ def test_the_report_says_whether_to_believe_it(trained: Path, make_data: Any, tm
     assert page.count(": the clean input") == 3
 
 
-def test_two_equal_models_have_equal_numbers(report: Path) -> None:
-    parts = [sorted((report / name / "parts").iterdir()) for name in ("STD", "AMAT")]
-    assert len(parts[0]) == len(parts[1]) == 2
-    for first, second in zip(*parts, strict=True):
-        one, two = np.load(first, allow_pickle=False), np.load(second, allow_pickle=False)
-        names = [name for name in one.files if one[name].dtype.kind in "bi"]
-        assert names
-        for name in names:
-            np.testing.assert_array_equal(one[name], two[name], err_msg=json.dumps(name))
-
-
-def test_margins_beside_a_checkpoint_are_read(trained: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run" / "weights" / "best.pt"
-    assert host.read_margins(path.parent.parent / "margins.csv") is None
-    path.parent.mkdir(parents=True)
-    file = tmp_path / "run" / "margins.csv"
-    file.write_text('id,margin,visits\n"a, #1.jpg",1.5,2\nb.jpg,2.5,2\n')
-    margins = host.read_margins(path.parent.parent / "margins.csv")
-    assert margins is not None
-    assert margins.tolist() == [1.5, 2.5]
-    file.write_text("id,margin,visits\na.jpg,1.5,2\n")
-    margins = host.read_margins(path.parent.parent / "margins.csv")
-    assert margins is not None
-    assert margins.tolist() == [1.5]
+def test_margins_beside_a_checkpoint_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "margins.csv"
+    assert host.read_margins(file) is None
+    for rows, margins in (('"a, #1.jpg",1.5,2\nb.jpg,2.5,2\n', [1.5, 2.5]), ("a.jpg,1.5,2\n", [1.5])):
+        file.write_text(f"id,margin,visits\n{rows}")
+        assert host.read_margins(file).tolist() == margins

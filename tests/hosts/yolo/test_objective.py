@@ -27,16 +27,22 @@ from adv_yolo import ImageTerms, per_image_losses
 from adv_yolo.objective import DetectionObjective
 from advmed.methods.trades import Distance, detached
 
-CASES = [
-    ("yolov5n", None),
-    ("yolov8n", None),
-    ("yolo11n", None),
-    ("yolov10n", False),
-    ("yolo26n", False),
-    ("yolo26n", True),
-]
-families = pytest.mark.parametrize(("name", "end2end"), CASES)
+CASES = [("yolov5n", None), ("yolov8n", None), ("yolo11n", None)]
+CASES += [("yolov10n", False), ("yolo26n", False), ("yolo26n", True)]
+FEW = [CASES[1], *CASES[4:]]
+MARKED = [pytest.param(case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES]
+families = pytest.mark.parametrize("model", MARKED, indirect=True, ids=str)
+three = pytest.mark.parametrize("model", FEW, indirect=True, ids=str)
 modes = pytest.mark.parametrize("training", [False, True])
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, networks: Any) -> DetectionModel:
+    """A network, of two heads asked for the second or not."""
+    name, end2end = getattr(request, "param", CASES[1])
+    model = networks(name, end2end)
+    model.asked = end2end
+    return model
 
 
 def followed(criterion: Any, predictions: Any, end2end: bool | None) -> tuple[Any, Any]:
@@ -47,61 +53,51 @@ def followed(criterion: Any, predictions: Any, end2end: bool | None) -> tuple[An
     return getattr(criterion, branch), getattr(criterion, branch).parse_output(predictions)[branch]
 
 
-def stock(model: DetectionModel, predictions: Any, batch: dict[str, Any], end2end: bool | None) -> Tensor:
+def stock(model: DetectionModel, predictions: Any, batch: dict[str, Any]) -> Tensor:
     """The stock loss vector of the head that predicts, its factor of the batch size included."""
-    criterion, own = followed(model.init_criterion(), predictions, end2end)
+    criterion, own = followed(model.init_criterion(), predictions, model.asked)
     return criterion.loss(own, batch)[0]
 
 
-def predict(model: DetectionModel, images: Tensor, end2end: bool | None) -> Any:
+def predict(model: DetectionModel, images: Tensor) -> Any:
     """As the model in its mode, but with a one-to-one head whose gradient reaches the images."""
     head = model.model[-1]
-    training, head.training = head.training, head.training and not end2end
+    training, head.training = head.training, head.training and not model.asked
     try:
         return model(images)
     finally:
         head.training = training
 
 
-# Values
-
-
 @families
-def test_an_image_has_the_stock_loss_of_this_image_alone(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
-) -> None:
-    model = networks(name, end2end)
+def test_an_image_has_the_stock_loss_of_this_image_alone(model: Any, batch: dict[str, Any], tools: Any) -> None:
+    """Whatever the rest of the batch; of its predictions alone where BatchNorm couples images."""
     terms = per_image_losses(model, batch)
     assert terms.shape == (4, 3)
     for i in range(4):
         alone = tools.one_image(batch, i)
-        wanted = stock(model, model(alone["img"]), alone, end2end)
+        wanted = stock(model, model(alone["img"]), alone)
         torch.testing.assert_close(terms[i], wanted, rtol=1e-5, atol=1e-6)
     assert terms[[0, 1, 3]].min() > 0
-
-
-@families
-def test_an_image_has_the_stock_loss_of_its_predictions_where_batch_norm_couples_images(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
-) -> None:
-    model = networks(name, end2end).train()
-    predictions = model(batch["img"])
-    terms = ImageTerms(model, one_to_one=end2end)(predictions, batch)
-    for i in range(4):
-        wanted = stock(model, tools.of_image(predictions, i), tools.one_image(batch, i), end2end)
-        torch.testing.assert_close(terms[i], wanted, rtol=1e-5, atol=1e-6)
+    predictions = model.train()(batch["img"])
+    read = ImageTerms(model, one_to_one=model.asked)
+    assert read.names == ("box_loss", "cls_loss", "l1_loss" if model.model[-1].reg_max == 1 else "dfl_loss")
+    assert read.names == tuple((read.criterion if model.asked is None else read.criterion.one2many).loss_names)
+    for i, row in enumerate(read(predictions, batch)):
+        wanted = stock(model, tools.of_image(predictions, i), tools.one_image(batch, i))
+        torch.testing.assert_close(row, wanted, rtol=1e-5, atol=1e-6)
 
 
 @modes
 @families
 def test_the_sum_over_images_is_the_stock_loss_of_the_batch_with_its_gradients(
-    networks: Any, batch: dict[str, Any], name: str, end2end: bool | None, training: bool
+    model: Any, batch: dict[str, Any], training: bool
 ) -> None:
-    first = networks(name, end2end).train(training)
+    first = model.train(training)
     second = copy.deepcopy(first)
     images, others = (batch["img"].clone().requires_grad_() for _ in range(2))
     ours = per_image_losses(first, {**batch, "img": images}, normalizer="batch")
-    wanted = stock(second, predict(second, others, end2end), batch, end2end)
+    wanted = stock(second, predict(second, others), batch)
     torch.testing.assert_close(ours.sum(0), wanted, rtol=1e-5, atol=1e-6)
     ours.sum().backward()
     wanted.sum().backward()
@@ -122,10 +118,8 @@ def test_the_sum_over_images_is_the_stock_loss_of_the_batch_with_its_gradients(
 
 @modes
 @families
-def test_the_training_loss_is_the_stock_one_bit_for_bit(
-    networks: Any, batch: dict[str, Any], name: str, end2end: bool | None, training: bool
-) -> None:
-    model = networks(name, end2end).train(training)
+def test_the_training_loss_is_the_stock_one_bit_for_bit(model: Any, batch: dict[str, Any], training: bool) -> None:
+    model.train(training)
     predictions = model(batch["img"])
     wanted, wanted_items = model.init_criterion()(predictions, batch)
     gradient = torch.autograd.grad(wanted.sum(), list(model.model[0].parameters()), retain_graph=True)
@@ -142,34 +136,19 @@ def test_the_training_loss_is_the_stock_one_bit_for_bit(
     torch.testing.assert_close(per_image, terms(predictions, batch), rtol=1e-5, atol=1e-6)
 
 
-@families
-def test_the_terms_are_named_by_the_criterion(networks: Any, name: str, end2end: bool | None) -> None:
-    model = networks(name, end2end)
-    criterion = model.init_criterion()
-    wanted = criterion.loss_names if end2end is None else criterion.one2many.loss_names
-    names = ImageTerms(model).names
-    assert names == tuple(wanted)
-    assert names == ("box_loss", "cls_loss", "l1_loss" if name == "yolo26n" else "dfl_loss")
-
-
-def test_class_weights_are_respected(networks: Any, batch: dict[str, Any], tools: Any) -> None:
-    plain, weighted = networks("yolov8n"), networks("yolov8n")
-    weighted.class_weights = torch.tensor([0.2, 1.3, 1.5])
-    terms = per_image_losses(weighted, batch)
+def test_class_weights_are_respected(model: Any, batch: dict[str, Any], tools: Any) -> None:
+    unweighted = per_image_losses(model, batch)
+    model.class_weights = torch.tensor([0.2, 1.3, 1.5])
+    terms = per_image_losses(model, batch)
     for i in range(4):
         alone = tools.one_image(batch, i)
-        wanted = stock(weighted, weighted(alone["img"]), alone, None)
-        torch.testing.assert_close(terms[i], wanted, rtol=1e-5, atol=1e-6)
-    unweighted = per_image_losses(plain, batch)
+        torch.testing.assert_close(terms[i], stock(model, model(alone["img"]), alone), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms[:, [0, 2]], unweighted[:, [0, 2]])
     assert ((terms[:, 1] - unweighted[:, 1]).abs() > 1e-3 * unweighted[:, 1]).all()
 
 
-@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", True)])
-def test_images_without_objects_have_a_classification_term_only(
-    networks: Any, batch: dict[str, Any], name: str, end2end: bool | None
-) -> None:
-    model = networks(name, end2end)
+@three
+def test_images_without_objects_have_a_classification_term_only(model: Any, batch: dict[str, Any]) -> None:
     empty = {**batch, "batch_idx": torch.zeros(0), "cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4)}
     some, none = per_image_losses(model, batch), per_image_losses(model, empty)
     assert some[2, 1] > 0
@@ -181,25 +160,20 @@ def test_images_without_objects_have_a_classification_term_only(
     assert loss.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [dict, lambda **given: SimpleNamespace(**given)])
-def test_the_models_arguments_may_be_a_dict_or_a_namespace(networks: Any, batch: dict[str, Any], kind: Any) -> None:
-    model = networks("yolov8n")
+DOUBLED = {"box": 2 * DEFAULT_CFG_DICT["box"]}
+
+
+@pytest.mark.parametrize(
+    "given", [{**DEFAULT_CFG_DICT, **DOUBLED}, SimpleNamespace(**{**DEFAULT_CFG_DICT, **DOUBLED}), DOUBLED], ids=type
+)
+def test_the_models_arguments_may_be_a_dict_or_a_namespace(model: Any, batch: dict[str, Any], given: Any) -> None:
+    """Those of an old checkpoint are filled up with defaults."""
     plain = per_image_losses(model, batch)
-    given = {**DEFAULT_CFG_DICT, "box": 2 * DEFAULT_CFG_DICT["box"]}
-    model.args = kind(**given)
-    before = model.args
+    model.args, before = given, copy.deepcopy(given)
     terms = per_image_losses(model, batch)
-    assert model.args is before
-    assert (model.args if isinstance(before, dict) else vars(model.args)) == given
+    assert model.args is given
+    assert given == before
     torch.testing.assert_close(terms, plain * torch.tensor([2.0, 1.0, 1.0]))
-
-
-def test_arguments_of_an_old_checkpoint_are_filled_up_with_defaults(networks: Any, batch: dict[str, Any]) -> None:
-    model = networks("yolov8n")
-    plain = per_image_losses(model, batch)
-    model.args = {"imgsz": 64}
-    assert torch.equal(per_image_losses(model, batch), plain)
-    assert model.args == {"imgsz": 64}
 
 
 def test_a_model_of_the_facade_works(batch: dict[str, Any]) -> None:
@@ -207,28 +181,11 @@ def test_a_model_of_the_facade_works(batch: dict[str, Any]) -> None:
     assert per_image_losses(model, batch).shape == (4, 3)
 
 
-def test_terms_do_not_depend_on_the_rest_of_the_batch(networks: Any, batch: dict[str, Any], tools: Any) -> None:
-    model = networks("yolov8n")
-    order = [3, 1, 0]
-    labels = [tools.one_image(batch, i) for i in order]
-    rows = [torch.cat([part["cls"], part["bboxes"]], 1) for part in labels]
-    other = tools.join([part["img"][0] for part in labels], rows)
-    torch.testing.assert_close(
-        per_image_losses(model, other), per_image_losses(model, batch)[order], rtol=1e-5, atol=1e-6
-    )
-
-
-# The gradient of an attack
-
-
-@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", False), ("yolo26n", True)])
-def test_the_gradient_is_the_slope_of_the_loss(
-    networks: Any, batch: dict[str, Any], name: str, end2end: bool | None
-) -> None:
+@three
+def test_the_gradient_is_the_slope_of_the_loss(model: Any, batch: dict[str, Any]) -> None:
     """By finite differences, with the targets that the host assigned held where they were: it detaches them."""
-    model = networks(name, end2end)
     criterion = model.init_criterion()
-    own, _ = followed(criterion, model(batch["img"]), end2end)
+    own, _ = followed(criterion, model(batch["img"]), model.asked)
     assign, assigned = own.assigner, []
 
     def once(*given: Any) -> Any:
@@ -247,29 +204,24 @@ def test_the_gradient_is_the_slope_of_the_loss(
     torch.testing.assert_close((up - down) / (2 * step), norms.double(), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@modes
 def test_a_gradient_passes_through_the_one_to_one_head(networks: Any, batch: dict[str, Any], training: bool) -> None:
-    """The stock head in training mode lets none pass."""
+    """The stock head in training mode lets none pass; it is in training mode again afterwards."""
     model = networks("yolo26n", True).train(training)
     images = batch["img"].clone().requires_grad_()
-    objective = DetectionObjective(model, ImageTerms(model), batch)
-    (gradient,) = torch.autograd.grad(objective(images).sum(), images)
+    read = ImageTerms(model)
+    (gradient,) = torch.autograd.grad(DetectionObjective(model, read, batch)(images).sum(), images)
     assert gradient.flatten(1).norm(dim=1).min() > 0
     assert all(module.training is training for module in model.modules())
     if training:
         terms = ImageTerms(model, one_to_one=True)(model(images), batch)
         with pytest.raises(RuntimeError, match=r"does not require grad|not have been used"):
             torch.autograd.grad(terms.sum(), images)
-
-
-def test_the_head_is_in_training_mode_again_after_an_exception(networks: Any) -> None:
-    model = networks("yolo26n", True).train()
-    terms = ImageTerms(model)
-    with pytest.raises(ZeroDivisionError), terms.attached(model):
-        assert not model.model[-1].training
-        assert model.model[-1].one2one_cv2[0][0].bn.training
-        raise ZeroDivisionError
-    assert all(module.training for module in model.modules())
+        with pytest.raises(ZeroDivisionError), read.attached(model):
+            assert not model.model[-1].training
+            assert model.model[-1].one2one_cv2[0][0].bn.training
+            raise ZeroDivisionError
+        assert all(module.training for module in model.modules())
 
 
 def test_terms_follow_the_head_that_predicts_unless_told_otherwise(networks: Any) -> None:
@@ -278,9 +230,6 @@ def test_terms_follow_the_head_that_predicts_unless_told_otherwise(networks: Any
         assert ImageTerms(model).branch == branch
         assert ImageTerms(model, one_to_one=not end2end).branch != branch
     assert ImageTerms(networks("yolov8n"), one_to_one=True).branch is None
-
-
-# How far predictions are from those on clean images
 
 
 def leaves(predictions: list[dict[str, Any]]) -> list[Tensor]:
@@ -293,10 +242,10 @@ def leaves(predictions: list[dict[str, Any]]) -> list[Tensor]:
 @modes
 @families
 def test_the_distance_is_that_of_scores_and_sides(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None, training: bool
+    model: Any, batch: dict[str, Any], tools: Any, training: bool
 ) -> None:
     """Of an image that is no square, or width and height would be one; and with the gradients of both arguments."""
-    model = networks(name, end2end).train(training)
+    model.train(training)
     images = torch.cat((batch["img"], batch["img"][..., :32]), 3)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     passes = [model(images), model(images + 0.1 * noise)]
@@ -318,44 +267,29 @@ def test_the_distance_is_that_of_scores_and_sides(
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", False), ("yolo26n", True)])
-def test_equal_predictions_have_no_distance_and_no_gradient(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
-) -> None:
-    model = networks(name, end2end)
+@three
+def test_the_distance_of_equal_and_of_half_precision_predictions(model: Any, batch: dict[str, Any], tools: Any) -> None:
     predictions = model(batch["img"])
     given = leaves(tools.heads_of(predictions))
     distance = ImageTerms(model).distance(predictions, predictions)
     assert torch.equal(distance, torch.zeros(4))
     for gradient in torch.autograd.grad(distance.sum(), given):
         assert gradient.abs().max() < 1e-7
-
-
-@pytest.mark.parametrize(("name", "end2end"), [("yolov8n", None), ("yolo26n", False)])
-def test_the_distance_of_predictions_in_half_precision_is_computed_in_float32(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None
-) -> None:
-    model = networks(name, end2end)
-    passes = [model(images) for images in (batch["img"], batch["img"].flip(3))]
-    for predictions in passes:
-        for head in tools.heads_of(predictions):
+    passes = [predictions, model(batch["img"].flip(3))]
+    for each in passes:
+        for head in tools.heads_of(each):
             head.update({part: head[part].detach().half() for part in ("scores", "boxes")})
     found = ImageTerms(model).distance(*passes)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), tools.divergence(model, *passes), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "end2end", "reached"),
-    [("yolov8n", None, [True]), ("yolo26n", False, [True, False]), ("yolo26n", True, [True, True])],
-)
-def test_the_attack_on_the_distance_reaches_the_images(
-    networks: Any, batch: dict[str, Any], tools: Any, name: str, end2end: bool | None, reached: list[bool]
-) -> None:
+@three
+def test_the_attack_on_the_distance_reaches_the_images(model: Any, batch: dict[str, Any], tools: Any) -> None:
     """In training mode the stock one-to-one head lets no gradient pass; the attack must reach the head that predicts,
     although the predictions that it starts from come from a training pass.
     """
-    model = networks(name, end2end).train()
+    model.train()
     objective = DetectionObjective(model, ImageTerms(model), batch)
     _, _, reference = objective.loss_and_predictions(batch["img"])
     attack = Distance(objective, detached(reference))
@@ -365,20 +299,17 @@ def test_the_attack_on_the_distance_reaches_the_images(
     assert terms.shape == (4, 1)
     (gradient,) = torch.autograd.grad(terms.sum(), images)
     assert gradient.flatten(1).norm(dim=1).min() > 0
+    reached = {None: [True], False: [True, False], True: [True, True]}[model.asked]
     for head, wanted in zip(tools.heads_of(objective.predictions(images)), reached, strict=True):
         (gradient,) = torch.autograd.grad(head["scores"].sum(), images, retain_graph=True, allow_unused=True)
         assert (gradient is not None) == wanted
     assert all(module.training for module in model.modules())
 
 
-# Passes
-
-
 def test_predictions_that_the_host_has_made_are_used_once_and_for_its_images_only(
-    networks: Any, batch: dict[str, Any]
+    model: Any, batch: dict[str, Any]
 ) -> None:
-    model = networks("yolov8n").train()
-    given = model(batch["img"])
+    given = model.train()(batch["img"])
     passes: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0]))
     holding: list[int] = []
@@ -408,58 +339,37 @@ def test_predictions_that_the_host_has_made_are_used_once_and_for_its_images_onl
     assert not terms.requires_grad
 
 
-# What is refused
+OTHERS = {SegmentationModel: "-seg", PoseModel: "-pose", OBBModel: "-obb", ClassificationModel: "-cls", YOLO: ""}
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (SegmentationModel, "yolov8n-seg"),
-        (PoseModel, "yolov8n-pose"),
-        (OBBModel, "yolov8n-obb"),
-        (ClassificationModel, "yolov8n-cls"),
-    ],
-)
-def test_models_of_other_tasks_are_refused(batch: dict[str, Any], kind: Any, name: str) -> None:
-    model = kind(f"{name}.yaml", verbose=False)
-    with pytest.raises(TypeError, match=rf"works on detection models.*{kind.__name__}"):
+@pytest.mark.parametrize("kind", [*OTHERS, RTDETRDetectionModel])
+def test_what_is_no_detection_model_is_refused(batch: dict[str, Any], kind: Any) -> None:
+    if kind in OTHERS:
+        model = kind(f"yolov8n{OTHERS[kind]}.yaml", verbose=False)
+    else:  # a subclass, without building 30 million weights for it
+        model = kind.__new__(kind)
+        nn.Module.__init__(model)
+        model.model = nn.Sequential(nn.Identity())
+    hint = r"of a YOLO object pass its \.model" if kind is YOLO else kind.__name__
+    with pytest.raises(TypeError, match=rf"works on detection models.*{hint}"):
         per_image_losses(model, batch)
 
 
-def test_a_detection_model_with_another_head_is_refused(batch: dict[str, Any]) -> None:
-    """RT-DETR, a subclass, without building 30 million weights for it."""
-    model = RTDETRDetectionModel.__new__(RTDETRDetectionModel)
-    nn.Module.__init__(model)
-    model.model = nn.Sequential(nn.Identity())
-    with pytest.raises(TypeError, match=r"works on detection models.*RTDETRDetectionModel"):
-        per_image_losses(model, batch)
-
-
-def test_the_facade_is_refused_with_a_hint() -> None:
-    with pytest.raises(TypeError, match=r"of a YOLO object pass its \.model"):
-        ImageTerms(YOLO("yolov8n.yaml"))
-
-
-def test_a_fused_model_without_its_training_head_is_refused(networks: Any, batch: dict[str, Any]) -> None:
-    model = networks("yolo26n", True)
-    model.fuse(verbose=False)
+def test_what_cannot_be_read_is_refused(networks: Any, model: Any, batch: dict[str, Any]) -> None:
+    fused = networks("yolo26n", True)
+    fused.fuse(verbose=False)  # takes its training head away
     with pytest.raises(TypeError, match="fused"):
-        per_image_losses(model, batch)
-
-
-def test_a_criterion_is_read_by_one_reader_only(networks: Any) -> None:
-    model = networks("yolov8n")
+        per_image_losses(fused, batch)
     criterion = model.init_criterion()
     ImageTerms(model, criterion)
     with pytest.raises(TypeError, match="already read"):
         ImageTerms(model, criterion)
 
 
-@pytest.mark.parametrize("end2end", [None, False, True])
+@three
 def test_a_release_that_computes_boxes_otherwise_is_noticed(
-    networks: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, end2end: bool | None
+    model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = networks("yolov8n" if end2end is None else "yolo26n", end2end)
     forward = BboxLoss.forward
 
     def another(self: BboxLoss, *given: Any) -> tuple[Tensor, Tensor]:

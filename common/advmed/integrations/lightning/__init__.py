@@ -1,9 +1,9 @@
-"""What the two Lightning hosts share: module, data, weights, thresholds and command.
+"""What the two Lightning hosts share: module, data, weights, thresholds, evaluation and command.
 
-The one part of ``common`` that imports a host framework, and is imported by nothing else in ``common``.
+The one part of ``advmed`` that imports a host framework, and is imported by nothing else in it. Its names are those of
+``__init__.pyi``; each is imported when it is first asked for.
 """
 
-from advmed.integrations.lightning.data import SampleData
-from advmed.integrations.lightning.module import MARGINS, MethodOptions, RobustModule, plain, say
+from advmed.lazy import public_names
 
-__all__ = ["MARGINS", "MethodOptions", "RobustModule", "SampleData", "plain", "say"]
+__getattr__, __dir__, __all__ = public_names(__name__, __file__)

@@ -1,68 +1,59 @@
 """The command of a Lightning host: LightningCLI's ``fit|validate|test|predict``, and ``thresholds`` and ``evaluate``.
 
-A host says what is particular to it in a subclass of :class:`Tool`, and imports its packages where they are needed, so
-that a mistyped command is answered at once.
+A host says what is particular to it in a subclass of :class:`LightningCommand`, and imports its packages where they are
+needed, so that a request for help and a mistyped command are answered at once.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from advmed.cli import options, runner
 
 if TYPE_CHECKING:
     import torch
 
-    from advmed.attacks import Attack
-    from advmed.evaluation.subjects import Subject
     from advmed.integrations.lightning import RobustModule, SampleData
-    from advmed.report import Example, Metric
+    from advmed.integrations.lightning.evaluation import LightningEvaluation
     from advmed.thresholds import Thresholds
 
-OWN = ("thresholds", "evaluate")
+OWN = {
+    "thresholds": "Thresholds for AMAT from a trained standard model.",
+    "evaluate": "Trained models under attack, in one report for each norm.",
+}
+LIGHTNING = {
+    "fit": "train",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "write what a checkpoint predicts",
+}
 CONFIG = "config.yaml"
 """What LightningCLI leaves in a run's folder."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What a host brings to an evaluation.
-
-    Attributes:
-        subjects: the models, and what each of them is evaluated on.
-        metrics: the metrics, the most important first.
-        examples: makes the pictures: (attack with its name, levels above 0, ids, ``seed=``).
-        bounds: lowest and highest value of an input.
-        input: what a noise level is the norm over, completing "L2 norm of the noise over ...".
-        settings: what a reader of the report should know.
-        fingerprint: what the numbers depend on beside checkpoint and split.
-        class_names: for the legend of the pictures.
-    """
-
-    subjects: Sequence[Subject]
-    metrics: Sequence[Metric]
-    examples: Callable[..., Sequence[Example]]
-    bounds: tuple[float, float]
-    input: str
-    settings: Mapping[str, Any]
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    class_names: Mapping[int, str] = field(default_factory=dict)
-
-
-class Tool(ABC):
+class LightningCommand(ABC):
     """The command of a host; :meth:`main` runs it."""
 
     name: ClassVar[str]
     """Of the command."""
+    extra: ClassVar[str]
+    """The extra of advmed that installs what it needs; also the name of the host's page in the documentation."""
+    description: ClassVar[str]
+    """One line for the help."""
+    example: ClassVar[str]
+    """A data section on the command line, for the help."""
     monitor: ClassVar[tuple[str, str]]
     """The validation metric that the best checkpoint is chosen by, and "max" or "min"."""
     links: ClassVar[tuple[str, ...]]
     """Arguments of the module that the data knows."""
     norms: ClassVar[tuple[float | str, ...]]
     """The norms that are evaluated where the user names none."""
+    evaluate_options: ClassVar[tuple[options.Option, ...]] = ()
+    """Options that only this host's evaluation has."""
 
     # What a host gives
 
@@ -84,62 +75,86 @@ class Tool(ABC):
         """The rule that thresholds are made by where the user names none."""
 
     @abstractmethod
-    def default_levels(self, norm: float, data: Any, split: str) -> list[float]:
-        """Noise levels where the user names none, 0 first."""
-
-    def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
-        """Attacks by their names.
-
-        Raises:
-            ValueError: for a name that is none.
-        """
-        from advmed.attacks.names import parse_attacks
-
-        return parse_attacks(names, norm=norm)
-
-    def add_evaluate_arguments(self, parser: Any) -> None:  # noqa: B027 - most hosts have none
-        """Adds arguments that only this host's evaluation has."""
-
-    @abstractmethod
-    def study(self, given: Any, names: Sequence[str], data: Any, device: torch.device) -> Study:
-        """Loads the checkpoints of an evaluation."""
+    def evaluation(self) -> type[LightningEvaluation]:
+        """What the host's models are evaluated by."""
 
     # The command
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Runs the command; prints one clear line for a mistake of the user, and returns the exit status."""
-        argv = list(sys.argv[1:] if arguments is None else arguments)
-        debug = "--debug" in argv
-        argv = [argument for argument in argv if argument != "--debug"]
-        try:
-            if argv and argv[0] in OWN:
-                (self._thresholds if argv[0] == "thresholds" else self._evaluate)(argv[1:])
+        """Runs the command, see :func:`advmed.cli.runner.run`."""
+        return runner.run(self.name, self._dispatch, arguments, extra=self.extra)
+
+    def _dispatch(self, argv: list[str]) -> None:
+        help_wanted = "--help" in argv or "-h" in argv
+        if argv and argv[0] in OWN:
+            if help_wanted:
+                self._parser(argv[0], full=False).print_help()
             else:
-                self._lightning(argv)
-        except Exception as error:
-            if debug or not isinstance(error, _mistakes()):
-                raise
-            print(f"{self.name}: {_message(error)}", file=sys.stderr)
-            return 1
-        return 0
+                (self._thresholds if argv[0] == "thresholds" else self._evaluate)(argv[1:])
+        elif help_wanted:
+            print(self._help(argv[0] if argv[0] in LIGHTNING else None))
+        else:
+            if "--help-all" in argv:
+                argv = ["--help" if word == "--help-all" else word for word in argv]
+                sys.argv[1:] = argv  # LightningCLI warns where it is given others
+            self._lightning(argv)
+
+    def _help(self, subcommand: str | None) -> str:
+        """A short help: to list every option of Lightning's takes the import of all of Lightning."""
+        page = f"docs/{self.extra}.md"
+        if subcommand is None:
+            names = {**LIGHTNING, **{name: text[0].lower() + text[1:-1] for name, text in OWN.items()}}
+            lines = [
+                f"usage: {self.name} {{{','.join(names)}}} ...",
+                "",
+                self.description,
+                "",
+                *(f"  {name:<12}{text}" for name, text in names.items()),
+                "",
+                f"The first four are LightningCLI's. {self.name} NAME --help says more of each; see also {page}.",
+            ]
+        else:
+            checkpoint = "" if subcommand == "fit" else " --ckpt_path CHECKPOINT"
+            resume = "go on with the training of this checkpoint" if subcommand == "fit" else "the checkpoint; required"
+            lines = [
+                f"usage: {self.name} {subcommand} [--config FILE]{checkpoint} [--SECTION.NAME VALUE ...]",
+                "",
+                f"{LIGHTNING[subcommand].capitalize()}. Every value of a configuration can be given as an option, too.",
+                "",
+                "  --config FILE       a YAML file of the sections below; one that a run left is one",
+                "  --data CLASS        the data, and --data.NAME its arguments: " + page,
+                f"  --ckpt_path FILE    {resume}",
+                "  --model.network     the network",
+                f"  --model.method      the training method and its sizes: {page}",
+                f"  --model.attack      the attack of the training: {page}",
+                "  --trainer           epochs, devices, precision, loggers, ...: Lightning's Trainer",
+                "  --print_config      print the whole configuration with its defaults, and do nothing",
+                "  --help-all          print every option, as Lightning does (takes some seconds)",
+                "",
+                "examples:",
+                f"  {self.name} {subcommand} --config config.yaml{checkpoint}",
+                f"  {self.name} {subcommand} {self.example}{checkpoint}"
+                + (" --model.method.name AMAT --trainer.max_epochs 50" if subcommand == "fit" else ""),
+            ]
+        return "\n".join([*lines, runner.DEBUG])
 
     def _lightning(self, argv: list[str]) -> None:
         from advmed.distributed import gathered
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-        tool = self
+        host = self
 
         class Command(LightningCLI):
             def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
                 parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-                metric, mode = tool.monitor
+                metric, mode = host.monitor
                 parser.set_defaults(
                     {"checkpoint.monitor": metric, "checkpoint.mode": mode, "checkpoint.filename": "best"}
                 )
                 # The attack of validation_steps needs gradients, which inference mode forbids.
                 parser.set_defaults({"trainer.inference_mode": False})
-                for name in tool.links:
+                for name in host.links:
                     parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
             def after_instantiate_classes(self) -> None:
@@ -169,10 +184,10 @@ class Tool(ABC):
                 folder = Path(self.trainer.log_dir or ".")
                 if self.trainer.is_global_zero:
                     folder.mkdir(parents=True, exist_ok=True)
-                    print(f"Predictions: {tool.write_predictions(folder, found, model, datamodule)}")
+                    print(f"Predictions: {host.write_predictions(folder, found, model, datamodule)}")
 
         module, data = self.classes()
-        quiet = {"exit_on_error": False}  # mistakes are for main to report, without a page of usage
+        quiet = {"exit_on_error": False}  # mistakes are for run to report, without a page of usage
         Command(
             module,
             data,
@@ -185,28 +200,45 @@ class Tool(ABC):
 
     # Thresholds and evaluation
 
-    def _parser(self, command: str, description: str) -> Any:
+    def _parser(self, command: str, *, full: bool) -> Any:
+        """The parser of a command of ours; for a help text, without what only the data classes know."""
         from jsonargparse import ArgumentParser
 
-        parser = ArgumentParser(prog=f"{self.name} {command}", description=description, exit_on_error=False)
-        parser.add_argument("--config", type=str, default=None, help="a configuration whose data section is used")
-        parser.add_subclass_arguments(
-            self.classes()[1], "data", required=False, help="the data; default: that of the (first) checkpoint's run"
+        about_data = "the data; default: that of the (first) checkpoint's run"
+        parser = ArgumentParser(
+            prog=f"{self.name} {command}", description=OWN[command], epilog=runner.DEBUG, exit_on_error=False
         )
+        parser.add_argument("--config", type=str, default=None, help="a configuration whose data section is used")
+        if full:
+            parser.add_subclass_arguments(self.classes()[1], "data", required=False, help=about_data)
+        else:
+            parser.add_argument(
+                "--data",
+                metavar="CLASS",
+                help=f"{about_data}. --data.NAME are its arguments, --data.help CLASS says which",
+            )
         parser.add_argument("--split", type=str, default="val" if command == "evaluate" else "train", help="split")
         parser.add_argument("--device", type=str, default=None, help="cpu, cuda, ...; default: a GPU if there is one")
+        if command == "thresholds":
+            parser.add_argument("checkpoint", type=str, help=f"a checkpoint of {self.name}, of a standard training")
+            options.add_typed_options(parser, options.THRESHOLDS)
+        else:
+            parser.add_argument("checkpoints", type=str, nargs="+", help=f"checkpoints of {self.name}")
+            table = options.with_defaults(options.EVALUATE, norm=list(self.norms))
+            options.add_typed_options(parser, (*table, *self.evaluate_options))
         return parser
 
-    def _parsed(self, parser: Any, argv: Sequence[str], checkpoints: str) -> tuple[Any, Any]:
-        """The arguments and the data module: of ``--data``, else of ``--config``, else of the checkpoint's run.
+    def _parsed(self, command: str, argv: Sequence[str]) -> tuple[Any, list[str], Any]:
+        """The arguments, the checkpoints, and the data module: of ``--data``, ``--config``, or the checkpoint's run.
 
         ``--data.NAME`` alone changes what the configuration says.
         """
         import yaml
 
+        parser = self._parser(command, full=True)
         words, about_data = _split(argv)
         given = parser.parse_args(words)
-        paths = given[checkpoints] if isinstance(given[checkpoints], list) else [given[checkpoints]]
+        paths = given.checkpoints if command == "evaluate" else [given.checkpoint]
         for path in paths:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -223,93 +255,28 @@ class Tool(ABC):
         given = parser.parse_args(argv)
         # jsonargparse 4.49 has renamed it, and 5 will have the new name only.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        return given, instantiate(given).data
+        return given, paths, instantiate(given).data
 
     def _thresholds(self, argv: Sequence[str]) -> None:
+        from advmed.cli.thresholds import ThresholdsOptions, write_thresholds
         from advmed.integrations.lightning.calibration import FILE
-        from advmed.thresholds import std_factor
 
-        parser = self._parser("thresholds", "Thresholds for AMAT from a trained standard model.")
-        parser.add_argument("checkpoint", type=str, help=f"a checkpoint of {self.name}, of a standard training")
-        parser.add_argument("--rule", type=str, default=self.rule, help="mean or mean+2std")
-        parser.add_argument("--out", type=str, default=None, help="the file; default: beside the checkpoint")
-        given, data = self._parsed(parser, argv, "checkpoint")
-        std_factor(given.rule)
+        given, (checkpoint,), data = self._parsed("thresholds", argv)
+        chosen = ThresholdsOptions.of(given)
         measured = self.measure(
-            given.checkpoint, data, rule=given.rule, device=_device(given.device), split=given.split
+            checkpoint, data, rule=chosen.rule or self.rule, device=_device(given.device), split=given.split
         )
-        path = Path(given.out or Path(given.checkpoint).with_name(FILE))
-        measured.save(path)
-        print(f"{measured.n} clean images of the split {given.split}: {measured}\nWritten to {path}")
+        path = chosen.out or Path(checkpoint).with_name(FILE)
+        write_thresholds(measured, path, of=f"clean images of the split {given.split}")
 
     def _evaluate(self, argv: Sequence[str]) -> None:
-        from functools import partial
+        from advmed.cli.evaluate import EvaluationOptions, evaluate_models
 
-        from advmed.evaluation.auc import check_levels
-        from advmed.evaluation.subjects import check_numbers, compare
-
-        parser = self._parser("evaluate", "Trained models under attack, in one report for each norm.")
-        parser.add_argument("checkpoints", type=str, nargs="+", help=f"checkpoints of {self.name}")
-        parser.add_argument("--names", type=list[str], default=None, help="names of the models; default: their folders")
-        parser.add_argument("--norm", type=list[float | str], default=list(self.norms), help="2, inf, or both")
-        parser.add_argument("--levels", type=list[float], default=None, help="L2 levels; default: by the images' size")
-        parser.add_argument("--levels_inf", type=list[float], default=None, help="Linf levels; default: fixed ones")
-        parser.add_argument(
-            "--attacks",
-            type=list[str],
-            default=["pgd100", "ifgsm10"],
-            help="the strongest first: pgd100, pgd20x3, apgd100, square1000, ...",
-        )
-        parser.add_argument("--samples", type=int, default=None, help="number of images; default: all")
-        parser.add_argument("--examples", type=int, default=4, help="images shown: those that fail first and last")
-        parser.add_argument(
-            "--checks", type=int, default=32, help="number of images that the attack itself is checked on; 0: none"
-        )
-        parser.add_argument("--seed", type=int, default=0, help="of the random starts")
-        parser.add_argument("--out", type=str, default="report", help="folder of the reports")
-        parser.add_argument("--overwrite", type=bool, default=False, help="forget what an earlier run has measured")
-        self.add_evaluate_arguments(parser)
-        given, data = self._parsed(parser, argv, "checkpoints")
-        names = given.names or [run_name(path) for path in given.checkpoints]
-        if len(names) != len(given.checkpoints) or len(set(names)) != len(names):
-            raise ValueError(
-                f"{len(given.checkpoints)} checkpoints need {len(given.checkpoints)} different names, got {names}; set "
-                f"them with --names"
-            )
-        check_numbers(samples=given.samples, examples=given.examples, checks=given.checks)
-        norms = {name: _norm(name) for name in given.norm}
-        attacks = {name: self.parse_attacks(given.attacks, norm) for name, norm in norms.items()}
-        levels = {}
-        for name, norm in norms.items():
-            chosen = given.levels_inf if norm == float("inf") else given.levels
-            levels[name] = check_levels(self.default_levels(norm, data, given.split) if chosen is None else chosen)
-        study = self.study(given, names, data, _device(given.device))
-        images = sum(len(batch.ids) for batch in study.subjects[0].batches)
-        for name, norm in norms.items():
-            kind = "Linf" if norm == float("inf") else "L2"
-            compare(
-                Path(given.out) / kind,
-                study.subjects,
-                attacks[name],
-                levels[name],
-                study.metrics,
-                examples=partial(study.examples, seed=given.seed),
-                shown=given.examples,
-                checks=given.checks,
-                fingerprint={"split": given.split, "truth": data.fingerprint(given.split), **study.fingerprint},
-                bounds=study.bounds,
-                seed=given.seed,
-                overwrite=given.overwrite,
-                title=f"Robustness of {', '.join(names)} in {kind}",
-                level_unit=f"{kind} norm of the noise over {study.input}",
-                class_names=study.class_names,
-                settings={
-                    "data": type(data).__name__,
-                    "split": f"{given.split}, {images} images",
-                    **study.settings,
-                    "checkpoints": {s.name: "/".join(s.checkpoint.parts[-4:]) for s in study.subjects},
-                },
-            )
+        given, paths, data = self._parsed("evaluate", argv)
+        names = [run_name(path) for path in paths]
+        chosen = EvaluationOptions.of(given, names, models="checkpoints", option="--names")
+        models = dict(zip(chosen.names, map(Path, paths), strict=True))
+        evaluate_models(self.evaluation()(given, models, data, _device(given.device)), chosen)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -331,41 +298,9 @@ def run_name(path: str) -> str:
     return named[-1] if named and named[-1] != "/" else Path(path).stem
 
 
-def _mistakes() -> tuple[type[Exception], ...]:
-    """What a user's mistake is raised as, by us, by timm (AssertionError), by Lightning and by jsonargparse."""
-    from argparse import ArgumentError
-
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    own = (OSError, ValueError, TypeError, RuntimeError, AssertionError, ImportError)
-    return (*own, MisconfigurationException, ArgumentError)
-
-
-def _message(error: BaseException) -> str:
-    """The mistake itself, where jsonargparse reports it as one of several types that the value is not."""
-    where = ""
-    while "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
-        first = str(error).split("\n")[0]
-        where = f"{first} " if first.startswith("Parser key") else where
-        error = error.__cause__
-    text = where + str(error)
-    if "in DataLoader worker process" in text:  # PyTorch wraps what a worker raises into its traceback
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return text
-
-
 def _device(name: str | None) -> Any:
     import torch
 
     from advmed.distributed import device_of_rank
 
     return torch.device(device_of_rank(name or ("cuda" if torch.cuda.is_available() else "cpu")))
-
-
-def _norm(name: float | str) -> float:
-    from advmed.norms import check_norm
-
-    try:
-        return check_norm(float(name))
-    except ValueError as error:
-        raise ValueError(f"norm must be 2 or inf, got {name!r}") from error

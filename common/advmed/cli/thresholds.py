@@ -1,0 +1,83 @@
+"""``thresholds`` of every host: its options checked, and what was measured said and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from advmed.thresholds import Thresholds, std_factor
+
+
+@dataclass(frozen=True)
+class ThresholdsOptions:
+    """The options of ``thresholds`` (:data:`advmed.cli.options.THRESHOLDS`), checked.
+
+    Attributes:
+        rule: how thresholds are made of mean and standard deviation; None: the host's way.
+        out: the file; None: beside the checkpoint.
+
+    Raises:
+        ValueError: for a rule that is none.
+    """
+
+    rule: str | None
+    out: Path | None
+
+    def __post_init__(self) -> None:
+        if self.rule is not None:
+            std_factor(self.rule)
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From the values of a command line."""
+        return cls(given["rule"], given["out"])
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good the measured network is: thresholds of a poor one are of no use.
+
+    Attributes:
+        name: of the number, such as "Mean Dice".
+        value: the number.
+        least: a network below it is poorly trained.
+    """
+
+    name: str
+    value: float
+    least: float
+
+
+def write_thresholds(
+    measured: Thresholds,
+    path: Path,
+    *,
+    of: str,
+    quality: Quality | None = None,
+    hint: str = "",
+    say: Callable[[str], object] = print,
+) -> None:
+    """Writes thresholds that were measured, and says what they are.
+
+    Args:
+        measured: the thresholds, with mean and standard deviation.
+        path: the file.
+        of: what was measured, after the number of samples: "clean images of the split train".
+        quality: how good the network is, where the host knows it.
+        hint: how to train with them.
+        say: prints or logs a line.
+    """
+    assert measured.mean is not None
+    assert measured.std is not None
+    measured.save(path)
+    say(f"{measured.n} {of}: {measured}")
+    for name, value, mean, std in zip(measured.names, measured.values, measured.mean, measured.std, strict=True):
+        say(f"  {name}: threshold {value:.4f} ({measured.rule}; mean {mean:.4f}, std {std:.4f})")
+    if quality is not None:
+        say(f"{quality.name} of that network on these samples: {quality.value:.3f}.")
+        if quality.value < quality.least:
+            say("WARNING: this network is poorly trained; thresholds from it are too lenient or too strict by luck.")
+    say(f"Written to {path}" + (f". {hint}" if hint else ""))
