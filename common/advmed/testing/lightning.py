@@ -763,7 +763,7 @@ class LightningTrainingContract(OwnFolder):
         assert (settings["eps_min"], settings["norm"], settings["steps"]) == (0.001, float(norm.strip(".")), 2)
         config = run.yaml()
         assert config["model"]["method"]["name"] == changes["model__method__name"]
-        assert config["checkpoint"]["monitor"], config["checkpoint"]["mode"] == host.monitor
+        assert (config["checkpoint"]["monitor"], config["checkpoint"]["mode"]) == host.monitor
         for name, value in host.images.items():
             assert str(config["data"]["init_args"][name]) == str(value)
 
