@@ -71,11 +71,15 @@ class SlidingWindow(nn.Module):
         pads = _pads(size, self.patch_size)
         padded = functional.pad(images, [n for pair in reversed(pads) for n in pair])
         steps = compute_steps_for_sliding_window(tuple(padded.shape[2:]), self.patch_size, self.tile_step_size)
-        tiles = [_place(corner, self.patch_size) for corner in itertools.product(*steps)]
+        tiles = [
+            tuple(slice(low, low + n) for low, n in zip(corner, self.patch_size, strict=True))
+            for corner in itertools.product(*steps)
+        ]
         logits = self.network(padded) if len(tiles) == 1 else self._stitched(padded, tiles)
-        return logits[_place([low for low, _ in pads], size)]
+        inner: Any = (..., *(slice(low, low + n) for (low, _), n in zip(pads, size, strict=True)))
+        return logits[inner]
 
-    def _stitched(self, padded: Tensor, tiles: Sequence[Any]) -> Tensor:
+    def _stitched(self, padded: Tensor, tiles: list[tuple[slice, ...]]) -> Tensor:
         # Every tile's activations at once would not fit for large cases: they are computed again when the gradient
         # needs them, so that the memory is that of one tile.
         recompute = len(tiles) > 2 and torch.is_grad_enabled() and padded.requires_grad
@@ -84,11 +88,12 @@ class SlidingWindow(nn.Module):
         )
         total, weights = None, torch.zeros(padded.shape[2:], device=padded.device)
         for tile in tiles:
-            patch = padded[tile]
+            place: Any = (..., *tile)
+            patch = padded[place]
             logits = checkpoint(self.network, patch, use_reentrant=False) if recompute else self.network(patch)
             if total is None:
                 total = logits.new_zeros((*logits.shape[:2], *padded.shape[2:]), dtype=torch.float32)
-            total[tile] += logits * weight
+            total[place] += logits * weight
             weights[tile] += weight
         assert total is not None
         return total / weights
@@ -242,11 +247,6 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
         return _padded(model, data, segmentation)
 
     return {name: partial(load, name) for name in cases}
-
-
-def _place(corner: Sequence[int], size: Sequence[int]) -> Any:
-    """The index of a part of images: its first voxel and its size; leading dimensions are taken whole."""
-    return (..., *(slice(low, low + n) for low, n in zip(corner, size, strict=True)))
 
 
 def _pads(size: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:

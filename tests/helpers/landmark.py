@@ -20,6 +20,7 @@ from adv_landmark.maps import decode
 from adv_landmark.module import RobustLandmarks
 from adv_landmark.network import make_network
 from advmed.testing.lightning import LightningHost
+from helpers.hosts import table
 
 NAMES = ("corner", "dot", "end")
 FILE, SIZE = (40, 48), (32, 48)  # height and width of a file, and what it is resized to: another scale in y than in x
@@ -48,11 +49,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_table(
@@ -141,7 +137,7 @@ class Landmark(LightningHost):
 
     def truth(self, *images: str) -> np.ndarray:
         """The points of images as the table has them, (N, L, 2), in the order of their names."""
-        rows = {(r["image"], r["landmark_index"]): r for r in read_csv(self.root / "landmarks.csv")}
+        rows = {(r["image"], r["landmark_index"]): r for r in table(self.root / "landmarks.csv")}
         return np.array([[[float(rows[i, k][axis] or "nan") for axis in "xy"] for k in NAMES] for i in images])
 
     def errors(self, model: Any, images: Tensor, ids: Sequence[str], unit: str = "mm") -> np.ndarray:
@@ -157,7 +153,7 @@ class Landmark(LightningHost):
 
     def other_truth(self, folder: Path) -> dict[str, Any]:
         options = self.write(folder, self.counts)
-        rows = read_csv(folder / "landmarks.csv")
+        rows = table(folder / "landmarks.csv")
         write_csv(folder / "landmarks.csv", [{**r, "x": "1"} if r["image"] == "val0.png" else r for r in rows])
         return options
 

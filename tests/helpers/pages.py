@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,26 +10,15 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from helpers.hosts import ROOT, blocks, commands
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The code blocks of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def block(text: str, language: str, part: str) -> str:
     """The one code block with such a part."""
     (found,) = [code for code in blocks(text, language) if part in code]
     return found
-
-
-def commands(text: str, name: str) -> list[list[str]]:
-    """The words of the commands of this name, in their order."""
-    lines = [line for code in blocks(text, "console") for line in code.splitlines()]
-    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
-    return [line for line in words if line and line[0] == name]
 
 
 def run(folder: Path, *words: object) -> str:

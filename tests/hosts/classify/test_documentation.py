@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from helpers import pages
+from helpers.hosts import ROOT
 
-PAGE = (pages.ROOT / "docs" / "classify.md").read_text(encoding="utf-8")
-EXAMPLES = pages.ROOT / "examples" / "classify"
+PAGE = (ROOT / "docs" / "classify.md").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "examples" / "classify"
 
 
 @pytest.mark.slow

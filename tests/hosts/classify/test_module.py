@@ -145,7 +145,7 @@ def test_folders_of_grey_images_train_as_well(host: Classify, tmp_path: Path) ->
         ({"model__network__weights": "none.pth"}, "there is no file of weights none.pth"),
         ({"model__label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
         ({"data__file": "none.npz"}, "there is no file none.npz"),
-        ({"data__colour": 1}, "adv_classify.data.MedMNIST"),
+        ({"data__colour": 1}, "given class_path 'adv_classify.MedMNIST'"),
         ({"data__flip": 2}, "flip must be between 0 and 1, got 2.0"),
         ({"data__size": "[0,16]"}, "size must be >= 1, got (0, 16)"),
     ],

@@ -10,9 +10,10 @@ import yaml
 
 from adv_landmark.module import RobustLandmarks
 from helpers import pages
+from helpers.hosts import ROOT, blocks
 
-PAGE = (pages.ROOT / "docs" / "landmark.md").read_text(encoding="utf-8")
-EXAMPLES = pages.ROOT / "examples" / "landmark"
+PAGE = (ROOT / "docs" / "landmark.md").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "examples" / "landmark"
 NETWORK = {"encoder": "tu-test_resnet", "decoder_channels": [16, 16, 8, 8, 8]}
 
 
@@ -52,7 +53,7 @@ def test_the_example_configurations_are_understood(path: Path) -> None:
 
 
 def test_every_setting_of_the_page_is_real() -> None:
-    (text,) = [block for block in pages.blocks(PAGE, "yaml") if block.startswith("model:")]
+    (text,) = [block for block in blocks(PAGE, "yaml") if block.startswith("model:")]
     content = yaml.safe_load(text)
     model = dict(content["model"])
     sections = {name: kind(**model.pop(name)) for name, kind in RobustLandmarks.sections.items() if name != "network"}

@@ -18,7 +18,8 @@ from adv_landmark.maps import encode
 from adv_landmark.module import Network, RobustLandmarks, resolved, write_predictions
 from advmed.testing.lightning import runs, watched_steps
 from advmed.training.settings import TrainingSettings
-from helpers.landmark import NAMES, RADIUS, TINY, Landmark, plain_terms, read_csv, scaled, write_csv, write_table
+from helpers.hosts import table
+from helpers.landmark import NAMES, RADIUS, TINY, Landmark, plain_terms, scaled, write_csv, write_table
 from helpers.mistakes import told
 
 
@@ -204,7 +205,7 @@ def test_the_weight_of_the_heatmaps() -> None:
         ({"data__size": "[16,16]"}, "the radius of a landmark, 0.8 pixels, must be at least 1"),
         ({"data__size": "[0,16]"}, "size must be >= 1, got (0, 16)"),
         ({"data__root": "none"}, "there is no table none/landmarks.csv"),
-        ({"data__colour": 1}, "adv_landmark.data.LandmarkTable"),
+        ({"data__colour": 1}, "given class_path 'adv_landmark.LandmarkTable'"),
         ({"data__rotate": 200}, "rotate must be between 0 and 180, got 200"),
         ({"data__channels": 2}, "channels must be 1 or 3, got 2"),
         ({"data__origin": "edge"}, "edge"),
@@ -355,7 +356,7 @@ def test_predictions_of_a_perfect_network_lie_on_the_pixels_of_the_file(
     rows = run.table("predictions.csv")
     assert list(rows[0]) == ["image", "landmark_index", "x", "y", "confidence"]
     assert [(row["image"], row["landmark_index"]) for row in rows] == [(i, k) for i in ("3.png", "4.png") for k in "ab"]
-    wanted = [row for row in read_csv(root / "landmarks.csv") if row["image"] in ("3.png", "4.png")]
+    wanted = [row for row in table(root / "landmarks.csv") if row["image"] in ("3.png", "4.png")]
     for row, true in zip(rows, wanted, strict=True):
         for axis in "xy":
             assert float(row[axis]) == pytest.approx(float(true[axis]), abs=0.0101 if size != "[20,48]" else 0.1)
@@ -384,7 +385,7 @@ def test_predictions_of_validation_images_where_there_are_no_others(tmp_path: Pa
     batch = {"id": ["sub/a.png"], "points": torch.tensor([[[1.234, 2.0], [200, -3]]]), "confidence": torch.ones(1, 2)}
     path = write_predictions(tmp_path, [batch], Data)
     assert path == tmp_path / "predictions.csv"
-    assert read_csv(path) == [
+    assert table(path) == [
         {"image": "sub/a.png", "landmark_index": "x,y", "x": "1.23", "y": "2.00", "confidence": "1.0000"},
         {"image": "sub/a.png", "landmark_index": "b", "x": "200.00", "y": "-3.00", "confidence": "1.0000"},
     ]

@@ -233,7 +233,7 @@ def networks(data: DataSet) -> Callable[..., DetectionModel]:
                 torch.manual_seed(0)
                 model = DetectionModel(f"{name}.yaml", nc=len(CLASSES), verbose=False)
             model.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
-            fit(model, batch, 20)
+            fit(model, batch, 40)
             made[name] = model
         model = copy.deepcopy(made[name]).eval()
         if end2end is not None:

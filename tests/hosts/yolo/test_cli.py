@@ -147,7 +147,7 @@ def test_arguments_may_come_from_the_hosts_file(train: list[str]) -> None:
     [
         (["method=amat", "epoch=3"], "epochs"),
         (["method=amat", "delta=0"], "delta must be a finite number > 0, got 0"),
-        (["method=amta"], "method=amta is unknown; there are amat, sat, at, trades, dpaat and std"),
+        (["method=amta"], "method=amta is unknown; there are amat, sat, at, trades, dpaat, fat and std"),
         (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
         (["method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
         (["method=sat", "eps"], "'eps' is missing an '=' sign"),
@@ -225,7 +225,7 @@ def test_thresholds_are_mean_and_deviation_of_the_clean_terms(
         (["evaluate", "names=A,B"], "1 models need 1 different names"),
         (["evaluate", "model={0},{0}"], "2 models need 2 different names"),
         (["evaluate", "split=test"], "has no split 'test'"),
-        (["evaluate", "lvels=0,1"], "Similar arguments are i.e. ['levels']"),
+        (["evaluate", "lvels=0,1"], "Similar arguments are i.e. ['levels'"),
         (["evaluate", "norm=1"], "norm"),
         (["evaluate", "samples=0"], "samples must be a whole number >= 1, got 0"),
         (["evaluate", "samples=2.5"], "samples must be a whole number >= 1, got 2.5"),
