@@ -282,8 +282,8 @@ class Origin:
         """Ends with status 3 if it does not."""
         import pytest
 
-        modules = [module for name, module in list(sys.modules.items()) if name != "__main__"]
-        files = [Path(module.__file__).resolve() for module in modules if getattr(module, "__file__", None)]
+        modules = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+        files = [file for module in modules if (file := Path(module.__file__).resolve()) != Path(__file__).resolve()]
         strangers = [f for f in files if f.is_relative_to(self.repository) and "site-packages" not in f.parts]
         ours = [f for f in files if f.is_relative_to(self.copy) and f.relative_to(self.copy).parts[0] != "tests"]
         if strangers or (exitstatus == 0 and not ours):
