@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import PGD, CosineWeighted, parse_attacks
+from advmed.attacks import PGD, CosineWeighted, Margin, parse_attacks
 from advmed.objective import ClassScores
 
 
@@ -146,6 +146,27 @@ def test_the_result_is_in_terms_of_the_host() -> None:
     assert result.terms is not None
     assert torch.allclose(result.terms, objective(result.images))
     assert (result.norms <= 0.5 + 1e-9).all()
+
+
+class Roots:
+    """Three classes, the roots of three pixels: at 0 their slope is not finite."""
+
+    model = nn.Identity()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return -self.predictions(images).log_softmax(1)[:, :1]
+
+    def predictions(self, images: Tensor) -> Tensor:
+        return self.model(images).flatten(1).sqrt()
+
+    def class_scores(self, predictions: Tensor) -> ClassScores:
+        truth = nn.functional.one_hot(torch.zeros(len(predictions), dtype=torch.int64), 3)
+        return ClassScores(predictions, truth, None, exclusive=True)
+
+
+def test_gradients_that_are_not_finite_are_counted_for_every_target() -> None:
+    result = PGD(4, 2.0, loss=Margin(targets=2))(Roots(), torch.zeros(2, 1, 3), 1.0)
+    assert result.nonfinite.tolist() == [8, 8]
 
 
 def test_a_task_without_voxels_is_told_so() -> None:
