@@ -119,6 +119,7 @@ def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Callable[..
     generator = np.random.default_rng(5)
     means = change[generator.integers(0, 24, (4000, 24))].mean(1)
     assert [low[1], high[1]] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.045)
+    assert low[1] >= -1e-6  # b is right wherever a is
     mine, other = section.intervals(a)[:, 1], section.intervals(b)[:, 1]
     assert mine[1] > other[0]  # they overlap
     assert high[1] - low[1] < mine[1] - mine[0]
