@@ -100,14 +100,14 @@ def attack_by_loss(
             found = run(goal)
             with attacking(objective):
                 value = judge(found.images)[:, 0]
-            better = value > worst
-            worst = torch.where(better, value, worst)
-            best = replace(
-                best,
-                images=torch.where(broadcast(better, found.images), found.images, best.images),
-                norms=torch.where(better, found.norms, best.norms),
-                nonfinite=best.nonfinite + found.nonfinite,
-            )
+                better = value > worst
+                worst = torch.where(better, value, worst)
+                best = replace(
+                    best,
+                    images=torch.where(broadcast(better, found.images), found.images, best.images),
+                    norms=torch.where(better, found.norms, best.norms),
+                    nonfinite=best.nonfinite + found.nonfinite,
+                )
     with attacking(objective):
         return replace(best, terms=check_terms(objective(best.images), images), crossing=None)
 

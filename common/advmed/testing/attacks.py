@@ -368,6 +368,8 @@ def _runs_where_gradients_are_off(attack: Attack, traits: Traits) -> None:
             expect_same(result.images, expected.images, f"another result in {mode.__name__}")
             assert result.terms is not None and expected.terms is not None
             expect_same(result.terms, expected.terms, f"other terms in {mode.__name__}")
+            tensors = result.images, result.terms, result.norms
+            expect(not any(map(Tensor.is_inference, tensors)), f"results of {mode.__name__} cannot be trained on")
 
 
 def _runs_under_autocast(attack: Attack, traits: Traits) -> None:
