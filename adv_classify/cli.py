@@ -47,13 +47,6 @@ class Classify(LightningCommand):
 
         return DEFAULT_RULE
 
-    def measure(self, path: str, data: Any, **how: Any) -> Any:
-        """See :meth:`LightningCommand.measure`."""
-        from adv_classify.module import RobustClassifier
-        from advmed.integrations.lightning.calibration import measure
-
-        return measure(RobustClassifier.standard(path, data), path, data, **how)
-
     def evaluation(self) -> Any:
         """See :meth:`LightningCommand.evaluation`."""
         from adv_classify.evaluate import ClassifierEvaluation

@@ -15,11 +15,8 @@ from torchmetrics.functional.classification import multiclass_average_precision
 
 from adv_classify.network import Network, make_network
 from adv_classify.objective import ClassificationObjective
-from advmed.attacks import PGD
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
-from advmed.integrations.lightning.calibration import measure
 from advmed.methods import AttackSettings
-from advmed.thresholds import Thresholds
 from advmed.training.settings import TrainingSettings
 
 PREDICTIONS = "predictions.csv"
@@ -94,7 +91,14 @@ class RobustClassifier(RobustModule):
         channels: int = 3,
         class_counts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(method, attack, ClassificationObjective.names, lr=lr, weight_decay=weight_decay)
+        super().__init__(
+            method,
+            attack,
+            ClassificationObjective.names,
+            lr=lr,
+            weight_decay=weight_decay,
+            validation_steps=validation_steps,
+        )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if class_weights == "balanced" and class_counts is None:
@@ -106,7 +110,7 @@ class RobustClassifier(RobustModule):
         self.save_hyperparameters(plain({**given, "class_counts": None if class_counts is None else [*class_counts]}))
         self.network = make_network(network, num_classes, channels)
         self.label_smoothing = label_smoothing
-        self.validation_steps, self.num_classes = validation_steps, num_classes
+        self.num_classes = num_classes
         weight = None
         if class_weights == "balanced":
             assert class_counts is not None
@@ -126,25 +130,9 @@ class RobustClassifier(RobustModule):
         )
         return objective, batch["image"], batch["id"]
 
-    def on_fit_start(self) -> None:
-        """Fills the defaults in that depend on the size of the images."""
-        image = self.data.dataset("train")[0]["image"]
-        self.settings = resolved(self.settings, image.numel())
-        super().on_fit_start()
-
-    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
-        """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.data
-        return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
-
     @classmethod
     def standard(cls, path: str | Path, data: Any, like: RobustClassifier | None = None) -> RobustClassifier:
-        """A trained standard model whose thresholds are for the data, and for a training ``like`` this one.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it does not have the classes of the data.
-        """
+        """See :meth:`RobustModule.standard`; the classes must be those of the data."""
         model = cls.from_checkpoint(path)
         if model.num_classes != data.num_classes:
             raise ValueError(
@@ -153,6 +141,17 @@ class RobustClassifier(RobustModule):
         if like is not None and like.class_weight is not None:
             model.class_weight = like.class_weight
         return model
+
+    @staticmethod
+    def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
+        """See :meth:`RobustModule.resolved`."""
+        size = 1.0 if settings.norm == math.inf else math.sqrt(values)
+        eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (_EPS_PER_VALUE, _DELTA_PER_VALUE)
+        return replace(
+            settings,
+            eps=round(eps * size, 4) if settings.eps is None else settings.eps,
+            delta=round(delta * size, 5) if settings.delta is None else settings.delta,
+        )
 
     @staticmethod
     def made_of(values: Mapping[str, Any]) -> str | None:
@@ -164,39 +163,22 @@ class RobustClassifier(RobustModule):
 
     # Validation, test, prediction
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Scores a batch, clean and, with ``validation_steps``, attacked."""
-        scores = {"label": batch["label"], "clean": self(batch["image"]).float().softmax(1)}
-        if self.validation_steps:
-            settings = resolved(self.settings, batch["image"][0].numel())
-            assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.p)
-            objective = ClassificationObjective(self.network, batch["label"])
-            attacked = attack(objective, batch["image"], settings.eps, bounds=settings.bounds).images
-            scores["attacked"] = self(attacked).float().softmax(1)
-        self.keep_scores(scores)
+    def scores(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Probabilities, (B, classes)."""
+        return self(images).float().softmax(1)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs accuracy and mAP."""
-        self._log_scores("val")
+    def truth(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The labels."""
+        return {"label": batch["label"]}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx)
+    def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Accuracy and mAP."""
+        accuracy = (scores.argmax(1) == truth["label"]).float().mean()
+        return {"accuracy": accuracy, "mAP": mean_average_precision(scores, truth["label"])}
 
-    def on_test_epoch_end(self) -> None:
-        """As :meth:`on_validation_epoch_end`."""
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
-        scores = self.all_scores()
-        for kind, prefix in (("clean", ""), ("attacked", "robust_")):
-            if kind in scores:
-                label, probabilities = scores["label"], scores[kind]
-                accuracy = (probabilities.argmax(1) == label).float().mean()
-                values = {f"{split}/{prefix}accuracy": accuracy}
-                values[f"{split}/{prefix}mAP"] = mean_average_precision(probabilities, label)
-                self.log_dict(values, prog_bar=True)
+    def attacked_objective(self, batch: dict[str, Any]) -> ClassificationObjective:
+        """The cross-entropy alone, without what the training loss weighs and smooths."""
+        return ClassificationObjective(self.network, batch["label"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Probabilities and ids."""
@@ -209,17 +191,6 @@ def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:
     present = torch.bincount(labels, minlength=classes) > 0
     precision = multiclass_average_precision(probabilities, labels, classes, average=None, validate_args=False)
     return precision[present].mean()
-
-
-def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
-    """Settings with the defaults that depend on the number of values of an image filled in."""
-    size = 1.0 if settings.norm == math.inf else math.sqrt(values)
-    eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (_EPS_PER_VALUE, _DELTA_PER_VALUE)
-    return replace(
-        settings,
-        eps=round(eps * size, 4) if settings.eps is None else settings.eps,
-        delta=round(delta * size, 5) if settings.delta is None else settings.delta,
-    )
 
 
 def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

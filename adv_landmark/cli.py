@@ -46,13 +46,6 @@ class Landmark(LightningCommand):
 
         return RULE
 
-    def measure(self, path: str, data: Any, **how: Any) -> Any:
-        """See :meth:`LightningCommand.measure`."""
-        from adv_landmark.module import RobustLandmarks
-        from advmed.integrations.lightning.calibration import measure
-
-        return measure(RobustLandmarks.standard(path, data), path, data, **how)
-
     def evaluation(self) -> Any:
         """See :meth:`LightningCommand.evaluation`."""
         from adv_landmark.evaluate import LandmarkEvaluation

@@ -18,12 +18,9 @@ from adv_landmark.data import BOUNDS, scale_points
 from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import Heatmap, LandmarkObjective
-from advmed.attacks import PGD
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
-from advmed.integrations.lightning.calibration import measure
 from advmed.integrations.lightning.images import read_image
 from advmed.methods import AttackSettings
-from advmed.thresholds import Thresholds
 from advmed.training.settings import TrainingSettings
 
 PREDICTIONS, OVERLAYS = "predictions.csv", "overlays"
@@ -109,7 +106,15 @@ class RobustLandmarks(RobustModule):
         size: tuple[int, int],
         unit: Literal["mm", "px"] = "px",
     ) -> None:
-        super().__init__(method, attack, LandmarkObjective.names, RULE, lr=lr, weight_decay=weight_decay)
+        super().__init__(
+            method,
+            attack,
+            LandmarkObjective.names,
+            RULE,
+            lr=lr,
+            weight_decay=weight_decay,
+            validation_steps=validation_steps,
+        )
         if heatmap_weight is not None and not (math.isfinite(heatmap_weight) and heatmap_weight > 0):
             raise ValueError(f"heatmap_weight must be > 0, got {heatmap_weight}")
         self.radius = round(RADIUS * max(size), 6) if radius is None else float(radius)
@@ -126,7 +131,18 @@ class RobustLandmarks(RobustModule):
         self.network = make_network(network, len(landmark_names), channels)
         self.heatmap, self.unit, self.size = heatmap, unit, tuple(size)
         self.heatmap_weight = HEATMAP_WEIGHT[heatmap] if heatmap_weight is None else heatmap_weight
-        self.validation_steps, self.landmark_names = validation_steps, list(landmark_names)
+        self.landmark_names = list(landmark_names)
+
+    @staticmethod
+    def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
+        """See :meth:`RobustModule.resolved`."""
+        level = _L2_PER_VALUE * math.sqrt(values)
+        eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (level, level)
+        return replace(
+            settings,
+            eps=round(eps, 5) if settings.eps is None else settings.eps,
+            delta=round(delta, 5) if settings.delta is None else settings.delta,
+        )
 
     @staticmethod
     def made_of(values: Mapping[str, Any]) -> str | None:
@@ -163,25 +179,9 @@ class RobustLandmarks(RobustModule):
             heatmap_weight=self.heatmap_weight,
         )
 
-    def on_fit_start(self) -> None:
-        """Fills the defaults in that depend on the size of the images."""
-        image = self.data.dataset("train")[0]["image"]
-        self.settings = resolved(self.settings, image.numel())
-        super().on_fit_start()
-
-    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
-        """See :meth:`RobustModule.measure_thresholds`."""
-        data = self.data
-        return measure(type(self).standard(path, data, self), path, data, rule=rule, device=self.device)
-
     @classmethod
     def standard(cls, path: str | Path, data: Any, like: RobustLandmarks | None = None) -> RobustLandmarks:
-        """A trained standard model whose thresholds are for the data, and for a training ``like`` this one.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if its landmarks or channels are others than those of the data, or its loss is another.
-        """
+        """See :meth:`RobustModule.standard`; the landmarks and channels must be those of the data."""
         model = cls.from_checkpoint(path)
         check_model(model, path, data)
         if like is not None:
@@ -195,39 +195,17 @@ class RobustLandmarks(RobustModule):
 
     # Validation, test, prediction
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Radial errors of a batch, clean and, with ``validation_steps``, attacked."""
-        images = batch["image"]
-        scores = {"clean": self.errors(self(images), batch)}
-        if self.validation_steps:
-            settings = resolved(self.settings, images[0].numel())
-            assert settings.eps is not None
-            attack = PGD(self.validation_steps, 2.5, settings.p)
-            objective = self.objective_of(images, batch["points"])
-            attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
-            scores["attacked"] = self.errors(self(attacked), batch)
-        self.keep_scores(scores)
+    def scores(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
+        """See :meth:`errors`."""
+        return self.errors(self(images), batch)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs MRE and SDR."""
-        self._log_scores("val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As :meth:`on_validation_epoch_end`."""
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
-        for kind, errors in self.all_scores().items():
-            prefix = "robust_" if kind == "attacked" else ""
-            found = errors[~errors.isnan()]
-            values = {f"{split}/{prefix}MRE": found.mean()}
-            if self.unit == "mm":
-                values |= {f"{split}/{prefix}SDR_{r:g}mm": (found <= r).float().mean() for r in SDR}
-            self.log_dict(values, prog_bar=True)
+    def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """MRE and, in mm, SDR."""
+        found = scores[~scores.isnan()]
+        values = {"MRE": found.mean()}
+        if self.unit == "mm":
+            values |= {f"SDR_{r:g}mm": (found <= r).float().mean() for r in SDR}
+        return values
 
     def errors(self, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Distance of every found landmark from the true one, in the data's unit, (B, L); NaN where none is known."""
@@ -257,17 +235,6 @@ def check_model(model: RobustLandmarks, path: str | Path, data: Any) -> None:
         raise ValueError(f"{path} takes images of {channels} channel(s), the data has {data.channels}")
     if model.size != tuple(data.size):
         raise ValueError(f"{path} was trained on images of {model.size}, the data's are resized to {tuple(data.size)}")
-
-
-def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
-    """Settings with the defaults that depend on the number of values of an image filled in."""
-    level = _L2_PER_VALUE * math.sqrt(values)
-    eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (level, level)
-    return replace(
-        settings,
-        eps=round(eps, 5) if settings.eps is None else settings.eps,
-        delta=round(delta, 5) if settings.delta is None else settings.delta,
-    )
 
 
 def write_predictions(folder: Path, batches: Sequence[dict[str, Any]], data: Any) -> Path:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from adv_landmark.maps import encode
-from adv_landmark.module import Network, RobustLandmarks, resolved, write_predictions
+from adv_landmark.module import Network, RobustLandmarks, write_predictions
 from advmed.testing.lightning import runs, watched_steps
 from advmed.training.settings import TrainingSettings
 from helpers.hosts import table
@@ -150,9 +150,9 @@ def test_colour_images_at_their_own_size_train_as_well(host: Landmark, tmp_path:
 
 def test_noise_levels_are_the_papers_for_every_value_of_an_image() -> None:
     for values, level in ((3 * 200 * 160, 1), (4 * 3 * 200 * 160, 2)):
-        found = resolved(TrainingSettings(), values)
+        found = RobustLandmarks.resolved(TrainingSettings(), values)
         assert (found.eps, found.delta) == (level, level)
-    kept = resolved(TrainingSettings(eps=0.0, delta=0.3), 96000)
+    kept = RobustLandmarks.resolved(TrainingSettings(eps=0.0, delta=0.3), 96000)
     assert (kept.eps, kept.delta) == (0.0, 0.3)
     assert "1 in L2 for an image of 3 x 200 x 160 values" in " ".join((inspect.getdoc(RobustLandmarks) or "").split())
 
@@ -277,7 +277,7 @@ def test_many_landmarks_are_not_all_named_in_a_message() -> None:
 def test_a_landmark_at_the_radius_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, values = module(unit="mm"), {}
     errors = torch.tensor([[2.0, math.nan], [2.5, 4.0], [0.5, 9.0]])
-    monkeypatch.setattr(model, "all_scores", lambda: {"clean": errors, "attacked": errors + 0.5})
+    monkeypatch.setattr(model, "_all_scores", lambda: {"clean": errors, "attacked": errors + 0.5})
     monkeypatch.setattr(model, "log_dict", lambda given, **_: values.update(given))
     model.on_test_epoch_end()
     assert {name: float(value) for name, value in values.items()} == pytest.approx({

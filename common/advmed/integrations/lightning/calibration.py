@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from advmed.integrations.lightning.data import SampleData
-from advmed.integrations.lightning.module import RobustModule
 from advmed.thresholds import TermStatistics, Thresholds, sha256
 
 FILE = "thresholds.json"
@@ -16,12 +16,12 @@ FILE = "thresholds.json"
 
 
 def measure(
-    model: RobustModule, path: str | Path, data: SampleData, *, rule: str, device: torch.device, split: str = "train"
+    model: Any, path: str | Path, data: SampleData, *, rule: str, device: torch.device, split: str = "train"
 ) -> Thresholds:
     """Measures a trained model on a split, without augmentation and in evaluation mode, and applies the rule.
 
     Args:
-        model: the model.
+        model: a :class:`advmed.integrations.lightning.module.RobustModule`.
         path: the checkpoint that it is from.
         data: the data.
         rule: ``mean`` or ``mean+2std``.

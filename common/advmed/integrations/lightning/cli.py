@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from advmed.cli import options, runner
 
 if TYPE_CHECKING:
-    import torch
-
     from advmed.integrations.lightning import RobustModule, SampleData
     from advmed.integrations.lightning.evaluation import LightningEvaluation
-    from advmed.thresholds import Thresholds
 
 OWN = {
     "thresholds": "Thresholds for AMAT from a trained standard model.",
@@ -64,10 +61,6 @@ class LightningCommand(ABC):
     @abstractmethod
     def write_predictions(self, folder: Path, batches: Sequence[Any], model: Any, data: Any) -> Path:
         """Writes what ``predict`` found into the run's folder; returns the file to be named."""
-
-    @abstractmethod
-    def measure(self, path: str, data: Any, *, rule: str, device: torch.device, split: str) -> Thresholds:
-        """Thresholds of a trained standard model."""
 
     @property
     @abstractmethod
@@ -259,13 +252,12 @@ class LightningCommand(ABC):
 
     def _thresholds(self, argv: Sequence[str]) -> None:
         from advmed.cli.thresholds import ThresholdsOptions, write_thresholds
-        from advmed.integrations.lightning.calibration import FILE
+        from advmed.integrations.lightning.calibration import FILE, measure
 
         given, (checkpoint,), data = self._parsed("thresholds", argv)
         chosen = ThresholdsOptions.of(given)
-        measured = self.measure(
-            checkpoint, data, rule=chosen.rule or self.rule, device=_device(given.device), split=given.split
-        )
+        standard, rule = self.classes()[0].standard(checkpoint, data), chosen.rule or self.rule
+        measured = measure(standard, checkpoint, data, rule=rule, device=_device(given.device), split=given.split)
         path = chosen.out or Path(checkpoint).with_name(FILE)
         write_thresholds(measured, path, of=f"clean images of the split {given.split}")
 

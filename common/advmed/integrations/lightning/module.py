@@ -14,7 +14,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from advmed.attacks import PGD
 from advmed.distributed import gathered
+from advmed.integrations.lightning.calibration import measure
 from advmed.integrations.lightning.weights import read_tensors
 from advmed.methods import AdaptiveRadiusMethod, AttackSettings, EveryMethodSettings, method_class
 from advmed.objective import Objective
@@ -73,6 +75,8 @@ class RobustModule(LightningModule):
         default_rule: how thresholds are made where the settings do not say.
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.
+        validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
+            none. A Trainer of your own needs inference_mode=False for it.
     """
 
     command: ClassVar[str]
@@ -92,9 +96,10 @@ class RobustModule(LightningModule):
         *,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
+        validation_steps: int = 0,
     ) -> None:
         super().__init__()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.validation_steps = lr, weight_decay, validation_steps
         method_class(method.name, self.objective_class)
         self.method_name, self.settings = method.name, method.with_attack(attack)
         self.terms, self.default_rule = tuple(terms), default_rule
@@ -116,13 +121,38 @@ class RobustModule(LightningModule):
     def made_of(values: Mapping[str, Any]) -> str | None:
         """What a network with these hyperparameters is, in words; None if they are of no module of this class."""
 
-    def measure_thresholds(self, path: str, rule: str) -> Thresholds:
-        """Thresholds from a trained model of the host's, in one process.
+    @classmethod
+    @abstractmethod
+    def standard(cls, path: str | Path, data: Any, like: Self | None = None) -> Self:
+        """A trained standard model whose thresholds are for the data, and for a training ``like`` this one.
 
         Raises:
-            ValueError: unless a subclass knows how.
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is for other data, or its loss is another.
         """
-        raise ValueError(f"{path}: name a thresholds file (.json), or 'auto'")
+
+    @staticmethod
+    @abstractmethod
+    def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:
+        """Settings with the defaults that depend on the number of values of an image filled in."""
+
+    # Validation and test: what a host scores a batch by
+
+    @abstractmethod
+    def scores(self, images: Tensor, batch: Any) -> Tensor:
+        """What a pass on the images of a batch, clean or attacked, gives the metrics, (B, ...)."""
+
+    def truth(self, batch: Any) -> dict[str, Tensor]:
+        """What of a batch the metrics need beside :meth:`scores`, each (B, ...)."""
+        return {}
+
+    @abstractmethod
+    def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of all samples, by name."""
+
+    def attacked_objective(self, batch: Any) -> Objective:
+        """What validation images are attacked by."""
+        return self.objective(batch)[0]
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule; a configuration may name others."""
@@ -137,6 +167,7 @@ class RobustModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Sets the method up: whatever is wrong with the settings is said before the first step."""
+        self.settings = self.resolved(self.settings, self.data.dataset("train")[0]["image"].numel())
         ids = self._sample_ids()
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
@@ -187,13 +218,41 @@ class RobustModule(LightningModule):
         if isinstance(self.run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
             self.run.method.store.to_csv(folder / MARGINS)
 
-    # Validation
+    # Validation and test
 
-    def keep_scores(self, scores: dict[str, Tensor]) -> None:
-        """Keeps what a batch of validation gives the metric, each of shape (B, ...)."""
-        self._scored.append(scores)
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Scores a batch, clean and, with ``validation_steps``, attacked."""
+        images = batch["image"]
+        kept = {"clean": self.scores(images, batch)}
+        if self.validation_steps:
+            settings = self.resolved(self.settings, images[0].numel())
+            assert settings.eps is not None
+            attack = PGD(self.validation_steps, 2.5, settings.p)
+            objective = self.attacked_objective(batch)
+            attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
+            kept["attacked"] = self.scores(attacked, batch)
+        self._scored.append(kept | self.truth(batch))
 
-    def all_scores(self) -> dict[str, Tensor]:
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> None:
+        scores = self._all_scores()
+        for kind, prefix in (("clean", ""), ("attacked", "robust_")):
+            if kind in scores:
+                found = self.metrics(scores[kind], scores)
+                self.log_dict({f"{split}/{prefix}{name}": value for name, value in found.items()}, prog_bar=True)
+
+    def _all_scores(self) -> dict[str, Tensor]:
         """What was kept, of all batches and processes, and forgets it; empty if there was nothing."""
         if not self._scored:
             return {}
@@ -271,7 +330,8 @@ class RobustModule(LightningModule):
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no thresholds file {path}")
         if Path(path).suffix == ".ckpt":
-            measured = self.measure_thresholds(path, self.settings.rule or self.default_rule)
+            standard, rule = self.standard(path, self.data, self), self.settings.rule or self.default_rule
+            measured = measure(standard, path, self.data, rule=rule, device=self.device)
             measured.require(self.terms, f"the thresholds of {path}")
             say(f"thresholds measured on {path}: {measured}")
             return measured
