@@ -1068,9 +1068,9 @@ class LightningTrainingContract(OwnFolder):
             trained.append(self)
             start(self)
 
-        monkeypatch.setattr(host.module, "on_fit_start", kept)
         weights = tmp_path / "begin.ckpt"
-        weights.write_bytes(host.standard.last.read_bytes())
+        weights.write_bytes(host.standard.last.read_bytes())  # which may train it
+        monkeypatch.setattr(host.module, "on_fit_start", kept)
         given = {"model__method__name": "DPAAT", "model__attack__norm": ".inf", "model__validation_steps": 1}
         run = host.fit(tmp_path, model__network__weights=weights, **given)
         weights.unlink()
