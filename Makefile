@@ -11,6 +11,8 @@ DOCS_VENV ?= .venv-docs
 # Both in one go: torch and torchvision must be built alike. On a machine without a GPU the ordinary builds work too.
 TORCH ?= torch torchvision
 PYTEST_ARGS ?=
+# A process for every core, four at most; a file of tests stays in one, which makes what its tests share once.
+PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 SHELL = /bin/sh
 PY = $(VENV)/bin/python
@@ -61,10 +63,10 @@ demo-landmark: $(VENV)/.installed-landmark
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(PY) -m ruff format --check .

@@ -23,6 +23,13 @@ from helpers.evaluations import leave_out_curves
 pytest.register_assert_rewrite("advmed.testing.lightning")  # before anything imports it
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the work, the long files come first, so that all processes end about together."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tests run side by side with nnU-Net's processes on few cores; threads of tiny networks only wait."""

@@ -481,6 +481,26 @@ class MixedLoss:
         return self.loss
 
 
+def joined_step(
+    loss: Tensor, backward: Backward | None, losses: Mapping[str, Tensor], terms: Tensor, attacked: AttackResult
+) -> Step:
+    """The end of a step whose loss compares the clean pass with the attacked one: both go back at once, ``backward`` or
+    not.
+
+    Args:
+        loss: scalar, of both passes.
+        backward: see :meth:`Method.step`.
+        losses: scalars to be logged.
+        terms: loss terms of the clean images, (B, K).
+        attacked: the attacked images.
+    """
+    if backward is not None:
+        backward(loss)
+        loss = loss.detach()
+    logs = {**{name: value.detach() for name, value in losses.items()}, "nonfinite": attacked.nonfinite.sum()}
+    return Step(loss, logs, terms.detach(), attacked.images)
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> float:
     """Returns ``value`` as a float.
 

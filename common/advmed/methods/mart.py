@@ -22,6 +22,7 @@ from advmed.methods.base import (
     RadiusSettings,
     Step,
     check_optional,
+    joined_step,
 )
 from advmed.objective import ClassScores, Objective, check_terms, classes_of, predicting
 from advmed.thresholds import RunningThresholds, Thresholds
@@ -102,16 +103,8 @@ class MART(FixedRadiusMethod):
         adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
         boosted, divergence = mart_losses(classes.class_scores(reference), classes.class_scores(predictions))
         loss = (boosted + self.kl_weight * divergence).mean()
-        if backward is not None:
-            backward(loss)
-            loss = loss.detach()
-        logs = {
-            "loss_clean": clean.detach(),
-            "loss_adversarial": adversarial.detach(),
-            "loss_sync": divergence.mean().detach(),
-            "nonfinite": attacked.nonfinite.sum(),
-        }
-        return Step(loss, logs, check_terms(terms, images).detach(), attacked.images)
+        losses = {"loss_clean": clean, "loss_adversarial": adversarial, "loss_sync": divergence.mean()}
+        return joined_step(loss, backward, losses, check_terms(terms, images), attacked)
 
 
 def mart_losses(clean: ClassScores, adversarial: ClassScores) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from advmed.methods.base import (
     RadiusSettings,
     Step,
     check_optional,
+    joined_step,
 )
 from advmed.objective import Objective, PredictingObjective, check_terms, model_of, predicting
 from advmed.thresholds import RunningThresholds, Thresholds
@@ -100,16 +101,8 @@ class TRADES(FixedRadiusMethod):
         adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
         sync = predictor.distance(reference, predictions).mean()
         loss = clean + self.beta * sync
-        if backward is not None:
-            backward(loss)
-            loss = loss.detach()
-        logs = {
-            "loss_clean": clean.detach(),
-            "loss_adversarial": adversarial.detach(),
-            "loss_sync": sync.detach(),
-            "nonfinite": attacked.nonfinite.sum(),
-        }
-        return Step(loss, logs, check_terms(terms, images).detach(), attacked.images)
+        losses = {"loss_clean": clean, "loss_adversarial": adversarial, "loss_sync": sync}
+        return joined_step(loss, backward, losses, check_terms(terms, images), attacked)
 
 
 class Distance:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import random as python_random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -152,10 +154,10 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _no_random_state_moves() -> Iterator[None]:
-    before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), python_random.getstate()  # type: ignore[index]
+    before = torch.get_rng_state(), pickle.dumps(np.random.get_state()), python_random.getstate()
     yield
     expect_same(torch.get_rng_state(), before[0], "torch's random state moved")
-    expect(np.random.get_state()[1].tobytes() == before[1], "numpy's random state moved")  # type: ignore[index]
+    expect(pickle.dumps(np.random.get_state()) == before[1], "numpy's random state moved")
     expect(python_random.getstate() == before[2], "Python's random state moved")
 
 
@@ -173,7 +175,7 @@ def _height(attack: Attack, terms: Tensor) -> Tensor:
 
 def _says_what_it_is(attack: Attack, traits: Traits) -> None:
     expect(dataclasses.is_dataclass(attack), "it is no dataclass, whose fields an evaluation could write down")
-    first = dataclasses.fields(attack)[0].name  # type: ignore[arg-type]
+    first = dataclasses.fields(cast(Any, attack))[0].name
     expect_error(dataclasses.FrozenInstanceError, lambda: setattr(attack, first, 0), "a setting can be changed")
     expect(len(attack.description) > 10 and "\n" not in attack.description, "it has no description of one line")
     expect(attack.access in ("white box", "black box", "none"), f"its access is {attack.access!r}")
@@ -503,7 +505,7 @@ def _refuses_what_does_not_fit(attack: Attack, traits: Traits) -> None:
         ({"bounds": (torch.zeros(3), torch.ones(3))}, "3 bounds for 5 images"),
     ]
     for arguments, what in unfit:
-        expect_error(ValueError, lambda given=arguments: _run(attack, task, **given), what)  # type: ignore[misc]
+        expect_error(ValueError, partial(_run, attack, task, **arguments), what)
 
     class Averaged(Classification):
         def __call__(self, images: Tensor) -> Tensor:
