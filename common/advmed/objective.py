@@ -11,7 +11,7 @@ autocast belongs around the attack, not only inside the objective. Three attribu
 - ``loss(images) -> (loss, terms)``: the host's own batch loss (a scalar to back-propagate) and the terms of the same
   forward pass, for hosts whose loss is not the mean of its per-sample terms (batch Dice, batch-wide normalisers).
 
-Methods that compare predictions (DPAAT, TRADES) need a :class:`PredictingObjective`, which has three more. Where
+Methods that compare predictions (DPAAT, TRADES, MART) need a :class:`PredictingObjective`, which has three more. Where
 predictions are probabilities of classes, a :class:`ClassObjective` shows them: losses to attack with
 (:mod:`advmed.attacks.losses`) and MART ask for it.
 """

@@ -1,7 +1,8 @@
-"""Every method that can work with a host's objective has its trainer there, and no other has."""
+"""Every method that can work with a host's objective has its trainer there, and no other has; lists name them all."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from advmed.methods import METHODS, method_class
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def possible(objective: type) -> set[str]:
@@ -64,3 +67,14 @@ def test_lightning(package: str, make: Callable[..., Any], name: str) -> None:
     else:
         with pytest.raises(TypeError, match=f"{name} is for predictions that are class probabilities"):
             make(module, method=module.MethodOptions(name=name))
+
+
+@pytest.mark.parametrize(
+    ("host", "objective", "example"),
+    [("classify", "ClassificationObjective", "pneumoniamnist"), ("landmark", "LandmarkObjective", "hippocampus")],
+)
+def test_lists_in_configurations(host: str, objective: str, example: str) -> None:
+    wanted = possible(getattr(import_module(f"adv_{host}.objective"), objective))
+    for path in (ROOT / f"docs/{host}.md", ROOT / f"examples/{host}/{example}.yaml"):
+        (names,) = re.findall(r"^ +name: .*# (STD, .*)$", path.read_text(), re.MULTILINE)
+        assert set(names.split(", ")) == wanted, path
