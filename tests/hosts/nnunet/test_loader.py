@@ -12,7 +12,7 @@ from nnunetv2.training.dataloading import data_loader as host_module
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host_trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
+from adv_nnunet.loader import CellLoader, SliceLoader, case_of, with_loader
 
 
 def contains(slice_: np.ndarray, patch: np.ndarray) -> bool:
@@ -52,15 +52,15 @@ def test_ids_come_through_a_worker_process(bench: Any, monkeypatch: pytest.Monke
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     trainer = bench.make()
     trainer.initialize()
-    training, validation = trainer.get_dataloaders()
+    loaders = trainer.get_dataloaders()
     try:
-        batch = next(training)
-        assert len(batch["ids"]) == trainer.batch_size
-        assert [case_of(sample) for sample in batch["ids"]] == list(batch["keys"])
-        assert set(batch["ids"]) <= set(trainer.sample_ids())
+        batch = next(loaders[0])
     finally:
-        training._finish()
-        validation._finish()
+        for loader in loaders:
+            loader._finish()
+    assert len(batch["ids"]) == trainer.batch_size
+    assert [case_of(sample) for sample in batch["ids"]] == list(batch["keys"])
+    assert set(batch["ids"]) <= set(trainer.sample_ids())
 
 
 def test_cells_are_those_of_the_centre_of_the_patch() -> None:
@@ -83,10 +83,6 @@ def test_what_has_an_id_in_3d(bench: Any, sample_id: str) -> None:
     else:  # a case
         assert "ids" not in batch
         assert set(batch["keys"]) <= set(trainer.sample_ids())
-
-
-def test_all_slice_ids() -> None:
-    assert slice_ids([("a", 2), ("b", 1)]) == ["a:0", "a:1", "b:0"]
 
 
 def test_the_host_builds_its_loaders_from_a_global_name_and_asks_for_one_box_per_sample(bench: Any) -> None:
