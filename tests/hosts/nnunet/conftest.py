@@ -25,7 +25,6 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from adv_nnunet import trainer as trainers
 from advmed.thresholds import Thresholds
@@ -141,19 +140,11 @@ class World:
 
     def _preprocess(self, name: str, plans: dict[str, Any], *folds: tuple[Sequence[str], Sequence[str]]) -> None:
         """What nnUNetv2_preprocess does, without its processes; and the split."""
-        raw, folder = self.raw / name, self.preprocessed / name
+        folder = self.preprocessed / name
         (folder / f"{PLANS}.json").write_text(json.dumps(plans))
-        shutil.copytree(raw / "labelsTr", folder / "gt_segmentations")
-        manager, description = PlansManager(plans), json.loads((folder / "dataset.json").read_text())
-        for configuration in map(manager.get_configuration, CONFIGURATIONS):
-            target = folder / configuration.data_identifier
-            target.mkdir()
-            for label in sorted((raw / "labelsTr").glob("*.nii.gz")):
-                case = label.name.removesuffix(".nii.gz")
-                images = [str(p) for p in sorted((raw / "imagesTr").glob(f"{case}_*.nii.gz"))]
-                DefaultPreprocessor(verbose=False).run_case_save(
-                    str(target / case), images, str(label), manager, configuration, description
-                )
+        shutil.copytree(self.raw / name / "labelsTr", folder / "gt_segmentations")
+        for configuration in CONFIGURATIONS:
+            DefaultPreprocessor(verbose=False).run(int(name[7:10]), configuration, PLANS, num_processes=1)
         content = [{"train": list(train), "val": list(val)} for train, val in folds]
         (folder / "splits_final.json").write_text(json.dumps(content))
 

@@ -81,7 +81,7 @@ def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any) -> None:
 
 LOSS = {"AMAT": (0.5, 0.5), "SAT": (0.5, 0.5), "AT": (0, 1), "TRADES": (1, 0), "DPAAT": (0, 1)}
 """What the host's loss on clean and on attacked images counts for."""
-TOGETHER, SEQUENTIAL = {"backward": "together"}, {"backward": "sequential"}
+SEQUENTIAL = {"backward": "sequential"}
 STEPS: list[tuple[Any, str, str, dict[str, Any]]] = [
     ("AMAT", "2d", "main", {"terms": "separate", "refinement": "crossing", "norm": "inf"}),
     ("AMAT", "2d", "main", {"sample_id": "cell", "bounds": "sample", **SEQUENTIAL}),
@@ -94,7 +94,7 @@ STEPS: list[tuple[Any, str, str, dict[str, Any]]] = [
     ("AMAT", "2d", "ignore", {}),
     (NoDeepSupervisionAMAT, "2d", "ignore", {"terms": "separate"}),
     ("AMAT", "2d", "regions_ignore", SEQUENTIAL),
-    ("SAT", "2d", "main", TOGETHER),
+    ("SAT", "2d", "main", {}),
     ("SAT", "3d_fullres", "main", SEQUENTIAL),
     ("AT", "2d", "main", {"random_start": 1.0}),
     ("AT", "2d", "main", SEQUENTIAL),
@@ -143,8 +143,9 @@ def test_a_step_learns_from_the_stock_loss_and_the_weighted_distance(
     if trainer.method_name in ("TRADES", "DPAAT"):
         weight = trainer.settings.beta if trainer.method_name == "TRADES" else trainer.settings.sync_weight
     wanted = own[0] * clean + own[1] * adversarial + weight * sync
-    assert weight == 0 or weight * sync > 0.02 * loss, "the distance is too small to be seen in the sum"
-    assert adversarial > clean or trainer.method_name == "TRADES"
+    assert weight == 0 or weight * sync > 0.005 * loss, "the distance is too small to be seen in the sum"
+    terms = [trainer.terms(output, target).sum(1).mean() for output in passes]
+    assert terms[1] > terms[0] or trainer.method_name == "TRADES", "the attack found no way"
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
     wanted.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
@@ -158,7 +159,7 @@ def test_a_step_learns_from_the_stock_loss_and_the_weighted_distance(
     assert logs["loss_adversarial"] == pytest.approx(adversarial.item(), rel=1e-5)
     assert logs["loss_sync"] == pytest.approx(sync.item() if weight else math.nan, rel=1e-3, nan_ok=True)
     if own[0] == weight == 0:  # a clean pass that nobody learns from has terms and no loss of the host
-        clean = trainer.terms(passes[0], target).sum(1).mean()
+        clean = terms[0]
     if trainer.method_name != "AT":
         assert logs["loss_clean"] == pytest.approx(clean.item(), rel=1e-5)
     assert trainer.num_input_channels == batch["data"].shape[1] == (2 if dataset == "two_channels" else 1)
