@@ -21,6 +21,7 @@ WRONG = [
     ({"bounds": [1, 0]}, "lowest < highest"),
     ({"bounds": [0, 1, 2]}, "bounds must be a pair of numbers or 'sample' or null"),
     ({"warmup_epochs": -1}, "warmup_epochs must be >= 0, got -1"),
+    ({"epochs": 0}, "epochs must be >= 1, got 0"),
     ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1, got 0"),
     ({"initial_lr": 0}, "initial_lr must be a positive number"),
     ({"sample_id": "patch"}, "sample_id must be 'auto' or 'case' or 'slice' or 'cell', got 'patch'"),

@@ -164,6 +164,7 @@ def test_an_attack_needs_no_mode_and_no_gradients_to_be_on(networks: Any, batch:
     [
         (lambda b: {**b, "img": (b["img"] * 255).byte()}, r"floating point in \[0, 1\], got torch.uint8"),
         (lambda b: {**b, "img": b["img"] * 255}, r"in \[0, 1\], got values from .* divide by 255"),
+        (lambda b: {**b, "img": b["img"] - 0.5}, r"in \[0, 1\], got values from -"),
         (lambda b: {**b, "img": b["img"] * math.nan}, "finite"),
         (lambda b: {**b, "img": b["img"][..., :50]}, r"multiples of 32, got \(4, 3, 96, 50\)"),
         (lambda b: {**b, "img": b["img"][0]}, r"must be \(B, 3, H, W\)"),
