@@ -22,11 +22,9 @@ import torch
 import yaml
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from adv_nnunet import trainer as trainers
 from advmed.thresholds import Thresholds
@@ -103,9 +101,7 @@ class World:
         self._copy_raw(NAME, self.cases)
         extract_fingerprints([4], num_processes=1, verbose=False, show_progress_bar=False)
         plan_experiments([4])
-        folder = self.preprocessed / NAME
-        plans = json.loads((folder / "nnUNetPlans.json").read_text())
-        plans["plans_name"] = PLANS
+        plans = json.loads((self.preprocessed / NAME / "nnUNetPlans.json").read_text()) | {"plans_name": PLANS}
         for name in CONFIGURATIONS:
             configuration = plans["configurations"][name]
             configuration["batch_size"] = 4 if name == "2d" else 2
@@ -117,14 +113,13 @@ class World:
         """The name of a data set of that kind: main, or one of four cases: regions, ignore, two_channels, ..."""
         if kind not in self._made:
             name = f"Dataset{len(self._made) + 10:03d}_{kind.replace('_', '')}"
-            cases = self.cases[:4]
+            cases, main, folder = self.cases[:4], self.preprocessed / NAME, self.preprocessed / name
             self._copy_raw(name, cases)
             self._change(kind, self.raw / name, cases)
-            folder = self.preprocessed / name
             folder.mkdir()
             shutil.copy(self.raw / name / "dataset.json", folder)
-            shutil.copy(self.preprocessed / NAME / "dataset_fingerprint.json", folder)
-            plans = json.loads((self.preprocessed / NAME / f"{PLANS}.json").read_text()) | {"dataset_name": name}
+            shutil.copy(main / "dataset_fingerprint.json", folder)
+            plans = json.loads((main / f"{PLANS}.json").read_text()) | {"dataset_name": name}
             if kind == "two_channels":
                 properties = plans["foreground_intensity_properties_per_channel"]
                 properties["1"] = properties["0"]
@@ -148,18 +143,8 @@ class World:
         folder = self.preprocessed / name
         (folder / f"{PLANS}.json").write_text(json.dumps(plans))
         shutil.copytree(self.raw / name / "labelsTr", folder / "gt_segmentations")
-        description = json.loads((folder / "dataset.json").read_text())
-        manager = PlansManager(str(folder / f"{PLANS}.json"))
-        for name_of_configuration in CONFIGURATIONS:
-            configuration = manager.get_configuration(name_of_configuration)
-            target = folder / configuration.data_identifier
-            target.mkdir()
-            for label in sorted((self.raw / name / "labelsTr").glob("*.nii.gz")):
-                case = label.name.removesuffix(".nii.gz")
-                images = [str(p) for p in sorted((self.raw / name / "imagesTr").glob(f"{case}_*.nii.gz"))]
-                DefaultPreprocessor(verbose=False).run_case_save(
-                    str(target / case), images, str(label), manager, configuration, description
-                )
+        for configuration in CONFIGURATIONS:
+            DefaultPreprocessor(verbose=False).run(int(name[7:10]), configuration, PLANS, num_processes=1)
         content = [{"train": list(train), "val": list(val)} for train, val in folds]
         (folder / "splits_final.json").write_text(json.dumps(content))
 
@@ -234,6 +219,7 @@ class Bench:
         fold: int | str = 0,
         resume: Any = False,
         plans: str = PLANS,
+        named: bool = True,
         **settings: Any,
     ) -> Any:
         """A trainer as nnUNetv2_train makes it, of a method's name or a class; the settings are in a file.
@@ -242,9 +228,9 @@ class Bench:
         """
         path = self.folder / "settings.yaml"
         path.write_text(yaml.safe_dump(SETTINGS | settings))
-        self.patch.setenv("nnUNet_adversarial", str(path))
+        self.patch.setenv("nnUNet_adversarial", str(path) if named else "")
         if isinstance(kind, str):
-            kind = getattr(trainers, f"nnUNetTrainer{kind}")
+            kind = trainers.TRAINERS[kind]
         folder = self.world.preprocessed / self.world.dataset(dataset)
         content = json.loads((folder / f"{plans}.json").read_text()) | {"continue_training": bool(resume)}
         description = json.loads((folder / "dataset.json").read_text())
@@ -285,25 +271,16 @@ class Bench:
         """
         if not trainer.was_initialized:
             trainer.initialize()
-        training, _ = trainer.get_tr_and_val_datasets()
-        labels = trainer.label_manager
-        transforms = nnUNetTrainer.get_validation_transforms(
-            trainer._get_deep_supervision_scales(),
-            foreground_labels=labels.foreground_labels,
-            regions=labels.foreground_regions if labels.has_regions else None,
-            ignore_label=labels.ignore_label,
-        )
-        patch = trainer.configuration_manager.patch_size
-        kind = nnUNetDataLoader
-        if getattr(trainer, "method_name", None) in ("AMAT", "DPAAT") and len(patch) == 2:
-            kind = trainers.SliceLoader
-        loader = kind(training, trainer.batch_size, patch, patch, labels, 0.33, transforms=transforms)
         state = np.random.get_state()
-        np.random.seed(seed)
+        training, _ = trainer.get_tr_and_val_datasets()
+        trainer.get_tr_and_val_datasets = lambda: (training, training)
         try:
-            return [loader.generate_train_batch() for _ in range(number)]
+            _, loader = type(trainer).get_dataloaders(trainer)
+            np.random.seed(seed)
+            return [next(loader) for _ in range(number)]
         finally:
             np.random.set_state(state)
+            del trainer.get_tr_and_val_datasets
 
     def feed(self, trainer: Any, batches: Iterable[dict[str, Any]]) -> None:
         """Makes a trainer take these batches, and always the same one for validation."""

@@ -18,8 +18,6 @@ from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
 from helpers.hosts import mistake_of
 
-SIZES = r"settings.yaml: perturbation sizes need eps_min <= eps <= eps_max, got eps_min {}, eps 2, eps_max {}$"
-TOGETHER = r"^{} compares the predictions of its two passes, .* one after the other: use backward 'together'$"
 NO_STANDARD = r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"
 
 
@@ -45,25 +43,19 @@ def test_no_variables_of_nnunet(bench: Any, world: Any, monkeypatch: pytest.Monk
         ("AMAT", {"start_from": "standard"}, "'start_from: standard' found no checkpoint.*stock trainer first"),
         ("AMAT", {"start_from": "nowhere.pth"}, r"there is no nowhere\.pth\. Name a checkpoint file"),
         ("AMAT", {"thresholds": "mine.json"}, r"there is no thresholds file .*mine\.json"),
-        ("AMAT", {"thresholds": {}}, r"is not a thresholds file of the format advmed\.thresholds/1"),
         ("AMAT", {"thresholds": ("box",)}, r"\['box'\].*\['ce\+dice'\]\. Make thresholds of this model's own"),
         ("AMAT", {"thresholds": ("ce", "dice")}, r"K = 2 loss terms \['ce', 'dice'\], the model's .* K = 1 terms"),
-        ("DPAAT", {"eps": 2.0, "eps_min": 3.0}, SIZES.format(3, 4)),
-        ("DPAAT", {"eps": 2.0, "eps_max": 1.5}, SIZES.format(0, 1.5)),
-        ("DPAAT", {"backward": "sequential"}, TOGETHER.format("DPAAT")),
-        ("TRADES", {"backward": "sequential", "sync_weight": 0.0}, TOGETHER.format("TRADES")),
+        ("DPAAT", {"eps_min": 3.0}, r"settings.yaml: perturbation sizes .* got eps_min 3, eps 2, eps_max 4$"),
+        ("TRADES", {"backward": "sequential"}, "^TRADES compares the predictions of its two passes, .* 'together'$"),
     ],
     ids=str,
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
     bench: Any, kind: str, settings: dict[str, Any], message: str
 ) -> None:
-    given = settings.get("thresholds", "auto")
+    given = settings.get("thresholds")
     if isinstance(given, tuple):  # of terms of these names
         settings = {**settings, "thresholds": bench.thresholds(*(0.1 for _ in given), names=given)}
-    elif not isinstance(given, str):
-        (bench.folder / "no.json").write_text(json.dumps(given))
-        settings = {**settings, "thresholds": str(bench.folder / "no.json")}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         bench.train(kind, **settings)
     assert not list(bench.results.rglob("*.pth"))
@@ -71,18 +63,16 @@ def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
     assert "setps" not in settings or not any(bench.results.iterdir()), "an output folder was made"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
-def test_a_training_that_cannot_be_continued(bench: Any, kind: str) -> None:
+def test_a_training_that_cannot_be_continued(bench: Any, with_stock: Path) -> None:
     given = {"thresholds": bench.thresholds(100.0)}
-    first = bench.train(kind, **given)
+    first = bench.train("AMAT", **given)
     # Of other sample ids.
-    again = bench.make(kind, resume=first, sample_id="case", **given)
+    again = bench.make("AMAT", resume=first, sample_id="case", **given)
     with pytest.raises(ValueError, match=r"splits_final\.json or sample_id\): restore them, or start a new training"):
         again.on_train_start()
     assert "settings changed since the checkpoint: sample_id slice -> case" in bench.log(again)
     # Of another method: the checkpoint was brought to the output folder by hand.
-    with pytest.raises(ValueError, match=f"the saved state is of the method '{kind}', this run trains 'SAT'"):
+    with pytest.raises(ValueError, match="the saved state is of the method 'AMAT', this run trains 'SAT'"):
         bench.started("SAT", resume=first)
     # Of another data set.
     checkpoint = bench.saved(first)
@@ -90,13 +80,10 @@ def test_a_training_that_cannot_be_continued(bench: Any, kind: str) -> None:
     checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
     torch.save(checkpoint, Path(first.output_folder) / "checkpoint_final.pth")
     with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
-        bench.started(kind, resume=first, **given)
-
-
-def test_continuing_a_stock_training(bench: Any, with_stock: Path) -> None:
-    trainer = bench.make(resume=True)
+        bench.started("AMAT", resume=first, **given)
+    # Of the stock trainer.
     with pytest.raises(ValueError, match=r"holds no margins or counters\. .* -pretrained_weights"):
-        trainer.load_checkpoint(str(with_stock / "checkpoint_final.pth"))
+        bench.make(resume=True).load_checkpoint(str(with_stock / "checkpoint_final.pth"))
 
 
 def test_nan_in_an_image(bench: Any, world: Any) -> None:
@@ -141,20 +128,15 @@ def test_a_gradient_that_is_not_finite_is_counted_and_harms_no_other_sample(benc
     batch["ids"] = [f"{world.cases[0]}:{i}" for i in range(4)]
 
     def break_gradient(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient[1] = torch.inf
-        return gradient
+        return torch.where(torch.arange(4)[:, None, None, None] == 1, torch.inf, gradient)
 
-    def break_first(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def break_first(module: Any, inputs: Any, output: torch.Tensor) -> None:
         if not next(module.parameters()).requires_grad:  # within an attack
             output.register_hook(break_gradient)
-        return output
 
     first = next(m for m in trainer.network.modules() if isinstance(m, torch.nn.Conv2d))
-    handle = first.register_forward_hook(break_first)
-    loss = trainer.train_step(batch)
-    handle.remove()
-    trainer.on_train_epoch_end([loss])
+    first.register_forward_hook(break_first)
+    trainer.on_train_epoch_end([trainer.train_step(batch)])
     log = bench.log(trainer)
     assert "2 attack step(s) were skipped because a gradient was not finite" in log
     assert "set 'attack_precision: float32'" in log
@@ -193,16 +175,12 @@ def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     ("words", "message"),
     [
         ([*EVALUATE, "--levels", "0", "4", "2"], "levels"),
-        ([*EVALUATE, "--levels", "1", "2"], "levels"),
-        ([*EVALUATE, "--levels", "0", "-1"], "levels"),
         ([*EVALUATE, "--attacks", "fgsm"], "unknown attack 'fgsm': expected pgd<steps>"),
         ([*EVALUATE, "-i", "somewhere"], "-i and -l belong together"),
         ([*EVALUATE, "-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
         (STOCK, "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
         ([*EVALUATE, "-m", "a=x", "a=y"], "2 models need 2 different names"),
         ([*EVALUATE, "--samples", "0"], "samples must be a whole number >= 1, got 0"),
-        ([*EVALUATE, "--examples", "-1"], "examples must be a whole number >= 0, got -1"),
-        ([*EVALUATE, "--checks", "-1"], "checks must be a whole number >= 0, got -1"),
         (
             ["thresholds", *SAME],
             "there is no finished standard training.*nnUNetv2_train 4 2d 0 -p tiny, or name .* -tr",

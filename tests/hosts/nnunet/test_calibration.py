@@ -88,36 +88,10 @@ def test_self_calibrated_where_there_is_no_finished_standard_training(
         shutil.rmtree(with_stock)
     trainer = bench.started("AMAT", epochs=20, **change)
     assert isinstance(trainer.method.thresholds, RunningThresholds)
+    assert trainer.method.thresholds.statistics.memory == 2 * trainer.configuration_manager.batch_size, "an epoch"
     assert "Thresholds are self-calibrated: a clean warm-up first" in bench.log(trainer)
     assert trainer.run.warmup_epochs == 2  # a tenth
     assert "2 epoch(s) of clean warm-up" in bench.log(trainer)
-
-
-def test_the_warm_up_measures_the_clean_terms(bench: Any) -> None:
-    trainer = bench.make("AMAT", epochs=4, warmup_epochs=1)
-    batches = bench.batches(trainer, 8)
-    trainer.initialize = lambda: None
-    bench.feed(trainer, batches)
-    expected, step = [], trainer.train_step
-
-    def recorded(batch: dict[str, Any]) -> Any:
-        if trainer.current_epoch == 0:
-            with torch.no_grad():
-                expected.append(trainer.terms(trainer.network(batch["data"]), batch["target"]).double())
-        return step(batch)
-
-    trainer.train_step = recorded
-    trainer.run_training()
-    # The statistics fade with a memory of one epoch: two batches of weights exp(-4 / 8) and 1.
-    weight = math.exp(-4 / 8)
-    first, second = (rows.mean().item() for rows in expected)
-    ceiling = trainer.method.thresholds.state_dict()["ceiling"]
-    assert ceiling == pytest.approx([(weight * first + second) / (weight + 1)], rel=1e-5)
-    assert f"Warm-up done. Thresholds: ce+dice < {ceiling[0]:.6g}" in bench.log(trainer)
-    assert trainer.method.thresholds.current().values[0] <= ceiling[0]
-    assert sum(trainer.method.margins.visits().tolist()) == 3 * 2 * 4  # not in the warm-up
-    # Every batch of warm-up and training is taken in once.
-    assert trainer.method.thresholds.statistics.n == pytest.approx(4 * sum(weight**k for k in range(8)))
 
 
 def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +129,13 @@ def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monke
 def test_start_from_the_standard_training(bench: Any, with_stock: Path, how: str) -> None:
     """nnUNetv2_train --c with nothing to continue warns and trains from the start, which is where the settings say."""
     source = with_stock / standard.CHECKPOINT
-    start = str(source) if how == "path" else "standard"
-    trainer = bench.started("AMAT", start_from=start, threshold_samples=4, resume=how == "nothing to continue")
+    given = {"start_from": str(source) if how == "path" else "standard", "threshold_samples": 4}
+    trainer = bench.started("AMAT", resume=how == "nothing to continue", **given)
     weights = torch.load(source, weights_only=False)["network_weights"]
     assert not different(trainer.network.state_dict(), weights)
     assert f"Starting from the weights of {source}" in bench.log(trainer)
-
-
-def test_a_resumed_training_starts_from_its_own_weights(bench: Any, with_stock: Path) -> None:
-    first = bench.train("AMAT", start_from="standard", threshold_samples=4)
-    again = bench.started("AMAT", start_from="standard", resume=first)
-    assert not different(again.network.state_dict(), bench.saved(first)["network_weights"])
+    if how == "standard":  # but not a training that is continued
+        trainer.run_training()
+        again = bench.started("AMAT", resume=trainer, **given)
+        assert not different(again.network.state_dict(), bench.saved(trainer)["network_weights"])
+        assert different(again.network.state_dict(), weights)

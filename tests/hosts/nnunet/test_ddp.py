@@ -69,9 +69,8 @@ def test_the_ranks_have_the_same_margins_and_thresholds(ranks: Ranks, run: str, 
 def test_one_rank_measures_and_writes_what_both_have_learnt(ranks: Ranks) -> None:
     first, second = (rank["measured"] for rank in ranks)
     fold = Path(first["folder"])
-    (path,) = fold.parents[1].glob(f"nnUNetTrainer__tiny__2d/fold_0/{FILE}")
-    assert str(Thresholds.load(path)) == second["thresholds"]
     assert str(fold) == second["folder"]
+    assert str(Thresholds.load(fold.parents[1] / "nnUNetTrainer__tiny__2d" / "fold_0" / FILE)) == second["thresholds"]
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert checkpoint[STATE]["method"]["margins"] == second["method"]["margins"]
     assert not any(name.startswith("module.") for name in checkpoint["network_weights"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from adv_nnunet.evaluate import SlidingWindow
 from advmed.attacks.names import parse_attacks
 from advmed.evaluation.dice import Counts, adi, tvdi
 from advmed.evaluation.loop import evaluate
-from helpers.hosts import table
+from helpers.hosts import different, table
 
 pytestmark = pytest.mark.slow
 
@@ -50,25 +51,25 @@ SIZES_2D = [(56, 40), (57, 41), (90, 61), (30, 25), (30, 70), (168, 120)]
 SIZES_3D = [(40, 56, 40), (33, 51, 35), (45, 70, 39)]
 
 
-def host_logits(network: nn.Module, predictor: Any, image: torch.Tensor, step: float) -> torch.Tensor:
+def host_logits(model: Any, image: np.ndarray | torch.Tensor, step: float = 0.5) -> torch.Tensor:
     """What nnU-Net predicts for a volume (C, z, y, x), without mirroring."""
-    theirs = nnUNetPredictor(
-        tile_step_size=step, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False, verbose=False
+    theirs, own = (
+        nnUNetPredictor(step, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False),
+        model.predictor,
     )
     theirs.manual_initialization(
-        network, predictor.plans_manager, predictor.configuration_manager, None, predictor.dataset_json, "", (0, 1)
+        model.window.network, own.plans_manager, own.configuration_manager, None, own.dataset_json, "", (0, 1)
     )
-    return theirs.predict_sliding_window_return_logits(image).float()
+    return theirs.predict_sliding_window_return_logits(torch.as_tensor(image)).float()
 
 
 @pytest.mark.parametrize("size", SIZES_2D)
 @pytest.mark.parametrize("step", [0.5, 1.0])
 def test_slices_are_predicted_as_nnunet_does(stock_model: Any, size: tuple[int, int], step: float) -> None:
-    network, predictor = stock_model.window.network, stock_model.predictor
     image = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = SlidingWindow(network, stock_model.window.patch_size, step)(image.swapaxes(0, 1))
-    theirs = host_logits(network, predictor, image, step).swapaxes(0, 1)
+        ours = SlidingWindow(stock_model.window.network, stock_model.window.patch_size, step)(image.swapaxes(0, 1))
+    theirs = host_logits(stock_model, image, step).swapaxes(0, 1)
     assert ours.shape == theirs.shape == (2, 3, *size)
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()  # nnU-Net adds up in float16
     assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.995
@@ -80,7 +81,7 @@ def test_volumes_are_predicted_as_nnunet_does(finished: Callable[..., Path], siz
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model.window(image[None])[0]
-    theirs = host_logits(model.window.network, model.predictor, image, 0.5)
+    theirs = host_logits(model, image)
     assert ours.shape == theirs.shape == (3, *size)
     # nnU-Net adds up in float16, where the Gaussian's weights in the corners of a volume are next to nothing.
     difference = (ours - theirs).abs()
@@ -113,16 +114,14 @@ def test_gradients_through_recomputed_tiles(size: tuple[int, int]) -> None:
     )
     passes = []
     network[0].register_forward_hook(lambda *_: passes.append(1))
-    image = torch.randn(2, 1, *size)
-    weight = torch.randn(2, 3, *size)
+    image, weight = torch.randn(2, 1, *size), torch.randn(2, 3, *size)
     gradients, outputs = [], []
     for window in (SlidingWindow(network, (56, 40)), Plain(network, (56, 40))):
         leaf = image.clone().requires_grad_()
-        logits = window(leaf)
-        outputs.append(logits.detach())
-        gradients.append(torch.autograd.grad((logits * weight).sum(), leaf)[0])
-    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
-    assert torch.allclose(gradients[0], gradients[1], atol=1e-4 * float(gradients[1].abs().max()))
+        outputs.append(window(leaf))
+        gradients.append(torch.autograd.grad((outputs[-1] * weight).sum(), leaf)[0])
+    assert torch.allclose(*outputs, atol=1e-5)
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
     tiles = {(56, 40): 1, (57, 40): 2, (90, 61): 9, (30, 100): 4}[size]
     assert len(passes) == tiles + (2 * tiles if tiles > 2 else tiles), "more than two tiles are computed again"
     del passes[:]
@@ -131,52 +130,30 @@ def test_gradients_through_recomputed_tiles(size: tuple[int, int]) -> None:
     assert len(passes) == tiles, "without gradients nothing is computed again"
 
 
-def independent_dice(
-    predictions: list[np.ndarray], truths: list[np.ndarray], classes: list[int]
-) -> tuple[float, float, list[float]]:
-    """ADI, TVDI and Dice per slice, written out with sets."""
-    per_slice, sums = [], {c: [0, 0] for c in classes}
-    for prediction, truth in zip(predictions, truths, strict=True):
-        values = []
-        for c in classes:
-            p = set(map(tuple, np.argwhere(prediction == c)))
-            t = set(map(tuple, np.argwhere(truth == c)))
-            sums[c][0] += 2 * len(p & t)
-            sums[c][1] += len(p) + len(t)
-            if p or t:
-                values.append(2 * len(p & t) / (len(p) + len(t)))
-        per_slice.append(float(np.mean(values)) if values else float("nan"))
-    return (
-        float(np.nanmean(per_slice)),
-        float(np.mean([double / total for double, total in sums.values() if total])),
-        per_slice,
-    )
-
-
 def test_adi_and_tvdi_of_clean_slices(stock_model: Any, world: Any, tmp_path: Path) -> None:
-    """Against nnU-Net's own logits and the preprocessed labels."""
+    """Against nnU-Net's own logits, the preprocessed labels, and Dice of sets of pixels."""
     cases = host.validation_cases(stock_model, 0)
     assert list(cases) == world.cases[6:]
     samples = host.list_samples(stock_model, cases, 30)
     _predict_foreground(stock_model, cases)
     batches = host.make_batches(stock_model, cases, samples, 7)
     assert [id_ for batch in batches for id_ in batch.ids] == [sample.id for sample in samples]
-    measured = evaluate(batches, parse_attacks(["ifgsm1"]), [0, 1])
-    predictions, truths = [], []
-    for sample in samples:
+    scores = evaluate(batches, parse_attacks(["ifgsm1"]), [0, 1]).scores("ifgsm1", 0)
+    twice, both = np.zeros((len(samples), 2)), np.zeros((len(samples), 2))
+    for row, sample in enumerate(samples):
         image, segmentation = cases[sample.case]()
-        logits = host_logits(
-            stock_model.window.network, stock_model.predictor, torch.from_numpy(image[:, [sample.index]]), 0.5
-        )
-        predictions.append(logits.argmax(0)[0].numpy())
-        truths.append(segmentation[0, sample.index])
-    expected_adi, expected_tvdi, per_slice = independent_dice(predictions, truths, [1, 2])
+        predicted = host_logits(stock_model, image[:, [sample.index]]).argmax(0)[0].numpy()
+        for c in (1, 2):
+            places = [set(map(tuple, np.argwhere(x == c))) for x in (predicted, segmentation[0, sample.index])]
+            twice[row, c - 1] = 2 * len(places[0] & places[1])
+            both[row, c - 1] = len(places[0]) + len(places[1])
+    expected_tvdi = (twice.sum(0) / both.sum(0)).mean()
+    per_slice = np.ma.masked_invalid(np.divide(twice, both, where=both > 0, out=np.full_like(both, np.nan))).mean(1)
     assert expected_tvdi > 0.01, "a network that predicts nothing tests nothing"
-    scores = measured.scores("ifgsm1", 0)
-    assert adi(Counts.of(scores)) == pytest.approx(expected_adi, abs=0.01)
+    assert adi(Counts.of(scores)) == pytest.approx(per_slice.mean(), abs=0.01)
     assert tvdi(Counts.of(scores)) == pytest.approx(expected_tvdi, abs=0.01)
     found = host.metrics(True)[0].per_sample(scores)
-    assert np.allclose(found, per_slice, atol=0.02, equal_nan=True)
+    assert np.allclose(found, per_slice.filled(np.nan), atol=0.02, equal_nan=True)
     assert [metric.name for metric in host.metrics(True)] == ["ADI", "TVDI"]
     assert [metric.name for metric in host.metrics(False)] == ["Dice"]
 
@@ -190,19 +167,17 @@ def _predict_foreground(model: Any, cases: Any, share: float = 0.05) -> None:
         model.window.network.decoder.seg_layers[-1].bias[0] -= distance.quantile(share)
 
 
-def test_the_attack_hurts_and_stays_within_its_level(stock_model: Any) -> None:
+def test_the_attack_hurts_and_leaves_the_network_as_it_was(stock_model: Any) -> None:
     cases = host.validation_cases(stock_model, 0)
     samples = host.list_samples(stock_model, cases, 8)
     before = {name: value.clone() for name, value in stock_model.window.state_dict().items()}
     batches = host.make_batches(stock_model, cases, samples, 32)
     measured = evaluate(batches, parse_attacks(["pgd8", "ifgsm4"]), [0, 1, 4])
     for attack in ("pgd8", "ifgsm4"):
-        losses = [measured.at(attack, level).loss.mean() for level in (0, 1, 4)]
-        assert losses[0] < losses[1] < losses[2]
-        for level in (1, 4):
-            assert (measured.at(attack, level).norm <= level * (1 + 1e-5)).all()
-            assert not measured.at(attack, level).nonfinite.any()
-    assert all(torch.equal(value, before[name]) for name, value in stock_model.window.state_dict().items())
+        at = [measured.at(attack, level) for level in (0, 1, 4)]
+        assert at[0].loss.mean() < at[1].loss.mean() < at[2].loss.mean()
+        assert not at[2].nonfinite.any()
+    assert not different(stock_model.window.state_dict(), before)
     assert not stock_model.window.training
 
 
@@ -217,27 +192,23 @@ def test_padding_is_not_scored(stock_model: Any, world: Any) -> None:
     assert loaded.images.shape[2:] == (56, 40)
     counts = loaded.score(loaded.images)
     for sample, tp, fp in zip(samples, counts["tp"][:, 0], counts["fp"][:, 0], strict=True):
-        label = sitk.GetArrayFromImage(
-            sitk.ReadImage(world.raw / world.dataset("main") / "labelsTr" / f"{sample.case}.nii.gz")
-        )
-        assert label[0].size < 56 * 40
-        assert int(tp) == (label[sample.index] == 1).sum()
-        assert int(tp + fp) == label[0].size
+        path = world.raw / world.dataset("main") / "labelsTr" / f"{sample.case}.nii.gz"
+        label = sitk.GetArrayFromImage(sitk.ReadImage(path))[sample.index]
+        assert label.size < 56 * 40
+        assert int(tp) == (label == 1).sum()
+        assert int(tp + fp) == label.size
 
 
 def test_slices_of_different_sizes_do_not_share_a_batch(stock_model: Any) -> None:
     shapes = {"a": (2, 56, 40), "b": (1, 56, 40), "c": (3, 60, 40)}
     cases = {
-        name: lambda shape=shape: (np.full((1, *shape), len(shape), np.float32), np.zeros((1, *shape), np.int16))
+        name: lambda shape=shape: (np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int16))
         for name, shape in shapes.items()
     }
-    samples = host.list_samples(stock_model, cases)
-    batches = host.make_batches(stock_model, cases, samples, 2)
+    batches = host.make_batches(stock_model, cases, host.list_samples(stock_model, cases), 2)
     assert [list(batch.ids) for batch in batches] == [["a:0", "a:1"], ["b:0"], ["c:0", "c:1"], ["c:2"]]
-    assert [tuple(batch.load().images.shape) for batch in batches] == [
-        *((2, 1, 56, 40), (1, 1, 56, 40)),
-        *((2, 1, 60, 40), (1, 1, 60, 40)),
-    ]
+    sizes = [(2, 1, 56, 40), (1, 1, 56, 40), (2, 1, 60, 40), (1, 1, 60, 40)]
+    assert [tuple(batch.load().images.shape) for batch in batches] == sizes
 
 
 def test_samples_at_even_distances(stock_model: Any) -> None:
@@ -257,10 +228,8 @@ def test_other_kinds_of_data(finished: Callable[..., Path], tmp_path: Path, worl
     words = ["--attacks", "pgd2", "--levels", "0", "2", "--samples", "6", "--examples", "1", "--checks", "0"]
     output = report(tmp_path / "report", "-d", world.dataset(dataset), "-c", "2d", "-m", folder, *words)
     assert len({row["id"] for row in table(output / "samples.csv")}) == 6
-    page = (output / "report.html").read_text()
-    assert page.count(": the clean input") == (not dataset.startswith("regions")), (
-        "overlapping regions are no label map"
-    )
+    shown = (output / "report.html").read_text().count(": the clean input")
+    assert shown == (not dataset.startswith("regions")), "overlapping regions are no label map"
     model = load(folder)
     cases = host.validation_cases(model, 0)
     samples = host.list_samples(model, cases, 3)
@@ -307,13 +276,30 @@ def test_a_volume_under_attack(
     folder = finished(configuration="3d_fullres")
     output = report(tmp_path / "report", "-d", "4", "-c", "3d_fullres", "-m", folder, *words)
     text, page = capsys.readouterr().out, (output / "report.html").read_text()
-    assert "Dice" in text
     assert "TVDI" not in text
     assert "Whether the attacks are strong enough was not checked." in text
     assert "whole case as" in page
     assert "(whole groups of them)" not in page
     record = audit(output, "Dice", fails_at=0.5, checked=0, shown=1, groups=str)
     assert record["configuration"]["samples"] == world.cases[6:7]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_raw_files_of_the_validation_cases_give_the_numbers_of_the_validation_cases(
+    stock: Path, tmp_path: Path, world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    for folder, part, ending in ((images, "imagesTr", "_0000.nii.gz"), (labels, "labelsTr", ".nii.gz")):
+        folder.mkdir()
+        for case in world.cases[6:]:
+            shutil.copy(world.raw / world.dataset("main") / part / f"{case}{ending}", folder)
+    words = ["-d", "4", "-c", "2d", "-m", f"mine={stock}", "--attacks", "ifgsm2", "--levels", "0", "3"]
+    words += ["--samples", "6", "--examples", "1", "--checks", "0"]
+    raw, validation = (
+        report(tmp_path / name, *words, *more) for name, more in (("raw", ("-i", images, "-l", labels)), ("own", ()))
+    )
+    assert (raw / "samples.csv").read_text() == (validation / "samples.csv").read_text()
+    assert "mine" in capsys.readouterr().out
 
 
 def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_model: Any) -> None:

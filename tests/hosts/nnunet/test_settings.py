@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from adv_nnunet.settings import Settings, find_settings
-from advmed.methods import AMAT
-from advmed.thresholds import Thresholds
-from advmed.training.settings import make_settings, read_settings, settings_text
+from advmed.training.settings import make_settings, read_settings
 
 WRONG = [
     ({"detla": 0.5}, "unknown setting 'detla', did you mean 'delta'\\?.*The settings are: .*eps, .*delta,"),
@@ -24,7 +22,7 @@ WRONG = [
     ({"bounds": [0, 1, 2]}, "bounds must be a pair of numbers or 'sample' or null"),
     ({"warmup_epochs": -1}, "warmup_epochs must be >= 0, got -1"),
     ({"epochs": 0}, "epochs must be >= 1, got 0"),
-    ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1"),
+    ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1, got 0"),
     ({"initial_lr": 0}, "initial_lr must be a positive number"),
     ({"sample_id": "patch"}, "sample_id must be 'auto' or 'case' or 'slice' or 'cell', got 'patch'"),
     ({"terms": "both"}, "terms must be 'sum' or 'separate'"),
@@ -85,17 +83,3 @@ def test_what_a_file_says(tmp_path: Path, text: str, result: Any) -> None:
     else:
         with pytest.raises(ValueError, match=result):
             read_settings(Settings, path)
-
-
-def test_what_is_written_can_be_read_and_reaches_the_method(tmp_path: Path) -> None:
-    settings = Settings(
-        eps=2.0, delta=0.3, norm=math.inf, bounds=(-1.0, 1.0), tag="x-1", warmup_epochs=0, steps=7, step_scale=2.0
-    ).resolved(1, [8, 8])
-    path = tmp_path / "adversarial.yaml"
-    path.write_text(settings_text(settings, method="SAT"))
-    assert path.read_text().startswith("# method: SAT\n")
-    assert read_settings(Settings, path) == settings
-    sat, amat = settings.make_method("SAT"), settings.make_method("AMAT", Thresholds([0.1], ["ce+dice"]))
-    assert (sat.eps, sat.attack.steps, sat.attack.step_scale, sat.attack.norm) == (2.0, 7, 2.0, math.inf)
-    assert isinstance(amat, AMAT)
-    assert (amat.delta, amat.attack.steps) == (0.3, 7)

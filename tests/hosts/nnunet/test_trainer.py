@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from adv_nnunet.settings import FILE, Settings
 from adv_nnunet.trainer import LOG_KEYS, STATE, AdversarialTraining, _open_log, nnUNetTrainerAMAT
 from advmed.methods import AdaptiveRadiusMethod
+from advmed.training.run import MethodRun
 from advmed.training.settings import read_settings
 from helpers.hosts import Interrupted, binary_divergence, class_divergence, different, plain, table, watched
 
@@ -42,12 +44,11 @@ def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trainer.network.state_dict().items()}
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_std_is_the_stock_trainer_bit_for_bit(bench: Any, configuration: str) -> None:
+@pytest.mark.parametrize(("kind", "configuration"), [("STD", "2d"), ("STD", "3d_fullres"), ("AMAT", "2d")])
+def test_std_and_the_warm_up_are_the_stock_trainer_bit_for_bit(bench: Any, kind: str, configuration: str) -> None:
     """Our train_step repeats the host's around the loss. If a release changes its own, this fails first."""
-    ours, stock = (bench.make(kind, configuration) for kind in ("STD", nnUNetTrainer))
-    for trainer in (ours, stock):
-        trainer.initialize()
+    ours, stock = bench.ready(kind, configuration), bench.make(nnUNetTrainer, configuration)
+    stock.initialize()
     stock.network.load_state_dict(ours.network.state_dict())
     for batch in bench.batches(ours, 4):
         losses = [float(trainer.train_step(dict(batch))["loss"]) for trainer in (ours, stock)]
@@ -55,6 +56,9 @@ def test_std_is_the_stock_trainer_bit_for_bit(bench: Any, configuration: str) ->
         assert not different(weights(ours), weights(stock))
     left, right = (trainer.optimizer.state_dict()["state"] for trainer in (ours, stock))
     assert all(torch.equal(left[key]["momentum_buffer"], right[key]["momentum_buffer"]) for key in left)
+    if kind == "AMAT":  # it measures the clean terms, with a memory of an epoch of eight samples, and nothing else
+        assert ours.method.thresholds.statistics.n == pytest.approx(4 * sum(math.exp(-4 * k / 8) for k in range(4)))
+        assert len(ours.method.margins) == 0
 
 
 def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any) -> None:
@@ -75,55 +79,89 @@ def test_a_whole_std_training_ends_with_the_stock_weights(bench: Any) -> None:
     assert ends[0]["_best_ema"] == ends[1]["_best_ema"]
 
 
+LOSS = {"AMAT": (0.5, 0.5), "SAT": (0.5, 0.5), "AT": (0, 1), "TRADES": (1, 0), "DPAAT": (0, 1)}
+"""What the host's loss on clean and on attacked images counts for."""
+SEQUENTIAL = {"backward": "sequential"}
+STEPS: list[tuple[Any, str, str, dict[str, Any]]] = [
+    ("AMAT", "2d", "main", {"terms": "separate", "refinement": "crossing", "norm": "inf"}),
+    ("AMAT", "2d", "main", {"sample_id": "cell", "bounds": "sample", **SEQUENTIAL}),
+    ("AMAT", "2d", "main", {"attack_precision": "bfloat16", "absent_classes": "count"}),
+    ("AMAT", "3d_fullres", "main", {}),
+    (NoDeepSupervisionAMAT, "2d", "main", {}),
+    ("AMAT", "2d", "two_channels", {}),
+    ("AMAT", "2d", "regions", {}),
+    ("AMAT", "3d_fullres", "regions", {"terms": "separate"}),
+    ("AMAT", "2d", "ignore", {}),
+    (NoDeepSupervisionAMAT, "2d", "ignore", {"terms": "separate"}),
+    ("AMAT", "2d", "regions_ignore", SEQUENTIAL),
+    ("SAT", "2d", "main", {}),
+    ("SAT", "3d_fullres", "main", SEQUENTIAL),
+    ("AT", "2d", "main", {"random_start": 1.0}),
+    ("AT", "2d", "main", SEQUENTIAL),
+    ("TRADES", "2d", "main", {"beta": 3.0}),
+    ("TRADES", "2d", "main", {"norm": "inf", "bounds": "sample"}),
+    ("TRADES", "3d_fullres", "regions", {"terms": "separate", "attack_precision": "bfloat16"}),
+    ("TRADES", "2d", "regions_ignore", {"beta": 3.0}),
+    (NoDeepSupervisionTRADES, "2d", "ignore", {}),
+    ("DPAAT", "2d", "main", {}),
+    ("DPAAT", "2d", "main", {"sync_weight": 0.0, "terms": "separate", **SEQUENTIAL}),
+    ("DPAAT", "3d_fullres", "main", {"average": "epoch"}),
+    ("DPAAT", "2d", "ignore", {"sample_id": "cell"}),
+    ("DPAAT", "2d", "regions", {"norm": "inf"}),
+    ("DPAAT", "2d", "regions", {"sync_weight": 0.0}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "configuration", "dataset", "settings"),
-    [
-        ("AMAT", "2d", "main", {}),
-        ("AMAT", "2d", "main", {"terms": "separate", "refinement": "crossing", "norm": "inf"}),
-        ("AMAT", "2d", "main", {"sample_id": "cell", "backward": "sequential", "bounds": "sample"}),
-        ("AMAT", "2d", "main", {"attack_precision": "bfloat16", "absent_classes": "count"}),
-        ("AMAT", "3d_fullres", "main", {}),
-        (NoDeepSupervisionAMAT, "2d", "main", {}),
-        ("AMAT", "2d", "two_channels", {}),
-        ("AMAT", "2d", "regions", {}),
-        ("AMAT", "3d_fullres", "regions", {"terms": "separate"}),
-        ("AMAT", "2d", "ignore", {}),
-        (NoDeepSupervisionAMAT, "2d", "ignore", {"terms": "separate"}),
-        ("AMAT", "2d", "regions_ignore", {}),
-        ("SAT", "2d", "main", {}),
-        ("SAT", "3d_fullres", "main", {"backward": "sequential"}),
-        ("AT", "2d", "main", {"random_start": 1.0}),
-        ("TRADES", "2d", "main", {"norm": "inf", "bounds": "sample"}),
-        ("TRADES", "3d_fullres", "regions", {"terms": "separate", "attack_precision": "bfloat16"}),
-        ("TRADES", "2d", "regions_ignore", {}),
-        (NoDeepSupervisionTRADES, "2d", "ignore", {}),
-        ("DPAAT", "2d", "main", {}),
-        ("DPAAT", "2d", "main", {"sync_weight": 0.0, "backward": "sequential", "terms": "separate"}),
-        ("DPAAT", "3d_fullres", "main", {"average": "epoch"}),
-        ("DPAAT", "2d", "ignore", {"sample_id": "cell"}),
-        ("DPAAT", "2d", "regions", {"norm": "inf"}),
-    ],
-    ids=str,
-)
-def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, dataset: str, settings: dict) -> None:
+@pytest.mark.parametrize(("kind", "configuration", "dataset", "settings"), STEPS, ids=str)
+def test_a_step_learns_from_the_stock_loss_and_the_weighted_distance(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, kind: Any, configuration: str, dataset: str, settings: dict[str, Any]
+) -> None:
+    """On real batches, with the gradients: neither of the two passes is a constant of the distance."""
     names = ("ce", "dice") if settings.get("terms") == "separate" else ("ce+dice",)
+    linf = settings.get("norm") == "inf"
+    given = {"eps": 0.3 if linf else 10.0, "delta": 0.1 if linf else 1.0, "sync_weight": 3.0, **settings}
     path = bench.thresholds(*(1.0 for _ in names), names=names)
-    trainer = bench.ready(kind, configuration, dataset=dataset, thresholds=path, **settings)
-    before = weights(trainer)
+    trainer = bench.ready(kind, configuration, dataset=dataset, thresholds=path, **given)
+    for layer in trainer.network.decoder.seg_layers:  # noise hardly moves the predictions of a new network
+        layer.weight.data *= 2
     batch = next(trainer.dataloader_train)
-    if isinstance(batch["target"], list) and dataset.endswith("ignore"):
-        labels = trainer.label_manager
-        ignored = batch["target"][0][:, -1:] > 0 if labels.has_regions else batch["target"][0] == labels.ignore_label
+    target, labels = batch["target"], trainer.label_manager
+    deep = kind not in (NoDeepSupervisionAMAT, NoDeepSupervisionTRADES)
+    assert isinstance(target, list) == isinstance(trainer.network(batch["data"]), (list, tuple)) == deep
+    if deep and dataset.endswith("ignore"):
+        ignored = target[0][:, -1:] > 0 if labels.has_regions else target[0] == labels.ignore_label
         assert ignored.any(), "the batch shows nothing of what is tested"
-    out = trainer.train_step(batch)
-    assert np.isfinite(out["loss"])
-    parameters = list(trainer.network.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    assert len(gradients) >= len(parameters) - 4, "only the lowest outputs of deep supervision have no weight"
-    assert all(g.isfinite().all() for g in gradients)
-    assert sum(float(g.abs().sum()) for g in gradients) > 0
+    network, before, steps = copy.deepcopy(trainer.network), weights(trainer), watched(trainer.method, monkeypatch)
+    loss = float(trainer.train_step(batch)["loss"])
+
+    passes = [network(images) for images in (batch["data"], steps[0].adversarial)]
+    clean, adversarial = (trainer.loss(output, target) for output in passes)
+    divergence = binary_divergence if labels.has_regions else class_divergence
+    sync = divergence(*(output[0] if deep else output for output in passes)).mean()
+    own, weight = LOSS[trainer.method_name], 0.0
+    if trainer.method_name in ("TRADES", "DPAAT"):
+        weight = trainer.settings.beta if trainer.method_name == "TRADES" else trainer.settings.sync_weight
+    wanted = own[0] * clean + own[1] * adversarial + weight * sync
+    assert weight == 0 or weight * sync > 0.005 * loss, "the distance is too small to be seen in the sum"
+    terms = [trainer.terms(output, target).sum(1).mean() for output in passes]
+    assert terms[1] > terms[0] or trainer.method_name == "TRADES", "the attack found no way"
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    wanted.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+    for (name, ours), theirs in zip(trainer.network.named_parameters(), network.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
     assert different(before, weights(trainer))
+
+    logs = trainer.run.end_epoch()
+    assert logs["loss_adversarial"] == pytest.approx(adversarial.item(), rel=1e-5)
+    assert logs["loss_sync"] == pytest.approx(sync.item() if weight else math.nan, rel=1e-3, nan_ok=True)
+    if own[0] == weight == 0:  # a clean pass that nobody learns from has terms and no loss of the host
+        clean = terms[0]
+    if trainer.method_name != "AT":
+        assert logs["loss_clean"] == pytest.approx(clean.item(), rel=1e-5)
     assert trainer.num_input_channels == batch["data"].shape[1] == (2 if dataset == "two_channels" else 1)
     assert trainer.terms.names == names
     # The host's own loader says no more than the case; nobody else needs ours.
@@ -134,15 +172,6 @@ def test_a_step_on_real_batches(bench: Any, kind: Any, configuration: str, datas
         assert set(trainer.method.store.ids()) == set(batch.get("ids", batch["keys"]))
     with trainer._attack_precision():
         assert torch.is_autocast_enabled("cpu") == (settings.get("attack_precision") == "bfloat16")
-    deep = kind not in (NoDeepSupervisionAMAT, NoDeepSupervisionTRADES)
-    assert isinstance(batch["target"], list) == isinstance(trainer.network(batch["data"]), (list, tuple)) == deep
-    assert (trainer.terms.weights is None) != deep
-
-
-def test_a_whole_training_on_ignored_labels_and_regions(bench: Any) -> None:
-    """The host's validation overwrites targets; nothing of ours may trip over it."""
-    trainer = bench.train("AMAT", dataset="regions_ignore", epochs=3, warmup_epochs=1)
-    assert np.isfinite(bench.saved(trainer)["logging"]["train_losses"]).all()
 
 
 def test_margins_are_the_radius_and_grow_while_every_term_is_below_its_threshold(
@@ -161,105 +190,6 @@ def test_margins_are_the_radius_and_grow_while_every_term_is_below_its_threshold
     distances = torch.stack([(step.adversarial - batch["data"]).flatten(1).norm(dim=1) for step in made])
     wanted = torch.tensor([[0.75] * 4, [1.5] * 4, [2.25] * 4, [2.5, 0.25, 3.0, 3.0]])
     torch.testing.assert_close(distances, wanted, rtol=1e-4, atol=0)
-
-
-def test_the_loss_is_the_mean_of_the_stock_loss_on_clean_and_attacked_images(bench: Any) -> None:
-    trainer = bench.ready("AMAT", thresholds=bench.thresholds(1.0))
-    (batch,) = bench.batches(trainer, 1)
-    with torch.no_grad():
-        clean = float(trainer.loss(trainer.network(batch["data"]), batch["target"]))
-    loss = float(trainer.train_step(batch)["loss"])
-    logs = trainer.run.end_epoch()
-    assert logs["loss_clean"] == pytest.approx(clean, rel=1e-6)
-    assert loss == pytest.approx((logs["loss_clean"] + logs["loss_adversarial"]) / 2, rel=1e-6)
-    assert logs["loss_adversarial"] > logs["loss_clean"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "DPAAT"])
-def test_sequential_backward_makes_the_same_update(bench: Any, kind: str) -> None:
-    """DPAAT without synchronisation back-propagates one pass only, so that the setting does not matter to it."""
-    ends = []
-    for backward in ("together", "sequential"):
-        how = {"backward": backward, "refinement": "crossing", "sync_weight": 0.0}
-        trainer = bench.ready(kind, thresholds=bench.thresholds(1.0), **how)
-        before = weights(trainer)
-        for batch in bench.batches(trainer, 2):
-            loss = float(trainer.train_step(batch)["loss"])
-        assert different(before, weights(trainer))
-        ends.append((weights(trainer), loss, trainer.method.state_dict()))
-    (left, loss, state), (right, other_loss, other_state) = ends
-    assert loss == pytest.approx(other_loss, rel=1e-5)
-    assert all(torch.allclose(left[name], right[name], atol=1e-6, rtol=1e-4) for name in left)
-    if kind in ("AMAT", "DPAAT"):
-        assert state["margins"]["values"] == pytest.approx(other_state["margins"]["values"], abs=1e-4)
-        assert state["margins"]["ids"] == other_state["margins"]["ids"]
-
-
-def test_warm_up_is_stock_training(bench: Any) -> None:
-    warm = bench.ready("AMAT", thresholds=bench.thresholds(1.0), warmup_epochs=1)
-    plain_one = bench.ready("STD")
-    plain_one.network.load_state_dict(warm.network.state_dict())
-    for batch in bench.batches(warm, 2):
-        warm.train_step(dict(batch))
-        plain_one.train_step(dict(batch))
-    assert not different(weights(warm), weights(plain_one))
-    assert len(warm.method.margins) == 0
-
-
-def divergence(clean: Any, other: Any, regions: bool) -> Tensor:
-    """KL(clean || other) of every sample at full resolution, the mean over its voxels, in float64."""
-    p, q = (output if isinstance(output, Tensor) else output[0] for output in (clean, other))
-    return (binary_divergence if regions else class_divergence)(p, q).flatten(1).mean(1)
-
-
-def surer(trainer: Any) -> None:
-    """Makes the predictions of a new network decided ones; noise hardly moves those it begins with."""
-    for layer in trainer.network.decoder.seg_layers:
-        layer.weight.data *= 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["main", "regions"])
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("TRADES", {"beta": 3.0}), ("DPAAT", {"sync_weight": 3.0}), ("DPAAT", {"sync_weight": 0.0})],
-    ids=str,
-)
-def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], dataset: str
-) -> None:
-    """With the gradients: neither of the two passes is a constant of the distance."""
-    trainer = bench.ready(kind, dataset=dataset, eps=5.0, **settings)
-    surer(trainer)
-    (batch,) = bench.batches(trainer, 1)
-    assert isinstance(batch["target"], list), "no deep supervision"
-    network, steps = copy.deepcopy(trainer.network), watched(trainer.method, monkeypatch)
-    loss = float(trainer.train_step(batch)["loss"])
-
-    passes = [network(images) for images in (batch["data"], steps[0].adversarial)]
-    clean, adversarial = (trainer.loss(output, batch["target"]) for output in passes)
-    (weight,) = settings.values()
-    sync = divergence(*passes, regions=dataset == "regions").mean()
-    wanted = (clean if kind == "TRADES" else adversarial) + weight * sync
-    assert weight == 0 or weight * sync > 0.02 * loss, "the distance is too small to be seen in the sum"
-    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
-    wanted.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-    for (name, ours), theirs in zip(trainer.network.named_parameters(), network.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name
-        if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
-
-    logs = trainer.run.end_epoch()
-    assert logs["loss_adversarial"] == pytest.approx(float(adversarial.detach()), rel=1e-5)
-    if weight > 0:
-        assert logs["loss_clean"] == pytest.approx(float(clean.detach()), rel=1e-5)
-        assert logs["loss_sync"] == pytest.approx(float(sync.detach()), rel=1e-3)
-    else:  # a clean pass that nobody learns from has terms and no loss of the host
-        terms = trainer.terms(passes[0], batch["target"])
-        assert logs["loss_clean"] == pytest.approx(float(terms.sum(1).mean().detach()), rel=1e-5)
-        assert math.isnan(logs["loss_sync"])
 
 
 def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> Any:
@@ -287,7 +217,8 @@ def run(bench: Any, trainer: Any, start: int = 0, stop: int | None = None) -> An
     [
         ("AMAT", 5, {"refinement": "crossing", "random_start": 1.0, "warmup_epochs": 1}),  # self-calibrated
         ("AMAT", 3, {"refinement": "crossing", "warmup_epochs": 2}),  # in the warm-up
-        ("AMAT", 4, {"warmup_epochs": 2, "terms": "separate"}),  # between warm-up and the first adversarial epoch
+        # Between warm-up and the first adversarial epoch; and the host's validation overwrites targets.
+        ("AMAT", 4, {"warmup_epochs": 2, "terms": "separate", "dataset": "regions_ignore"}),
         ("AMAT", 7, {"file": True, "backward": "sequential"}),
         ("DPAAT", 5, {"average": "epoch", "step_size": 0.25, "random_start": 0.5}),
         ("DPAAT", 3, {"warmup_epochs": 2, "sync_weight": 0.0}),
@@ -313,6 +244,7 @@ def test_killed_and_resumed_is_uninterrupted(bench: Any, kind: str, stop: int, s
     for key, values in ends[0]["logging"].items():
         if "timestamps" not in key and key != "adv_attack_seconds":
             assert np.array_equal(ends[1]["logging"][key], values, equal_nan=True), key
+    assert np.isfinite(ends[0]["logging"]["train_losses"]).all()
     assert str(ends[0][STATE]["method"]) == str(ends[1][STATE]["method"])
     tables = [Path(t.output_folder) / "margins.csv" for t in (whole, resumed)]
     if kind == "TRADES":
@@ -361,39 +293,19 @@ def test_resuming_or_validating_a_finished_training_changes_nothing(bench: Any) 
     assert len(json.loads(summary.read_text())["metric_per_case"]) == 2
 
 
-def test_continue_without_a_checkpoint_starts_anew(bench: Any) -> None:
-    """The host warns and trains from the start; so do we."""
-    trainer = bench.train("AMAT", resume=True)
-    assert len(bench.saved(trainer)["logging"]["adv_margin_q50"]) == 2
-
-
-def check_log(kind: str, logging: dict[str, list[float]]) -> None:
-    """One value per epoch, NaN where a method has none; the first of three epochs was a warm-up."""
-    assert {len(values) for values in logging.values()} == {3}
-    after_warm_up, never, always = [False, True, True], [False] * 3, [True] * 3
-    margins = ("adv_margin_q05", "adv_margin_q50", "adv_margin_q95")
-    expected = {
-        "adv_loss_clean": [True, False, False] if kind == "AT" else always,
-        "adv_loss_adversarial": after_warm_up,
-        "adv_loss_sync": after_warm_up if kind in ("TRADES", "DPAAT") else never,
-        "adv_expanded": after_warm_up if kind in ("AMAT", "DPAAT") else never,
-        "adv_nonfinite": after_warm_up,
-        "adv_attack_seconds": always,
-        **dict.fromkeys(margins, always if kind in ("AMAT", "DPAAT") else never),
-    }
-    if kind == "STD":
-        expected = {name: always if name == "adv_loss_clean" else never for name in LOG_KEYS}
-    assert {name: np.isfinite(logging[name]).tolist() for name in LOG_KEYS} == expected
-    if kind != "STD":
-        assert logging["adv_attack_seconds"][0] == 0
-        assert logging["adv_attack_seconds"][1] > 0
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["AMAT", "SAT", "AT", "STD", "TRADES", "DPAAT", NoMirroringAMAT], ids=str)
+@pytest.mark.parametrize("kind", ["AMAT", "AT", "STD", "TRADES", NoMirroringAMAT], ids=str)
 def test_a_log_and_checkpoints_of_the_host_with_plain_values_of_ours(bench: Any, kind: Any) -> None:
-    trainer = bench.train(kind, epochs=3, warmup_epochs=None if kind == "STD" else 1, tag="x")
-    check_log(trainer.method_name, bench.saved(trainer)["logging"])
+    trainer = bench.make(kind, epochs=3, warmup_epochs=None if kind == "STD" else 1, tag="x")
+    measured, end_epoch = [], MethodRun.end_epoch
+    bench.patch.setattr(MethodRun, "end_epoch", lambda run: measured.append(end_epoch(run)) or measured[-1])
+    trainer.run_training()
+    logging = bench.saved(trainer)["logging"]
+    log = {name: logging[name] for name in LOG_KEYS}
+    for name, found in log.items():
+        wanted = [values[name.removeprefix("adv_")] for values in measured]
+        assert np.array_equal(found, wanted, equal_nan=True), name
+    assert np.isfinite(log["adv_loss_adversarial"]).tolist() == [False] + [kind != "STD"] * 2  # after the warm-up
     folder = Path(trainer.output_folder)
     reference = bench.make(nnUNetTrainer)
     reference.initialize()
@@ -406,9 +318,6 @@ def test_a_log_and_checkpoints_of_the_host_with_plain_values_of_ours(bench: Any,
         assert checkpoint["network_weights"].keys() == expected["network_weights"].keys()
         assert plain(checkpoint[STATE]), "something else than plain values needs this package to be read"
         assert checkpoint[STATE]["warmup_epochs"] == (kind != "STD")
-        json.dumps(checkpoint[STATE])
-        torch.save(checkpoint[STATE], bench.folder / "state.pth")
-        torch.load(bench.folder / "state.pth", weights_only=True)
     assert not list(folder.glob("*.tmp"))
     assert not (folder / "checkpoint_latest.pth").exists()
     # And the stock classes take it.
@@ -440,24 +349,26 @@ def test_a_failed_write_leaves_the_old_checkpoint(bench: Any, monkeypatch: pytes
 
 
 def test_fold_all_without_checkpoints(bench: Any) -> None:
-    trainer = bench.make("AMAT", fold="all")
+    """And with nothing to continue, where the host warns and trains from the start."""
+    trainer = bench.make("AMAT", fold="all", resume=True)
     trainer.disable_checkpointing = True
     trainer.run_training()
     assert Path(trainer.output_folder).name == "fold_all"
     assert len(trainer.sample_ids()) > len(bench.make("AMAT").sample_ids())
     assert not list(Path(trainer.output_folder).glob("*.pth*"))
+    assert len(trainer.logger.get_checkpoint()["adv_margin_q50"]) == 2
 
 
 def test_a_stock_log_gets_our_keys(with_stock: Path, bench: Any) -> None:
     trainer = bench.make("AMAT", epochs=3)
     trainer.load_checkpoint(str(with_stock / "checkpoint_final.pth"))
+    log = trainer.logger.get_checkpoint()
     assert trainer.current_epoch == 1
-    assert not set(LOG_KEYS) & set(trainer.logger.local_logger.my_fantastic_logging)
+    assert not set(LOG_KEYS) & set(log)
     _open_log(trainer.logger, trainer.current_epoch)
-    for key in LOG_KEYS:
-        trainer.logger.log(key, 1.0, 1)
-        assert len(trainer.logger.get_value(key, None)) == 2
-        assert math.isnan(trainer.logger.get_value(key, 0))
+    trainer.logger.log("adv_loss_clean", 1.0, 1)
+    assert np.array_equal(log["adv_loss_clean"], [math.nan, 1.0], equal_nan=True)
+    assert set(LOG_KEYS) <= set(log)
 
 
 def test_the_resolved_settings_can_be_read_back(bench: Any) -> None:
@@ -474,12 +385,12 @@ def test_the_resolved_settings_can_be_read_back(bench: Any) -> None:
 
 
 def test_a_tag_changes_the_output_folder_and_nothing_else(bench: Any) -> None:
-    plain_one, tagged = bench.make("AMAT"), bench.make("AMAT", tag="eps-5")
+    tagged, plain_one = bench.make("AMAT", tag="eps-5"), bench.make("AMAT")
     assert Path(plain_one.output_folder).parent.name == "nnUNetTrainerAMAT__tiny__2d"
     assert Path(tagged.output_folder).parent.name == "nnUNetTrainerAMAT_eps-5__tiny__2d"
     assert isinstance(tagged, nnUNetTrainerAMAT)
     assert tagged.stock_name == "nnUNetTrainer"
-    assert type(bench.make("AMAT")) is nnUNetTrainerAMAT, "the tag of one trainer stuck to the class"
+    assert type(plain_one) is nnUNetTrainerAMAT, "the tag of one trainer stuck to the class"
 
 
 def test_schedule_and_seed_of_the_settings(bench: Any) -> None:
@@ -501,48 +412,34 @@ def test_schedule_and_seed_of_the_settings(bench: Any) -> None:
         assert getattr(left_alone, name) == getattr(stock, name)
 
 
-def test_settings_of_the_data_set_folder(bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, make = world.preprocessed / world.dataset("main") / FILE, type(bench.make("SAT"))
-    plans = json.loads((path.parent / "tiny.json").read_text()) | {"continue_training": False}
-    given = (plans, "2d", 0, json.loads((path.parent / "dataset.json").read_text()), torch.device("cpu"))
+def test_settings_of_the_data_set_folder(bench: Any, world: Any) -> None:
+    """Without any, defaults that grow with the input."""
+    path = world.preprocessed / world.dataset("two_channels") / FILE
+    path.write_text("eps: 7\nsteps: 3\n")
+    without = partial(bench.make, "AMAT", dataset="two_channels", named=False)
     try:
-        path.write_text("eps: 7\nsteps: 3\n")
-        assert make(*copy.deepcopy(given)).settings.eps == 2.0  # the variable comes first
-        monkeypatch.delenv("nnUNet_adversarial")
-        trainer = make(*copy.deepcopy(given))
-        assert (trainer.settings.eps, trainer.settings.steps, trainer.settings_origin) == (7.0, 3, str(path))
+        found = [bench.make("AMAT", dataset="two_channels"), without()]
     finally:
         path.unlink()
-    trainer = make(*copy.deepcopy(given))
-    assert trainer.settings_origin == "defaults"
-    # Defaults grow with the input.
-    assert (trainer.settings.steps, trainer.settings.sample_id) == (20, "slice")
-    assert trainer.settings.delta == pytest.approx(0.01 * math.sqrt(56 * 40), abs=1e-3)
-    two = bench.make("AMAT", dataset="two_channels", eps=None, delta=None)
-    assert two.settings.eps == pytest.approx(0.1 * math.sqrt(2 * 56 * 40), abs=1e-3)
+    found.append(without())
+    assert [(trainer.settings.eps, trainer.settings.steps) for trainer in found[:2]] == [(2.0, 2), (7.0, 3)]
+    assert [trainer.settings_origin for trainer in found[1:]] == [str(path), "defaults"]
+    assert found[2].settings.eps == pytest.approx(0.1 * math.sqrt(2 * 56 * 40), abs=1e-3)
+    assert found[2].settings.sample_id == "slice"
 
 
 def test_what_a_run_says_of_its_noise_levels(bench: Any) -> None:
-    given = {"thresholds": bench.thresholds(1.0), "eps": 10.0, "delta": 1.0}
-    trainer = bench.started("AMAT", epochs=5, warmup_epochs=1, **given)
-    log = bench.log(trainer)
-    training, _ = trainer.get_tr_and_val_datasets()
+    """The words are those of every host."""
+    trainer = bench.started("AMAT", epochs=5, warmup_epochs=1, thresholds=bench.thresholds(1.0), eps=10.0)
+    log, (training, _) = bench.log(trainer), trainer.get_tr_and_val_datasets()
     samples = sum(training.load_case(case)[0].shape[1] for case in training.identifiers)
     visits = 4 * 2 * 4 / samples  # epochs x iterations x batch
-    assert f"{samples} samples (slice), each met about {visits:.1f} times" in log
+    assert f"{samples} samples (slice), each met about {visits:.1f} times in this run: margins can reach about" in log
     assert "WARNING: margins cannot reach the noise levels of interest (about eps = 10)" in log
-    assert "Raise delta to about 10" in log
-
-    log = bench.log(bench.started("AMAT", "3d_fullres", epochs=61, **given))
-    assert "6 samples (case), each met about 40.7 times in this run: margins can reach about 40.67" in log
-    assert "WARNING" not in log
 
     trainer = bench.started("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
     eps = trainer.settings.eps
     assert eps == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
     assert (trainer.method.eps_0, trainer.method.highest) == (eps, 2 * eps), "the host's default and what hangs on it"
-    assert (
-        f"6 samples (case), each met about 8.0 times in this run: perturbation sizes begin at {eps:g} and can come to "
-        f"lie between {eps - 8:.2f} and {eps + 8:.2f} (L2 norm)"
-    ) in bench.log(trainer)
+    assert "6 samples (case), each met about 8.0 times in this run: perturbation sizes begin at" in bench.log(trainer)
     assert "each met about" not in bench.log(bench.started("TRADES", "3d_fullres"))

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from ultralytics import YOLO
-from ultralytics.nn.tasks import SegmentationModel, load_checkpoint
+from ultralytics.nn.tasks import load_checkpoint
 
 from adv_yolo import attack, per_image_losses
 from adv_yolo.api import make_batch
+from helpers.detection import stock_terms
+from helpers.hosts import different
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +34,9 @@ def batch(known: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def stock_losses(model: Any, images: Tensor, batch: dict[str, Any], tools: Any) -> Tensor:
+def stock_losses(model: Any, images: Tensor, batch: dict[str, Any]) -> Tensor:
     """The stock loss of every image alone, (B,)."""
-    losses = []
-    for i in range(len(images)):
-        alone = {**tools.one_image(batch, i), "img": images[i : i + 1]}
-        criterion = copy.copy(model)  # the same modules, with arguments as the criterion reads them
-        criterion.args = tools.namespace(model.args)
-        loss, _ = criterion.init_criterion()(model(alone["img"]), alone)
-        losses.append(loss.sum())
-    return torch.stack(losses)
+    return stock_terms(model, {**batch, "img": images}).sum(1)
 
 
 def test_a_facade_its_network_and_a_file_are_attacked_alike(trained: Path, batch: dict[str, Any]) -> None:
@@ -86,13 +81,11 @@ def test_a_facade_that_has_predicted_can_be_attacked(
     assert result.norms.median() > 0.5
 
 
-@pytest.mark.parametrize("norm", [2, math.inf])
-@pytest.mark.parametrize("per_image", [False, True])
-def test_the_result_is_inside_the_ball_and_the_range(
-    network: Any, batch: dict[str, Any], norm: float, per_image: bool
+@pytest.mark.parametrize(("norm", "level"), [(2, 3.0), (math.inf, 0.05)])
+def test_the_result_is_inside_the_ball_of_each_image_and_the_range(
+    network: Any, batch: dict[str, Any], norm: float, level: float
 ) -> None:
-    level = 3.0 if norm == 2 else 0.05
-    radius = torch.tensor([level, 0.0, 0.5 * level, 2 * level]) if per_image else level
+    radius = torch.tensor([level, 0.0, 0.5 * level, 2 * level])
     result = attack(network, batch, radius=radius, norm=norm, random_start=True, **SHORT)
     assert result.images.shape == batch["img"].shape
     assert not result.images.requires_grad
@@ -100,26 +93,10 @@ def test_the_result_is_inside_the_ball_and_the_range(
     assert result.images.max() <= 1
     measured = (result.images - batch["img"]).flatten(1).norm(p=norm, dim=1)
     torch.testing.assert_close(measured, result.norms, rtol=1e-4, atol=1e-6)
-    limit = torch.as_tensor(radius).expand(4)
-    assert (measured <= limit * (1 + 1e-5)).all()
-    assert (measured[limit > 0] > 0).all()
+    assert (measured <= radius * (1 + 1e-5)).all()
+    assert (measured[radius > 0] > 0).all()
     assert result.nonfinite.tolist() == [0] * 4
-    if per_image:
-        assert torch.equal(result.images[1], batch["img"][1])
-
-
-def test_radius_zero_gives_the_images_back_and_the_loss_rises_with_it(
-    network: Any, batch: dict[str, Any], tools: Any
-) -> None:
-    result = attack(network, batch, radius=0.0, random_start=True, **SHORT)
-    assert torch.equal(result.images, batch["img"])
-    assert torch.equal(result.norms, torch.zeros(4))
-    losses = [stock_losses(network, batch["img"], batch, tools)]
-    for radius in (0.3, 2.0):
-        images = attack(network, batch, radius=radius, steps=10, step_scale=2.0).images
-        losses.append(stock_losses(network, images, batch, tools))
-    assert (losses[1] >= losses[0] * (1 - 1e-5)).all()
-    assert losses[0].sum() * 1.1 < losses[1].sum() < losses[2].sum() / 1.1
+    assert torch.equal(result.images[1], batch["img"][1])
 
 
 def test_random_starts_are_repeatable_with_a_generator(network: Any, batch: dict[str, Any]) -> None:
@@ -131,7 +108,7 @@ def test_random_starts_are_repeatable_with_a_generator(network: Any, batch: dict
     assert not torch.equal(run(1), run(2))
 
 
-def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any], tools: Any) -> None:
+def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any]) -> None:
     """With the stock criterion, image by image, and its arithmetic on the noise in float64."""
     radius, steps, scale = 0.8, 4, 2.0
     result = attack(network, batch, radius=radius, steps=steps, step_scale=scale, keep="last")
@@ -139,7 +116,7 @@ def test_pgd_is_the_loop_of_the_paper(network: Any, batch: dict[str, Any], tools
     noise = torch.zeros_like(clean)
     for _ in range(steps):
         images = (clean + noise).float().requires_grad_()
-        (gradient,) = torch.autograd.grad(stock_losses(network, images, batch, tools).sum(), images)
+        (gradient,) = torch.autograd.grad(stock_losses(network, images, batch).sum(), images)
         gradient = gradient.double()
         noise = noise + scale * radius / steps * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
         size = noise.flatten(1).norm(dim=1)[:, None, None, None]
@@ -160,16 +137,14 @@ def test_the_model_is_left_as_it_was(networks: Any, batch: dict[str, Any], train
     flags = [module.training for module in model.modules()]
     asked = [parameter.requires_grad for parameter in model.parameters()]
     random = torch.get_rng_state()
-    arguments = model.args
     attack(model, batch, radius=1.0, random_start=True, **SHORT)
     with pytest.raises(ValueError, match="radius"):
         attack(model, batch, radius=-1.0, **SHORT)
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert not different(model.state_dict(), weights)
     assert [module.training for module in model.modules()] == flags
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
-    assert model.args is arguments
     assert getattr(model, "criterion", None) is None
 
 
@@ -200,9 +175,6 @@ def test_an_attack_needs_no_mode_and_no_gradients_to_be_on(networks: Any, batch:
         ([torch.rand(6)] * 4, r"\(n, 5\)"),
         ([torch.tensor([[3.0, 0.5, 0.5, 0.2, 0.2]])] * 4, "class"),  # there are the classes 0, 1 and 2
         (None, r"4 images need 4 label tensors \(n, 5\).*got none"),
-        ({"steps": 0}, "steps must be a whole number >= 1"),
-        ({"step_scale": 0.0}, "step_scale must be positive"),
-        ({"norm": 1}, "norm"),
         ({"radius": math.nan}, "radius"),
         ({"keep": "first"}, "keep must be 'last' or 'best'"),
     ],
@@ -229,9 +201,8 @@ def test_images_and_labels_are_as_good_as_a_batch(network: Any, batch: dict[str,
     assert made["bboxes"].shape == (3, 4)
 
 
-def test_what_is_no_detection_model_is_refused(batch: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_and_what_is_no_detection_model(batch: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no model file .*nothing.pt"):
         attack(tmp_path / "nothing.pt", batch, radius=1.0)
-    for model in (SegmentationModel("yolov8n-seg.yaml", verbose=False), torch.nn.Conv2d(3, 3, 1)):
-        with pytest.raises(TypeError, match=rf"works on detection models.*{type(model).__name__}"):
-            attack(model, batch, radius=1.0)
+    with pytest.raises(TypeError, match=r"works on detection models.*Conv2d"):
+        attack(torch.nn.Conv2d(3, 3, 1), batch, radius=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from ultralytics.utils import torch_utils
 
 from adv_yolo import cli
 from adv_yolo.cli import main
+from adv_yolo.evaluate import DetectionEvaluation
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import STATE, TRAINERS
 from advmed.thresholds import Thresholds
+from helpers.detection import ONE_HEAD, TERMS, stock_terms
 from helpers.hosts import Interrupted, mistake_of, table
 
 QUICK = ["epochs=2", "imgsz=64", "batch=4", "device=cpu", "workers=0", "plots=False", "amp=False", "warmup_epochs=0"]
@@ -46,9 +49,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train(data: Any, tools: Any) -> list[str]:
+def train(data: Any) -> list[str]:
     """A short training in the folder x."""
-    return ["train", f"model={tools.ONE_HEAD}", f"data={data.yaml}", *QUICK, f"project={Path.cwd()}", "name=x"]
+    return ["train", f"model={ONE_HEAD}", f"data={data.yaml}", *QUICK, f"project={Path.cwd()}", "name=x"]
 
 
 @pytest.fixture
@@ -88,11 +91,10 @@ def test_the_installed_command_trains_and_evaluates(train: list[str], data: Any,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "own", "visits"), [("amat", "delta", "3"), ("dpaat", "step_size", "4")])
 def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
-    train: list[str], data: Any, fails: Callable[..., str], method: str, own: str, visits: str
+    train: list[str], data: Any, fails: Callable[..., str]
 ) -> None:
-    begin = TRAINERS[method].run_callbacks
+    begin = TRAINERS["dpaat"].run_callbacks
 
     def stop(self: Any, event: str) -> None:
         begin(self, event)
@@ -100,31 +102,21 @@ def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
             raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(TRAINERS[method], "run_callbacks", stop)
-        main([*train, "epochs=4", "steps=1", f"method={method}", f"{own}=0.25"])
+        patch.setattr(TRAINERS["dpaat"], "run_callbacks", stop)
+        main([*train, "epochs=4", "steps=1", "method=DPAAT", "step_size=0.25"])
     last = Path("x/weights/last.pt").absolute()
     state = getattr(torch.load(last, weights_only=False)["ema"], STATE)
-    assert state["arguments"][own] == 0.25
+    assert state["arguments"]["step_size"] == 0.25
     assert len(state["method"]["margins"]["ids"]) == 8
     message = fails("detect", "train", f"model={last}", "resume=True", "method=sat")
-    assert f"is a run of method={method}, it cannot be resumed with method=sat" in message
+    assert "is a run of method=dpaat, it cannot be resumed with method=sat" in message
     shutil.copytree("x", "kept")
-    for words in (["model={}", "resume=True"], ["resume={}"], ["resume", "model={}", f"method={method}"]):
+    for words in (["model={}", "resume=True"], ["resume={}"], ["resume", "model={}", "method=dpaat"]):
         shutil.rmtree("x")  # as it was when the run ended
         shutil.copytree("kept", "x")
         assert main(["detect", "train", *(word.format(last) for word in words)]) == 0
-        rows = table(Path("x/margins.csv"))
-        assert {row["visits"] for row in rows} == {visits}  # of four epochs of AMAT, one was clean
-        assert {row["id"] for row in rows} == {f"images/{name}.jpg" for name in data.names("train")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["at", "SAT", "trades", "DPAAT"])
-def test_methods_are_trained_by_name(train: list[str], method: str) -> None:
-    assert main([*train, "epochs=1", f"method={method}", "eps=0.5", "steps=1", "norm=inf"]) == 0
-    text = Path("x/adversarial.yaml").read_text()
-    assert f"# method: {method.upper()}" in text
-    assert "norm: .inf" in text
+        visits = {row["id"]: row["visits"] for row in table(Path("x/margins.csv"))}
+        assert visits == dict.fromkeys(data.ids("train"), "4")
 
 
 @pytest.mark.parametrize("method", [[], ["method=std"]])
@@ -136,9 +128,12 @@ def test_without_a_method_the_host_trains(train: list[str], method: list[str]) -
 
 
 def test_arguments_may_come_from_the_hosts_file(train: list[str]) -> None:
-    Path("own.yaml").write_text("method: sat\neps: 0.5\nsteps: 1\nepochs: 3\n")
-    assert main([*train, "cfg=own.yaml", "epochs=1"]) == 0
-    assert "eps: 0.5" in Path("x/adversarial.yaml").read_text()
+    """What is typed wins."""
+    Path("own.yaml").write_text("method: SAT\neps: 0.5\nsteps: 1\nepochs: 3\n")
+    assert main([*train, "cfg=own.yaml", "epochs=1", "norm=inf"]) == 0
+    text = Path("x/adversarial.yaml").read_text()
+    for line in ("# method: SAT", "eps: 0.5", "norm: .inf"):
+        assert line in text.splitlines()
     assert len(table(Path("x/results.csv"))) == 1
 
 
@@ -151,30 +146,26 @@ def test_arguments_may_come_from_the_hosts_file(train: list[str]) -> None:
         (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
         (["method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
         (["method=sat", "eps"], "'eps' is missing an '=' sign"),
-        (["method=dpaat", "eps=1", "eps_min=2"], "eps_min <= eps <= eps_max, got eps_min 2, eps 1, eps_max 2"),
         (["method=sat", "data=no/such.yaml"], "no/such.yaml"),
         (["method=sat", "model=nothing.yaml"], "nothing.yaml"),
+        *(
+            (["method=amat", f"{wrong}=1"], f"'{wrong}' is not a valid .*Similar arguments.*'{right}")
+            for wrong, right in (("delt", "delta"), ("stepscale", "step_scale"), ("treshold", "thresholds"))
+        ),
     ],
 )
 def test_mistakes_in_arguments_are_named(
     fails: Callable[..., str], train: list[str], words: list[str], message: str
 ) -> None:
-    assert message in fails(*train, *words)
+    assert re.search(message, fails(*train, *words), re.DOTALL)
     assert not Path("x/results.csv").exists()
 
 
-def test_the_nearest_argument_is_suggested(fails: Callable[..., str], train: list[str]) -> None:
-    for wrong, right in (("delt", "delta"), ("stepscale", "step_scale"), ("treshold", "thresholds"), ("imgs", "imgsz")):
-        text = fails(*train, "method=amat", f"{wrong}=1")
-        assert f"'{wrong}' is not a valid" in text
-        assert f"'{right}" in text.partition("Similar arguments")[2]
-
-
-def test_model_and_data_are_asked_for(fails: Callable[..., str], data: Any, tools: Any) -> None:
-    assert "train needs model=..." in fails("train", "method=sat", f"data={data.yaml}")
-    assert "train needs data=..." in fails("train", "method=sat", f"model={tools.ONE_HEAD}")
+def test_model_and_data_are_asked_for(fails: Callable[..., str], data: Any) -> None:
+    assert "train needs data=..." in fails("train", "method=sat", f"model={ONE_HEAD}")
+    for words in (["train", "method=sat"], ["thresholds"], ["evaluate"]):
+        assert f"{words[0]} needs model=..." in fails(*words, f"data={data.yaml}")
     for name in ("thresholds", "evaluate"):
-        assert f"{name} needs model=..." in fails(name, f"data={data.yaml}")
         assert f"{name} needs data=..." in fails(name, "model=x.pt")
         assert "nothing.pt" in fails(name, "model=no/nothing.pt", f"data={data.yaml}")
 
@@ -187,29 +178,20 @@ def test_debug_shows_where_a_mistake_was_noticed(train: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "factor"), [(None, 2), ("mean", 0), ("mean+1.5std", 1.5)])
 def test_thresholds_are_mean_and_deviation_of_the_clean_terms(
-    own: list[str], trained: Path, data: Any, tmp_path: Path, rule: str | None, factor: float, tools: Any
+    own: list[str], trained: Path, data: Any, tmp_path: Path, rule: str | None, factor: float
 ) -> None:
     """Beside the model, unless told otherwise."""
     path = shutil.copy(trained, tmp_path / "own.pt")
     words = ["split=val", "batch=3", *([f"model={path}"] if rule is None else [f"rule={rule}", "out=t.json"])]
     assert main(["thresholds", *own, *words]) == 0
     found = Thresholds.load(path.with_name("thresholds.json" if rule is None else "t.json"))
-    assert found.n == 4
-    assert found.names == ("box_loss", "cls_loss", "dfl_loss")
+    assert (found.n, found.names) == (4, TERMS)
     assert (found.source, found.rule) == (str(path if rule is None else trained), rule or "mean+2std")
     assert found.notes["imgsz"] == 96  # as the model was trained
-    model, _ = load_checkpoint(trained)
-    model.args = tools.namespace(model.args)
-    criterion, whole = model.init_criterion(), tools.known_batch(data)
-    rows = []
     with torch.no_grad():
-        for i in range(4):
-            alone = tools.one_image(whole, i)
-            rows.append(criterion(model(alone["img"]), alone)[0].double())
-    terms = torch.stack(rows)
+        terms = stock_terms(load_checkpoint(trained)[0], data.known_batch()).double()
     wanted = terms.mean(0) + factor * terms.std(0, correction=0)
     assert found.values == pytest.approx(wanted.tolist(), rel=1e-4)
-    assert all(map(math.isfinite, found.values))
 
 
 @pytest.mark.slow
@@ -220,19 +202,11 @@ def test_thresholds_are_mean_and_deviation_of_the_clean_terms(
         (["thresholds", "split=test"], "has no split 'test'"),
         (["thresholds", "rul=mean"], "['rule']"),
         (["thresholds", "data=no/such.yaml"], "there is no data set file no/such.yaml"),
-        (["evaluate", "attacks=cw10"], "cw10"),
         (["evaluate", "levels=0,-1"], "level"),
         (["evaluate", "names=A,B"], "1 models need 1 different names"),
         (["evaluate", "model={0},{0}"], "2 models need 2 different names"),
         (["evaluate", "split=test"], "has no split 'test'"),
         (["evaluate", "lvels=0,1"], "Similar arguments are i.e. ['levels'"),
-        (["evaluate", "norm=1"], "norm"),
-        (["evaluate", "samples=0"], "samples must be a whole number >= 1, got 0"),
-        (["evaluate", "samples=2.5"], "samples must be a whole number >= 1, got 2.5"),
-        (["evaluate", "examples=-1"], "examples must be a whole number >= 0, got -1"),
-        (["evaluate", "examples=few"], "examples must be a whole number >= 0, got 'few'"),
-        (["evaluate", "checks=-1"], "checks must be a whole number >= 0, got -1"),
-        (["evaluate", "checks=1.5"], "checks must be a whole number >= 0, got 1.5"),
         (["evaluate", "checks=True"], "checks must be a whole number >= 0, got True"),
     ],
 )
@@ -243,42 +217,24 @@ def test_mistakes_in_our_own_commands_are_named(
 
 
 @pytest.mark.slow
-def test_a_model_of_other_classes_is_refused(fails: Callable[..., str], own: list[str], make_data: Any) -> None:
-    other = make_data()
-    other.describe(["a", "b"])
-    for name in other.names("train") + other.names("val"):
-        other.write_labels(name, [[0, 0.5, 0.5, 0.2, 0.2]])
-    message = fails("thresholds", *own, f"data={other.yaml}")
-    assert "predicts 3 class(es)" in message
-    assert "the data set has 2" in message
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_is_not_repeated_and_another_one_is_told_apart(own: list[str], fails: Callable[..., str]) -> None:
-    given = ["evaluate", *own, "attacks=pgd1", "checks=0", "examples=1", "out=r"]
+    given = ["evaluate", *own, "attacks=pgd1", "checks=0", "examples=0", "out=r"]
     assert main([*given, "levels=0,1"]) == 0
     parts = sorted(Path("r/run/parts").iterdir())
     times = [part.stat().st_mtime_ns for part in parts]
-    report = json.loads(Path("r/report.json").read_text())
     assert main([*given, "levels=0,1"]) == 0
     assert [part.stat().st_mtime_ns for part in parts] == times
-    assert {**json.loads(Path("r/report.json").read_text()), "created": None} == {**report, "created": None}
     assert "another configuration" in fails(*given, "levels=0,2")
     assert main([*given, "levels=0,2", "overwrite=True"]) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    ("norm", "levels"),
-    [("2", ["1.5", "3", "4.5"]), ("inf", [f"{level / 255:.6f}" for level in (2, 4, 8)])],  # 5, 10, 15 for 320 pixels
-)
-def test_default_levels_grow_with_the_image(own: list[str], norm: str, levels: list[str]) -> None:
-    given = ["evaluate", *own, "attacks=pgd1", "examples=1", "samples=1", "checks=0", "out=r"]
-    assert main([*given, f"norm={norm}"]) == 0
-    text = Path("r/table.csv").read_text()
-    assert all(level in text for level in levels)
+@pytest.mark.parametrize(("norm", "level"), [(2, [0, 1.5, 3, 4.5]), (math.inf, [0, 2 / 255, 4 / 255, 8 / 255])])
+def test_default_levels_grow_with_the_image(tmp_path: Path, norm: float, level: list[float]) -> None:
+    """In L2, from 5, 10 and 15 for 320 pixels."""
+    cpu, arguments = torch.device("cpu"), {"imgsz": 96}
+    host = DetectionEvaluation({}, {}, tmp_path, cpu, arguments, samples=None, folder=tmp_path)
+    assert host.default_levels(norm) == pytest.approx(level, abs=1e-6)
 
 
 def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.detection import ONE_HEAD, QUIET, STILL, epochs
 from helpers.hosts import check_one_network, margins_of, side_by_side
 
 pytestmark = pytest.mark.slow
@@ -26,8 +27,8 @@ Ranks = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks(data: Any, tools: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    arguments = {**tools.QUIET, **tools.STILL, "epochs": EPOCHS, "model": tools.ONE_HEAD, "data": str(data.yaml)}
+def ranks(data: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    arguments = {**QUIET, **STILL, "epochs": EPOCHS, "model": ONE_HEAD, "data": str(data.yaml)}
     script, folder = Path(__file__).with_name("gloo_trainer.py"), tmp_path_factory.mktemp("ddp")
     return side_by_side(script, folder, json.dumps(arguments), json.dumps(RUNS))
 
@@ -47,7 +48,7 @@ def test_the_ranks_have_the_same_margins_and_thresholds(ranks: Ranks, data: Any,
     assert first["thresholds"] == second["thresholds"]
     assert first["thresholds"].startswith("box_loss < " if run == "amat" else "None")
     margins = first["method"]["margins"]
-    assert sorted(margins["ids"]) == [f"images/{name}.jpg" for name in data.names("train")]
+    assert sorted(margins["ids"]) == data.ids("train")
     assert margins["visits"] == [visits] * 8
     assert all(math.isfinite(value) and value >= 0 for value in margins["values"])
     for one, other in zip(first["epochs"], second["epochs"], strict=True):
@@ -55,11 +56,11 @@ def test_the_ranks_have_the_same_margins_and_thresholds(ranks: Ranks, data: Any,
             assert one[key] == other[key]
 
 
-def test_one_rank_writes_what_both_have_learnt(ranks: Ranks, tools: Any) -> None:
+def test_one_rank_writes_what_both_have_learnt(ranks: Ranks) -> None:
     folder, margins = Path(ranks[0]["amat"]["folder"]), ranks[1]["amat"]["method"]["margins"]
     state = torch.load(folder / "weights" / "last.pt", weights_only=False)
     assert not hasattr(state["model"] if state["ema"] is None else state["ema"], "advmed")  # the run is over
     assert margins_of(folder / "margins.csv") == pytest.approx(
         dict(zip(margins["ids"], margins["values"], strict=True))
     )
-    assert tools.epochs(folder) == [1, 2, 3]
+    assert epochs(folder) == [1, 2, 3]

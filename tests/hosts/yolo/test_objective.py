@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,8 @@ from ultralytics.utils.loss import BboxLoss
 from adv_yolo import ImageTerms, per_image_losses
 from adv_yolo.objective import DetectionObjective
 from advmed.methods.trades import Distance, detached
+from helpers.detection import divergence, heads_of, of_image, one_image
+from helpers.hosts import different
 
 CASES = [("yolov5n", None), ("yolov8n", None), ("yolo11n", None)]
 CASES += [("yolov10n", False), ("yolo26n", False), ("yolo26n", True)]
@@ -69,23 +71,29 @@ def predict(model: DetectionModel, images: Tensor) -> Any:
         head.training = training
 
 
+@pytest.mark.parametrize("class_weights", [None, (0.2, 1.3, 1.5)])
 @families
-def test_an_image_has_the_stock_loss_of_this_image_alone(model: Any, batch: dict[str, Any], tools: Any) -> None:
+def test_an_image_has_the_stock_loss_of_this_image_alone(
+    model: Any, batch: dict[str, Any], class_weights: tuple[float, ...] | None
+) -> None:
     """Whatever the rest of the batch; of its predictions alone where BatchNorm couples images."""
+    if class_weights is not None:
+        model.class_weights = torch.tensor(class_weights)
     terms = per_image_losses(model, batch)
     assert terms.shape == (4, 3)
-    for i in range(4):
-        alone = tools.one_image(batch, i)
-        wanted = stock(model, model(alone["img"]), alone)
-        torch.testing.assert_close(terms[i], wanted, rtol=1e-5, atol=1e-6)
+    alone = [one_image(batch, i) for i in range(4)]
+    wanted = torch.stack([stock(model, model(each["img"]), each) for each in alone])
+    torch.testing.assert_close(terms, wanted, rtol=1e-5, atol=1e-6)
     assert terms[[0, 1, 3]].min() > 0
     predictions = model.train()(batch["img"])
     read = ImageTerms(model, one_to_one=model.asked)
     assert read.names == ("box_loss", "cls_loss", "l1_loss" if model.model[-1].reg_max == 1 else "dfl_loss")
     assert read.names == tuple((read.criterion if model.asked is None else read.criterion.one2many).loss_names)
-    for i, row in enumerate(read(predictions, batch)):
-        wanted = stock(model, tools.of_image(predictions, i), tools.one_image(batch, i))
-        torch.testing.assert_close(row, wanted, rtol=1e-5, atol=1e-6)
+    wanted = torch.stack([stock(model, of_image(predictions, i), each) for i, each in enumerate(alone)])
+    torch.testing.assert_close(read(predictions, batch), wanted, rtol=1e-5, atol=1e-6)
+    # The head that predicts, unless told otherwise.
+    branches = {None: (None, None), True: ("one2one", "one2many"), False: ("one2many", "one2one")}[model.asked]
+    assert (ImageTerms(model).branch, ImageTerms(model, one_to_one=not model.asked).branch) == branches
 
 
 @modes
@@ -101,8 +109,6 @@ def test_the_sum_over_images_is_the_stock_loss_of_the_batch_with_its_gradients(
     torch.testing.assert_close(ours.sum(0), wanted, rtol=1e-5, atol=1e-6)
     ours.sum().backward()
     wanted.sum().backward()
-    assert images.grad is not None
-    assert others.grad is not None
     assert others.grad.flatten(1).norm(dim=1).min() > 0
     scale = float(others.grad.abs().max())
     torch.testing.assert_close(images.grad, others.grad, rtol=1e-4, atol=1e-5 * scale)
@@ -119,32 +125,17 @@ def test_the_sum_over_images_is_the_stock_loss_of_the_batch_with_its_gradients(
 @modes
 @families
 def test_the_training_loss_is_the_stock_one_bit_for_bit(model: Any, batch: dict[str, Any], training: bool) -> None:
-    model.train(training)
-    predictions = model(batch["img"])
-    wanted, wanted_items = model.init_criterion()(predictions, batch)
-    gradient = torch.autograd.grad(wanted.sum(), list(model.model[0].parameters()), retain_graph=True)
-    terms = ImageTerms(model)
-    loss, items, per_image = terms.batch_loss(predictions, batch)
+    predictions, terms = model.train(training)(batch["img"]), ImageTerms(model)
+    losses = [model.init_criterion()(predictions, batch), terms.batch_loss(predictions, batch)]
+    (wanted, wanted_items), (loss, items, per_image) = losses
     assert torch.equal(loss, wanted)
     assert items.keys() == wanted_items.keys()
-    assert all(torch.equal(items[key], wanted_items[key]) for key in items)
-    for ours, host in zip(
-        torch.autograd.grad(loss.sum(), list(model.model[0].parameters()), retain_graph=True), gradient, strict=True
-    ):
-        assert torch.equal(ours, host)
+    assert not different(items, wanted_items)
+    first = list(model.model[0].parameters())
+    gradients = [torch.autograd.grad(each.sum(), first, retain_graph=True) for each in (loss, wanted)]
+    assert all(map(torch.equal, *gradients))
     assert not per_image.requires_grad
     torch.testing.assert_close(per_image, terms(predictions, batch), rtol=1e-5, atol=1e-6)
-
-
-def test_class_weights_are_respected(model: Any, batch: dict[str, Any], tools: Any) -> None:
-    unweighted = per_image_losses(model, batch)
-    model.class_weights = torch.tensor([0.2, 1.3, 1.5])
-    terms = per_image_losses(model, batch)
-    for i in range(4):
-        alone = tools.one_image(batch, i)
-        torch.testing.assert_close(terms[i], stock(model, model(alone["img"]), alone), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(terms[:, [0, 2]], unweighted[:, [0, 2]])
-    assert ((terms[:, 1] - unweighted[:, 1]).abs() > 1e-3 * unweighted[:, 1]).all()
 
 
 @three
@@ -176,24 +167,12 @@ def test_the_models_arguments_may_be_a_dict_or_a_namespace(model: Any, batch: di
     torch.testing.assert_close(terms, plain * torch.tensor([2.0, 1.0, 1.0]))
 
 
-def test_a_model_of_the_facade_works(batch: dict[str, Any]) -> None:
-    model = YOLO("yolov8n.yaml").model  # 80 classes
-    assert per_image_losses(model, batch).shape == (4, 3)
-
-
 @three
 def test_the_gradient_is_the_slope_of_the_loss(model: Any, batch: dict[str, Any]) -> None:
     """By finite differences, with the targets that the host assigned held where they were: it detaches them."""
     criterion = model.init_criterion()
     own, _ = followed(criterion, model(batch["img"]), model.asked)
-    assign, assigned = own.assigner, []
-
-    def once(*given: Any) -> Any:
-        if not assigned:
-            assigned.append(assign(*given))
-        return assigned[0]
-
-    own.assigner = once
+    own.assigner = cache_of_one(own.assigner)
     objective = DetectionObjective(model, ImageTerms(model, criterion), batch)
     images = batch["img"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(images).sum(), images)
@@ -204,16 +183,37 @@ def test_the_gradient_is_the_slope_of_the_loss(model: Any, batch: dict[str, Any]
     torch.testing.assert_close((up - down) / (2 * step), norms.double(), rtol=0.02, atol=0)
 
 
+def cache_of_one(assign: Callable[..., Any]) -> Callable[..., Any]:
+    """What it returns is what it returned first."""
+    found: list[Any] = []
+    return lambda *given: found[0] if found else found.append(assign(*given)) or found[0]
+
+
 @modes
-def test_a_gradient_passes_through_the_one_to_one_head(networks: Any, batch: dict[str, Any], training: bool) -> None:
-    """The stock head in training mode lets none pass; it is in training mode again afterwards."""
-    model = networks("yolo26n", True).train(training)
-    images = batch["img"].clone().requires_grad_()
-    read = ImageTerms(model)
-    (gradient,) = torch.autograd.grad(DetectionObjective(model, read, batch)(images).sum(), images)
-    assert gradient.flatten(1).norm(dim=1).min() > 0
+@three
+def test_attacks_reach_the_images_through_the_head_that_predicts(
+    model: Any, batch: dict[str, Any], training: bool
+) -> None:
+    """The stock one-to-one head in training mode lets no gradient pass; it is in training mode again afterwards.
+
+    That on the distance, too, although the predictions that it starts from come from a training pass.
+    """
+    read = ImageTerms(model.train(training))
+    objective = DetectionObjective(model, read, batch)
+    distance = Distance(objective, detached(objective.loss_and_predictions(batch["img"])[2]))
+    assert distance.model is model
+    images = (batch["img"] + 0.02 * torch.rand(batch["img"].shape)).requires_grad_()
+    for attack, number in ((objective, 3), (distance, 1)):
+        terms = attack(images)
+        assert terms.shape == (4, number)
+        (gradient,) = torch.autograd.grad(terms.sum(), images)
+        assert gradient.flatten(1).norm(dim=1).min() > 0
+    predictions = heads_of(objective.predictions(images))
+    for head, reached in zip(predictions, [True, model.asked or not training], strict=False):
+        (gradient,) = torch.autograd.grad(head["scores"].sum(), images, retain_graph=True, allow_unused=True)
+        assert (gradient is not None) == reached
     assert all(module.training is training for module in model.modules())
-    if training:
+    if model.asked and training:
         terms = ImageTerms(model, one_to_one=True)(model(images), batch)
         with pytest.raises(RuntimeError, match=r"does not require grad|not have been used"):
             torch.autograd.grad(terms.sum(), images)
@@ -222,14 +222,6 @@ def test_a_gradient_passes_through_the_one_to_one_head(networks: Any, batch: dic
             assert model.model[-1].one2one_cv2[0][0].bn.training
             raise ZeroDivisionError
         assert all(module.training for module in model.modules())
-
-
-def test_terms_follow_the_head_that_predicts_unless_told_otherwise(networks: Any) -> None:
-    for end2end, branch in ((True, "one2one"), (False, "one2many")):
-        model = networks("yolo26n", end2end)
-        assert ImageTerms(model).branch == branch
-        assert ImageTerms(model, one_to_one=not end2end).branch != branch
-    assert ImageTerms(networks("yolov8n"), one_to_one=True).branch is None
 
 
 def leaves(predictions: list[dict[str, Any]]) -> list[Tensor]:
@@ -241,24 +233,22 @@ def leaves(predictions: list[dict[str, Any]]) -> list[Tensor]:
 
 @modes
 @families
-def test_the_distance_is_that_of_scores_and_sides(
-    model: Any, batch: dict[str, Any], tools: Any, training: bool
-) -> None:
+def test_the_distance_is_that_of_scores_and_sides(model: Any, batch: dict[str, Any], training: bool) -> None:
     """Of an image that is no square, or width and height would be one; and with the gradients of both arguments."""
     model.train(training)
     images = torch.cat((batch["img"], batch["img"][..., :32]), 3)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     passes = [model(images), model(images + 0.1 * noise)]
     for predictions in passes:
-        for head in tools.heads_of(predictions):
+        for head in heads_of(predictions):
             # An image in which nothing is seen, however sure the network is,
             head["scores"][0] = head["scores"][0] / head["scores"][0].detach().abs().max() - 7
             head["scores"][3] += 5  # and one that is full of objects
-    given = [leaf for predictions in passes for leaf in leaves(tools.heads_of(predictions))]
-    for head in tools.heads_of(passes[0]):
+    given = [leaf for predictions in passes for leaf in leaves(heads_of(predictions))]
+    for head in heads_of(passes[0]):
         weights = head["scores"].sigmoid().amax(1).sum(1)
         assert weights[0] < 1 < weights[3], "one way to divide is missing"
-    found, wanted = ImageTerms(model).distance(*passes), tools.divergence(model, *passes)
+    found, wanted = ImageTerms(model).distance(*passes), divergence(model, *passes)
     assert found.shape == (4,)
     assert (wanted > 1e-6).all()
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-8)
@@ -269,42 +259,20 @@ def test_the_distance_is_that_of_scores_and_sides(
 
 
 @three
-def test_the_distance_of_equal_and_of_half_precision_predictions(model: Any, batch: dict[str, Any], tools: Any) -> None:
+def test_the_distance_of_equal_and_of_half_precision_predictions(model: Any, batch: dict[str, Any]) -> None:
     predictions = model(batch["img"])
-    given = leaves(tools.heads_of(predictions))
+    given = leaves(heads_of(predictions))
     distance = ImageTerms(model).distance(predictions, predictions)
     assert torch.equal(distance, torch.zeros(4))
     for gradient in torch.autograd.grad(distance.sum(), given):
         assert gradient.abs().max() < 1e-7
     passes = [predictions, model(batch["img"].flip(3))]
     for each in passes:
-        for head in tools.heads_of(each):
+        for head in heads_of(each):
             head.update({part: head[part].detach().half() for part in ("scores", "boxes")})
     found = ImageTerms(model).distance(*passes)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), tools.divergence(model, *passes), rtol=1e-4, atol=1e-9)
-
-
-@three
-def test_the_attack_on_the_distance_reaches_the_images(model: Any, batch: dict[str, Any], tools: Any) -> None:
-    """In training mode the stock one-to-one head lets no gradient pass; the attack must reach the head that predicts,
-    although the predictions that it starts from come from a training pass.
-    """
-    model.train()
-    objective = DetectionObjective(model, ImageTerms(model), batch)
-    _, _, reference = objective.loss_and_predictions(batch["img"])
-    attack = Distance(objective, detached(reference))
-    assert attack.model is model
-    images = (batch["img"] + 0.02 * torch.rand(batch["img"].shape)).requires_grad_()
-    terms = attack(images)
-    assert terms.shape == (4, 1)
-    (gradient,) = torch.autograd.grad(terms.sum(), images)
-    assert gradient.flatten(1).norm(dim=1).min() > 0
-    reached = {None: [True], False: [True, False], True: [True, True]}[model.asked]
-    for head, wanted in zip(tools.heads_of(objective.predictions(images)), reached, strict=True):
-        (gradient,) = torch.autograd.grad(head["scores"].sum(), images, retain_graph=True, allow_unused=True)
-        assert (gradient is not None) == wanted
-    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(found.double(), divergence(model, *passes), rtol=1e-4, atol=1e-9)
 
 
 def test_predictions_that_the_host_has_made_are_used_once_and_for_its_images_only(
