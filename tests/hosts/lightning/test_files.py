@@ -57,13 +57,6 @@ def test_weights_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     assert other["fc"].weight.shape == (5, 4)
 
 
-def test_weights_whose_names_are_alike(tmp_path: Path) -> None:
-    source, same = net(), net()
-    torch.save({key.replace(".", "_"): value for key, value in source.state_dict().items()}, tmp_path / "own.pth")
-    load_weights(same, tmp_path / "own.pth", prefixes=(), alike=lambda key: key.replace("_", "."))
-    assert all(torch.equal(value, same.state_dict()[key]) for key, value in source.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("source", "classes", "lost", "missing"),
     [
