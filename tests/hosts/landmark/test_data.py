@@ -59,7 +59,6 @@ def write(
     points: Table = POINTS,
     split: Mapping[str, str] = SPLIT,
     *,
-    size: tuple[int, int] = (12, 16),
     mode: str = "L",
     column: str = "landmark_index",
     files: Mapping[str, Any] | None = None,
@@ -68,7 +67,7 @@ def write(
     """landmarks.csv, split.csv and images; ``extra`` has more columns of split.csv, ``files`` the images' arrays."""
     (root / "images").mkdir(parents=True)
     for seed, name in enumerate(points):
-        noise = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        noise = np.random.default_rng(seed).integers(0, 256, (12, 16), dtype=np.uint8)
         array = noise if files is None else files[name]
         Image.fromarray(array).convert(mode).save(root / "images" / f"{name}.png")
     lines = [f"image,{column},x,y"]

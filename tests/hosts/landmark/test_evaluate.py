@@ -47,25 +47,23 @@ def errors() -> np.ndarray:
 
 
 def test_metrics_are_those_of_their_definitions() -> None:
-    given = {"error": errors()}
+    given, radii = {"error": errors()}, (2, 2.5, 3, 4)
     known = [float(value) for value in given["error"].flatten() if not math.isnan(value)]
     assert len(known) == 13
-    metrics = {metric.name: metric for metric in host_evaluate.metrics("mm", [2, 2.5, 3, 4])}
-    assert list(metrics) == ["MRE", "radial error SD", "SDR 2 mm", "SDR 2.5 mm", "SDR 3 mm", "SDR 4 mm"]
-    assert metrics["MRE"].of(given) == pytest.approx(sum(known) / 13)
-    assert metrics["radial error SD"].of(given) == pytest.approx(statistics.stdev(known))
-    rates = [metrics[f"SDR {r:g} mm"].of(given) for r in (2, 2.5, 3, 4)]
-    assert rates == [pytest.approx(sum(value <= r for value in known) / 13) for r in (2, 2.5, 3, 4)]
-    assert 1 / 13 <= rates[0] < rates[1] < 1
-    for name, metric in metrics.items():
-        assert metric.higher_is_better == name.startswith("SDR"), name
-        assert metric.unit == ("" if name.startswith("SDR") else "mm")
+    wanted = {"MRE": sum(known) / 13, "radial error SD": statistics.stdev(known)}
+    wanted |= {f"SDR {radius:g} mm": sum(value <= radius for value in known) / 13 for radius in radii}
+    metrics = host_evaluate.metrics("mm", radii)
+    assert {metric.name: metric.of(given) for metric in metrics} == pytest.approx(wanted)
+    assert 1 / 13 <= wanted["SDR 2 mm"] < wanted["SDR 2.5 mm"] < 1
+    for metric in metrics:
+        assert metric.higher_is_better == metric.name.startswith("SDR"), metric.name
+        assert metric.unit == ("" if metric.name.startswith("SDR") else "mm")
         assert metric.scale is None  # where lower is better, the largest value of the report
-        assert (metric.per_sample is not None) == (name == "MRE")
-    found = metrics["MRE"].per_sample(given)  # of an image the mean of its known landmarks
-    wanted = [np.mean([value for value in row if not math.isnan(value)] or [math.nan]) for row in errors()]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert np.isnan(found).tolist() == [False] * 4 + [True]
+        assert (metric.per_sample is not None) == (metric.name == "MRE")
+    each = metrics[0].per_sample(given)  # of an image the mean of its known landmarks
+    means = [np.mean([value for value in row if not math.isnan(value)] or [math.nan]) for row in errors()]
+    np.testing.assert_allclose(each, means, rtol=1e-6)
+    assert np.isnan(each).tolist() == [False] * 4 + [True]
 
 
 def test_metrics_of_pixels_of_a_single_error_and_of_no_radii() -> None:
