@@ -18,7 +18,6 @@ from adv_classify.gradcam import agreement
 from adv_classify.objective import ClassificationObjective
 from advmed.attacks import APGD, PGD, Margin, Noise, SquareAttack
 from advmed.evaluation.loop import evaluate
-from advmed.report import Entry, tabulate
 from helpers.classify import Classify, mean_average_precision, noise
 
 LEVELS = (0.0, 0.4, 1.2)
@@ -28,12 +27,6 @@ LEVELS = (0.0, 0.4, 1.2)
 def model(host: Classify) -> host_evaluate.TrainedModel:
     data = MedMNIST(host.images["file"], workers=0, batch_size=5)
     return host_evaluate.load_model("own", host.standard.best, data, "val", torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def measured(model: host_evaluate.TrainedModel) -> Any:
-    attacks = host_evaluate.parse(["pgd3", "ifgsm2"], 2)
-    return evaluate(host_evaluate.make_batches(model), attacks, LEVELS, bounds=host_evaluate.BOUNDS, seed=1)
 
 
 # Metrics
@@ -74,8 +67,10 @@ def test_metrics_are_those_of_scikit_learn(absent: bool) -> None:
 
 @pytest.mark.slow
 def test_scores_are_of_the_network_on_the_images_that_are_attacked(
-    host: Classify, model: host_evaluate.TrainedModel, measured: Any
+    host: Classify, model: host_evaluate.TrainedModel
 ) -> None:
+    attacks = host_evaluate.parse(["pgd3", "ifgsm2"], 2)
+    measured = evaluate(host_evaluate.make_batches(model), attacks, LEVELS, bounds=host_evaluate.BOUNDS, seed=1)
     assert measured.ids == tuple(host.ids("val"))
     batch = host.batch("val")
     clean = measured.clean.scores
@@ -91,19 +86,6 @@ def test_scores_are_of_the_network_on_the_images_that_are_attacked(
             assert (found.loss > measured.clean.loss).all()
             assert np.abs(found.scores["probability"].sum(1) - 1).max() < 1e-5
             assert np.nanmin(found.scores["cam"]) < 1 - 1e-3
-    # mARP is the mean of mAP over the attacked levels
-    tables = {table.metric.name: table for table in tabulate([Entry("own", measured)], host_evaluate.metrics())}
-    for name, of in (("mAP", host_evaluate.mean_ap), ("accuracy", host_evaluate.accuracy)):
-        table = tables[name]
-        for row, attack in enumerate(("pgd3", "ifgsm2")):
-            curve = [of(measured.scores(attack, level)) for level in LEVELS]
-            assert table.values[0, row] == pytest.approx(curve)
-            assert table.attacked_mean[0, row] == pytest.approx(np.mean(curve[1:]))
-            area = (0.4 * (curve[0] + curve[1]) + 0.8 * (curve[1] + curve[2])) / 2 / 1.2
-            assert table.auc[0, row] == pytest.approx(math.sqrt(curve[0] * area))
-        assert table.values[0, 0, 2] < table.values[0, 0, 0]
-        shown = dict(zip(table.columns, table.text[0], strict=True))
-        assert float(shown["pgd3", "mean"]) == pytest.approx(table.attacked_mean[0, 0], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -119,14 +101,9 @@ def test_the_report_says_whether_to_believe_it(host: Classify, audit: Any, kind:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_an_evaluation_without_grad_cam_and_attacks_that_need_more_classes(host: Classify) -> None:
+def test_an_evaluation_without_grad_cam_and_an_attack_that_needs_more_classes(host: Classify) -> None:
     words = ["evaluate", host.standard.last, "--samples", 2, "--norm", "[2]", "--levels", "[0,1]", "--examples", 1]
-    for attacks, message in (
-        ("[autoattack]", "autoattack needs 4 classes or more"),
-        ("[deepfool]", "unknown attack 'deepfool': expected pgd<steps>"),
-        ("[pgd1,cw10]", "unknown attack 'cw10': expected pgd<steps>"),
-    ):
-        assert message in host.fails(*words, "--attacks", attacks)
+    assert "autoattack needs 4 classes or more" in host.fails(*words, "--attacks", "[autoattack]")
     assert "Grad-CAM" not in host.ok(*words, "--attacks", "[pgd1]", "--checks", 0, "--gradcam", "false")
 
 
@@ -172,25 +149,23 @@ def test_examples_show_clean_and_attacked_images_of_every_model(model: host_eval
 
 def test_attacks_by_name() -> None:
     """Those with a number are ours; APGD and the Square Attack are there twice."""
-    names = ["pgd20x3", "ifgsm10", "apgd20", "apgd20x2", "apgd", "square200", "square", "gaussian", "uniform"]
+    names = ["pgd20x3", "apgd20", "apgd20x2", "square200", "gaussian", "uniform", "apgd", "square"]
     attacks = host_evaluate.parse([*names, "margin100x3", "targeted20x2", "pgd100x3"], math.inf)
-    assert list(attacks)[:9] == names
-    assert isinstance(attacks["pgd20x3"], PGD)
-    assert (attacks["pgd20x3"].steps, attacks["pgd20x3"].restarts) == (20, 3)
-    assert (attacks["apgd20"], attacks["apgd20x2"]) == (APGD(20, math.inf), APGD(20, math.inf, restarts=2))
-    assert attacks["square200"] == SquareAttack(200, math.inf)
-    assert [attacks[name] for name in ("gaussian", "uniform")] == [Noise(k, math.inf) for k in ("gaussian", "uniform")]
-    for name, access, ours in (("apgd", "white box", "apgd20"), ("square", "black box", "square200")):
-        assert isinstance(attacks[name], TorchAttack)
-        assert (attacks[name].access, attacks[name].gradients, attacks[name].queries) == (access, None, None)
-        assert "torchattacks" in attacks[name].description
-        assert "torchattacks" not in attacks[ours].description
+    assert list(attacks)[:8] == names
     assert {attack.norm for attack in attacks.values()} == {math.inf}
-    margin, targeted, like = list(attacks.values())[9:]
-    assert (margin.loss, targeted.loss) == (Margin(), Margin(targets=9))
-    for attack, steps, restarts in ((margin, 100, 3), (targeted, 20, 2)):
-        assert (attack.steps, attack.restarts) == (steps, restarts)
-        assert (attack.step_scale, attack.random_start, attack.keep) == (like.step_scale, 1.0, "best")
+    pgd, *ours, apgd, square, margin, targeted, like = attacks.values()
+    assert isinstance(pgd, PGD)
+    assert (pgd.steps, pgd.restarts) == (20, 3)
+    noises = [Noise(kind, math.inf) for kind in ("gaussian", "uniform")]
+    assert ours == [APGD(20, math.inf), APGD(20, math.inf, restarts=2), SquareAttack(200, math.inf), *noises]
+    assert not any("torchattacks" in attack.description for attack in ours)
+    for attack, access in ((apgd, "white box"), (square, "black box")):
+        assert isinstance(attack, TorchAttack)
+        assert (attack.access, attack.gradients, attack.queries) == (access, None, None)
+        assert "torchattacks" in attack.description
+    assert margin == replace(like, loss=Margin())
+    assert targeted == replace(like, steps=20, restarts=2, loss=Margin(targets=9))
+    assert (like.steps, like.restarts, like.random_start, like.keep) == (100, 3, 1.0, "best")
     assert (margin.gradients, targeted.gradients) == (300, 20 * 2 * 9)
     assert margin.description == f"{like.description}; climbs the margin of the largest wrong class"
     assert "each of up to 9 wrong classes" in targeted.description

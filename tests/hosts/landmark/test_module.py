@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from adv_landmark.data import LandmarkTable
 from adv_landmark.maps import encode
 from adv_landmark.module import Network, RobustLandmarks, write_predictions
-from advmed.testing.lightning import runs, watched_steps
-from advmed.training.settings import TrainingSettings
+from advmed.testing.lightning import in_words, runs
 from helpers.hosts import table
-from helpers.landmark import NAMES, RADIUS, TINY, Landmark, plain_terms, scaled, write_csv, write_table
+from helpers.landmark import NAMES, RADIUS, TINY, Landmark, plain_terms, scaled, write_table
+from helpers.lightning import check_plain_loop
 from helpers.mistakes import told
 
 
@@ -55,33 +57,13 @@ def test_standard_training_is_the_plain_loop(
     host: Landmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heatmap: str, given: float | None, weight: float
 ) -> None:
     """PyTorch, the U-Net of the library, and nothing else."""
-    watched, begin = watched_steps(monkeypatch, host.module), tmp_path / "begin.pth"
-    torch.save(stock().encoder.model.state_dict(), begin)
-    changes = {"model__network__weights": begin, "model__heatmap": heatmap, "model__heatmap_weight": given}
-    changes |= {"optimizer": "SGD", "optimizer__lr": 0.05, "optimizer__momentum": 0.9, "trainer__max_epochs": 2}
-    run = host.fit(tmp_path, **changes)
-    start, met = watched.start, watched.ids
-    assert [len(ids) for ids in met] == [4] * 4
-    assert [sorted(i for ids in part for i in ids) for part in (met[:2], met[2:])] == [sorted(host.ids("train"))] * 2
-    for key, value in torch.load(begin, weights_only=True).items():
-        name = f"network.model.encoder.model.{key}"
-        assert name not in start or torch.equal(start[name], value)
-    model, small = stock(), {sample["id"]: sample["image"] for sample in host.read().dataset("train")}
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(start[f"network.model.{name}"])
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    model.train()
-    for ids in met:
-        optimizer.zero_grad()
-        maps = model(widened(torch.stack([small[i] for i in ids])))[..., :48]
-        points = scaled(host.truth(*ids))
-        losses = [plain_terms(m, p, heatmap, weight).sum() for m, p in zip(maps, points, strict=True)]
-        torch.stack(losses).mean().backward()
-        optimizer.step()
-    found = run.weights()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[f"network.model.{name}"], value, atol=2e-4, rtol=1e-3)
-    assert max(float((found[name] - value).abs().max()) for name, value in start.items()) > 1e-2
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        maps, points = model(widened(batch["image"]))[..., :48], scaled(host.truth(*batch["id"]))
+        return torch.stack([plain_terms(m, p, heatmap, weight).sum() for m, p in zip(maps, points, strict=True)]).mean()
+
+    changes = {"model__heatmap": heatmap, "model__heatmap_weight": given}
+    check_plain_loop(host, tmp_path, monkeypatch, host.read(), "encoder.model", stock(), loss, **changes)
 
 
 @pytest.mark.slow
@@ -148,15 +130,6 @@ def test_colour_images_at_their_own_size_train_as_well(host: Landmark, tmp_path:
 # Settings
 
 
-def test_noise_levels_are_the_papers_for_every_value_of_an_image() -> None:
-    for values, level in ((3 * 200 * 160, 1), (4 * 3 * 200 * 160, 2)):
-        found = RobustLandmarks.resolved(TrainingSettings(), values)
-        assert (found.eps, found.delta) == (level, level)
-    kept = RobustLandmarks.resolved(TrainingSettings(eps=0.0, delta=0.3), 96000)
-    assert (kept.eps, kept.delta) == (0.0, 0.3)
-    assert "1 in L2 for an image of 3 x 200 x 160 values" in " ".join((inspect.getdoc(RobustLandmarks) or "").split())
-
-
 @pytest.mark.parametrize(("given", "radius"), [(None, RADIUS), (1, 1.0), (5.5, 5.5), (15.9, 15.9)])
 def test_the_radius_is_a_twentieth_of_the_longer_side(given: float | None, radius: float) -> None:
     model = module(radius=given)
@@ -167,16 +140,18 @@ def test_the_radius_is_a_twentieth_of_the_longer_side(given: float | None, radiu
 
 @pytest.mark.parametrize(
     ("radius", "size", "shown"),
-    [(0.99, (32, 48), "0.99"), (16, (32, 48), "16"), (-3, (32, 48), "-3"), (math.nan, (32, 48), "nan"),
-     (None, (16, 19), "0.95"), (None, (8, 200), "10")],
-)  # fmt: skip
+    [
+        *((bad, (32, 48), f"{bad:g}") for bad in (0.99, 16, -3, math.nan)),
+        (None, (16, 19), "0.95"),
+        (None, (8, 200), "10"),
+    ],
+)
 def test_a_radius_that_does_not_fit_is_refused(radius: float | None, size: tuple[int, int], shown: str) -> None:
-    message = (
-        f"the radius of a landmark, {shown} pixels, must be at least 1 and fit into the images, which are resized "
+    parts = (
+        f"the radius of a landmark, {shown} pixels, must be at least 1",
+        f"resized to {size[0]} x {size[1]}: choose",
     )
-    told(
-        ValueError, lambda: module(radius=radius, size=size), f"{message}to {size[0]} x {size[1]}: choose another size"
-    )
+    told(ValueError, lambda: module(radius=radius, size=size), *parts)
 
 
 def test_the_weight_of_the_heatmaps() -> None:
@@ -186,81 +161,43 @@ def test_the_weight_of_the_heatmaps() -> None:
         assert model.heatmap_weight == weight
         assert (objective.heatmap, objective.heatmap_weight) == (heatmap, weight)
         assert (model.hparams["heatmap"], model.hparams["heatmap_weight"]) == (heatmap, given)
-    for given in (0.0, -1.0, math.inf, math.nan):
-        told(ValueError, lambda given=given: module(heatmap_weight=given), f"heatmap_weight must be > 0, got {given}")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model__heatmap": "gauss"}, "Got value: gauss"),
-        ({"model__heatmap_weight": 0}, "heatmap_weight must be > 0, got 0"),
-        ({"model__landmark_names": "[a]"}, "landmark_names"),  # the data's
-        ({"model__network__decoder_channels": "[8,8]"}, "decoder_channels must be five numbers >= 1, got [8, 8]"),
-        ({"model__network__encoder": "resnet81"}, "there is no encoder 'resnet81'; near names are"),
-        ({"model__network__encoder": "qqqq"}, "there is no encoder 'qqqq'; see smp.encoders.get_encoder_names()"),
-        ({"model__network__weights": "none.pth"}, "there is no file of weights none.pth"),
-        ({"model__radius": 16}, "the radius of a landmark, 16 pixels, must be at least 1 and fit into the images"),
-        ({"model__radius": 0.5}, "the radius of a landmark, 0.5 pixels, must be at least 1"),
-        ({"data__size": "[16,16]"}, "the radius of a landmark, 0.8 pixels, must be at least 1"),
-        ({"data__size": "[0,16]"}, "size must be >= 1, got (0, 16)"),
-        ({"data__root": "none"}, "there is no table none/landmarks.csv"),
-        ({"data__colour": 1}, "given class_path 'adv_landmark.LandmarkTable'"),
-        ({"data__rotate": 200}, "rotate must be between 0 and 180, got 200"),
-        ({"data__channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"data__origin": "edge"}, "edge"),
-        ({"data__spacing": 0}, "spacing must be mm per pixel, > 0"),
-    ],
-)
-def test_mistakes(host: Landmark, changes: dict[str, Any], message: str) -> None:
-    assert message in host.refused(**changes)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_whoever_reads_it(host: Landmark, tmp_path: Path, workers: int) -> None:
-    root = write_table(tmp_path / "own")
-    path = root / "images" / "train3.png"
-    path.write_bytes(path.read_bytes()[:-400])
-    message = host.fails("fit", *host.words(tmp_path, data__root=root, data__workers=workers))
-    assert "images/train3.png cannot be read as an image" in message
-    assert "\n" not in message
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        told(ValueError, lambda bad=bad: module(heatmap_weight=bad), f"heatmap_weight must be > 0, got {bad}")
 
 
 @pytest.mark.slow
 def test_other_landmarks_and_another_loss_are_refused_by_every_command(host: Landmark, tmp_path: Path) -> None:
     checkpoint, two = host.standard.last, write_table(tmp_path / "two", names=("dot", "end"))
     here = f"a U-Net on {TINY['encoder']} for 3 landmarks (corner, dot, end), 1 channel(s), radius 2.4"
+    refused = f"the checkpoint is of {here}, and cannot be loaded into "
     there = here.replace("3 landmarks (corner, dot, end)", "2 landmarks (dot, end)")
     for command in ("validate", "test", "predict"):
-        message = host.fails(command, *host.reading(root=two), "--ckpt_path", checkpoint)
-        assert message == f"the checkpoint is of {here}, and cannot be loaded into {there}"
+        assert host.fails(command, *host.reading(root=two), "--ckpt_path", checkpoint) == refused + there
     resumed = {"ckpt_path": host.adaptive.last, "trainer__max_epochs": 5, "model__method__name": "AMAT"}
-    for changes, other in (
-        ({"data__root": write_table(tmp_path / "other", names=("corner", "dot", "middle"))}, ("end", "middle")),
+    other = write_table(tmp_path / "other", names=("corner", "dot", "middle"))
+    for changes, replaced in (
+        ({"data__root": other}, ("end", "middle")),
         ({"data__channels": 3}, ("1 channel", "3 channel")),
         ({"model__radius": 4.5}, ("2.4", "4.5")),
         ({"model__network__encoder": "tu-test_resnet"}, (TINY["encoder"], "tu-test_resnet")),
     ):
-        message = f"the checkpoint is of {here}, and cannot be loaded into {here.replace(*other)}"
-        assert host.refused(**{**resumed, **changes}) == message
+        assert host.refused(**{**resumed, **changes}) == refused + here.replace(*replaced)
     measured = {"model__method__name": "AMAT", "model__method__thresholds": checkpoint}
-    compared = "their losses cannot be compared"
     for changes, message in (
         ({"data__root": two}, "finds 3 landmarks (corner, dot, end), the data has 2 (dot, end)"),
         ({"data__channels": 3}, "takes images of 1 channel(s), the data has 3"),
         ({"data__size": "[34,48]"}, "was trained on images of (32, 48), the data's are resized to (34, 48)"),
-        (
-            {"model__heatmap": "bce", "model__heatmap_weight": 0.5},
-            f"was trained with heatmap dice, this training has bce: {compared}",
-        ),
-        ({"model__heatmap_weight": 1}, f"was trained with heatmap_weight 0.5, this training has 1.0: {compared}"),
-        ({"model__radius": 3}, f"was trained with radius 2.4, this training has 3.0: {compared}"),
     ):
         assert host.refused(**measured, **changes) == f"{checkpoint} {message}"
-        if all(name.startswith("data") for name in changes):
-            words = [word for name, value in changes.items() for word in (f"--{name.replace('__', '.')}", value)]
-            for command in ("thresholds", "evaluate"):
-                assert host.fails(command, checkpoint, *words) == f"{checkpoint} {message}"
+        for command in ("thresholds", "evaluate"):
+            assert host.fails(command, checkpoint, *in_words(changes)) == f"{checkpoint} {message}"
+    for changes, message in (
+        ({"model__heatmap": "bce", "model__heatmap_weight": 0.5}, "heatmap dice, this training has bce"),
+        ({"model__heatmap_weight": 1}, "heatmap_weight 0.5, this training has 1.0"),
+        ({"model__radius": 3}, "radius 2.4, this training has 3.0"),
+    ):
+        wanted = f"{checkpoint} was trained with {message}: their losses cannot be compared"
+        assert host.refused(**measured, **changes) == wanted
 
 
 def test_many_landmarks_are_not_all_named_in_a_message() -> None:
@@ -274,17 +211,13 @@ def test_many_landmarks_are_not_all_named_in_a_message() -> None:
 # Errors and predictions
 
 
-def test_a_landmark_at_the_radius_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, values = module(unit="mm"), {}
+def test_a_landmark_at_the_radius_itself_is_found() -> None:
+    """Of landmarks that are known; in pixels there are no radii."""
     errors = torch.tensor([[2.0, math.nan], [2.5, 4.0], [0.5, 9.0]])
-    monkeypatch.setattr(model, "_all_scores", lambda: {"clean": errors, "attacked": errors + 0.5})
-    monkeypatch.setattr(model, "log_dict", lambda given, **_: values.update(given))
-    model.on_test_epoch_end()
-    assert {name: float(value) for name, value in values.items()} == pytest.approx({
-        "test/MRE": 3.6, "test/SDR_2mm": 0.4, "test/SDR_2.5mm": 0.6, "test/SDR_3mm": 0.6, "test/SDR_4mm": 0.8,
-        "test/robust_MRE": 4.1, "test/robust_SDR_2mm": 0.2, "test/robust_SDR_2.5mm": 0.4,
-        "test/robust_SDR_3mm": 0.6, "test/robust_SDR_4mm": 0.6,
-    })  # fmt: skip
+    wanted = {"MRE": 3.6, "SDR_2mm": 0.4, "SDR_2.5mm": 0.6, "SDR_3mm": 0.6, "SDR_4mm": 0.8}
+    for unit, names in (("mm", list(wanted)), ("px", ["MRE"])):
+        found = module(unit=unit).metrics(errors, {})
+        assert {name: float(value) for name, value in found.items()} == pytest.approx({n: wanted[n] for n in names})
 
 
 def test_errors_of_maps_that_are_true(host: Landmark) -> None:
@@ -304,89 +237,39 @@ def test_errors_of_maps_that_are_true(host: Landmark) -> None:
         torch.testing.assert_close(error[known], torch.full_like(error[known], wanted), atol=2e-4, rtol=1e-4)
 
 
-def write_spots(root: Path, origin: float) -> dict[str, np.ndarray]:
-    """Two spots in each image, one left and one right; returns their centres as pixels of the file count from 0."""
-    places: dict[str, np.ndarray] = {}
-    (root / "images").mkdir(parents=True)
-    rows, columns = np.ogrid[:40, :48]
-    marks, splits = [], []
-    for i, split in enumerate(("train", "train", "val", "test", "test")):
-        centres = np.array([(7.0 + 2 * i, 9.0 + 3 * i), (39.0 - i, 30.0 - 4 * i)])
-        image = sum(np.where((abs(columns - x) <= 2) & (abs(rows - y) <= 2), 255, 0) for x, y in centres)
-        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{i}.png")
-        places[f"{i}.png"] = centres
-        splits.append({"image": f"{i}.png", "split": split})
-        for landmark, (x, y) in zip("ab", centres, strict=True):
-            marks.append({"image": f"{i}.png", "landmark_index": landmark, "x": x + origin, "y": y + origin})
-    write_csv(root / "landmarks.csv", marks)
-    write_csv(root / "split.csv", splits)
-    return places
-
-
-def spots(images: Tensor) -> Tensor:
-    """The centre of mass of the light in the left and in the right half, in pixels of what the network receives."""
-    light, halves = (images[:, 0] + 1) / 2, []
-    for start, stop in ((0, light.shape[2] // 2), (light.shape[2] // 2, light.shape[2])):
-        part = light[:, :, start:stop]
-        x, y = torch.arange(start, stop).float(), torch.arange(light.shape[1]).float()
-        total = part.sum((1, 2))
-        halves.append(torch.stack([(part.sum(1) * x).sum(1) / total, (part.sum(2) * y).sum(1) / total], 1))
-    return torch.stack(halves, 1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["centre", "corner"])
-@pytest.mark.parametrize("size", ["[40,48]", "[80,96]", "[20,48]"])
-def test_predictions_of_a_perfect_network_lie_on_the_pixels_of_the_file(
-    host: Landmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: str, size: str
+@pytest.mark.parametrize("size", [(40, 48), (80, 96), (20, 48)])
+def test_predictions_of_a_perfect_network_are_the_rows_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: Any, size: tuple[int, int]
 ) -> None:
-    """It sees nothing but images, and its points come back in the table's own coordinates."""
-    root = tmp_path / "spots"
-    centres = write_spots(root, 0.5 if origin == "corner" else 0.0)
-    own = {"data__root": root, "data__origin": origin, "data__size": size, "model__radius": 3}
-    checkpoint = host.fit(tmp_path, **own).last
-
-    def forward(self: RobustLandmarks, images: Tensor) -> Tensor:
-        return perfect(spots(images), tuple(images.shape[2:]), self.radius)
-
-    monkeypatch.setattr(RobustLandmarks, "forward", forward)
-    words = host.words(tmp_path / "found", ckpt_path=checkpoint, **own)
-    host.ok("predict", *words)
-    (run,) = runs(tmp_path / "found")
-    rows = run.table("predictions.csv")
-    assert list(rows[0]) == ["image", "landmark_index", "x", "y", "confidence"]
-    assert [(row["image"], row["landmark_index"]) for row in rows] == [(i, k) for i in ("3.png", "4.png") for k in "ab"]
-    wanted = [row for row in table(root / "landmarks.csv") if row["image"] in ("3.png", "4.png")]
-    for row, true in zip(rows, wanted, strict=True):
-        for axis in "xy":
-            assert float(row[axis]) == pytest.approx(float(true[axis]), abs=0.0101 if size != "[20,48]" else 0.1)
-        assert 0.85 < float(row["confidence"]) <= 1
-    for name, places in list(centres.items())[3:]:
-        shown = np.array(Image.open(run.folder / "overlays" / f"{name}.png"))
-        assert shown.shape == (40, 48, 3)
-        assert all(tuple(shown[y, x]) == (230, 60, 30) for x, y in places.astype(int))
-    host.ok("test", *words)  # the same network has no error in the data's unit
-    assert runs(tmp_path / "found")[-1].logged("test/MRE")[0] < 0.05
+    """In the table's own coordinates; what is shown lies on the pixels of the files."""
+    root = write_table(tmp_path / "own")
+    data = LandmarkTable(str(root), origin=origin, size=size, workers=0)
+    batch = default_collate(list(data.dataset("test")))
+    model = module(landmark_names=NAMES, size=size, radius=3)
+    monkeypatch.setattr(model, "forward", lambda images: perfect(batch["points"], size, 3.0))
+    path = write_predictions(tmp_path, [model.predict_step(batch, 0)], data)
+    assert path == tmp_path / "predictions.csv"
+    assert list(table(path)[0]) == ["image", "landmark_index", "x", "y", "confidence"]
+    wanted = [row for row in table(root / "landmarks.csv") if row["image"] in batch["id"]]
+    for row, true in zip(table(path), wanted, strict=True):
+        assert (row["image"], row["landmark_index"]) == (true["image"], true["landmark_index"])
+        assert [float(row[axis]) for axis in "xy"] == pytest.approx([float(true[axis]) for axis in "xy"], abs=0.0101)
+        assert 0 < float(row["confidence"]) <= 1
+        if row["landmark_index"] == "end":  # the last: no name of another is written over it
+            shown = np.array(Image.open(tmp_path / "overlays" / f"{row['image']}.png"))
+            x, y = (int(float(true[axis]) - data.origin) for axis in "xy")
+            assert (shown.shape, tuple(shown[y, x])) == ((40, 48, 3), (230, 60, 30))
 
 
 def test_predictions_of_validation_images_where_there_are_no_others(tmp_path: Path) -> None:
     """Names of images may hold folders, and names of landmarks may be anything."""
-    image = tmp_path / "a.png"
-    Image.fromarray(np.zeros((6, 400), np.uint8)).save(image)
-
-    class Data:
-        landmark_names = ("x,y", "b")
-
-        class Part:
-            ids, images = ["sub/a.png"], [image]
-
-        splits: ClassVar = {"val": Part}
-
+    Image.fromarray(np.zeros((6, 400), np.uint8)).save(tmp_path / "a.png")
+    part = SimpleNamespace(ids=["sub/a.png"], images=[tmp_path / "a.png"])
+    data = SimpleNamespace(landmark_names=("x,y", "b"), splits={"val": part})
     batch = {"id": ["sub/a.png"], "points": torch.tensor([[[1.234, 2.0], [200, -3]]]), "confidence": torch.ones(1, 2)}
-    path = write_predictions(tmp_path, [batch], Data)
-    assert path == tmp_path / "predictions.csv"
-    assert table(path) == [
-        {"image": "sub/a.png", "landmark_index": "x,y", "x": "1.23", "y": "2.00", "confidence": "1.0000"},
-        {"image": "sub/a.png", "landmark_index": "b", "x": "200.00", "y": "-3.00", "confidence": "1.0000"},
+    assert [list(row.values()) for row in table(write_predictions(tmp_path, [batch], data))] == [
+        ["sub/a.png", "x,y", "1.23", "2.00", "1.0000"],
+        ["sub/a.png", "b", "200.00", "-3.00", "1.0000"],
     ]
     assert Image.open(tmp_path / "overlays" / "sub" / "a.png.png").size == (400, 6)
