@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -134,54 +133,11 @@ def test_the_whole_path_is_that_of_algorithm_1(
         torch.testing.assert_close(result.images[i], torch.tensor(expected.best), rtol=0, atol=1e-5)
         assert result.terms[i].sum().item() == pytest.approx(expected.f_max, rel=1e-4, abs=1e-4)
         halvings.append(list(expected.halvings.values()))
+    # Either condition alone halves a step; in 30 steps none climbs back to below its start.
+    assert {(True, False), *([(False, True)] if steps == 13 else [])} <= {flag for own in halvings for flag in own}
     flags = np.array(halvings).any(2)  # sample, checkpoint
     assert flags.any() and not flags.all()
     assert (flags.any(0) & ~flags.all(0)).any()  # at one checkpoint some samples halve, and some do not
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_both_conditions_alone_halve_a_step(p: float) -> None:
-    """Sample 0 overshoots (condition 1); 1 climbs back to below its start (condition 2 alone); 2 keeps its step."""
-    steps = 40  # checkpoints 9, 17, ...
-
-    images = torch.zeros(3, 1, 1, dtype=torch.float64)
-    passes = itertools.count()
-    # Losses by pass, whatever the point: what a sample does then depends only on these and on its gradient.
-    falls = torch.linspace(5, 1, steps + 1, dtype=torch.float64)
-    returns = torch.cat((torch.tensor([9.0]), torch.linspace(1, 8, steps))).double()
-    rises = torch.linspace(1, 5, steps + 1, dtype=torch.float64)
-    script = torch.stack((falls, returns, rises), 1)
-    seen: list[Tensor] = []
-
-    def terms(x: Tensor) -> Tensor:
-        k = next(passes)
-        seen.append(x.detach().flatten())
-        slope = 1.0 if k % 2 == 0 else -1.0
-        value = x.flatten(1).sum(1) * slope
-        return (script[k] + value - value.detach())[:, None]
-
-    result = APGD(steps, p, random_start=0)(terms, images, 1.0)
-    path = torch.stack(seen)
-    passes = itertools.count()
-    for i in range(3):
-        counter = itertools.count()
-
-        def loss(x: Tensor, i: int = i, counter: Any = counter) -> Tensor:
-            k = next(counter)
-            value = x.sum() * (1.0 if k % 2 == 0 else -1.0)
-            return script[k, i] + value - value.detach()
-
-        expected = Algorithm1(loss, np.zeros((1, 1)), np.zeros((1, 1)), 1.0, steps=steps, p=p)
-        torch.testing.assert_close(path[:, i], torch.tensor(expected.points).flatten(), rtol=0, atol=1e-12)
-        flags = list(expected.halvings.values())
-        # At the third checkpoint the last step length was a new one, and condition 2 is silent.
-        assert flags[0] == [(True, True), (False, True), (False, False)][i]
-        assert flags[1] == [(True, False), (False, False), (False, False)][i]
-        assert i != 1 or flags[2] == (False, True)
-    # Sample 2 alone still steps from one side to the other at the end.
-    assert (path[-1] - path[-2])[2].abs() > 0.8
-    assert (path[-1] - path[-2])[:2].abs().max() < 0.6
-    assert result.terms.flatten().tolist() == [5, 9, 5]
 
 
 def test_checkpoints_are_those_of_the_paper() -> None:
