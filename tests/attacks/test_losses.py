@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import PGD, CosineWeighted, Margin
+from advmed.attacks import PGD, CosineWeighted
 from advmed.objective import ClassScores
 from helpers.tensors import seeded
 
@@ -118,27 +118,6 @@ def test_an_attack_climbs_the_weighted_loss_and_tells_the_hosts_terms() -> None:
     own = replace(attack, loss=None)(weighted(objective), objective.images, 0.5, generator=seeded(1))
     assert torch.equal(found.images, own.images)
     torch.testing.assert_close(found.terms, objective(own.images).detach())
-
-
-class Roots:
-    """Three classes, the roots of three pixels: at 0 their slope is not finite."""
-
-    model = nn.Identity()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return -self.predictions(images).log_softmax(1)[:, :1]
-
-    def predictions(self, images: Tensor) -> Tensor:
-        return self.model(images).flatten(1).sqrt()
-
-    def class_scores(self, predictions: Tensor) -> ClassScores:
-        truth = nn.functional.one_hot(torch.zeros(len(predictions), dtype=torch.int64), 3)
-        return ClassScores(predictions, truth, None, exclusive=True)
-
-
-def test_gradients_that_are_not_finite_are_counted_for_every_target() -> None:
-    result = PGD(4, 2.0, loss=Margin(targets=2))(Roots(), torch.zeros(2, 1, 3), 1.0)
-    assert result.nonfinite.tolist() == [8, 8]
 
 
 def test_a_task_without_classes_is_told_so() -> None:

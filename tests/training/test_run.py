@@ -17,8 +17,10 @@ from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import TrainingSettings
 from helpers.models import Classifier, Compared, cnn
+from helpers.tensors import uniform
 
 IDS = ["a", "b", "c", "d"]
+IMAGES = uniform(4, 3, 8, 8, seed=1, dtype=torch.float32)
 COMPARING = ["TRADES", "DPAAT", "MART"]
 NAMES = ("ce",)
 
@@ -34,11 +36,6 @@ def compared() -> Any:
     return Compared(cnn(), torch.tensor([0, 1, 2, 3]))
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
 def settings(**changes: Any) -> TrainingSettings:
     return TrainingSettings(**{"delta": 0.5, "eps": 0.5, "steps": 2, "step_scale": 2.0, **changes})
 
@@ -51,17 +48,17 @@ def fixed(value: float = 5.0) -> Thresholds:
     return Thresholds((value,), NAMES)
 
 
-def epoch(run: MethodRun, number: int, objective: Any, images: Tensor, steps: int = 2) -> dict[str, float]:
+def epoch(run: MethodRun, number: int, objective: Any, steps: int = 2) -> dict[str, float]:
     run.begin_epoch(number)
     for _ in range(steps):
-        run.step(objective, images, IDS)
+        run.step(objective, IMAGES, IDS)
     return run.end_epoch()
 
 
 # The warm-up
 
 
-def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any, images: Tensor) -> None:
+def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any) -> None:
     """They begin once, when it is over."""
     run, said = MethodRun("AMAT", settings(), running(), epochs=20), []
     assert run.warmup_epochs == 2  # a tenth
@@ -73,7 +70,7 @@ def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any, image
             assert lines[0].startswith("Warm-up done. Thresholds: ce < ")
         assert (run.thresholds.state_dict()["ceiling"] is None) is (number < 2)
         before = objective.calls
-        step = run.step(objective, images, IDS)
+        step = run.step(objective, IMAGES, IDS)
         if number == 0:
             assert objective.calls == before + 1  # no attack
             assert step.adversarial is None
@@ -114,25 +111,17 @@ def test_how_long_the_warm_up_is(
             MethodRun(name, wanted, thresholds, epochs=epochs)
 
 
-def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tensor) -> None:
-    run = MethodRun("SAT", settings(warmup_epochs=1), epochs=2)
-    run.begin_epoch(0)
-    losses: list[Tensor] = []
-    step = run.step(objective, images, IDS, losses.append)
-    assert len(losses) == 1
-    assert losses[0].requires_grad
-    assert not step.loss.requires_grad
-
-
 @pytest.mark.parametrize("name", COMPARING)
-def test_a_warm_up_compares_nothing(compared: Any, images: Tensor, name: str) -> None:
-    run = MethodRun(name, settings(warmup_epochs=1), epochs=3)
-    values = epoch(run, 0, compared, images)
-    assert compared.passes == ["training"] * 2
-    assert math.isnan(values["loss_sync"])
+def test_a_warm_up_compares_nothing_and_goes_through_the_hosts_backward(compared: Any, name: str) -> None:
+    run, losses = MethodRun(name, settings(warmup_epochs=1), epochs=3), list[Tensor]()
+    run.begin_epoch(0)
+    step = run.step(compared, IMAGES, IDS, losses.append)
+    assert [loss.requires_grad for loss in losses] == [True]
+    assert not step.loss.requires_grad
+    assert compared.passes == ["training"]
+    assert math.isnan(run.end_epoch()["loss_sync"])
     assert run.method.state_dict()["steps_done"] == 0
-    values = epoch(run, 1, compared, images)
-    assert values["loss_sync"] > 0
+    assert epoch(run, 1, compared)["loss_sync"] > 0
     assert run.method.state_dict()["steps_done"] == 2
 
 
@@ -140,11 +129,11 @@ def test_a_warm_up_compares_nothing(compared: Any, images: Tensor, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["AMAT", "DPAAT"])
-def test_an_epoch_is_summed_up(objective: Any, compared: Any, images: Tensor, name: str) -> None:
+def test_an_epoch_is_summed_up(objective: Any, compared: Any, name: str) -> None:
     """Means of the steps, and quantiles of margins or perturbation sizes."""
     run = MethodRun(name, settings(step_size=0.125), fixed(math.inf) if name == "AMAT" else None, epochs=3)
     run.begin_epoch(0)
-    logs = [run.step(objective if name == "AMAT" else compared, images, IDS).logs for _ in range(3)]
+    logs = [run.step(objective if name == "AMAT" else compared, IMAGES, IDS).logs for _ in range(3)]
     values, sizes = run.end_epoch(), run.method.store.values().double()
     assert tuple(values) == LOG_KEYS
     for key in logs[0].keys() - {"nonfinite"}:
@@ -163,17 +152,17 @@ def test_an_epoch_is_summed_up(objective: Any, compared: Any, images: Tensor, na
     assert again["attack_seconds"] == 0
 
 
-def test_a_running_mean_begins_with_every_epoch(compared: Any, images: Tensor) -> None:
+def test_a_running_mean_begins_with_every_epoch(compared: Any) -> None:
     """With one that begins again, too."""
     run = MethodRun("DPAAT", settings(average="epoch"), epochs=9)
     for number in (0, 1, 1, 2):
         run.begin_epoch(number)
         for visits in range(3):
             assert run.method.state_dict()["increases"][1] == 4 * visits
-            run.step(compared, images, IDS)
+            run.step(compared, IMAGES, IDS)
 
 
-def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor) -> None:
+def test_steps_lost_to_bad_gradients_are_added_up(objective: Any) -> None:
     objective.model.eval()  # batch statistics would pass it on to all samples
 
     class Broken:
@@ -184,7 +173,7 @@ def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor
             return torch.cat([terms[:1] * math.nan, terms[1:]])
 
     run = MethodRun("SAT", settings(), epochs=3)
-    values = epoch(run, 0, Broken(), images)
+    values = epoch(run, 0, Broken())
     assert values["nonfinite"] == 2 * 2  # one sample, two attack steps, two batches
     assert math.isnan(values["expanded"])
     assert math.isnan(values["margin_q50"])
@@ -207,9 +196,9 @@ SIZES = {"expanded", "margin_q05", "margin_q50", "margin_q95"}
     ],
 )
 def test_what_a_method_does_not_have_is_nan(
-    compared: Any, images: Tensor, name: str, changes: dict[str, Any], missing: set[str]
+    compared: Any, name: str, changes: dict[str, Any], missing: set[str]
 ) -> None:
-    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared, images)
+    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared)
     assert {key for key, value in values.items() if math.isnan(value)} == missing
 
 
@@ -234,39 +223,37 @@ def objective_of(kind: str, objective: Any, compared: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_that_begins_again_begins_where_it_began(
-    objective: Any, compared: Any, images: Tensor, kind: str
-) -> None:
+def test_an_epoch_that_begins_again_begins_where_it_began(objective: Any, compared: Any, kind: str) -> None:
     run, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(2):
-        epoch(run, number, task, images)
+        epoch(run, number, task)
     run.begin_epoch(2)
     start = copy.deepcopy(run.method.state_dict())
     for attempt in range(3):
-        run.step(task, images, IDS)
-        run.step(task, images + 0.1, IDS)
+        run.step(task, IMAGES, IDS)
+        run.step(task, IMAGES + 0.1, IDS)
         if attempt == 1:
             run.end_epoch()  # back from a checkpoint after a whole epoch, too
         assert run.method.state_dict() != start
         lines = run.begin_epoch(2)
         assert lines == ["Epoch 3 begins again: margins and thresholds are back at its start"]
         assert run.method.state_dict() == start
-    first = run.step(task, images, IDS).logs
+    first = run.step(task, IMAGES, IDS).logs
     assert run.end_epoch()["loss_clean"] == pytest.approx(float(first["loss_clean"]))  # of this attempt alone
     after = run.method.state_dict()
     assert run.begin_epoch(3) == []
     assert run.method.state_dict() | {"increases": 0} == after | {"increases": 0}  # which begin anew
 
 
-def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any, images: Tensor) -> None:
+def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any) -> None:
     run = MethodRun("AMAT", settings(), running(), epochs=5)
-    epoch(run, 0, objective, images)
+    epoch(run, 0, objective)
     run.begin_epoch(1)
     ceiling = run.thresholds.state_dict()["ceiling"]
-    run.step(objective, images * 0, IDS)
+    run.step(objective, IMAGES * 0, IDS)
     run.begin_epoch(1)
     assert run.thresholds.state_dict()["ceiling"] == ceiling
-    run.step(objective, images, IDS)
+    run.step(objective, IMAGES, IDS)
     assert run.method.margins.visits().tolist() == [1] * 4
 
 
@@ -274,10 +261,10 @@ def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: Tensor, kind: str) -> None:
+def test_a_run_continues_from_its_state(objective: Any, compared: Any, kind: str) -> None:
     whole, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(3):
-        epoch(whole, number, task, images)
+        epoch(whole, number, task)
     state = json.loads(json.dumps(whole.state_dict(), allow_nan=False))  # plain values
     second = KINDS[kind]()
     if kind.startswith("AMAT"):
@@ -288,7 +275,7 @@ def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: T
     assert second.state_dict() == whole.state_dict()
     for run in (whole, second):
         run.begin_epoch(3)
-    first, other = (run.step(task, images, IDS) for run in (whole, second))
+    first, other = (run.step(task, IMAGES, IDS) for run in (whole, second))
     assert torch.equal(first.adversarial, other.adversarial)
     assert torch.equal(first.loss, other.loss)
     assert second.state_dict() == whole.state_dict()
