@@ -140,6 +140,26 @@ def test_the_whole_path_is_that_of_algorithm_1(
     assert (flags.any(0) & ~flags.all(0)).any()  # at one checkpoint some samples halve, and some do not
 
 
+@pytest.mark.parametrize("p", ORDERS)
+def test_a_start_that_nothing_comes_up_to_halves_the_first_step(p: float) -> None:
+    """Losses that climb back to below the first one: condition 2 alone, at the first checkpoint and at the third."""
+    losses = torch.cat((torch.tensor([9.0]), torch.linspace(1, 8, 40))).double()  # of every pass, wherever it is
+
+    def scripted(points: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def loss(x: Tensor) -> Tensor:
+            value = x.flatten(1).sum(1, keepdim=True) * (-1) ** len(points)
+            points.append(x.detach())
+            return losses[len(points) - 1] + value - value.detach()
+
+        return loss
+
+    path: list[Tensor] = []
+    APGD(40, p, random_start=0)(scripted(path), torch.zeros(1, 1, 1).double(), 1.0)
+    expected = Algorithm1(scripted([]), np.zeros((1, 1)), np.zeros((1, 1)), 1.0, steps=40, p=p)
+    torch.testing.assert_close(torch.cat(path), torch.tensor(expected.points), rtol=0, atol=1e-12)
+    assert list(expected.halvings.values())[:3] == [(False, True), (False, False), (False, True)]
+
+
 def test_checkpoints_are_those_of_the_paper() -> None:
     assert [w for w in _checkpoints(100) if w < 100] == [0, 22, 41, 57, 70, 80, 87, 93, 99]
     for steps in (1, 2, 3, 5, 7, 10, 20, 50, 160, 250, 1000):
