@@ -205,7 +205,7 @@ def classes_of(objective: Objective, what: str) -> ClassObjective:
     _require(
         objective,
         ("predictions", "class_scores"),
-        f"the {what} is for predictions that are classes, of images or voxels; {type(objective).__name__} shows none",
+        f"{what} is for predictions that are classes, of images or voxels; {type(objective).__name__} shows none",
         "ClassObjective",
     )
     return cast(ClassObjective, objective)

@@ -41,64 +41,67 @@ def test_every_attack_keeps_the_contract(attack: AttackFactory, check: Callable[
     check(attack)
 
 
-Attacked = Callable[..., AttackResult]
-
-
-def faulty(spoil: Callable[[Attacked, Any, torch.Tensor, Any, dict[str, Any]], AttackResult]) -> type[PGD]:
+def faulty(spoil: Callable[..., AttackResult]) -> type[PGD]:
     """PGD whose call is made by a function, of the true one and its arguments."""
 
     @dataclass(frozen=True)
     class Faulty(PGD):
         def __call__(self, objective: Any, images: torch.Tensor, radius: Any, **more: Any) -> AttackResult:
-            return spoil(super().__call__, objective, images, radius, more)
+            return spoil(super().__call__, objective, images, radius, **more)
 
     return Faulty
 
 
-def twice(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
-    attack(objective, images, radius, **more)
-    return attack(objective, images, radius, **more)
+def twice(attack: Callable[..., AttackResult], *given: Any, **more: Any) -> AttackResult:
+    attack(*given, **more)
+    return attack(*given, **more)
 
 
-def careless(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+def careless(attack: Callable[..., AttackResult], *given: Any, **more: Any) -> AttackResult:
     torch.rand(1)
-    return attack(objective, images, radius, **more)
+    return attack(*given, **more)
 
 
-def learning(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
+def learning(attack: Callable[..., AttackResult], objective: Any, *given: Any, **more: Any) -> AttackResult:
     for buffer in getattr(objective, "model", torch.nn.Module()).buffers():
         buffer.add_(1)
-    return attack(objective, images, radius, **more)
+    return attack(objective, *given, **more)
 
 
-def restless(attack: Attacked, objective: Any, images: torch.Tensor, radius: Any, more: dict[str, Any]) -> AttackResult:
-    found = attack(objective, images, radius, **more)
-    still = (found.norms == 0) & (torch.as_tensor(radius) > 0)
-    return replace(found, images=found.images + 1e-9 * still.reshape(-1, *[1] * (images.ndim - 1)))
+def restless(attack: Callable[..., AttackResult], o: Any, x: torch.Tensor, r: Any, **more: Any) -> AttackResult:
+    found = attack(o, x, r, **more)
+    still = (found.norms == 0) & (torch.as_tensor(r) > 0)
+    return replace(found, images=found.images + 1e-9 * still.reshape(-1, *[1] * (x.ndim - 1)))
 
 
-FAULTS: dict[str, Any] = {
+def scaled(factor: Callable[[torch.Tensor, Any], float]) -> Callable[..., AttackResult]:
+    """With another radius than is asked for."""
+    return lambda attack, o, x, r, **more: attack(o, x, r * factor(x, r), **more)
+
+
+def told(change: Callable[[AttackResult], dict[str, Any]]) -> Callable[..., AttackResult]:
+    """With another result than there is."""
+    return lambda attack, *given, **more: replace(found := attack(*given, **more), **change(found))
+
+
+FAULTS: dict[str, Callable[..., AttackResult]] = {
     "costs what": twice,
-    "gives a complete": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), norms=f.norms * 2),
-    "never leaves": lambda attack, o, x, r, more: attack(o, x, r * 1.5, **more),
-    "radius 0": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), images=f.images + 0.0),
-    "one number": lambda attack, o, x, r, more: attack(o, x, r * (0.5 if isinstance(r, float) else 1), **more),
-    "samples are": lambda attack, o, x, r, more: attack(o, x, r * (0.9 if len(x) > 1 else 1), **more),
+    "gives a complete": told(lambda found: {"norms": found.norms * 2}),
+    "never leaves": scaled(lambda x, r: 1.5),
+    "radius 0": told(lambda found: {"images": found.images + 0.0}),
+    "one number": scaled(lambda x, r: 0.5 if isinstance(r, float) else 1),
+    "samples are": scaled(lambda x, r: 0.9 if len(x) > 1 else 1),
     "the generator": careless,
     "leaves no trace": learning,
-    "runs where": lambda attack, o, x, r, more: attack(o, x, r * (1 if torch.is_grad_enabled() else 0.5), **more),
-    "runs under": lambda attack, o, x, r, more: attack(
-        o, x, r * (0.1 if torch.is_autocast_enabled("cpu") else 1), **more
-    ),
-    "takes images": lambda attack, o, x, r, more: attack(o, x.float(), r, **more),
-    "keeps the memory": lambda attack, o, x, r, more: replace(
-        f := attack(o, x, r, **more), images=f.images.contiguous()
-    ),
+    "runs where": scaled(lambda x, r: 1 if torch.is_grad_enabled() else 0.5),
+    "runs under": scaled(lambda x, r: 0.1 if torch.is_autocast_enabled("cpu") else 1),
+    "takes images": lambda attack, o, x, r, **more: attack(o, x.float(), r, **more),
+    "keeps the memory": told(lambda found: {"images": found.images.contiguous()}),
     "a zero gradient": restless,
-    "a gradient that": lambda attack, o, x, r, more: replace(f := attack(o, x, r, **more), nonfinite=f.nonfinite * 0),
-    "a broken image": lambda attack, o, x, r, more: attack(o, x, r * (0.5 if x.isnan().any() else 1), **more),
-    "refuses what": lambda attack, o, x, r, more: attack(
-        o, x, r, **{k: v for k, v in more.items() if not isinstance(v, str)}
+    "a gradient that": told(lambda found: {"nonfinite": found.nonfinite * 0}),
+    "a broken image": scaled(lambda x, r: 0.5 if x.isnan().any() else 1),
+    "refuses what": lambda attack, *given, bounds=None, **more: attack(
+        *given, bounds=None if isinstance(bounds, str) else bounds, **more
     ),
 }
 
@@ -112,29 +115,19 @@ def test_an_attack_that_breaks_the_contract_is_found_out(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "traits", "name", "message"),
+    ("settings", "traits", "name", "message"),
     [
-        (lambda norm: PGD(3, 9.0, norm), {"keeps_best": True}, "keeps the worst", "the loss is not the largest"),
-        (
-            lambda norm: PGD(3, 2.0, norm, random_start=0.5),
-            {"random": False},
-            "the generator",
-            "another generator changes the result",
-        ),
-        (
-            lambda norm: PGD(3, 2.0, norm),
-            {"spatial": True},
-            "gives",
-            "images without spatial dimensions: no ValueError",
-        ),
+        ({"step_scale": 9.0}, {"keeps_best": True}, "keeps the worst", "the loss is not the largest"),
+        ({"random_start": 0.5}, {"random": False}, "the generator", "another generator changes the result"),
+        ({}, {"spatial": True}, "gives", "images without spatial dimensions: no ValueError"),
     ],
 )
 def test_what_is_said_of_an_attack_is_looked_at(
-    attack: AttackFactory, traits: dict[str, bool], name: str, message: str
+    settings: dict[str, float], traits: dict[str, bool], name: str, message: str
 ) -> None:
     (check,) = (check for other, check in attack_checks(**traits) if other.startswith(name))
     with pytest.raises(AssertionError, match=message):
-        check(attack)
+        check(lambda norm: PGD(**({"steps": 3, "step_scale": 2.0, "norm": norm} | settings)))
 
 
 def test_the_check_that_failed_is_named() -> None:

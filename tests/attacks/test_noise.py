@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advmed.attacks import Noise
+from advmed.norms import per_sample
 from helpers.tensors import ORDERS, lengths, seeded, uniform
 
 SHAPES = [(2, 7), (3, 4, 6), (2, 5, 4, 3), (1, 1, 1), (1, 2, 3)]
@@ -24,32 +25,27 @@ def flat(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_bounds_the_norm_is_the_radius(kind: Any, p: float, shape: tuple[int, ...]) -> None:
-    images = uniform(5, *shape)
-    result = Noise(kind, p)(flat, images, RADII, generator=seeded(0))
-    torch.testing.assert_close(lengths(result.images - images, p), RADII, rtol=1e-12, atol=0)
-    torch.testing.assert_close(result.norms, RADII, rtol=1e-12, atol=0)
-    torch.testing.assert_close(result.terms, flat(result.images), rtol=0, atol=0)
-    assert result.nonfinite.tolist() == [0] * 5
-    assert result.crossing is None
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("bounds", [(0.2, 0.8), "sample"])
-def test_bounds_hold_and_only_make_it_smaller(kind: Any, p: float, bounds: Any) -> None:
+def test_the_noise_is_that_of_radius_1_times_the_radius_and_bounds_only_cut_it(
+    kind: Any, p: float, shape: tuple[int, ...]
+) -> None:
     """Values of images that are outside the bounds themselves may stay, and move inwards only."""
-    images = uniform(5, 3, 6, 6)
-    result = Noise(kind, p)(flat, images, RADII, bounds=bounds, generator=seeded(0))
-    free = Noise(kind, p)(flat, images, RADII, generator=seeded(0))
-    assert (result.norms <= RADII * (1 + 1e-12)).all()
-    assert result.norms[4] < 5
-    if bounds == "sample":
-        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    else:
-        low, high = images.clamp(max=0.2), images.clamp(min=0.8)
-    torch.testing.assert_close(result.images, torch.minimum(torch.maximum(free.images, low), high), rtol=0, atol=1e-12)
-    assert not torch.equal(result.images, free.images)
+    images, one = uniform(5, *shape), torch.ones(5, dtype=torch.float64)
+    unit = Noise(kind, p)(flat, torch.zeros_like(images), 1.0, generator=seeded(0)).images
+    torch.testing.assert_close(lengths(unit, p), one, rtol=1e-12, atol=0)
+    own = (per_sample(edge(images.flatten(1), 1), images) for edge in (torch.amin, torch.amax))
+    boxes: list[tuple[Any, tuple[Tensor, Tensor]]] = [
+        (None, (images - math.inf, images + math.inf)),
+        ((0.2, 0.8), (images.clamp(max=0.2), images.clamp(min=0.8))),
+        ("sample", tuple(own)),
+    ]
+    for bounds, (low, high) in boxes:
+        result = Noise(kind, p)(flat, images, RADII, bounds=bounds, generator=seeded(0))
+        free = images + unit * per_sample(RADII, images)
+        expected = torch.minimum(torch.maximum(free, low), high)
+        torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(result.norms, lengths(expected - images, p), rtol=1e-12, atol=1e-12)
+        assert result.crossing is None
+        assert torch.equal(expected, free) is (bounds is None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,15 +74,3 @@ def test_in_linf_uniform_noise_fills_its_box() -> None:
     counts = torch.histc(noise, 10, -0.3, 0.3)
     assert (counts > 880).all()
     assert (counts < 1120).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("p", ORDERS)
-def test_radii_are_of_samples(kind: Any, p: float) -> None:
-    """The noise of a sample is that of radius 1, times its radius."""
-    images = torch.zeros(5, 2, 3, 4, dtype=torch.float64)
-    one = Noise(kind, p)(flat, images, 1.0, generator=seeded(3)).images
-    own = Noise(kind, p)(flat, images, RADII, generator=seeded(3)).images
-    torch.testing.assert_close(own, one * RADII.reshape(5, 1, 1, 1), rtol=1e-12, atol=0)
-    for i in range(4):
-        assert not torch.equal(one[i], one[i + 1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import advmed.attacks.problem as problem_module
-from advmed.attacks import PGD, ifgsm, pgd
+from advmed.attacks import PGD, pgd
 from helpers.tensors import ORDERS, RANKS, classifying, lengths, seeded, uniform
 
 
@@ -28,7 +28,7 @@ def test_below_step_scale_one_the_sphere_is_out_of_reach(tiny: SimpleNamespace) 
 
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("start", ["image", "random"])
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (10, 2.5), (20, 4.0)])
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (10, 1.0), (10, 2.5), (20, 4.0)])
 def test_pgd_equals_torchattacks_from_the_same_start(
     monkeypatch: pytest.MonkeyPatch, p: float, start: str, steps: int, scale: float
 ) -> None:
@@ -58,15 +58,6 @@ def test_pgd_equals_torchattacks_from_the_same_start(
         ours = PGD(steps, scale, p, start == "random")(objective, images, eps, bounds=(0, 1))
     assert (expected - images).flatten(1).norm(dim=1).min() > 0.1  # it did attack
     torch.testing.assert_close(ours.images, expected, rtol=0, atol=1e-10)
-
-
-def test_linf_ifgsm_equals_torchattacks_bim() -> None:
-    import torchattacks
-
-    objective, images = classifying(8), uniform(8, 3, 8, 8)
-    expected = torchattacks.BIM(objective.model, eps=0.08, alpha=0.008, steps=10)(images, objective.labels)
-    ours = ifgsm(objective, images, 0.08, steps=10, norm=math.inf, bounds=(0, 1))
-    torch.testing.assert_close(ours.images, expected, rtol=0, atol=1e-12)
 
 
 def one_by_one(
@@ -106,53 +97,6 @@ def test_pgd_equals_the_loop_over_samples(p: float, bounds: tuple[float, float] 
     torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(result.terms, terms(expected, weight), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(result.norms, lengths(expected - images, p), rtol=1e-12, atol=0)
-
-
-# Radii and bounds
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_bounds_may_differ_from_sample_to_sample(tiny: SimpleNamespace, p: float) -> None:
-    images = uniform(3, 2, 5, 5)
-    objective = tiny.Affine(uniform(1, 2, 5, 5, seed=1) - 0.5, torch.zeros(1, dtype=torch.float64))
-    settings: dict[str, Any] = {"steps": 5, "step_scale": 4, "norm": p, "random_start": False}
-    low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)
-    given = pgd(objective, images, 4.0, bounds=(low, high), **settings)
-    by_name = pgd(objective, images, 4.0, bounds="sample", **settings)
-    assert torch.equal(given.images, by_name.images)
-    for i in range(3):
-        assert low[i] - 1e-12 <= given.images[i].min() <= low[i] + 1e-12  # the radius is large enough to get there
-        assert high[i] - 1e-12 <= given.images[i].max() <= high[i] + 1e-12
-        one = pgd(objective, images[i : i + 1], 4.0, bounds=(low[i].item(), high[i].item()), **settings)
-        torch.testing.assert_close(one.images[0], given.images[i], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_an_image_outside_its_bounds_keeps_its_values_and_moves_only_inwards(tiny: SimpleNamespace, p: float) -> None:
-    images = torch.full((1, 1, 4), 0.5, dtype=torch.float64)
-    images[0, 0, :2] = torch.tensor([1.7, -0.4], dtype=torch.float64)
-    slope = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).reshape(1, 1, 4)
-    outward = tiny.Affine(slope, torch.zeros(1, dtype=torch.float64))
-    result = pgd(outward, images, 0.2, steps=5, step_scale=2, norm=p, bounds=(0, 1), random_start=False)
-    assert result.images[0, 0, :2].tolist() == [1.7, -0.4]
-    assert (result.images[0, 0, 2:] != 0.5).all()
-    inward = tiny.Affine(-slope, torch.zeros(1, dtype=torch.float64))
-    result = pgd(inward, images, 0.2, steps=5, step_scale=2, norm=p, bounds=(0, 1), random_start=False)
-    assert result.images[0, 0, 0] < 1.7
-    assert result.images[0, 0, 1] > -0.4
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("keep", ["last", "best"])
-def test_an_image_inside_its_bounds_is_attacked_alike_beside_one_outside(p: float, keep: Any) -> None:
-    inside = uniform(2, 3, 8, 8)
-    beside = inside.clone()
-    beside[1, 0, 0, :2] = torch.tensor([-0.5, 1.5])
-    attack = PGD(5, 4.0, p, keep=keep)
-    expected, found = (attack(classifying(2), images, 3.0, bounds=(0, 1)).images for images in (inside, beside))
-    assert ((expected[0] == 0) | (expected[0] == 1)).any()  # the bounds matter
-    assert torch.equal(found[0], expected[0])
-    assert found[1].min() >= -0.5 and found[1].max() <= 1.5 and (found[1] > 1).sum() <= 1
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -210,13 +154,11 @@ def test_crossing_is_the_last_iterate_below_every_threshold(
 
 
 def test_a_threshold_met_exactly_is_not_below(tiny: SimpleNamespace) -> None:
-    objective = tiny.Affine(torch.ones(1, 1, 4), torch.zeros(1))
-    images = torch.zeros(1, 1, 4)
-    result = pgd(objective, images, 1.0, steps=2, step_scale=2, thresholds=[0.0], random_start=False)
-    assert result.crossing.item() == 0  # the image itself has exactly the threshold; norm 0 either way
-    start = pgd(objective, images, 1.0, steps=2, step_scale=2, thresholds=[2.0], random_start=False)
-    assert start.terms.item() == 2  # the sphere has exactly the threshold
-    assert start.crossing.item() == 0
+    """At the image, which has the norm 0 either way, and on the sphere."""
+    objective, images = tiny.Affine(torch.ones(1, 1, 4), torch.zeros(1)), torch.zeros(1, 1, 4)
+    for threshold in (0.0, 2.0):
+        result = PGD(2, 2.0)(objective, images, 1.0, thresholds=[threshold])
+        assert (result.terms.item(), result.crossing.item()) == (2, 0)
 
 
 @pytest.mark.parametrize("steps", [1, 7])

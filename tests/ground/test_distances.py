@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,10 @@ def expected(distance: Distance, clean: Tensor, other: Tensor) -> Tensor:
     if distance is softmax_divergence:
         found = kl_divergence(*(Categorical(logits=x.movedim(1, -1)) for x in (clean, other)))
     else:
-        found = kl_divergence(Bernoulli(logits=clean), Bernoulli(logits=other)).sum(1)
+        found = kl_divergence(Bernoulli(logits=clean), Bernoulli(logits=other))
+        if distance is bernoulli_divergence:
+            return found
+        found = found.sum(1)
     return found if found.ndim == 1 else found.flatten(1).mean(1)
 
 
@@ -43,37 +45,14 @@ def expected_of_any(distance: Distance, clean: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(sum(np.exp(log_p) * (log_p - log_q) for log_p, log_q in sides).sum(1))
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch_distributions(distance: Distance, shape: tuple[int, ...]) -> None:
-    clean, other = normal(*shape), normal(*shape, seed=1)
-    found = distance(clean, other)
-    assert found.shape == shape[:1]
-    torch.testing.assert_close(found, expected(distance, clean, other), rtol=1e-12, atol=0)
-    assert (found - expected(distance, other, clean)).abs().max() > 0.1  # the order of the two matters
-
-
-def test_every_pair_of_logits_has_its_own_bernoulli_divergence() -> None:
-    clean, other = normal(2, 3, 4), normal(2, 3, 4, seed=1)
-    torch.testing.assert_close(
-        bernoulli_divergence(clean, other),
-        kl_divergence(Bernoulli(logits=clean), Bernoulli(logits=other)),
-        rtol=1e-12,
-        atol=0,
-    )
-
-
-def test_two_classes_are_one_yes_or_no() -> None:
-    """Softmax over (0, z) and the sigmoid of z are one distribution."""
-    clean, other = normal(5, 1, 4), normal(5, 1, 4, seed=1)
-    pair = [torch.cat((torch.zeros_like(x), x), 1) for x in (clean, other)]
-    torch.testing.assert_close(softmax_divergence(*pair), sigmoid_divergence(clean, other), rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("distance", [*DISTANCES, bernoulli_divergence])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_of_both_arguments(distance: Distance, shape: tuple[int, ...]) -> None:
-    clean, other = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
+def test_equals_torch_distributions(distance: Distance, shape: tuple[int, ...]) -> None:
+    clean, other = (normal(*shape, seed=seed).requires_grad_() for seed in (0, 1))
+    found = distance(clean, other)
+    assert found.shape == (shape if distance is bernoulli_divergence else shape[:1])
+    torch.testing.assert_close(found, expected(distance, clean, other), rtol=1e-12, atol=0)
+    assert (found - expected(distance, other, clean)).abs().max() > 0.1  # the order of the two matters
     assert torch.autograd.gradcheck(distance, (clean, other))
 
 
@@ -89,13 +68,6 @@ def test_equal_predictions_have_no_distance_and_no_gradient(
     found.sum().backward()
     for argument in (clean, other):  # what is left are the last digits of probabilities that add up to 1
         torch.testing.assert_close(argument.grad, torch.zeros_like(argument), rtol=0, atol=rounding)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_other_predictions_have_a_distance(distance: Distance) -> None:
-    clean = normal(200, 3)
-    for seed, scale in itertools.product((1, 2), (1e-3, 0.1, 1.0)):
-        assert (distance(clean, clean + scale * normal(200, 3, seed=seed)) > 0).all()
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -141,15 +113,3 @@ def test_half_precision_is_computed_in_float32(distance: Distance, dtype: torch.
     for argument, twin in zip((clean, other), single, strict=True):
         assert argument.grad.dtype == dtype
         assert torch.equal(argument.grad, twin.grad.to(dtype))
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_classes_count_once_and_places_share(distance: Any) -> None:
-    """A label map made of one prediction over and over is as far away as that prediction; regions add up."""
-    clean, other = normal(3, 4), normal(3, 4, seed=1)
-    maps = [x[:, :, None, None].expand(-1, -1, 5, 6) for x in (clean, other)]
-    torch.testing.assert_close(distance(*maps), distance(clean, other), rtol=1e-12, atol=0)
-    doubled = distance(*(x.repeat(1, 2) for x in (clean, other)))
-    # The softmax of logits that occur twice is shared between the two; yes and no are not.
-    share = 1.0 if distance is softmax_divergence else 2.0
-    torch.testing.assert_close(doubled, share * distance(clean, other), rtol=1e-12, atol=0)

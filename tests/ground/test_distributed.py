@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +11,11 @@ import pytest
 import torch
 
 import advmed
+from helpers import shared_methods as worker
+from helpers.hosts import side_by_side
+from helpers.shared_methods import DPAATS, WORLD
 
-SCRIPT = Path(__file__).with_name("gloo_rank.py")
-WORLD = 2
+SCRIPT = Path(worker.__file__)
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,40 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank ended with."""
-    folder = tmp_path_factory.mktemp("gloo")
-    # The folder of `advmed`, whether it is installed or not; the script's own folder has none of that name.
-    env = os.environ | {"PYTHONPATH": str(Path(advmed.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    outputs = [folder / f"{rank}.json" for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(WORLD), (folder / "meeting").as_uri(), str(output)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        logs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(logs)
-    return [json.loads(output.read_text()) for output in outputs]
-
-
-@pytest.fixture(scope="module")
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gloo_rank", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DPAATS = ["dpaat", "dpaat epoch", "dpaat plain"]
+    packages = SCRIPT.parents[1], Path(advmed.__file__).parents[1]  # advmed whether it is installed or not
+    return side_by_side(SCRIPT, tmp_path_factory.mktemp("gloo"), PYTHONPATH=os.pathsep.join(map(str, packages)))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +39,7 @@ def test_all_ranks_end_equal(ranks: list[dict[str, Any]], name: str) -> None:
     assert ranks[0][name] == ranks[1][name]
 
 
-def test_amat_on_disjoint_samples_is_one_process_that_meets_all(
-    ranks: list[dict[str, Any]], worker: ModuleType
-) -> None:
+def test_amat_on_disjoint_samples_is_one_process_that_meets_all(ranks: list[dict[str, Any]]) -> None:
     method = worker.method_of("fixed")
     for epoch in range(worker.EPOCHS):
         for rank in range(WORLD):
@@ -89,9 +52,7 @@ def test_amat_on_disjoint_samples_is_one_process_that_meets_all(
             )
 
 
-def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(
-    ranks: list[dict[str, Any]], worker: ModuleType
-) -> None:
+def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(ranks: list[dict[str, Any]]) -> None:
     for epoch, state in enumerate(ranks[0]["amat shared"]):
         margins = state["margins"]
         assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
@@ -100,9 +61,7 @@ def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(
 
 
 @pytest.mark.parametrize("name", DPAATS)
-def test_dpaat_on_shares_of_a_batch_is_one_process_with_the_whole(
-    ranks: list[dict[str, Any]], worker: ModuleType, name: str
-) -> None:
+def test_dpaat_on_shares_of_a_batch_is_one_process_with_the_whole(ranks: list[dict[str, Any]], name: str) -> None:
     """What a sample's loss increase is compared with is the mean of all shares, and so are the gradients."""
     found, whole = ranks[0][name], worker.dpaat_of(0, 1, worker.DPAATS[name])
     assert len(found["gradients"]) == worker.EPOCHS * 4
@@ -114,18 +73,7 @@ def test_dpaat_on_shares_of_a_batch_is_one_process_with_the_whole(
     assert len({round(size, 3) for size in whole["sizes"][-1].values()}) > 3
 
 
-@pytest.mark.parametrize("name", DPAATS)
-def test_shares_of_dpaat_by_themselves_would_end_elsewhere(worker: ModuleType, name: str) -> None:
-    """Or the test above would be none: half a batch has another mean, whatever its gradients are."""
-    settings, alone = worker.DPAATS[name], {}
-    for rank in range(WORLD):
-        alone |= worker.dpaat_of(rank, WORLD, settings, rate=0.0)["sizes"][0]
-    whole = worker.dpaat_of(0, 1, settings, rate=0.0)["sizes"][0]
-    assert alone.keys() == whole.keys()
-    assert alone != pytest.approx(whole, abs=1e-6)
-
-
-def test_statistics_pool_every_sample_once(ranks: list[dict[str, Any]], worker: ModuleType) -> None:
+def test_statistics_pool_every_sample_once(ranks: list[dict[str, Any]]) -> None:
     every = [
         torch.cat([worker.terms_of(rank, done) for rank in range(WORLD) for done in range(epoch + 1)]).numpy()
         for epoch in range(worker.EPOCHS)
@@ -143,7 +91,7 @@ def test_statistics_pool_every_sample_once(ranks: list[dict[str, Any]], worker: 
         np.testing.assert_allclose(state["now"], np.minimum(every[epoch].mean(0), every[0].mean(0)), rtol=1e-12)
 
 
-def test_merging_does_not_lengthen_the_memory(ranks: list[dict[str, Any]], worker: ModuleType) -> None:
+def test_merging_does_not_lengthen_the_memory(ranks: list[dict[str, Any]]) -> None:
     """The weight is the mean of what the ranks would have by themselves."""
     alone = 0.0
     for epoch, state in enumerate(ranks[0]["running, fading"]):

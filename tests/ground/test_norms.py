@@ -31,11 +31,7 @@ def test_norm_is_that_of_the_flattened_sample(batch: int, shape: tuple[int, ...]
     np.testing.assert_allclose(norm(delta, p), reference_norm(delta, p), rtol=1e-14)
     kept = norm(delta, p, keepdim=True)
     assert kept.shape == (batch, *[1] * len(shape)) and torch.equal(kept.flatten(), norm(delta, p))
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_norm_of_numbers_is_their_size(p: float) -> None:
-    assert norm(torch.tensor([-2.0, 0.0, 3.0]), p).tolist() == [2, 0, 3]
+    assert norm(torch.tensor([-2.0, 0.0, 3.0]), p).tolist() == [2, 0, 3]  # of numbers, their size
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -51,31 +47,23 @@ def test_one_bad_entry_makes_the_norm_of_its_sample_alone_not_finite(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("p", ORDERS)
-def test_projection_is_the_nearest_point_of_each_samples_own_ball(shape: tuple[int, ...], p: float) -> None:
-    delta, radius = draw(5, shape), torch.tensor([0.0, 0.1, 0.5, 2.0, 100.0], dtype=torch.float64)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_projection_is_the_nearest_point_of_each_samples_own_ball(
+    shape: tuple[int, ...], p: float, scale: float
+) -> None:
+    """What is inside stays as it is, bit for bit, and so does what has been projected, within rounding."""
+    delta, radius = draw(6, shape) * scale, torch.tensor([0.0, 1e-3, 0.1, 0.5, 2.0, 1e3], dtype=torch.float64)
     expected = np.stack(
         [
             np.clip(d, -r, r) if p == math.inf else d * min(1, r / np.linalg.norm(d.ravel()))
             for d, r in zip(delta.numpy(), radius.numpy(), strict=True)
         ]
     )
-    np.testing.assert_allclose(project(delta, radius, p), expected, rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("seed", range(20))
-def test_projection_properties(p: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    shape = SHAPES[seed % len(SHAPES)]
-    scale, radius = 10.0 ** rng.uniform(-4, 4), torch.tensor(10.0 ** rng.uniform(-3, 3, size=4))
-    a, b = draw(4, shape, seed) * scale, draw(4, shape, seed + 1000) * scale
-    first = project(a, radius, p)
-    assert (norm(first, p) <= radius * (1 + 1e-12)).all()
-    torch.testing.assert_close(project(first, radius, p), first, rtol=1e-14, atol=0)  # idempotent
-    inside = norm(a, p) <= radius
-    assert torch.equal(first[inside], a[inside])  # bit for bit
-    gap, before = norm(first - project(b, radius, p), p), norm(a - b, p)
-    assert (gap <= before * (1 + 1e-12)).all()  # 1-Lipschitz, in the norm of the ball
+    found = project(delta, radius, p)
+    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0)
+    inside = norm(delta, p) <= radius
+    assert torch.equal(found[inside], delta[inside])
+    torch.testing.assert_close(project(found, radius, p), found, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -91,6 +79,7 @@ def test_a_zero_sample_and_a_zero_radius_make_no_nan(p: float) -> None:
     delta[0] = 0
     assert project(delta, 0.0, p).count_nonzero() == 0
     assert project(delta, 1.0, p)[0].count_nonzero() == 0
+    assert steepest(delta, p)[0].count_nonzero() == 0
 
 
 def test_steepest_is_unit_length_and_parallel() -> None:
@@ -104,11 +93,6 @@ def test_steepest_is_unit_length_and_parallel() -> None:
 def test_steepest_survives_the_range_of_float32(scale: float) -> None:
     gradient = draw(3, (2, 4, 4)).float()
     torch.testing.assert_close(steepest(gradient * scale, 2), steepest(gradient, 2), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_steepest_of_zero_is_zero(p: float) -> None:
-    assert steepest(torch.zeros(2, 3, 4), p).count_nonzero() == 0
 
 
 def test_random_l2_noise_is_uniform_in_the_ball() -> None:
@@ -163,15 +147,11 @@ def test_an_empty_batch_passes_through() -> None:
         assert project(empty, 1.0, p).shape == steepest(empty, p).shape == random_in_ball(empty, 1.0, p).shape
 
 
-@pytest.mark.parametrize(("given", "value"), [(2, 2.0), ("2", 2.0), ("inf", math.inf), (np.inf, math.inf)])
-def test_norm_names(given: float | str, value: float) -> None:
-    assert check_norm(given) == value
-
-
-@pytest.mark.parametrize("given", [1, 0, 3, -2, math.nan, "l2", None])
-def test_other_norms_are_refused(given: object) -> None:
-    with pytest.raises(ValueError, match=r"norm must be 2 or inf \(L2 or Linf\), got "):
-        check_norm(given)
+def test_norm_names() -> None:
+    assert [check_norm(given) for given in (2, "2", "inf", np.inf)] == [2, 2, math.inf, math.inf]
+    for given in (1, 0, 3, -2, math.nan, "l2", None):
+        with pytest.raises(ValueError, match=r"norm must be 2 or inf \(L2 or Linf\), got "):
+            check_norm(given)
 
 
 def test_per_sample_shapes() -> None:

@@ -63,30 +63,24 @@ PREDICTING = ["predictions", "loss_and_predictions", "distance"]
 
 @pytest.mark.parametrize("present", [[], ["predictions"], ["distance", "predictions"]])
 @pytest.mark.parametrize("absent", ["no attribute", "not callable"])
-def test_what_an_objective_without_predictions_lacks_is_named(present: list[str], absent: str) -> None:
-    class Half(Coupled):
-        pass
-
+def test_what_an_objective_without_predictions_or_classes_lacks_is_named(present: list[str], absent: str) -> None:
+    given: dict[str, Any] = {name: lambda self, *images: images for name in present}
+    if absent == "not callable":
+        given = {**dict.fromkeys([*PREDICTING, "class_scores"]), **given}
+    objective = type("Half", (Coupled,), given)()
     lacking = [name for name in PREDICTING if name not in present]
-    for name in present:
-        setattr(Half, name, lambda self, *images: images)
-    for name in lacking if absent == "not callable" else []:
-        setattr(Half, name, None)
     message = (
         rf"^DPAAT compares predictions on clean and attacked images, and Half gives none: it has no "
         rf"{', '.join(lacking)} \(see advmed\.objective\.PredictingObjective\)$"
     )
     with pytest.raises(TypeError, match=message):
-        predicting(Half(), "DPAAT")
-
-
-def test_an_objective_without_classes_is_told_so() -> None:
+        predicting(objective, "DPAAT")
     message = (
-        r"^the margin is for predictions that are classes, of images or voxels; Coupled shows none: it has no "
-        r"predictions, class_scores \(see advmed\.objective\.ClassObjective\)$"
+        rf"^the margin is for predictions that are classes, of images or voxels; Half shows none: it has no "
+        rf"{'' if present else 'predictions, '}class_scores \(see advmed\.objective\.ClassObjective\)$"
     )
     with pytest.raises(TypeError, match=message):
-        classes_of(Coupled(), "margin")
+        classes_of(objective, "the margin")
 
 
 def test_models_and_names_are_optional() -> None:
@@ -99,27 +93,18 @@ def test_models_and_names_are_optional() -> None:
     assert names_of(two_terms, 3) == ("term_0", "term_1", "term_2")
 
 
-def test_the_training_loss_is_the_batch_mean_of_the_sums() -> None:
-    images = IMAGES.clone().requires_grad_()
-    loss, terms = training_pass(two_terms, images)
-    assert not terms.requires_grad
-    flat = IMAGES.double().flatten(1)
-    torch.testing.assert_close(
-        loss.double().item(), ((flat.sum(1) + (flat**2).sum(1)).mean()).item(), rtol=1e-6, atol=0
-    )
-    loss.backward()
-    torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / 3)
-
-
-def test_the_hosts_own_loss_wins_and_costs_one_pass() -> None:
-    objective, images = Coupled(), IMAGES.clone().requires_grad_()
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_training_loss_is_the_batch_mean_of_the_sums_or_the_hosts_own(coupled: bool) -> None:
+    """In one pass."""
+    images, objective = IMAGES.clone().requires_grad_(), Coupled() if coupled else two_terms
     loss, terms = training_pass(objective, images)
-    assert objective.passes == 1
+    assert not coupled or objective.passes == 1
     assert not terms.requires_grad
     assert torch.equal(terms, two_terms(IMAGES))
-    assert loss.item() == two_terms(IMAGES).sum().log().item()
     loss.backward()
-    torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / two_terms(IMAGES).sum())
+    total = two_terms(IMAGES).double().sum()
+    assert loss.item() == pytest.approx((total.log() if coupled else total / 3).item(), rel=1e-6)
+    torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / (total.float() if coupled else 3))
 
 
 @pytest.mark.parametrize(

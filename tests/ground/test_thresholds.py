@@ -77,12 +77,10 @@ def test_a_sample_with_a_term_that_is_not_finite_is_left_out(bad: float, memory:
 
 def test_one_sample_and_none() -> None:
     statistics = TermStatistics(["a"])
-    with pytest.raises(ValueError, match="no thresholds to be had from no samples: no finite loss term was seen"):
-        statistics.thresholds("mean")
-    statistics.update(torch.empty(0, 1))
-    statistics.update(torch.tensor([[math.nan]]))
-    with pytest.raises(ValueError, match="no samples"):
-        statistics.thresholds("mean")
+    for nothing in (torch.empty(0, 1), torch.tensor([[math.nan]])):
+        statistics.update(nothing)
+        with pytest.raises(ValueError, match="no thresholds to be had from no samples: no finite loss term was seen"):
+            statistics.thresholds("mean")
     statistics.update(torch.tensor([[2.5]], requires_grad=True))
     assert statistics.thresholds("mean+2std").values == (2.5,)
     assert statistics.std.tolist() == [0]
@@ -115,16 +113,12 @@ def test_pooled_statistics_are_those_of_all_samples(ranks: int) -> None:
     parts = [batches(10 + rank, count=rank + 3) for rank in range(ranks)]
     every = np.concatenate([part for rank in parts for part in rank])
     states = [taken_in(rank).state_dict() for rank in parts]
-    pooled = TermStatistics(NAMES)
-    pooled.merge(states)
-    assert pooled.n == len(every)
-    np.testing.assert_allclose(pooled.mean, every.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(pooled.std, every.std(0), rtol=1e-12)
-    averaged = TermStatistics(NAMES)
-    averaged.merge(states, average=True)
-    assert averaged.n == pytest.approx(len(every) / ranks)
-    np.testing.assert_allclose(averaged.mean, every.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(averaged.std, every.std(0), rtol=1e-12)
+    for average in (False, True):
+        pooled = TermStatistics(NAMES)
+        pooled.merge(states, average=average)
+        assert pooled.n == pytest.approx(len(every) / (ranks if average else 1))
+        np.testing.assert_allclose(pooled.mean, every.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(pooled.std, every.std(0), rtol=1e-12)
 
 
 # Rules
@@ -149,14 +143,12 @@ def test_rules(rule: str, factor: float) -> None:
     assert (made.source, made.source_sha256, made.notes) == ("checkpoint.pth", "ab", {"fold": 0})
 
 
-@pytest.mark.parametrize(
-    "rule", ["", "median", "mean+std", "mean-2std", "mean+2", "2std", "mean+2std+1", "Mean", None, 2]
-)
-def test_other_rules_are_refused(rule: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be 'mean' or 'mean\+<number>std' \(mean\+2std\), got "):
-        std_factor(rule)
-    with pytest.raises(ValueError, match="the rule for thresholds must be"):
-        RunningThresholds(NAMES, rule)
+def test_other_rules_are_refused() -> None:
+    rules: list[Any] = ["", "median", "mean+std", "mean-2std", "mean+2", "2std", "mean+2std+1", "Mean", None, 2]
+    for rule in rules:
+        for refuses in (std_factor, lambda rule: RunningThresholds(NAMES, rule)):
+            with pytest.raises(ValueError, match=r"must be 'mean' or 'mean\+<number>std' \(mean\+2std\), got "):
+                refuses(rule)
 
 
 def test_another_rule_for_the_same_statistics() -> None:
@@ -178,26 +170,22 @@ def test_another_rule_for_the_same_statistics() -> None:
 
 def test_a_record_takes_tensors_and_numbers() -> None:
     record = Thresholds(torch.tensor([0.5, 2.0]), ["a", "b"], mean=np.array([1, 2]))
-    assert record.values == (0.5, 2.0)
-    assert record.names == ("a", "b")
-    assert record.mean == (1.0, 2.0)
-    assert len(record) == 2
+    assert (record.values, record.names, record.mean, len(record)) == ((0.5, 2.0), ("a", "b"), (1.0, 2.0), 2)
     assert str(record) == "a < 0.5, b < 2"
     like = torch.zeros(1, dtype=torch.float64)
     assert torch.equal(record.tensor(like), torch.tensor([0.5, 2.0], dtype=torch.float64))
-
-
-def test_records_that_do_not_fit_together() -> None:
-    with pytest.raises(ValueError, match=r"2 thresholds for 1 loss terms \['a'\]"):
-        Thresholds((1.0, 2.0), ("a",))
-    with pytest.raises(ValueError, match=r"0 thresholds for 0 loss terms \[\]"):
-        Thresholds((), ())
-    with pytest.raises(ValueError, match=r"a threshold is NaN: \{'a': 1.0, 'b': nan\}"):
-        Thresholds((1.0, math.nan), ("a", "b"))
+    for values, names, message in (
+        ((1.0, 2.0), ("a",), r"2 thresholds for 1 loss terms \['a'\]"),
+        ((), (), r"0 thresholds for 0 loss terms \[\]"),
+        ((1.0, math.nan), ("a", "b"), r"a threshold is NaN: \{'a': 1.0, 'b': nan\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Thresholds(values, names)
 
 
 @pytest.mark.parametrize("value", [1 / 3, 1e-300, -2.5, math.inf, -math.inf])
 def test_a_file_gives_the_same_record_back(tmp_path: Path, value: float) -> None:
+    """All of it, or the least that one can have."""
     record = Thresholds(
         (value, 0.1),
         ("ü", "dice"),
@@ -211,16 +199,11 @@ def test_a_file_gives_the_same_record_back(tmp_path: Path, value: float) -> None
     )
     path = tmp_path / "thresholds.json"
     record.save(path)
-    assert Thresholds.load(path) == record
-    assert Thresholds.load(str(path)) == record
+    assert Thresholds.load(path) == Thresholds.load(str(path)) == record
     # Strict JSON that other programs can read.
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
     assert content["format"] == FORMAT == "advmed.thresholds/1"
     assert content["names"] == ["ü", "dice"]
-
-
-def test_a_minimal_file(tmp_path: Path) -> None:
-    path = tmp_path / "thresholds.json"
     path.write_text(json.dumps({"format": FORMAT, "values": [0.5], "names": ["loss"]}))
     assert Thresholds.load(path) == Thresholds((0.5,), ("loss",))
 
@@ -279,40 +262,31 @@ def test_sha256(tmp_path: Path) -> None:
 
 def test_running_thresholds_follow_the_rule_and_never_rise_after_the_warm_up() -> None:
     running = RunningThresholds(["a", "b"], "mean+2std")
-    like = torch.zeros(())
-    seen: list[np.ndarray] = []
+    like = torch.zeros((), dtype=torch.float64)
+    seen: list[tuple[float, float]] = []
 
-    def now() -> np.ndarray:
-        values = np.concatenate(seen)
-        return values.mean(0) + 2 * values.std(0)
-
-    def take(*rows: tuple[float, float]) -> None:
-        seen.append(np.array(rows))
+    def after(*rows: tuple[float, float]) -> np.ndarray:
+        """What the rule makes of all rows so far."""
+        seen.extend(rows)
         running.update(torch.tensor(rows, dtype=torch.float64))
+        return np.mean(seen, 0) + 2 * np.std(seen, 0)
 
     assert str(running) == "mean+2std of the clean terms, not yet measured"
-    take((1, 1), (2, 4))
-    low = now()
-    np.testing.assert_allclose(running.tensor(like), low, rtol=1e-6)
-    take((3, 3), (4, 9))
-    ceiling = now()
+    low = after((1, 1), (2, 4))
+    np.testing.assert_allclose(running.tensor(like), low, rtol=1e-12)
+    ceiling = after((3, 3), (4, 9))
     assert (ceiling > low).all()  # the warm-up may raise them
-    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-6)
+    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-12)
     running.begin()
-    take((10, 60))
-    assert (now() > ceiling).all()
-    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-6)
-    np.testing.assert_allclose(running.current().values, ceiling, rtol=1e-12)
-    take(*[(0.5, 80.0)] * 200)
-    expected = np.minimum(now(), ceiling)  # each term by itself
+    assert (after((10, 60)) > ceiling).all()
+    np.testing.assert_allclose(running.tensor(like), ceiling, rtol=1e-12)
+    expected = np.minimum(after(*[(0.5, 80.0)] * 200), ceiling)  # each term by itself
     assert expected[0] < ceiling[0]
-    np.testing.assert_allclose(running.tensor(like), expected, rtol=1e-6)
+    np.testing.assert_allclose(running.tensor(like), expected, rtol=1e-12)
     record = running.current()
     np.testing.assert_allclose(record.values, expected, rtol=1e-12)
-    assert record.source == "self-calibrated"
-    assert record.n == 205
-    assert str(running) == str(record)
-    assert running.tensor(torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+    assert (record.source, record.n, str(record)) == ("self-calibrated", 205, str(running))
+    assert running.tensor(like.float()).dtype == torch.float32
 
 
 def test_running_thresholds_resume_from_json() -> None:

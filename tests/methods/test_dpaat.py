@@ -1,4 +1,4 @@
-"""DPAAT against a reference on a frozen linear model, and losses and gradients worked out apart from it."""
+"""DPAAT against a reference on a frozen linear model; its loss is in test_methods.py."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from advmed.methods import AT, DPAAT
 from advmed.testing.objectives import Classification, network
-from helpers.models import Classifier, Logistic
-from helpers.tensors import (
-    ORDERS,
-    QUICK,
-    assert_close,
-    comparing,
-    divergence,
-    gradients,
-    lengths,
-    loss_by_hand,
-    names,
-    uniform,
-)
+from helpers.models import Logistic
+from helpers.tensors import QUICK, comparing, gradients, lengths, names, uniform
 
 # The sizes
 
@@ -123,38 +111,6 @@ def test_a_sample_at_the_mean_is_stable(average: Any) -> None:
         assert step.logs["expanded"] == 1
 
 
-def test_the_mean_of_an_epoch_is_forgotten_in_the_next() -> None:
-    """One sample a batch, whose loss increase is what the slope says: 1, then 4."""
-
-    def run(*, anew: bool) -> float:
-        method = DPAAT(1.0, step_size=0.25, sync_weight=0, average="epoch", **QUICK)
-        for sample, slope in (("a", 1.0), ("b", 4.0)):
-            method.merge()
-            if anew:
-                method.begin_epoch()
-            method.step(lambda x, slope=slope: slope * x[:, 0, :1], torch.zeros(1, 1, 4), [sample])
-        assert method.sizes.get(["a"]).item() == 1.25
-        return method.sizes.get(["b"]).item()
-
-    assert run(anew=False) == 0.75  # 4 is above the mean of 1 and 4
-    assert run(anew=True) == 1.25
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-def test_an_id_twice_in_a_batch_moves_once_as_its_last_image_says(swapped: bool) -> None:
-    """As when a batch holds two crops of one case."""
-    task = LinearTask(2, 1)
-    index = torch.tensor([9, 4, 0] if swapped else [0, 4, 9])  # sample 0 is fragile, 9 stable
-    method = DPAAT(0.5, step_size=0.25, sync_weight=0, **QUICK)
-    step = method.step(task.objective(index), task.images[index], ["twice", "b", "twice"])
-    torch.testing.assert_close(
-        lengths(step.adversarial - task.images[index]), torch.full((3,), 0.5, dtype=torch.float64)
-    )
-    assert method.sizes.get(["twice"]).item() == (0.25 if swapped else 0.75)
-    assert method.sizes.ids() == ["twice", "b"]
-    assert method.sizes.visits().tolist() == [2, 1]
-
-
 class Broken(Classification):
     """Some samples have a loss that is not finite, in the clean or the attacked pass of a step."""
 
@@ -229,81 +185,11 @@ def test_sizes_begin_and_end_where_they_are_told_by_default() -> None:
     assert method.sizes.get(["new"]).item() == 0.5
     assert (method.lowest, method.highest, method.step_size) == (0.0, 1.0, 0.05)
     assert (method.sync_weight, method.average) == (1.0, "batch")
-    still = DPAAT(0)
+    still = DPAAT(0)  # sizes may have no room at all
     assert (still.lowest, still.highest, still.step_size) == (0.0, 0.0, 0.0)
 
 
-# Losses and gradients
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("sync_weight", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("average", ["batch", "epoch"])
-def test_the_loss_is_that_of_attacked_images_and_the_weighted_distance(
-    p: float, sync_weight: float, average: Any
-) -> None:
-    objective, images = comparing()
-    method = DPAAT(0.7, sync_weight=sync_weight, average=average, norm=p, **QUICK)
-    given = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
-    method.sizes.set(names(5), given)
-    step = method.step(objective, images, names(5))
-    torch.testing.assert_close(lengths(step.adversarial - images, p), given.double(), rtol=1e-6, atol=0)
-    step.loss.backward()
-    found = gradients(objective.model)
-
-    adversarial, attacked, other = loss_by_hand(objective, step.adversarial)
-    clean, terms, logits = loss_by_hand(objective, images)
-    sync = divergence(logits, other).mean()
-    assert sync > 0.01
-    expected = adversarial + sync_weight * sync
-    expected.backward()
-    torch.testing.assert_close(step.loss, expected, rtol=1e-12, atol=0)
-    assert_close(found, gradients(objective.model))
-    torch.testing.assert_close(step.terms, terms.detach(), rtol=1e-12, atol=0)
-    assert not step.terms.requires_grad
-    torch.testing.assert_close(step.logs["loss_adversarial"], adversarial.detach(), rtol=1e-12, atol=0)
-    if sync_weight:
-        torch.testing.assert_close(step.logs["loss_sync"], sync.detach(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(step.logs["loss_clean"], clean.detach(), rtol=1e-12, atol=0)
-    else:  # no loss of the host's own, for want of a training pass
-        assert "loss_sync" not in step.logs
-        torch.testing.assert_close(step.logs["loss_clean"], terms.sum(1).mean().detach(), rtol=1e-12, atol=0)
-    for value in step.logs.values():
-        assert value.shape == ()
-        assert not value.requires_grad
-    assert (attacked.sum(1) > terms.sum(1)).all()
-
-
-def test_the_distance_is_that_of_attacked_predictions_from_clean_ones() -> None:
-    """The two are not swapped, and both have gradients."""
-    objective, images = comparing()
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def distance(clean: Tensor, other: Tensor) -> Tensor:
-        calls.append((clean, other))
-        return (other - clean).square().sum(1)
-
-    objective.distance = distance
-    step = DPAAT(0.7, **QUICK).step(objective, images, names(5))
-    ((clean, other),) = calls
-    torch.testing.assert_close(clean, objective.model(images))
-    torch.testing.assert_close(other, objective.model(step.adversarial))
-    assert clean.requires_grad
-    assert other.requires_grad
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_without_noise_there_is_nothing_to_synchronise(p: float) -> None:
-    results = []
-    for sync_weight in (0.0, 5.0):
-        objective, images = comparing(normalise=True)
-        step = DPAAT(0, sync_weight=sync_weight, norm=p, **QUICK).step(objective, images, names(5))
-        assert torch.equal(step.adversarial, images)
-        step.loss.backward()
-        results.append((step, gradients(objective.model)))
-    assert results[1][0].logs["loss_sync"] == 0
-    torch.testing.assert_close(results[0][0].loss, results[1][0].loss, rtol=1e-14, atol=0)
-    assert_close(results[0][1], results[1][1])
+# The clean pass
 
 
 def test_without_steps_and_synchronisation_it_is_adversarial_training() -> None:
@@ -322,22 +208,6 @@ def test_without_steps_and_synchronisation_it_is_adversarial_training() -> None:
     assert method.sizes.visits().tolist() == [2] * 5
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_plain_objective_will_do_without_synchronisation(plain: bool) -> None:
-    """One with no loss of its own, and one that names no model."""
-    objective = Classifier(network().double(), torch.tensor([0, 1, 2, 3, 1]))
-    images = uniform(5, 3, 8, 8)
-    step = DPAAT(0.7, sync_weight=0, **QUICK).step(objective.__call__ if plain else objective, images, names(5))
-    objective.model.zero_grad()  # an attack on a model that nobody names holds nothing still
-    step.loss.backward()
-    found = gradients(objective.model)
-    expected = F.cross_entropy(objective.model(step.adversarial), objective.labels)
-    expected.backward()
-    torch.testing.assert_close(step.loss, expected, rtol=1e-12, atol=0)
-    assert_close(found, gradients(objective.model))
-    torch.testing.assert_close(step.terms, objective(images).detach(), rtol=1e-12, atol=0)
-
-
 def test_the_clean_pass_normalises_as_the_training_pass_does() -> None:
     """Without noise nothing has increased; running statistics would give the clean pass another loss."""
     objective, images = comparing(normalise=True, dropout=0.4)
@@ -345,16 +215,3 @@ def test_the_clean_pass_normalises_as_the_training_pass_does() -> None:
     method = DPAAT(0, eps_max=1, step_size=0.1, sync_weight=0, average="epoch", **QUICK)
     method.step(objective, images, names(5))
     assert method.state_dict()["increases"] == [0.0, 5.0]
-
-
-# State
-
-
-# Errors
-
-
-def test_sizes_may_have_no_room_at_all() -> None:
-    objective, images = comparing()
-    method = DPAAT(0.5, eps_min=0.5, eps_max=0.5, step_size=0.2, **QUICK)
-    method.step(objective, images, names(5))
-    assert method.sizes.values().tolist() == [0.5] * 5

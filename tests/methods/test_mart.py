@@ -13,7 +13,7 @@ from advmed.attacks import pgd
 from advmed.methods import MART
 from advmed.methods.mart import mart_losses
 from advmed.objective import ClassScores
-from helpers import models
+from helpers.tensors import assert_close, comparing, gradients, loss_by_hand, names, seeded
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -56,23 +56,25 @@ def by_hand(clean: Tensor, adversarial: Tensor, truth: Tensor, valid: Tensor | N
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_the_loss_is_the_papers(classes: int, places: tuple[int, ...], exclusive: bool, ignored: bool) -> None:
-    generator = torch.Generator().manual_seed(classes + len(places))
-    clean, adversarial = (
-        3 * torch.randn(4, classes, *places, dtype=torch.float64, generator=generator) for _ in range(2)
-    )
+    generator = seeded(classes + len(places))
+    shape = (4, classes, *places)
+    clean, adversarial = (3 * torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     if exclusive:
         labels = torch.randint(classes, (4, 1, *places), generator=generator)
         truth = torch.zeros_like(clean).scatter_(1, labels, 1)
     else:
-        truth = (torch.rand(clean.shape, generator=generator) < 0.5).double()
+        truth = (torch.rand(shape, generator=generator) < 0.5).double()
     valid = None
-    if ignored:
+    if ignored and places:  # a class of an image is never ignored
         valid = torch.rand((4, 1, *places), generator=generator) < 0.6
         valid[0] = False  # nothing of this sample counts
-    if ignored and not places:
-        return  # a class of an image is never ignored
-    found = mart_losses(*(ClassScores(z, truth, valid, exclusive) for z in (clean, adversarial)))
-    np.testing.assert_allclose(torch.stack(found, 1), by_hand(clean, adversarial, truth, valid, exclusive), rtol=1e-9)
+
+    def losses(*logits: Tensor) -> tuple[Tensor, Tensor]:
+        return mart_losses(*(ClassScores(z, truth, valid, exclusive) for z in logits))
+
+    found = torch.stack(losses(clean, adversarial), 1)
+    np.testing.assert_allclose(found, by_hand(clean, adversarial, truth, valid, exclusive), rtol=1e-9)
+    assert torch.autograd.gradcheck(losses, (clean.requires_grad_(), adversarial.requires_grad_()))
 
 
 def test_sure_predictions_lose_no_digits() -> None:
@@ -88,37 +90,26 @@ def test_sure_predictions_lose_no_digits() -> None:
 
 
 def test_a_step_is_an_attack_on_the_loss_of_the_host_and_the_papers_loss() -> None:
-    model = models.cnn().double()
-    images = torch.rand(5, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 3, 0])
-    objective = models.Compared(model, labels)
-    method = MART(0.6, kl_weight=2.5, steps=4, step_scale=2.0)
-    step = method.step(objective, images, list("abcde"))
-    attacked = pgd(objective, images, 0.6, steps=4, step_scale=2.0, random_start=False).images
-    assert step.adversarial is not None
+    objective, images = comparing()
+    model, attack = objective.model, {"steps": 4, "step_scale": 2.0}
+    step = MART(0.6, kl_weight=2.5, **attack).step(objective, images, names(5))
+    attacked = pgd(objective, images, 0.6, random_start=False, **attack).images
     assert torch.equal(step.adversarial, attacked)
-    truth = torch.nn.functional.one_hot(labels, 4).double()
-    logits = [model(x).detach().double() for x in (images, attacked)]
-    wanted = by_hand(*logits, truth, None, True) @ [1, 2.5]
-    assert step.loss.item() == pytest.approx(wanted.mean())
-    assert float(step.logs["loss_sync"]) == pytest.approx(by_hand(*logits, truth, None, True)[:, 1].mean())
+    scores = [objective.class_scores(model(x)) for x in (images, attacked)]
+    wanted = by_hand(*(found.logits.detach() for found in scores), scores[0].truth, None, True)
+    assert step.loss.item() == pytest.approx((wanted @ [1, 2.5]).mean())
+    assert step.logs["loss_sync"].item() == pytest.approx(wanted[:, 1].mean())
+    for key, x in (("loss_clean", images), ("loss_adversarial", attacked)):
+        torch.testing.assert_close(step.logs[key], loss_by_hand(objective, x)[0].detach())
     step.loss.backward()
-    together = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    again = MART(0.6, kl_weight=2.5, steps=4, step_scale=2.0).step(
-        objective, images, list("abcde"), torch.Tensor.backward
-    )
-    assert not again.loss.requires_grad
-    for gradient, parameter in zip(together, model.parameters(), strict=True):
-        assert torch.allclose(gradient, parameter.grad)
+    found = gradients(model)
+    boosted, divergence = mart_losses(*scores)
+    (boosted + 2.5 * divergence).mean().backward()
+    assert_close(found, gradients(model))
 
 
-def test_other_tasks_are_refused() -> None:
-    class Plain:
-        def __call__(self, images: Tensor) -> Tensor:
-            return images.flatten(1).sum(1, keepdim=True)
-
-    with pytest.raises(TypeError, match="MART compares predictions on clean and attacked images, and Plain gives none"):
-        MART(1.0).step(Plain(), torch.zeros(1, 1, 2, 2), ["a"])
-    with pytest.raises(ValueError, match="kl_weight must be a finite number >= 0, got -1"):
-        MART(1.0, kl_weight=-1)
+def test_a_task_without_classes_is_refused() -> None:
+    objective, images = comparing()
+    objective.class_scores = None
+    with pytest.raises(TypeError, match=r"^MART is for predictions that are classes, .* it has no class_scores"):
+        MART(1.0).step(objective, images, names(5))

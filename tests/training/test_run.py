@@ -7,37 +7,33 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from advmed.methods import AMAT, DPAAT
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import TrainingSettings
+from helpers.models import Classifier, Compared, cnn
+from helpers.tensors import uniform
 
 IDS = ["a", "b", "c", "d"]
+IMAGES = uniform(4, 3, 8, 8, seed=1, dtype=torch.float32)
 COMPARING = ["TRADES", "DPAAT", "MART"]
 NAMES = ("ce",)
 
 
 @pytest.fixture
-def objective(tiny: SimpleNamespace) -> Any:
-    return tiny.Classifier(tiny.cnn(normalise=True).train(), torch.tensor([0, 1, 2, 3]))
+def objective() -> Any:
+    return Classifier(cnn(normalise=True), torch.tensor([0, 1, 2, 3]))
 
 
 @pytest.fixture
-def compared(tiny: SimpleNamespace) -> Any:
+def compared() -> Any:
     """An objective that gives predictions; without BatchNorm, so that a pass changes nothing for the next."""
-    return tiny.Compared(tiny.cnn().train(), torch.tensor([0, 1, 2, 3]))
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Compared(cnn(), torch.tensor([0, 1, 2, 3]))
 
 
 def settings(**changes: Any) -> TrainingSettings:
@@ -52,49 +48,37 @@ def fixed(value: float = 5.0) -> Thresholds:
     return Thresholds((value,), NAMES)
 
 
-def epoch(run: MethodRun, number: int, objective: Any, images: Tensor, steps: int = 2) -> dict[str, float]:
+def epoch(run: MethodRun, number: int, objective: Any, steps: int = 2) -> dict[str, float]:
     run.begin_epoch(number)
     for _ in range(steps):
-        run.step(objective, images, IDS)
+        run.step(objective, IMAGES, IDS)
     return run.end_epoch()
 
 
 # The warm-up
 
 
-def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any, images: Tensor) -> None:
-    run = MethodRun("AMAT", settings(), running(), epochs=20)
+def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any) -> None:
+    """They begin once, when it is over."""
+    run, said = MethodRun("AMAT", settings(), running(), epochs=20), []
     assert run.warmup_epochs == 2  # a tenth
-    assert run.warming_up
-    run.begin_epoch(0)
-    before = objective.calls
-    step = run.step(objective, images, IDS)
-    assert objective.calls == before + 1  # no attack
-    assert step.adversarial is None
-    assert isinstance(run.method, AMAT)
-    assert len(run.method.margins) == 0
-    assert run.method.steps_done == 0
-    assert isinstance(run.thresholds, RunningThresholds)
-    assert step.terms is not None
-    torch.testing.assert_close(run.thresholds.statistics.mean, step.terms.double().mean(0))
-    torch.testing.assert_close(step.loss, step.terms.sum(1).mean())
-
-
-def test_thresholds_begin_once_when_the_warm_up_is_over(objective: Any, images: Tensor) -> None:
-    run = MethodRun("AMAT", settings(warmup_epochs=2), running(), epochs=5)
-    said = []
     for number in range(5):
         lines = run.begin_epoch(number)
         said.append(len(lines))
         assert run.warming_up is (number < 2)
         if lines:
             assert lines[0].startswith("Warm-up done. Thresholds: ce < ")
-        assert isinstance(run.thresholds, RunningThresholds)
         assert (run.thresholds.state_dict()["ceiling"] is None) is (number < 2)
-        run.step(objective, images, IDS)
+        before = objective.calls
+        step = run.step(objective, IMAGES, IDS)
+        if number == 0:
+            assert objective.calls == before + 1  # no attack
+            assert step.adversarial is None
+            assert run.method.steps_done == len(run.method.margins) == 0
+            torch.testing.assert_close(run.thresholds.statistics.mean, step.terms.double().mean(0))
+            torch.testing.assert_close(step.loss, step.terms.sum(1).mean())
         run.end_epoch()
     assert said == [0, 0, 1, 0, 0]
-    assert isinstance(run.method, AMAT)
     assert run.method.margins.visits().tolist() == [3] * 4
 
 
@@ -127,85 +111,58 @@ def test_how_long_the_warm_up_is(
             MethodRun(name, wanted, thresholds, epochs=epochs)
 
 
-def test_a_warm_up_goes_through_the_hosts_backward(objective: Any, images: Tensor) -> None:
-    run = MethodRun("SAT", settings(warmup_epochs=1), epochs=2)
-    run.begin_epoch(0)
-    losses: list[Tensor] = []
-    step = run.step(objective, images, IDS, losses.append)
-    assert len(losses) == 1
-    assert losses[0].requires_grad
-    assert not step.loss.requires_grad
-
-
 @pytest.mark.parametrize("name", COMPARING)
-def test_a_warm_up_compares_nothing(compared: Any, images: Tensor, name: str) -> None:
-    run = MethodRun(name, settings(warmup_epochs=1), epochs=3)
-    values = epoch(run, 0, compared, images)
-    assert compared.passes == ["training"] * 2
-    assert math.isnan(values["loss_sync"])
+def test_a_warm_up_compares_nothing_and_goes_through_the_hosts_backward(compared: Any, name: str) -> None:
+    run, losses = MethodRun(name, settings(warmup_epochs=1), epochs=3), list[Tensor]()
+    run.begin_epoch(0)
+    step = run.step(compared, IMAGES, IDS, losses.append)
+    assert [loss.requires_grad for loss in losses] == [True]
+    assert not step.loss.requires_grad
+    assert compared.passes == ["training"]
+    assert math.isnan(run.end_epoch()["loss_sync"])
     assert run.method.state_dict()["steps_done"] == 0
-    values = epoch(run, 1, compared, images)
-    assert values["loss_sync"] > 0
+    assert epoch(run, 1, compared)["loss_sync"] > 0
     assert run.method.state_dict()["steps_done"] == 2
 
 
 # What an epoch is summed up in
 
 
-def test_an_epoch_is_summed_up(objective: Any, images: Tensor) -> None:
-    run = MethodRun("AMAT", settings(), fixed(math.inf), epochs=3)
+@pytest.mark.parametrize("name", ["AMAT", "DPAAT"])
+def test_an_epoch_is_summed_up(objective: Any, compared: Any, name: str) -> None:
+    """Means of the steps, and quantiles of margins or perturbation sizes."""
+    run = MethodRun(name, settings(step_size=0.125), fixed(math.inf) if name == "AMAT" else None, epochs=3)
     run.begin_epoch(0)
-    logs = [run.step(objective, images, IDS).logs for _ in range(3)]
-    values = run.end_epoch()
+    logs = [run.step(objective if name == "AMAT" else compared, IMAGES, IDS).logs for _ in range(3)]
+    values, sizes = run.end_epoch(), run.method.store.values().double()
     assert tuple(values) == LOG_KEYS
-    for key in ("loss_clean", "loss_adversarial"):
+    for key in logs[0].keys() - {"nonfinite"}:
         assert values[key] == pytest.approx(sum(float(log[key]) for log in logs) / 3)
     assert values["loss_adversarial"] > values["loss_clean"]
-    assert values["expanded"] == 1
     assert values["nonfinite"] == 0
     assert values["attack_seconds"] > 0
-    assert [values[f"margin_{q}"] for q in ("q05", "q50", "q95")] == pytest.approx([0.5 * 4] * 3)  # three visits
+    quantiles = [values[f"margin_{q}"] for q in ("q05", "q50", "q95")]
+    assert quantiles == pytest.approx([float(torch.quantile(sizes, q)) for q in (0.05, 0.5, 0.95)])
+    if name == "AMAT":
+        assert (quantiles, values["expanded"]) == (pytest.approx([0.5 * 4] * 3), 1)  # three visits
+    else:
+        assert 0 < values["expanded"] < 1 < len(sizes.unique())
     again = run.end_epoch()
     assert math.isnan(again["loss_clean"])
     assert again["attack_seconds"] == 0
 
 
-def test_an_epoch_of_perturbation_sizes_is_summed_up(compared: Any, images: Tensor) -> None:
-    run = MethodRun("DPAAT", settings(step_size=0.125), epochs=3)
-    run.begin_epoch(0)
-    logs = [run.step(compared, images, IDS).logs for _ in range(3)]
-    values = run.end_epoch()
-    assert tuple(values) == LOG_KEYS
-    for key in ("loss_clean", "loss_adversarial", "loss_sync", "expanded"):
-        assert values[key] == pytest.approx(sum(float(log[key]) for log in logs) / 3)
-    assert 0 < values["expanded"] < 1
-    assert isinstance(run.method, DPAAT)
-    sizes = run.method.sizes.values().double()
-    assert len(sizes.unique()) > 1
-    for key, q in (("margin_q05", 0.05), ("margin_q50", 0.5), ("margin_q95", 0.95)):
-        assert values[key] == pytest.approx(float(torch.quantile(sizes, q)))
-
-
-def test_a_running_mean_begins_with_every_epoch(compared: Any, images: Tensor) -> None:
+def test_a_running_mean_begins_with_every_epoch(compared: Any) -> None:
+    """With one that begins again, too."""
     run = MethodRun("DPAAT", settings(average="epoch"), epochs=9)
-
-    def seen() -> float:
-        return run.method.state_dict()["increases"][1]
-
-    for number in range(3):
+    for number in (0, 1, 1, 2):
         run.begin_epoch(number)
-        assert seen() == 0
-        for visits in (1, 2):
-            run.step(compared, images, IDS)
-            assert seen() == 4 * visits
-        if number == 1:  # out of memory, say
-            run.begin_epoch(number)
-            assert seen() == 0
-            run.step(compared, images, IDS)
-        run.end_epoch()
+        for visits in range(3):
+            assert run.method.state_dict()["increases"][1] == 4 * visits
+            run.step(compared, IMAGES, IDS)
 
 
-def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor) -> None:
+def test_steps_lost_to_bad_gradients_are_added_up(objective: Any) -> None:
     objective.model.eval()  # batch statistics would pass it on to all samples
 
     class Broken:
@@ -216,7 +173,7 @@ def test_steps_lost_to_bad_gradients_are_added_up(objective: Any, images: Tensor
             return torch.cat([terms[:1] * math.nan, terms[1:]])
 
     run = MethodRun("SAT", settings(), epochs=3)
-    values = epoch(run, 0, Broken(), images)
+    values = epoch(run, 0, Broken())
     assert values["nonfinite"] == 2 * 2  # one sample, two attack steps, two batches
     assert math.isnan(values["expanded"])
     assert math.isnan(values["margin_q50"])
@@ -239,9 +196,9 @@ SIZES = {"expanded", "margin_q05", "margin_q50", "margin_q95"}
     ],
 )
 def test_what_a_method_does_not_have_is_nan(
-    compared: Any, images: Tensor, name: str, changes: dict[str, Any], missing: set[str]
+    compared: Any, name: str, changes: dict[str, Any], missing: set[str]
 ) -> None:
-    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared, images)
+    values = epoch(MethodRun(name, settings(**changes), epochs=3), 0, compared)
     assert {key for key, value in values.items() if math.isnan(value)} == missing
 
 
@@ -266,41 +223,37 @@ def objective_of(kind: str, objective: Any, compared: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_that_begins_again_begins_where_it_began(
-    objective: Any, compared: Any, images: Tensor, kind: str
-) -> None:
+def test_an_epoch_that_begins_again_begins_where_it_began(objective: Any, compared: Any, kind: str) -> None:
     run, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(2):
-        epoch(run, number, task, images)
+        epoch(run, number, task)
     run.begin_epoch(2)
     start = copy.deepcopy(run.method.state_dict())
     for attempt in range(3):
-        run.step(task, images, IDS)
-        run.step(task, images + 0.1, IDS)
+        run.step(task, IMAGES, IDS)
+        run.step(task, IMAGES + 0.1, IDS)
         if attempt == 1:
             run.end_epoch()  # back from a checkpoint after a whole epoch, too
         assert run.method.state_dict() != start
         lines = run.begin_epoch(2)
         assert lines == ["Epoch 3 begins again: margins and thresholds are back at its start"]
         assert run.method.state_dict() == start
-    first = run.step(task, images, IDS).logs
+    first = run.step(task, IMAGES, IDS).logs
     assert run.end_epoch()["loss_clean"] == pytest.approx(float(first["loss_clean"]))  # of this attempt alone
     after = run.method.state_dict()
     assert run.begin_epoch(3) == []
     assert run.method.state_dict() | {"increases": 0} == after | {"increases": 0}  # which begin anew
 
 
-def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any, images: Tensor) -> None:
+def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective: Any) -> None:
     run = MethodRun("AMAT", settings(), running(), epochs=5)
-    epoch(run, 0, objective, images)
+    epoch(run, 0, objective)
     run.begin_epoch(1)
-    assert isinstance(run.thresholds, RunningThresholds)
     ceiling = run.thresholds.state_dict()["ceiling"]
-    run.step(objective, images * 0, IDS)
+    run.step(objective, IMAGES * 0, IDS)
     run.begin_epoch(1)
     assert run.thresholds.state_dict()["ceiling"] == ceiling
-    run.step(objective, images, IDS)
-    assert isinstance(run.method, AMAT)
+    run.step(objective, IMAGES, IDS)
     assert run.method.margins.visits().tolist() == [1] * 4
 
 
@@ -308,10 +261,10 @@ def test_the_first_adversarial_epoch_begins_again_with_its_thresholds(objective:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: Tensor, kind: str) -> None:
+def test_a_run_continues_from_its_state(objective: Any, compared: Any, kind: str) -> None:
     whole, task = KINDS[kind](), objective_of(kind, objective, compared)
     for number in range(3):
-        epoch(whole, number, task, images)
+        epoch(whole, number, task)
     state = json.loads(json.dumps(whole.state_dict(), allow_nan=False))  # plain values
     second = KINDS[kind]()
     if kind.startswith("AMAT"):
@@ -322,7 +275,7 @@ def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: T
     assert second.state_dict() == whole.state_dict()
     for run in (whole, second):
         run.begin_epoch(3)
-    first, other = (run.step(task, images, IDS) for run in (whole, second))
+    first, other = (run.step(task, IMAGES, IDS) for run in (whole, second))
     assert torch.equal(first.adversarial, other.adversarial)
     assert torch.equal(first.loss, other.loss)
     assert second.state_dict() == whole.state_dict()
@@ -330,29 +283,18 @@ def test_a_run_continues_from_its_state(objective: Any, compared: Any, images: T
     assert second.thresholds is None or second.thresholds is not whole.thresholds
 
 
-def test_the_length_of_the_warm_up_is_that_of_the_saved_run(objective: Any, images: Tensor) -> None:
-    first = MethodRun("AMAT", settings(), running(), epochs=40)
-    second = MethodRun("AMAT", settings(), running(), epochs=10)
+def test_the_length_of_the_warm_up_is_that_of_the_saved_run() -> None:
+    first, second = (MethodRun("AMAT", settings(), running(), epochs=epochs) for epochs in (40, 10))
     second.load_state_dict(first.state_dict())
     assert second.warmup_epochs == 4
 
 
-def test_changed_settings_are_told(objective: Any) -> None:
+def test_changed_settings_are_told_and_other_methods_and_models_refused() -> None:
     state = MethodRun("SAT", settings(), epochs=4).state_dict()
     (line,) = MethodRun("SAT", settings(eps=2.0, steps=7), epochs=4).load_state_dict(state)
-    assert line.startswith("WARNING: settings changed since the checkpoint: ")
-    assert "eps 0.5 -> 2.0" in line
-    assert "steps 2 -> 7" in line
-    assert "delta" not in line
-
-
-def test_the_state_of_another_method_is_refused() -> None:
-    state = MethodRun("SAT", settings(), epochs=4).state_dict()
+    assert line == "WARNING: settings changed since the checkpoint: eps 0.5 -> 2.0, steps 2 -> 7"
     with pytest.raises(ValueError, match="method 'SAT', this run trains 'AT'"):
         MethodRun("AT", settings(), epochs=4).load_state_dict(state)
-
-
-def test_saved_thresholds_of_another_model_are_refused() -> None:
     state = MethodRun("AMAT", settings(), fixed(), epochs=4).state_dict()
     with pytest.raises(ValueError, match=r"thresholds in the checkpoint do not fit.*\['ce'\].*\['box', 'cls'\]"):
         saved_thresholds(state, ("box", "cls"), running)

@@ -81,7 +81,7 @@ def attack_by_loss(
     Raises:
         TypeError: for an objective that shows no classes.
     """
-    shown = classes_of(objective, loss.name)
+    shown = classes_of(objective, f"the {loss.name}")
     own = replace(attack, loss=None)
 
     def run(goal: Objective) -> AttackResult:

@@ -1,12 +1,9 @@
-"""One of several CPU processes, started by test_distributed.py: ``gloo_rank.py RANK WORLD MEETING OUTPUT``.
-
-A script of its own, because a spawned process could not import a test module.
-"""
+"""Methods and statistics on one of two processes, started by tests/ground/test_distributed.py."""
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from advmed.methods import AMAT, DPAAT
 from advmed.testing.objectives import Classification
 from advmed.thresholds import RunningThresholds, TermStatistics
+from helpers.hosts import meeting
 
-EPOCHS, BATCHES = 3, 4
+WORLD, EPOCHS, BATCHES = 2, 3, 4
 DPAATS: dict[str, dict[str, Any]] = {
     "dpaat": {"sync_weight": 2.0},
     "dpaat epoch": {"sync_weight": 2.0, "average": "epoch"},
@@ -127,22 +125,15 @@ def running_of(rank: int, memory: float | None) -> list[dict[str, Any]]:
     return states
 
 
-def main(rank: int, world: int, meeting: str, output: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    found = {
-        "amat": amat_of(rank, "fixed", shared=False),
-        "amat shared": amat_of(rank, "fixed", shared=True),
-        "amat running": amat_of(rank, "running", shared=True),
-        "statistics": statistics_of(rank),
-        "running": running_of(rank, None),
-        "running, fading": running_of(rank, 20.0),
-    } | {name: dpaat_of(rank, world, settings) for name, settings in DPAATS.items()}
-    with open(output, "w", encoding="utf-8") as file:
-        json.dump(found, file)
-    dist.barrier()  # or one leaves while another still talks to it
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    rank = int(sys.argv[2])
+    with meeting(Path(sys.argv[1]), rank) as found:
+        found |= {
+            "amat": amat_of(rank, "fixed", shared=False),
+            "amat shared": amat_of(rank, "fixed", shared=True),
+            "amat running": amat_of(rank, "running", shared=True),
+            "statistics": statistics_of(rank),
+            "running": running_of(rank, None),
+            "running, fading": running_of(rank, 20.0),
+            **{name: dpaat_of(rank, WORLD, settings) for name, settings in DPAATS.items()},
+        }
