@@ -133,12 +133,6 @@ def test_public_names_are_for_users() -> None:
     assert taken - MODULES.keys() == {"advmed.__version__"}
 
 
-def test_only_hosts_know_the_integrations_and_nobody_knows_the_tests_support() -> None:
-    found = {(room(module), room(other)) for module, other in edges() if room(module) != room(other)}
-    assert {who for who, whom in found if whom == "integrations"} <= {"hosts", "testing"}
-    assert not {who for who, whom in found if whom == "testing"}
-
-
 def test_hosts_do_not_know_each_other() -> None:
     pairs = {(module.partition(".")[0], other.partition(".")[0]) for module, other in edges() if room(other) == "hosts"}
     assert pairs <= {(host, host) for host in HOSTS}
