@@ -173,17 +173,9 @@ def asked(tree: ast.Module) -> Iterator[str]:
     """
     classes = {kind.__name__: name for name, kind in METHODS.items()}
     for node in ast.walk(tree):
-        parts: list[ast.AST] = []
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            parts = [part for side in sides for part in (side.elts if hasattr(side, "elts") else [side])]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
-            parts = [part for word in node.args[1:] for part in ast.walk(word)]
-        elif isinstance(node, ast.MatchValue):
-            parts = [node.value]
-        elif isinstance(node, ast.MatchClass):
-            parts = [node.cls]
-        for part in parts:
+        asks = isinstance(node, ast.Compare | ast.MatchValue | ast.MatchClass)
+        asks |= isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+        for part in ast.walk(node) if asks else ():
             if isinstance(part, ast.Constant) and isinstance(part.value, str):
                 word = re.sub(r"(?<=[a-z])\d+(x\d+)?$", "", part.value)
                 if word in OWNERS:

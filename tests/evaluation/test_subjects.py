@@ -265,13 +265,6 @@ def test_what_is_finished_is_not_computed_again(tmp_path: Path, subject: Any, lo
     _, second = run(tmp_path / "own", models)
     assert len(loads) == 4
     assert first == second
-    cut = replace(models[1], batches=[*models[1].batches[:1], EvaluationBatch(["1a", "1b"], lambda: 1 / 0)])  # type: ignore[arg-type]  # never called
-    with pytest.raises(ZeroDivisionError):
-        run(tmp_path / "cut", [models[0], cut])
-    assert loads[4:] == ["steep", "steep", "flat"]
-    _, third = run(tmp_path / "cut", models)
-    assert loads[7:] == ["flat"]
-    assert [text.replace("cut", "own") for text in third] == first
 
 
 MEASURED, REPORTED = (ValueError, "was measured with another configuration: "), (FileExistsError, "it differs in .*")

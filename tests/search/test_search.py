@@ -454,27 +454,15 @@ def test_a_running_trial_is_left_alone_here_and_on_another_machine(
                        "evaluate delta_1"]  # fmt: skip
 
 
-def test_an_owner_notices_that_it_has_lost_its_trial(tmp_path: Path) -> None:
-    told: list[int] = []
-
-    def tell(life: Mapping[str, Any]) -> None:
-        told.append(life["beat"])
-        if len(told) > 3:
-            raise optuna.exceptions.UpdateFinishedTrialError
-
+def test_an_owner_whose_signs_of_life_do_not_arrive_loses_its_trial(tmp_path: Path) -> None:
     def unreachable(life: Mapping[str, Any]) -> None:
         if life["beat"]:
             raise OSError("stale file handle")
 
-    for sign, patience, reasons in (
-        (tell, 0.2, ["another process has taken it over"]),
-        (unreachable, 0.3, ["the storage could not be reached", "stale file handle"]),
-    ):
-        claim = Claim(tmp_path / "trial", sign, patience=patience)
-        wait_for(lambda claim=claim: claim.lost)
-        claim.close()
-        assert all(reason in claim.lost for reason in reasons)
-    assert told == [0, 1, 2, 3]
+    claim = Claim(tmp_path / "trial", unreachable, patience=0.3)
+    wait_for(lambda: claim.lost)
+    claim.close()
+    assert "the storage could not be reached" in claim.lost and "stale file handle" in claim.lost
 
 
 @pytest.mark.usefixtures("commands")
