@@ -45,19 +45,14 @@ def same(left: str, right: str) -> bool:
 # --- the installed environment ---------------------------------------------------------------------------------------
 
 
-def test_the_variable_is_set_at_start(trainers: str, tmp_path: Path) -> None:
-    assert same(python(SHOW, cwd=tmp_path), trainers)
-
-
-def test_a_value_of_the_user_stays_in_front(trainers: str, tmp_path: Path) -> None:
-    own = os.pathsep.join([str(tmp_path / "mine"), str(tmp_path / "my others")])
-    got = python(SHOW, value=own, cwd=tmp_path)
-    assert got.startswith(own + os.pathsep)
-    assert same(got[len(own) + 1 :], trainers)
-
-
-def test_an_empty_value_counts_as_unset(trainers: str, tmp_path: Path) -> None:
-    assert same(python(SHOW, value="", cwd=tmp_path), trainers)
+@pytest.mark.parametrize("flags", [[], ["-I"]])
+@pytest.mark.parametrize("value", [None, "", f"/mine{os.pathsep}/my others"])
+def test_the_variable_is_set_at_start(value: str | None, flags: list[str], trainers: str, tmp_path: Path) -> None:
+    """A value of the user stays in front; an empty one counts as none. Isolated mode has it, too."""
+    front = value + os.pathsep if value else ""
+    got = python(SHOW, *flags, value=value, cwd=tmp_path)
+    assert got.startswith(front)
+    assert same(got.removeprefix(front), trainers)
 
 
 @pytest.mark.parametrize("value", [None, "/somewhere/else"])
@@ -66,10 +61,6 @@ def test_nested_interpreters_do_not_add_it_twice(value: str | None, trainers: st
     got = python(nested, value=value, cwd=tmp_path)
     assert got == python(SHOW, value=value, cwd=tmp_path)
     assert [same(part, trainers) for part in got.split(os.pathsep)].count(True) == 1
-
-
-def test_isolated_mode_has_it_too(trainers: str, tmp_path: Path) -> None:
-    assert same(python(SHOW, "-I", cwd=tmp_path), trainers)
 
 
 def test_start_up_imports_nothing_of_ours(tmp_path: Path) -> None:
@@ -107,8 +98,7 @@ def test_stock_nnunet_finds_our_trainers_and_those_of_the_user(tmp_path: Path) -
 def test_the_distribution_is_complete(tmp_path: Path) -> None:
     installed = distribution("advmed")
     scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
-    assert scripts["adv-nnunet"] == "adv_nnunet.cli:main"
-    assert scripts["adv-yolo"] == "adv_yolo.cli:main"
+    assert (scripts["adv-nnunet"], scripts["adv-yolo"]) == ("adv_nnunet.cli:main", "adv_yolo.cli:main")
     assert installed.metadata["License-Expression"] == "Apache-2.0"
     needed = ["advmed/py.typed", "adv_nnunet/py.typed", "adv_yolo/py.typed", "advmed/report/template.html"]
     code = (
@@ -139,10 +129,8 @@ def fake_site(tmp_path: Path) -> Path:
 
 
 def test_the_hook_is_one_import_line() -> None:
-    lines = HOOK.read_bytes().splitlines()
-    assert len(lines) == 1, "Python runs a .pth file line by line"
-    assert lines[0].startswith(b"import ")
-    assert lines[0].isascii()
+    (line,) = HOOK.read_bytes().splitlines()  # Python runs a .pth file line by line
+    assert line.startswith(b"import ") and line.isascii()
 
 
 def test_newer_pythons_call_the_same_function(fake_site: Path) -> None:
@@ -161,8 +149,10 @@ def test_a_child_of_another_environment_finds_the_stock_trainers(trainers: str, 
     assert python(code, "-S", "-E", cwd=tmp_path) == "[]"
 
 
-def test_blanks_in_the_path(fake_site: Path) -> None:
-    assert process(fake_site) == str(fake_site / "adv_nnunet" / "trainers")
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_hook_adds_its_folder_once(fake_site: Path, twice: bool) -> None:
+    again = f"site.addsitedir({str(fake_site)!r})" if twice else ""
+    assert process(fake_site, more=again) == str(fake_site / "adv_nnunet" / "trainers")
 
 
 def test_an_editable_install_points_elsewhere(tmp_path: Path, fake_site: Path) -> None:
@@ -185,8 +175,3 @@ def test_a_half_removed_package_changes_nothing(fake_site: Path, left: str) -> N
 @pytest.mark.parametrize("break_it", ["sys.path.insert(0, None)", "sys.path.insert(0, '\\0')", "os.path.isdir = None"])
 def test_the_hook_never_raises_nor_prints(break_it: str, fake_site: Path) -> None:
     process(fake_site, more=break_it)  # python() fails on a non-zero exit and on anything written to stderr
-
-
-def test_the_same_site_twice_adds_it_once(fake_site: Path) -> None:
-    again = f"site.addsitedir({str(fake_site)!r})"
-    assert process(fake_site, more=again) == str(fake_site / "adv_nnunet" / "trainers")

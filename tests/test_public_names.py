@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import advmed
+from helpers.pages import python
 
 ROOT = Path(__file__).parents[1]
 HOSTS = {"adv_nnunet": "nnunet", "adv_yolo": "yolo", "adv_classify": "classify", "adv_landmark": "landmark"}
@@ -32,13 +33,6 @@ def page_names(package: str) -> list[str]:
     page = (ROOT / "docs" / "api.md").read_text()
     section = page.split(f"\n## {package}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `(\w+)` \| \S.* \|$", section, re.MULTILINE)
-
-
-def python(code: str, *flags: str, cwd: Path) -> str:
-    """Runs ``code`` in a new interpreter in another folder; its output."""
-    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -76,27 +70,17 @@ def test_the_example_of_a_name_runs(
     assert not failed, "".join(report)
 
 
-def test_a_package_is_light_until_a_name_is_asked_for(tmp_path: Path) -> None:
-    heavy = ["torch", "numpy", "lightning", "ultralytics", "nnunetv2"]
-    code = f"import sys\nimport {', '.join(PACKAGES)}\nprint([name for name in {heavy} if name in sys.modules])"
-    assert python(code, cwd=tmp_path) == "[]"
-
-
 def test_a_missing_host_is_named_with_its_extra(tmp_path: Path) -> None:
     """And what needs PyTorch only does not miss it."""
-    asked = {
-        "adv_nnunet": ("SampleTerms", "nnunetv2"),
-        "adv_yolo": ("attack", "ultralytics"),
-        "adv_classify": ("Network", "timm"),
-        "adv_landmark": ("Network", "segmentation_models_pytorch"),
-    }
+    asked = {"adv_nnunet": ("SampleTerms", "nnunetv2"), "adv_yolo": ("attack", "ultralytics")}
+    asked |= {"adv_classify": ("Network", "timm"), "adv_landmark": ("Network", "segmentation_models_pytorch")}
     code = "import importlib, sys\n"
     code += f"sys.modules.update(dict.fromkeys({[package for _, package in asked.values()]}))\n"
     code += f"for package, (name, _) in {asked}.items():\n"
     code += "    try:\n        getattr(importlib.import_module(package), name)\n"
     code += "    except ImportError as error:\n        print(error)\n"
     code += "from adv_classify import ClassificationObjective\nprint(ClassificationObjective.names)"
-    *messages, names = python(code, cwd=tmp_path).splitlines()
+    *messages, names = python(tmp_path, code).splitlines()
     for (package, (name, host)), message in zip(asked.items(), messages, strict=True):
         install = rf"which is not installed: pip install 'advmed\[{HOSTS[package]}\]'"
         assert re.fullmatch(rf"{package}\.{name} needs {host}(\.\w+)?, {install}", message)
@@ -109,16 +93,10 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 @pytest.mark.parametrize("place", ["common.py", "common/__init__.py"])
 def test_a_common_of_the_user_is_not_in_the_way(place: str, tmp_path: Path) -> None:
-    theirs = tmp_path / place
-    theirs.parent.mkdir(exist_ok=True)
-    theirs.write_text("MINE = True\n")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import common\nfrom adv_classify import ClassificationObjective\n"
-        "print(common.MINE, ClassificationObjective.names)\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "True ('ce',)", done.stderr
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("MINE = True\n")
+    code = "import common\nfrom adv_classify import ClassificationObjective\nprint(common.MINE)"
+    assert python(tmp_path, code) == "True"
 
 
 def test_nothing_but_the_packages_is_installed(tmp_path: Path) -> None:
@@ -133,7 +111,7 @@ def test_nothing_but_the_packages_is_installed(tmp_path: Path) -> None:
     look += f"specs = [spec for spec in map(find_spec, {strangers}) if spec is not None]\n"
     look += f"ours = lambda spec: any(os.path.dirname(p) == {str(ROOT)!r} for p in spec.submodule_search_locations)\n"
     look += "print([spec.name for spec in specs if ours(spec)])"
-    assert python(look, cwd=tmp_path) == "[]"
+    assert python(tmp_path, look) == "[]"
     code = f"import sys\nfrom importlib.util import find_spec\nsys.path.insert(0, {str(site)!r})\n"
     code += f"print([name for name in {[*PACKAGES, *strangers]} if find_spec(name) is not None])"
-    assert python(code, "-S", "-E", cwd=tmp_path) == str(PACKAGES)
+    assert python(tmp_path, code, "-S", "-E") == str(PACKAGES)

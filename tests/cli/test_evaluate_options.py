@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject
 from advmed.thresholds import Thresholds
+from helpers.evaluations import record_of
 
 DEFAULTS = {option.name: option.default for option in options.EVALUATE}
 
@@ -63,9 +63,9 @@ WORDS = {
 
 
 @pytest.mark.parametrize("read", WORDS)
-def test_the_same_options_in_every_syntax(read: Any) -> None:
+def test_the_same_options_and_defaults_in_every_syntax(read: Any) -> None:
     found = EvaluationOptions.of(read(WORDS[read].split()), ["x", "y"], models="models", option="--names")
-    assert found == EvaluationOptions(
+    wanted = EvaluationOptions(
         names=("A", "B"),
         norms=(2.0, math.inf),
         levels=(0.0, 1.0, 2.5),
@@ -78,12 +78,9 @@ def test_the_same_options_in_every_syntax(read: Any) -> None:
         out=Path("here"),
         overwrite=True,
     )
-
-
-@pytest.mark.parametrize("read", WORDS)
-def test_the_same_defaults_in_every_syntax(read: Any) -> None:
-    found = EvaluationOptions.of(read([]), ["x", "y"], models="models", option="--names")
-    assert found == EvaluationOptions(
+    assert found == wanted
+    by_default = EvaluationOptions.of(read([]), ["x", "y"], models="models", option="--names")
+    assert by_default == EvaluationOptions(
         ("x", "y"), (2.0,), None, None, ("pgd100", "ifgsm10"), None, 4, 32, 0, Path("report"), False
     )
 
@@ -135,11 +132,8 @@ def test_models_of_one_name_are_told_apart() -> None:
         EvaluationOptions.of(DEFAULTS, ["a", "a"], models="runs", option="names=A,B")
 
 
-def test_a_norm_counts_once() -> None:
+def test_a_norm_counts_once_and_whose_the_levels_are() -> None:
     assert made(norm=[2, "inf", "2", 2.0]).norms == (2.0, math.inf)
-
-
-def test_whose_the_levels_are() -> None:
     two, one = (0.0, 1.0), (0.0, 0.5)
     both = made(norm=[2, "inf"], levels=two)
     assert (both.levels_of(2), both.levels_of(math.inf)) == (two, None)
@@ -174,7 +168,8 @@ class Linear(EvaluationHost):
 
             return LoadedBatch(torch.zeros(2, 1, 4, 5), objective, lambda x: {"loss": objective(x)[:, 0]})
 
-        return [Subject("a", self.path, [EvaluationBatch(["0", "1"], load)])]
+        batches = [EvaluationBatch(["0", "1"], load)]
+        return [Subject("a", self.path, batches, subset=lambda number: batches)]
 
     @property
     def metrics(self) -> list[Metric]:
@@ -185,6 +180,7 @@ class Linear(EvaluationHost):
         return []
 
     data_name, measured_over = "toys", "the toy"
+    groups: Any = None
     settings: dict[str, Any] = {"kind": "toy"}  # noqa: RUF012 - as the properties of a host
     fingerprint: dict[str, Any] = {}  # noqa: RUF012
 
@@ -194,11 +190,10 @@ def host(tmp_path: Path, undrawn: None) -> Linear:
     return Linear(tmp_path / "model.ckpt")
 
 
-def record(folder: Path) -> dict[str, Any]:
-    import json
-
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
+def report(host: Linear, **given: Any) -> tuple[Path, dict[str, Any]]:
+    """The page of the only norm, and the record beside it."""
+    (page,) = evaluate_models(host, made(**{"attacks": ["ifgsm1"], "checks": 0, **given}), say=lambda text: None)
+    return page, record_of(page.parent)
 
 
 def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
@@ -209,7 +204,7 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
     assert pages == [tmp_path / "out" / kind / "report.html" for kind in ("L2", "Linf")]
     for page, kind, levels, factor in zip(pages, ("L2", "Linf"), ([0, 1, 2], [0, 0.25]), (20**0.5, 20), strict=True):
         assert page.is_file()
-        found = record(page.parent)
+        found = record_of(page.parent)
         assert found["title"] == f"Robustness of a on toys in {kind}"
         assert found["configuration"]["level_unit"] == f"{kind} norm of the noise over the toy"
         curve = found["results"]["loss"]["models"]["a"]["attacks"]["ifgsm4"]
@@ -222,22 +217,9 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
     ]
 
 
-class Bounded(Linear):
-    """The same within bounds; all samples are of one group, and the attack can be checked on them."""
-
-    bounds = (0.0, 0.1)
-    groups = staticmethod(lambda id_: "all")
-
-    @property
-    def subjects(self) -> list[Subject]:
-        (subject,) = super().subjects
-        return [replace(subject, subset=lambda number: subject.batches)]
-
-
-def test_options_and_what_the_host_says_reach_the_numbers(tmp_path: Path, undrawn: None) -> None:
-    given = made(attacks=["ifgsm4"], checks=2, seed=5, out=tmp_path / "out")
-    (page,) = evaluate_models(Bounded(tmp_path / "model.ckpt"), given, say=lambda text: None)
-    found = record(page.parent)
+def test_options_and_what_the_host_says_reach_the_numbers(host: Linear, tmp_path: Path) -> None:
+    host.bounds, host.groups = (0.0, 0.1), lambda id_: "all"  # type: ignore[misc]  # bounds are of the class otherwise
+    _, found = report(host, attacks=["ifgsm4"], checks=2, seed=5, out=tmp_path / "out")
     assert found["configuration"]["evaluation"]["seed"] == 5
     assert found["results"]["loss"]["models"]["a"]["attacks"]["ifgsm4"]["values"] == pytest.approx([0, 2, 2])
     assert [path.name for path in (tmp_path / "out" / "a").glob("checks_2_*")]
@@ -249,37 +231,33 @@ def test_options_and_what_the_host_says_reach_the_numbers(tmp_path: Path, undraw
 def test_a_report_of_one_norm_is_where_the_host_has_it(
     tmp_path: Path, undrawn: None, apart: bool, place: str, title: str
 ) -> None:
-    given = made(norm=["inf"], levels=[0, 0.5], attacks=["ifgsm1"], checks=0, out=tmp_path / "out")
-    (page,) = evaluate_models(Linear(tmp_path / "model.ckpt", apart), given, say=lambda text: None)
+    host = Linear(tmp_path / "model.ckpt", apart)
+    page, found = report(host, norm=["inf"], levels=[0, 0.5], out=tmp_path / "out")
     assert page == tmp_path / "out" / place / "report.html"
-    found = record(page.parent)
     assert found["title"] == f"Robustness of {title}"
     assert found["configuration"]["evaluation"]["levels"] == [0, 0.5]
 
 
 def test_another_report_in_the_way_is_told_before_the_first_norm_is_measured(host: Linear, tmp_path: Path) -> None:
-    quiet: Any = lambda text: None  # noqa: E731
     out = tmp_path / "out"
-    evaluate_models(host, made(norm=["inf"], attacks=["ifgsm1"], checks=0, out=out / "Linf"), say=quiet)
+    report(host, norm=["inf"], out=out / "Linf")
     host.loaded = 0
     host.settings = {"kind": "another"}
     both = {"norm": [2, "inf"], "attacks": ["ifgsm1"], "checks": 0, "out": out}
     with pytest.raises(FileExistsError, match=r"Linf already holds .*it differs in settings"):
-        evaluate_models(host, made(**both), say=quiet)
+        evaluate_models(host, made(**both), say=lambda text: None)
     assert host.loaded == 0
     assert not (out / "L2").exists()
-    evaluate_models(host, made(**both, overwrite=True), say=quiet)
-    assert record(out / "Linf")["configuration"]["settings"] == {"kind": "another"}
+    evaluate_models(host, made(**both, overwrite=True), say=lambda text: None)
+    assert record_of(out / "Linf")["configuration"]["settings"] == {"kind": "another"}
 
 
-def test_attacks_are_read_before_models_are_loaded(tmp_path: Path) -> None:
-    class Unloadable(Linear):
-        @property
-        def subjects(self) -> list[Subject]:
-            raise AssertionError("loaded")
-
+def test_attacks_are_read_before_models_are_loaded(
+    host: Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "subjects", property(lambda self: pytest.fail("loaded")))
     with pytest.raises(ValueError, match="unknown attack 'pgd'"):
-        evaluate_models(Unloadable(tmp_path / "model.ckpt"), made(attacks=["pgd"], out=tmp_path / "out"))
+        report(host, attacks=["pgd"], out=tmp_path / "out")
 
 
 # Thresholds

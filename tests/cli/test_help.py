@@ -1,4 +1,4 @@
-"""Help is answered at once: nothing heavy is imported for it, and it names every option."""
+"""Help is answered at once: nothing heavy is imported for it, by our packages neither, and it names every option."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +17,97 @@ from advmed.cli.options import EVALUATE, THRESHOLDS
 HEAVY = ("torch", "numpy", "matplotlib", "lightning", "timm", "ultralytics", "nnunetv2", "optuna")
 CODE = """
 import contextlib, importlib, io, json, sys
-module, *words = sys.argv[1:]
-out = io.StringIO()
-status = 0
-with contextlib.redirect_stdout(out):
-    try:
-        status = importlib.import_module(module).main(words)
-    except SystemExit as end:  # argparse ends the process
-        status = end.code
-print(json.dumps({"status": status, "out": out.getvalue(), "modules": list(sys.modules)}))
+answers = []
+for module, *words in json.loads(sys.argv[1]):
+    out, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(out):
+        try:
+            status = importlib.import_module(module).main(words)
+        except SystemExit as end:  # argparse ends the process
+            status = end.code
+    answers.append({"status": status, "out": out.getvalue(), "modules": list(sys.modules)})
+print(json.dumps(answers))
 """
 HOSTS = ("adv_nnunet", "adv_yolo", "adv_classify", "adv_landmark")
 LIGHTNING = ("adv_classify", "adv_landmark")
 CALLS = [
-    *(("advmed.cli.main", words) for words in (["--help"], ["compare", "--help"], ["search", "-h"])),
-    *((f"{host}.cli", words) for host in HOSTS for words in (["--help"], ["evaluate", "--help"], ["thresholds", "-h"])),
-    ("adv_nnunet.cli", ["settings", "--help"]),
-    ("adv_yolo.cli", []),
-    ("adv_yolo.cli", ["help"]),
-    ("adv_yolo.cli", ["evaluate", "help"]),
-    *((f"{host}.cli", [name, "--help"]) for host in LIGHTNING for name in ("fit", "validate", "test", "predict")),
+    *(("advmed.cli.main", *words) for words in (["--help"], ["compare", "--help"], ["search", "-h"])),
+    *(
+        (f"{host}.cli", *words)
+        for host in HOSTS
+        for words in (["--help"], ["evaluate", "--help"], ["thresholds", "-h"])
+    ),
+    ("adv_nnunet.cli", "settings", "--help"),
+    ("adv_yolo.cli",),
+    ("adv_yolo.cli", "help"),
+    ("adv_yolo.cli", "evaluate", "help"),
+    *((f"{host}.cli", name, "--help") for host in LIGHTNING for name in ("fit", "validate", "test", "predict")),
 ]
 
 
-def helped(module: str, words: list[str], folder: Path) -> Mapping[str, Any]:
-    """What a command answers in a process of its own, and what it has imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, module, *words], capture_output=True, text=True, cwd=folder, timeout=120
-    )
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, ...], Mapping[str, Any]]:
+    """What the commands answer, one after the other in a process of their own, and what is imported by then."""
+    words = [sys.executable, "-c", CODE, json.dumps(CALLS)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path_factory.mktemp("help"), timeout=120)
     assert done.returncode == 0, done.stderr
     assert "LightningCLI's args" not in done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return dict(zip(CALLS, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize(("module", "words"), CALLS, ids=lambda value: value if isinstance(value, str) else None)
-def test_help_imports_nothing_heavy(module: str, words: list[str], tmp_path: Path) -> None:
-    found = helped(module, words, tmp_path)
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_help_imports_nothing_heavy(call: tuple[str, ...], answers: Any) -> None:
+    found = answers[call]
     assert found["status"] == 0
     assert [name for name in HEAVY if name in found["modules"]] == []
-    assert "--debug" in found["out"] or module == "adv_yolo.cli"
+    assert "--debug" in found["out"] or call[0] == "adv_yolo.cli"
     assert "usage" in found["out"] or "yolo" in found["out"]
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("command", "table"), [("evaluate", EVALUATE), ("thresholds", THRESHOLDS)])
-def test_every_option_is_in_every_hosts_help(host: str, command: str, table: Any, tmp_path: Path) -> None:
-    text = helped(f"{host}.cli", [command, "--help"], tmp_path)["out"]
+@pytest.mark.parametrize(("words", "table"), [(("evaluate", "--help"), EVALUATE), (("thresholds", "-h"), THRESHOLDS)])
+def test_every_option_is_in_every_hosts_help(host: str, words: tuple[str, ...], table: Any, answers: Any) -> None:
+    text = answers[f"{host}.cli", *words]["out"]
     plain = " ".join(text.split())
     for option in table:
         assert (f"{option.name}=..." if host == "adv_yolo" else f"--{option.name}") in text
         assert option.help in plain
 
 
-def test_the_options_of_one_host_are_in_its_help(tmp_path: Path) -> None:
-    for host, option in (("adv_classify", "--gradcam"), ("adv_landmark", "--radii"), ("adv_nnunet", "-step_size")):
-        assert option in helped(f"{host}.cli", ["evaluate", "--help"], tmp_path)["out"]
-    assert "single_cls" in helped("adv_yolo.cli", ["evaluate", "--help"], tmp_path)["out"]
+def test_the_options_of_one_host_are_in_its_help(answers: Any) -> None:
+    own = {"adv_classify": "--gradcam", "adv_landmark": "--radii", "adv_nnunet": "-step_size", "adv_yolo": "single_cls"}
+    for host, option in own.items():
+        assert option in answers[f"{host}.cli", "evaluate", "--help"]["out"]
 
 
 @pytest.mark.parametrize("host", LIGHTNING)
-def test_a_short_help_says_where_the_rest_is(host: str, tmp_path: Path) -> None:
-    name = host.replace("_", "-")
-    text = helped(f"{host}.cli", ["fit", "--help"], tmp_path)["out"]
+def test_a_short_help_says_where_the_rest_is(host: str, answers: Any) -> None:
+    text = answers[f"{host}.cli", "fit", "--help"]["out"]
     page = f"docs/{host.removeprefix('adv_')}.md"
     for part in ("--config", "--data", "--ckpt_path", "--model.network", "--model.method", "--trainer", "--help-all"):
         assert part in text
     assert page in text
     assert (Path(__file__).parents[2] / page).is_file()
-    assert text.count(f"\n  {name} fit ") == 2, "two examples"
+    assert text.count(f"\n  {host.replace('_', '-')} fit ") == 2, "two examples"
 
 
-def test_yolos_help_has_the_arguments_of_training_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    from adv_yolo.cli import main
+def test_yolos_help_has_the_arguments_of_training_with_their_defaults(answers: Any) -> None:
     from adv_yolo.settings import Settings, arguments_of
 
-    assert main(["help"]) == 0
-    text = capsys.readouterr().out
+    text = answers["adv_yolo.cli", "help"]["out"]
     listed = text[text.index("thresholds=std_best.pt") : text.index("2. Thresholds")].split("\n", 1)[1]
     wanted = [f"{name}={'null' if value is None else value}" for name, value in arguments_of(Settings()).items()]
     assert " ".join(listed.split()) == " ".join(wanted)
 
 
 @pytest.mark.slow
-def test_help_all_is_lightnings(tmp_path: Path) -> None:
-    text = helped("adv_classify.cli", ["fit", "--help-all"], tmp_path)["out"]
+def test_help_all_is_lightnings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from adv_classify.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["adv-classify", "fit", "--help-all"])
+    with suppress(SystemExit):
+        assert main() == 0
+    out, error = capsys.readouterr()
+    assert "LightningCLI's args" not in error
     for option in ("--trainer.max_epochs", "--model.method.delta", "--checkpoint.monitor", "--data.help"):
-        assert option in text
+        assert option in out

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,11 @@ from advmed.attacks.names import parse_attacks
 from advmed.distributed import Processes, device_of_rank
 from advmed.evaluation.loop import evaluate
 from helpers import shared_evaluation
-from helpers.evaluations import leave_out_curves
+from helpers.evaluations import leave_out_curves, record_of
+from helpers.hosts import side_by_side
 
 SCRIPT = Path(shared_evaluation.__file__)
-WORLD = 2
-
-needs_gloo = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
+ATTACKS = parse_attacks(["pgd2"])
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +39,8 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(advmed.__file__).parents[1]), str(SCRIPT.parents[1])]),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        logs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    ours = os.pathsep.join([str(Path(advmed.__file__).parents[1]), str(SCRIPT.parents[1])])
+    return side_by_side(SCRIPT, folder, PYTHONPATH=ours, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +64,7 @@ def assert_same_report(folder: Path) -> None:
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
     for name in ("results.csv", "samples.csv", "table.csv"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-    records = [without_time(json.loads((path / "report.json").read_text())) for path in (ours, theirs)]
+    records = [without_time(record_of(path)) for path in (ours, theirs)]
     assert records[0] == records[1]
     with np.load(ours / "draws.npz") as left, np.load(theirs / "draws.npz") as right:
         assert left.files == right.files == ["share", "loss"]
@@ -108,7 +80,6 @@ def assert_same_report(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@needs_gloo
 def test_the_work_is_shared_and_the_report_is_that_of_one_process(
     folder: Path, ranks: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
@@ -130,44 +101,31 @@ def test_the_work_is_shared_and_the_report_is_that_of_one_process(
 
 
 @pytest.mark.slow
-@needs_gloo
 def test_a_damaged_part_is_measured_again_by_its_owner_and_said_by_all(ranks: list[dict[str, Any]]) -> None:
     """Two parts were damaged and one taken away between the turns; the files of the report are those of before."""
     assert ranks[0]["mended"]["loaded"] == ["other 2"]
     assert ranks[1]["mended"]["loaded"] == ["one 1", "other 3"]
     for found in ranks:
-        first, second = found["mended"]["warned"]
-        assert "batch_00001.npz is damaged" in first
-        assert "batch_00002.npz is damaged" in second
-        assert first.endswith("its batch is measured again")
+        for number, said in zip((1, 2), found["mended"]["warned"], strict=True):
+            assert f"batch_0000{number}.npz is damaged" in said
+            assert said.endswith("its batch is measured again")
 
 
-def test_several_processes_need_a_folder(folder: Path) -> None:
-    batches = shared_evaluation.subject(folder, "one", []).batches
-    with pytest.raises(ValueError, match="several processes need a folder"):
-        evaluate(batches, parse_attacks(["pgd2"]), (0, 1), processes=Processes(0, 2))
-
-
-def test_processes_that_do_not_share_a_folder_are_told(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Processes, "wait", lambda self: None)  # the other one is done, elsewhere
-    batches = shared_evaluation.subject(folder, "one", []).batches
-    with pytest.raises(RuntimeError, match=r"batch_00001\.npz, .* is not there: do they share the folder\?"):
-        evaluate(batches, parse_attacks(["pgd2"]), (0, 1), folder=tmp_path, fingerprint="x", processes=Processes(0, 2))
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"batch_0000{n}.npz" for n in (0, 2, 4)]
-
-
-def test_more_processes_than_batches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has nothing to do reads what the others have."""
-    monkeypatch.setattr(Processes, "wait", lambda self: None)
+def test_one_of_several_processes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a folder that all share; one that has nothing to do reads what the others have."""
+    monkeypatch.setattr(Processes, "wait", lambda self: None)  # the others are done, elsewhere
     loaded: list[str] = []
     batches = shared_evaluation.subject(folder, "one", loaded).batches
     how: dict[str, Any] = {"folder": tmp_path, "fingerprint": "x"}
-    alone = evaluate(batches, parse_attacks(["pgd2"]), (0, 1), **how)
-    loaded.clear()
-    idle = evaluate(batches, parse_attacks(["pgd2"]), (0, 1), **how, processes=Processes(7, 8))
-    assert loaded == []
+    with pytest.raises(ValueError, match="several processes need a folder"):
+        evaluate(batches, ATTACKS, (0, 1), processes=Processes(0, 2))
+    with pytest.raises(RuntimeError, match=r"batch_00001\.npz, .* is not there: do they share the folder\?"):
+        evaluate(batches, ATTACKS, (0, 1), **how, processes=Processes(0, 2))
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"batch_0000{n}.npz" for n in (0, 2, 4)]
+    alone = evaluate(batches, ATTACKS, (0, 1), **how)
+    assert loaded == [f"one {n}" for n in (0, 2, 4, 1, 3)]
+    idle = evaluate(batches, ATTACKS, (0, 1), **how, processes=Processes(7, 8))
+    assert len(loaded) == 5
     np.testing.assert_array_equal(idle.at("pgd2", 1).loss, alone.at("pgd2", 1).loss)
 
 

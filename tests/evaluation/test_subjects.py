@@ -19,8 +19,9 @@ from advmed.attacks.names import parse_attacks
 from advmed.cli.evaluate import compare
 from advmed.evaluation.checks import QUESTIONS, probes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
-from advmed.evaluation.subjects import Entry, Subject, with_control
-from advmed.report import Example, Metric, View, format_table, tabulate
+from advmed.evaluation.subjects import Subject, with_control
+from advmed.report import Example, Metric, View
+from helpers.evaluations import record_of
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -73,7 +74,7 @@ class Drawn:
 
 
 def run(folder: Path, subjects: Sequence[Subject], **changes: Any) -> tuple[Path, list[str]]:
-    """A comparison; the path of the page, and what was said."""
+    """A comparison; the path of the page, and what was said. A change to ``...`` leaves what it is by default."""
     said: list[str] = []
     given: dict[str, Any] = {
         "examples": Drawn(),
@@ -87,7 +88,7 @@ def run(folder: Path, subjects: Sequence[Subject], **changes: Any) -> tuple[Path
         "metrics": [ERROR, SHARE],
         **changes,
     }
-    page = compare(folder, subjects, **given)
+    page = compare(folder, subjects, **{name: value for name, value in given.items() if value is not ...})
     return page, said
 
 
@@ -97,27 +98,33 @@ def parts(folder: Path, name: str) -> list[Mapping[str, Any]]:
 
 
 def test_all_models_are_in_one_report(tmp_path: Path, subject: Any, loads: list[str]) -> None:
-    margins = np.array([0.5, 1.5])
-    models = [subject("steep", 3.0), subject("flat", 0.5, margins)]
-    page, said = run(tmp_path / "own", models, settings={"data": "x"})
+    models = [subject("steep", 3.0, np.array([2.5])), subject("flat", 0.5, np.array([0.5, 1.5])), subject("bare")]
+    page, said = run(tmp_path / "own", models, settings={"data": "x"}, fingerprint={"split": "val", "kept": Path("a")})
+    names = [model.name for model in models]
     assert page == tmp_path / "own" / "report.html"
-    assert loads == ["steep", "steep", "flat", "flat"]
-    record = json.loads((tmp_path / "own" / "report.json").read_text())
+    assert loads == ["steep", "steep", "flat", "flat", "bare", "bare"]
+    record = record_of(tmp_path / "own")
     assert list(record["results"]) == ["error", "share"]
-    assert list(record["results"]["error"]["models"]) == ["steep", "flat"]
+    assert list(record["results"]["error"]["models"]) == names
     assert record["title"] == "Two models"
     assert record["configuration"]["level_unit"] == "L2 norm of the noise"
     assert record["configuration"]["settings"] == {"data": "x"}
-    assert record["margins"]["flat"]["n"] == 2
-    assert list(record["margins"]) == ["flat"]
-    for model in ("steep", "flat"):
+    margins = {name: (told["n"], told["quantiles"]["0.5"]) for name, told in record["margins"].items()}
+    assert margins == {"steep": (1, 2.5), "flat": (2, 1.0)}
+    for model, weights in zip(names, ("3.0", "0.5", "1.0"), strict=True):
         curve = record["results"]["error"]["models"][model]["attacks"]["ifgsm2"]
         assert curve["levels"] == [0, 0.5, 2]
         assert curve["values"] == sorted(curve["values"])
-        assert len(parts(tmp_path / "own", model)) == 2
         # Noise is added as a control.
         access = {name: told["access"] for name, told in record["attacks"][model].items()}
         assert access == {"pgd3": "white box", "ifgsm2": "white box", "gaussian": "none"}
+        # Numbers are of the file of the model.
+        checkpoint = {"checkpoint": hashlib.sha256(weights.encode()).hexdigest()}
+        configurations = parts(tmp_path / "own", model)
+        assert len(configurations) == 2
+        for configuration in configurations:
+            assert json.loads(configuration["fingerprint"]) == checkpoint | {"split": "val", "kept": "a"}
+            assert configuration["bounds"] == [-1.0, 1.0]
     assert "gaussian noise (control)" in page.read_text()
     assert "gaussian" in said[0]
 
@@ -129,7 +136,7 @@ def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, sub
     for bounds, limit in (((-1.0, 1.0), 20.0), (None, np.inf), ((-1.0, 0.3), 6.0)):
         folder = tmp_path / f"{limit}"
         run(folder, [model], bounds=bounds, levels=(0, 0.5, 30), attacks=parse_attacks(["ifgsm10"]))
-        record = json.loads((folder / "report.json").read_text())
+        record = record_of(folder)
         found = record["results"]["error"]["models"]["steep"]["attacks"]["ifgsm10"]["values"]
         for level, value in zip((0, 0.5, 30), found, strict=True):
             worst = (sums + level * 20**0.5).clamp_max(limit) if level else sums
@@ -141,7 +148,8 @@ def test_the_closed_form_of_a_linear_model_within_its_bounds(tmp_path: Path, sub
 def test_the_tables_are_said_and_then_the_page(
     tmp_path: Path, subject: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, said = run(tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5)])
+    models = [subject("steep", 3.0), subject("flat", 0.5)]
+    page, said = run(tmp_path / "own", models)
     assert len(said) == 3
     assert all(text.startswith("\n") for text in said)
     assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
@@ -149,31 +157,18 @@ def test_the_tables_are_said_and_then_the_page(
         lines = text.strip("\n").splitlines()
         assert lines[0].split() == ["pgd3", "ifgsm2", "gaussian"]
         assert lines[1].startswith(metric.label)
-        assert [line.split()[0] for line in lines[3:]] == ["steep", "flat"]
+        results = record_of(tmp_path / "own")["results"][metric.name]["models"]
+        for line, (name, found) in zip(lines[3:], results.items(), strict=True):
+            numbers = [found["clean"]]
+            for curve in found["attacks"].values():
+                numbers += [*curve["values"][1:], curve["attacked_mean"], curve["auc_robust"]]
+            own_name, *shown = line.replace("*", " ").split()
+            assert own_name == name
+            digits = [len(word.partition(".")[2]) for word in shown]
+            assert shown == [f"{number:.{count}f}" for number, count in zip(numbers, digits, strict=True)]
     capsys.readouterr()
-    compare(
-        tmp_path / "own", [subject("steep", 3.0), subject("flat", 0.5)], ATTACKS, LEVELS, [ERROR, SHARE],
-        examples=Drawn(), fingerprint={"split": "val"}, bounds=(-1.0, 1.0), title="Two models",
-        level_unit="L2 norm of the noise",
-    )  # fmt: skip
+    run(tmp_path / "own", models, say=...)
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)  # printed where nobody says how
-
-
-def test_what_is_said_is_what_is_written(tmp_path: Path, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's margins and numbers stay together with its name."""
-    entries: list[Entry] = []
-    import advmed.cli.evaluate as here
-
-    original = here.write_report
-
-    def noted(folder: Path, given: Sequence[Entry], *rest: Any, **more: Any) -> Path:
-        entries.extend(given)
-        return original(folder, given, *rest, **more)
-
-    monkeypatch.setattr(here, "write_report", noted)
-    _, said = run(tmp_path / "own", [subject("steep", 3.0, np.array([1.0])), subject("flat", 0.5, np.array([2.0]))])
-    assert [(e.name, float(e.margins[0])) for e in entries if e.margins is not None] == [("steep", 1), ("flat", 2)]
-    assert said[:2] == [f"\n{format_table(table)}" for table in tabulate(entries, [ERROR, SHARE])]
 
 
 def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_path: Path, subject: Any) -> None:
@@ -193,17 +188,8 @@ RIGHT = Metric(
 
 
 def checked(model: Subject) -> Subject:
-    """With batches for the checks: of the first samples, in one batch."""
-    whole = model.batches[0]
-
-    def subset(number: int) -> list[EvaluationBatch]:
-        def load() -> LoadedBatch:
-            loaded = whole.load()
-            return LoadedBatch(loaded.images[:number], loaded.objective, loaded.score)
-
-        return [EvaluationBatch(list(whole.ids)[:number], load)]
-
-    return replace(model, subset=subset)
+    """With batches for the checks: the first ones."""
+    return replace(model, subset=lambda number: model.batches[: number // 2])
 
 
 def test_a_control_that_was_asked_for_is_the_only_one() -> None:
@@ -219,7 +205,7 @@ def test_the_attack_is_checked_and_the_verdict_said(tmp_path: Path, subject: Any
     models = [checked(subject("steep", 3.0)), checked(subject("flat", 0.5))]
     page, said = run(tmp_path / "own", models, checks=2, metrics=[ERROR, RIGHT])
     assert loads == ["steep"] * 3 + ["flat"] * 3
-    record = json.loads((page.parent / "report.json").read_text())
+    record = record_of(page.parent)
     for model in ("steep", "flat"):
         assert [one["name"] for one in record["checks"][model]] == list(QUESTIONS)
         assert record["checks"][model][1]["finding"].startswith("right goes from ")  # the metric that knows failures
@@ -267,7 +253,7 @@ def test_pictures_are_of_samples_that_fail_first_and_last(tmp_path: Path, subjec
 
 def test_groups_are_drawn_whole(tmp_path: Path, subject: Any) -> None:
     page, _ = run(tmp_path / "own", [subject("steep", 3.0)], groups=lambda id_: id_[0])
-    assert json.loads((page.parent / "report.json").read_text())["bootstrap"]["groups"] == 2
+    assert record_of(page.parent)["bootstrap"]["groups"] == 2
     with np.load(page.parent / "draws.npz") as archive:
         assert len(np.unique(archive["error"][:, 0, 0, 0])) <= 3  # two groups: either twice, or both
 
@@ -279,89 +265,56 @@ def test_what_is_finished_is_not_computed_again(tmp_path: Path, subject: Any, lo
     _, second = run(tmp_path / "own", models)
     assert len(loads) == 4
     assert first == second
-    cut = replace(models[1], batches=[*models[1].batches[:1], EvaluationBatch(["1a", "1b"], lambda: 1 / 0)])  # type: ignore[arg-type]  # never called
-    with pytest.raises(ZeroDivisionError):
-        run(tmp_path / "cut", [models[0], cut])
-    assert loads[4:] == ["steep", "steep", "flat"]
-    _, third = run(tmp_path / "cut", models)
-    assert loads[7:] == ["flat"]
-    assert [text.replace("cut", "own") for text in third] == first
 
 
-def test_numbers_are_of_the_file_of_the_model(tmp_path: Path, subject: Any) -> None:
-    run(tmp_path / "own", [subject("steep", 3.0)], fingerprint={"split": "val", "kept": Path("a")})
-    for configuration in parts(tmp_path / "own", "steep"):
-        assert json.loads(configuration["fingerprint"]) == {
-            "checkpoint": hashlib.sha256(b"3.0").hexdigest(),
-            "split": "val",
-            "kept": "a",
-        }
-        assert configuration["bounds"] == [-1.0, 1.0]
-
-
-@pytest.mark.parametrize("change", ["checkpoint", "split", "seed", "levels", "attacks", "bounds"])
-def test_numbers_of_another_evaluation_are_refused_unless_they_may_go(
-    tmp_path: Path, subject: Any, loads: list[str], change: str
-) -> None:
-    run(tmp_path / "own", [subject("steep", 3.0)])
-    before = {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
-    model = subject("steep", 2.0 if change == "checkpoint" else 3.0)  # another file of the same name
-    changes = {
-        "checkpoint": {},
-        "split": {"fingerprint": {"split": "test"}},
-        "seed": {"seed": 1},
-        "levels": {"levels": (0, 1)},
-        "attacks": {"attacks": parse_attacks(["pgd3", "ifgsm3"])},
-        "bounds": {"bounds": None},
-    }[change]
-    what = {"checkpoint": "fingerprint", "split": "fingerprint"}.get(change, change)
-    loads.clear()
-    with pytest.raises(ValueError, match=f"was measured with another configuration: {what}"):
-        run(tmp_path / "own", [model], **changes)
-    assert loads == []
-    assert {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()} == before
-    run(tmp_path / "own", [model], overwrite=True, **changes)
-    assert loads == ["steep", "steep"]
-    assert (tmp_path / "own" / "report.json").read_bytes() != before[tmp_path / "own" / "report.json"]
-
-
-def test_another_report_of_the_same_numbers_is_refused_unless_it_may_go(
-    tmp_path: Path, subject: Any, loads: list[str]
-) -> None:
-    run(tmp_path / "own", [subject("steep")])
-    with pytest.raises(FileExistsError, match=r"another configuration \(it differs in level_unit\)"):
-        run(tmp_path / "own", [subject("steep")], level_unit="Linf norm of the noise")
-    assert len(loads) == 2
-    page, _ = run(tmp_path / "own", [subject("steep")], level_unit="Linf norm of the noise", overwrite=True)
-    assert "Linf norm of the noise" in page.read_text()
-    assert len(loads) == 4
+MEASURED, REPORTED = (ValueError, "was measured with another configuration: "), (FileExistsError, "it differs in .*")
+BOTH = {"flat": 1.0, "steep": 3.0}
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
-    [({"level_unit": "Linf norm"}, "level_unit"), ({"settings": {"data": "y"}}, "settings"), ({}, "models")],
+    "case",
+    [
+        ({"steep": 2.0}, {}, MEASURED, "fingerprint"),  # another file of the same name
+        ({"steep": 3.0}, {"fingerprint": {"split": "test"}}, MEASURED, "fingerprint"),
+        ({"steep": 3.0}, {"seed": 1}, MEASURED, "seed"),
+        ({"steep": 3.0}, {"levels": (0, 1)}, MEASURED, "levels"),
+        ({"steep": 3.0}, {"attacks": parse_attacks(["pgd3", "ifgsm3"])}, MEASURED, "attacks"),
+        ({"steep": 3.0}, {"bounds": None}, MEASURED, "bounds"),
+        ({"steep": 3.0}, {"level_unit": "Linf norm"}, REPORTED, r"level_unit\)"),
+        (BOTH, {"level_unit": "Linf norm"}, REPORTED, "level_unit"),
+        (BOTH, {"settings": {"data": "y"}}, REPORTED, "settings"),
+        (BOTH, {}, REPORTED, "models"),
+    ],
 )
-def test_another_report_is_refused_before_another_model_is_measured(
-    tmp_path: Path, subject: Any, loads: list[str], changes: dict[str, Any], what: str
+def test_another_evaluation_or_report_is_refused_before_it_is_measured_unless_the_old_one_may_go(
+    tmp_path: Path, subject: Any, loads: list[str], case: tuple[Any, ...]
 ) -> None:
-    run(tmp_path / "own", [subject("steep")])
+    models, changes, (error, message), what = case
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
+
+    run(tmp_path / "own", [subject("steep", 3.0)])
+    before = files()
+    others = [subject(*model) for model in models.items()]
     loads.clear()
-    with pytest.raises(FileExistsError, match=f"it differs in .*{what}"):
-        run(tmp_path / "own", [subject("flat"), subject("steep")], **changes)
+    with pytest.raises(error, match=message + what):
+        run(tmp_path / "own", others, **changes)
     assert loads == []
+    assert files() == before
+    page, _ = run(tmp_path / "own", others, overwrite=True, **changes)
+    assert loads == [name for name in models for _ in range(2)]
+    assert files()[page.with_name("report.json")] != before[page.with_name("report.json")]
 
 
-def test_models_need_names_of_their_own(tmp_path: Path, subject: Any, loads: list[str]) -> None:
-    for models in ([subject("steep"), subject("steep")], []):
-        with pytest.raises(ValueError, match="a report needs one or more models of different names"):
-            run(tmp_path / "own", models)
-    assert loads == []
-    assert not (tmp_path / "own").exists()
-
-
-def test_models_on_other_samples_are_not_compared(tmp_path: Path, subject: Any, loads: list[str]) -> None:
+def test_models_need_names_of_their_own_and_the_same_samples(tmp_path: Path, subject: Any, loads: list[str]) -> None:
     steep, flat = subject("steep"), subject("flat")
-    with pytest.raises(ValueError, match="flat and steep cannot be compared: their samples differ"):
-        run(tmp_path / "own", [steep, replace(flat, batches=flat.batches[1:])])
+    for models, message in (
+        ([steep, steep], "a report needs one or more models of different names"),
+        ([], "a report needs one or more models of different names"),
+        ([steep, replace(flat, batches=flat.batches[1:])], "flat and steep cannot be compared: their samples differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "own", models)
     assert loads == []
     assert not (tmp_path / "own").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from advmed.attacks import Attack
 from advmed.attacks.names import parse_attacks
 from advmed.evaluation.loop import Condition, Evaluation, describe
+from advmed.evaluation.metric import Metric
 from advmed.report import figures
 
 CURVES = ("curves", "curve", "failure_curves", "margin_histogram")
@@ -55,6 +58,23 @@ def by_hand(
     configuration = describe(attacks, steps, **how)
     names = tuple("abcdefghijklmnopqrstuvwxyz"[: first.shape[1]] if ids is None else ids)
     return Evaluation(configuration, attacks, steps, names, condition(first[0], 0.0), attacked)
+
+
+def mean_of(score: str, name: str = "", higher_is_better: bool = True, **changes: Any) -> Metric:
+    """A metric that is the mean of a score, over the samples that have one."""
+    return Metric(
+        name or score,
+        lambda s: float(np.nanmean(s[score])),
+        higher_is_better,
+        per_sample=lambda s: np.asarray(s[score]),
+        **changes,
+    )
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """report.json."""
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
 
 
 def leave_out_curves(patch: pytest.MonkeyPatch) -> None:

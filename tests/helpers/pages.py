@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 import yaml
 
 from helpers.hosts import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TYPED = """
+import json, sys
+from importlib.metadata import entry_points
+
+for sys.argv[:] in json.loads(sys.argv[1]):
+    (script,) = entry_points(group="console_scripts", name=sys.argv[0])
+    assert not script.load()(), sys.argv
+"""
+"""Commands one after the other, in one process that imports the host once."""
 
 
 def block(text: str, language: str, part: str) -> str:
@@ -22,13 +36,18 @@ def block(text: str, language: str, part: str) -> str:
 
 
 def run(folder: Path, *words: object) -> str:
-    """Runs a command that must succeed, an installed one by its name; returns what it prints."""
-    given = [str(word) for word in words]
-    given[0] = str(Path(sys.executable).parent / given[0])
+    """Runs a command that must succeed; returns what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(given, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, cwd=folder, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def python(folder: Path, code: str, *flags: str) -> str:
+    """What code prints in an interpreter of its own."""
+    return run(folder, sys.executable, *flags, "-c", code).strip()
 
 
 def type_commands(folder: Path, page: str, name: str, network: Sequence[str], samples: int) -> None:
@@ -44,8 +63,7 @@ def type_commands(folder: Path, page: str, name: str, network: Sequence[str], sa
         "predict": [*short, "--trainer.limit_predict_batches", "2"],
         "evaluate": few,
     }
-    for words in documented:
-        run(folder, *words, *more[words[1]])
+    run(folder, sys.executable, "-c", TYPED, json.dumps([[*words, *more[words[1]]] for words in documented]))
     assert list(folder.rglob("predictions.csv"))
     readme = [words for words in commands(README, name) if words[1] != "predict"]
     assert readme == documented[:3]
@@ -57,16 +75,18 @@ def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: st
         assert old in code
         code = code.replace(old, new)
     hidden = "import sys\nfor name in ('adv_classify', 'adv_landmark', 'advmed'):\n    sys.modules[name] = None\n"
-    return run(folder, sys.executable, "-c", hidden + code + end)
+    return python(folder, hidden + code + end)
 
 
 def check_configuration(path: Path, name: str) -> dict[str, object]:
     """An example configuration is read by the command itself as it is written; returns what is made of it."""
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
-    shown: dict[str, dict[str, dict[str, object]]] = yaml.safe_load(
-        run(ROOT, name, "fit", "--config", path, "--print_config")
-    )
+    (script,) = entry_points(group="console_scripts", name=name)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, suppress(SystemExit):
+        patch.setattr(sys, "argv", [name, "fit", "--config", str(path), "--print_config"])
+        script.load()()
+    shown: dict[str, dict[str, dict[str, object]]] = yaml.safe_load(out.getvalue())
     assert shown["model"]["method"]["name"] == wanted["model"]["method"]["name"]
     assert shown["data"]["class_path"] == wanted["data"]["class_path"]
     assert shown["data"]["init_args"].keys() >= wanted["data"]["init_args"].keys()

@@ -16,14 +16,14 @@ from advmed.attacks.names import parse_attacks
 from advmed.cli.evaluate import compare
 from advmed.distributed import Processes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
-from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject
-from helpers.evaluations import leave_out_curves
+from helpers.evaluations import leave_out_curves, mean_of
+from helpers.hosts import listening
 
 ATTACKS = parse_attacks(["pgd3", "ifgsm2"])
 LEVELS = (0, 0.5, 2)
-SHARE = Metric("share", lambda s: float(s["right"].mean()), per_sample=lambda s: s["right"], fails_at=0.5, is_mean=True)
-LOSS = Metric("loss", lambda s: float(s["loss"].mean()), higher_is_better=False, per_sample=lambda s: s["loss"])
+SHARE = mean_of("right", "share", fails_at=0.5, is_mean=True)
+LOSS = mean_of("loss", higher_is_better=False)
 BATCHES = 5
 
 
@@ -55,27 +55,22 @@ def run(folder: Path, report: str) -> dict[str, Any]:
     """A comparison of two models; what this process loaded, said and warned of."""
     loaded: list[str] = []
     said: list[str] = []
-    warned: list[str] = []
-    handler = logging.Handler()
-    # A handler of one line, which mypy takes for a mistake.
-    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]  # a recorder
-    logging.getLogger("advmed.evaluation.loop").addHandler(handler)
-    page = compare(
-        folder / report,
-        [subject(folder, "one", loaded), subject(folder, "other", loaded)],
-        ATTACKS,
-        LEVELS,
-        [SHARE, LOSS],
-        examples=lambda attack, levels, ids: [],
-        fingerprint={},
-        checks=4,
-        bounds=(0.0, 1.0),
-        groups=lambda id_: id_[:1],
-        say=said.append,
-        title="Shared",
-        level_unit="L2 norm of the noise",
-    )
-    logging.getLogger("advmed.evaluation.loop").removeHandler(handler)
+    with listening(logging.getLogger("advmed.evaluation.loop")) as warned:
+        page = compare(
+            folder / report,
+            [subject(folder, "one", loaded), subject(folder, "other", loaded)],
+            ATTACKS,
+            LEVELS,
+            [SHARE, LOSS],
+            examples=lambda attack, levels, ids: [],
+            fingerprint={},
+            checks=4,
+            bounds=(0.0, 1.0),
+            groups=lambda id_: id_[:1],
+            say=said.append,
+            title="Shared",
+            level_unit="L2 norm of the noise",
+        )
     return {"loaded": loaded, "said": said, "warned": warned, "page": str(page), "exists": page.exists()}
 
 
@@ -92,7 +87,7 @@ def main(folder: Path) -> None:
     processes.wait()
     found["mended"] = run(folder, "shared")
     found["team"] = {"rank": processes.rank, "size": processes.size}
-    (folder / f"{processes.rank}.json").write_text(json.dumps(found))
+    (folder / f"rank_{processes.rank}.json").write_text(json.dumps(found))
     processes.wait()
     torch.distributed.destroy_process_group()
 

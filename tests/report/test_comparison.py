@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,20 +18,22 @@ from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.metric import Metric
 from advmed.report import Entry, write_report
 from advmed.report.comparison import Report, compare_reports
-from helpers.evaluations import by_hand
+from helpers.evaluations import by_hand, mean_of, record_of
+from helpers.hosts import table
 
 LEVELS = (0.0, 0.5, 1.0)
 IDS = [f"s{i:02d}" for i in range(24)]
-ACCURACY = Metric(
-    "accuracy", lambda s: float(s["right"].mean()), per_sample=lambda s: s["right"], fails_at=0.5, is_mean=True
-)
+ACCURACY = mean_of("right", "accuracy", fails_at=0.5, is_mean=True)
 DISTANCE = Metric("distance", lambda s: float(s["distance"].mean()), higher_is_better=False, unit="mm")
+
+Evaluated = Callable[..., Path]
+Said = Callable[..., str]
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path) -> Callable[..., Path]:
+def evaluated(tmp_path: Path) -> Evaluated:
     """Makes a report of models by their widths: the k-th point is k / 24 of that away from the plane."""
 
     def make(
@@ -49,23 +50,31 @@ def evaluated(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         parsed = parse_attacks([*attacks, "gaussian"], norm=norm)
 
+        def scores(value: Any) -> dict[str, Any]:
+            return {"right": (value > 0).astype(float), "distance": np.maximum(2 - value, 0)}
+
         def entry(model: str, width: float) -> Entry:
             clean = width * np.array([int(id_[1:]) + 1 for id_ in ids]) / len(IDS)
             curves = {attack: [clean - level * (attack != "gaussian") for level in levels] for attack in parsed}
-            made = by_hand(
-                curves,
-                levels,
-                attacks=parsed,
-                scores=lambda v: {"right": (v > 0).astype(float), "distance": np.maximum(2 - v, 0)},
-                ids=ids,
-                bounds=bounds,
-            )
-            return Entry(model, made)
+            return Entry(model, by_hand(curves, levels, attacks=parsed, scores=scores, ids=ids, bounds=bounds))
 
         entries = [entry(*model) for model in models.items()]
         return write_report(tmp_path / name, entries, metrics, title=name, level_unit=level_unit).parent
 
     return make
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    """Compares, and returns what was said: on stdout, or the one message of a mistake."""
+
+    def run(*words: object, status: int = 0) -> str:
+        assert main(["compare", *map(str, words)]) == status
+        out, error = capsys.readouterr()
+        assert error.count("\n") == status
+        return error if status else out
+
+    return run
 
 
 def section_of(*folders: Path, **how: Any) -> Any:
@@ -74,12 +83,10 @@ def section_of(*folders: Path, **how: Any) -> Any:
     return section
 
 
-def test_numbers_differences_and_files(evaluated: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_numbers_differences_and_files(evaluated: Evaluated, said: Said, tmp_path: Path) -> None:
     first, second = evaluated("one", {"near": 1.0}), evaluated("two", {"far": 3.0})
-    assert main(["compare", str(first), str(second / "report.json"), "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    with (tmp_path / "out" / "compare.csv").open() as file:
-        rows = {(row["model"], row["column"]): row for row in csv.DictReader(file)}
+    text = said(first, second / "report.json", "--out", tmp_path / "out")
+    rows = {(row["model"], row["column"]): row for row in table(tmp_path / "out" / "compare.csv")}
     for model, width in (("near", 1), ("far", 3)):
         # A point is lost at a level if it is nearer to the plane.
         curve = [sum(width * k / 24 > level for k in range(1, 25)) / 24 for level in LEVELS]
@@ -89,20 +96,20 @@ def test_numbers_differences_and_files(evaluated: Callable[..., Path], tmp_path:
     gain = rows["far", "1"]
     assert float(gain["difference"]) == pytest.approx(float(gain["value"]) - float(rows["near", "1"]["value"]))
     assert float(gain["difference_low"]) > 0
-    assert "Differences from near, paired by sample" in said
-    assert f"**{float(gain['difference']):+.4g}" in said
+    assert "Differences from near, paired by sample" in text
+    assert f"**{float(gain['difference']):+.4g}" in text
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert record["format"] == "advmed.comparison/1"
     assert len(record["rows"]) == len(rows)
-    assert (tmp_path / "out" / "compare.md").read_text() in said
+    assert (tmp_path / "out" / "compare.md").read_text() in text
     # Another task becomes a panel of its own.
     third = evaluated("three", {"far": 3.0}, metrics=[DISTANCE])
-    assert main(["compare", str(first), str(third), "--tasks", "--out", str(tmp_path / "tasks")]) == 0
+    said(first, third, "--tasks", "--out", tmp_path / "tasks")
     (height, width, _), (_, double, _) = (imread(tmp_path / name / "compare.png").shape for name in ("out", "tasks"))
     assert 2 * width == pytest.approx(double, abs=2) and width > height
 
 
-def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Callable[..., Path]) -> None:
+def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Evaluated) -> None:
     """Two models that are right about the same samples but for a few: the intervals of each overlap, not that of the
     difference."""
     folder = evaluated("one", {"a": 2.0, "b": 2.6}, levels=(0.0, 1.0))
@@ -111,7 +118,7 @@ def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Callable[..
     gain, (low, high) = section.differences(b, a)
     samples = {
         (row["model"], row["id"]): float(row["accuracy"])
-        for row in csv.DictReader((folder / "samples.csv").open())
+        for row in table(folder / "samples.csv")
         if row["attack"] == "pgd10"
     }
     change = np.array([samples["b", id_] - samples["a", id_] for id_ in IDS])
@@ -125,22 +132,18 @@ def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Callable[..
     assert high[1] - low[1] < mine[1] - mine[0]
 
 
-def test_other_samples_have_no_differences(evaluated: Callable[..., Path], capsys: Any) -> None:
-    first, second = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, ids=IDS[:20])
-    assert main(["compare", str(first), str(second)]) == 0
-    said = capsys.readouterr().out
-    assert "Differences" not in said
-    assert "Of other samples than a, hence without differences: b." in said
+def test_other_samples_have_no_differences(evaluated: Evaluated, said: Said) -> None:
+    text = said(evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, ids=IDS[:20]))
+    assert "Differences" not in text
+    assert "Of other samples than a, hence without differences: b." in text
 
 
-def test_the_same_name_twice_is_told_apart_by_folder(evaluated: Callable[..., Path]) -> None:
-    section = section_of(*(evaluated(name, {"AMAT": width}) for name, width in (("one", 1.0), ("two", 3.0))))
-    assert [row.model for row in section.rows] == ["one: AMAT", "two: AMAT"]
-
-
-def test_lower_is_better_shares_one_scale(evaluated: Callable[..., Path]) -> None:
-    folders = [evaluated(name, {name: width}) for name, width in (("one", 1.0), ("two", 3.0))]
+def test_lower_is_better_shares_one_scale_and_the_same_name_twice_is_told_apart_by_folder(
+    evaluated: Evaluated,
+) -> None:
+    folders = [evaluated(name, {"AMAT": width}) for name, width in (("one", 1.0), ("two", 3.0))]
     section = section_of(*folders, metric="distance")
+    assert [row.model for row in section.rows] == ["one: AMAT", "two: AMAT"]
     largest = max(row.curve.max() for row in section.rows)
     for row in section.rows:
         expected = auc_robust(LEVELS, row.curve, higher_is_better=False, scale=largest)
@@ -148,25 +151,22 @@ def test_lower_is_better_shares_one_scale(evaluated: Callable[..., Path]) -> Non
     assert section.label == "distance (mm)"
 
 
-def test_a_baseline_by_name_and_failed_checks(evaluated: Callable[..., Path], capsys: Any) -> None:
+def test_a_baseline_by_name_and_failed_checks(evaluated: Evaluated, said: Said) -> None:
     folder = evaluated("one", {"a": 1.0, "b": 3.0})
-    assert main(["compare", str(folder), "--baseline", "b"]) == 0
-    said = capsys.readouterr().out
-    assert "Differences from b" in said
-    assert "**-" in said  # a clear loss is marked as a clear gain is
-    assert "do not rely" not in said
-    assert main(["compare", str(folder), "--baseline", "c"]) == 1
-    assert "there is no model 'c'; there are a, b" in capsys.readouterr().err
-    record = json.loads((folder / "report.json").read_text())
+    text = said(folder, "--baseline", "b")
+    assert "Differences from b" in text
+    assert "**-" in text  # a clear loss is marked as a clear gain is
+    assert "do not rely" not in text
+    assert "there is no model 'c'; there are a, b" in said(folder, "--baseline", "c", status=1)
+    record = record_of(folder)
     record["checks"]["b"] = [{"name": "noise", "verdict": "failed"}, {"name": "steps", "verdict": "passed"}]
     (folder / "report.json").write_text(json.dumps(record))
-    assert main(["compare", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "| b ! |" in said
-    assert "do not rely on the robustness of: b (noise)" in said
+    text = said(folder)
+    assert "| b ! |" in text
+    assert "do not rely on the robustness of: b (noise)" in text
 
 
-def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Callable[..., Path]) -> None:
+def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Evaluated) -> None:
     folder = evaluated("one", {"a": 1.0, "b": 3.0})
     (folder / "draws.npz").unlink()
     section = section_of(folder)
@@ -187,18 +187,14 @@ def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Callable[..
     ],
 )
 def test_numbers_that_cannot_stand_in_one_column(
-    changes: dict[str, Any], message: str, evaluated: Callable[..., Path], capsys: Any
+    changes: dict[str, Any], message: str, evaluated: Evaluated, said: Said
 ) -> None:
-    first, second = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, **changes)
-    assert main(["compare", str(first), str(second)]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert main(["compare", str(first), str(second), "--tasks"]) == 0
-    assert capsys.readouterr().out.count("noise level:") == 2
+    reports = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, **changes)
+    assert message in said(*reports, status=1)
+    assert said(*reports, "--tasks").count("noise level:") == 2
 
 
-def test_bad_input(evaluated: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_bad_input(evaluated: Evaluated, said: Said, tmp_path: Path) -> None:
     folder = evaluated("one", {"a": 1.0})
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "old.json").write_text('{"format": "advmed.report/1"}')
@@ -210,8 +206,6 @@ def test_bad_input(evaluated: Callable[..., Path], tmp_path: Path, capsys: Any) 
         ([folder, "--attack", "gaussian"], "has no attack 'gaussian'; it has pgd10, ifgsm5"),
         ([folder, folder / "report.json"], "a report is given twice"),
     ):
-        assert main(["compare", *map(str, words)]) == 1
-        assert message in capsys.readouterr().err
+        assert message in said(*words, status=1)
     (folder / "draws.npz").write_bytes(b"no archive")
-    assert main(["compare", str(folder)]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "is damaged" in said(folder, status=1)

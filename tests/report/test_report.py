@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import csv
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,41 +18,16 @@ from advmed.attacks import PGD
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import seed_of
-from advmed.evaluation.loop import Evaluation
-from advmed.report import Entry, Metric, findings, format_table, tabulate, write_report
+from advmed.report import Entry, Metric, findings, format_table, tabulate
 from advmed.report.figures import ExamplePictures
 from advmed.report.summary import cautions, verdict
-from helpers.evaluations import by_hand
+from helpers.evaluations import record_of
 from helpers.examples import landmarks, segmented
+from helpers.hosts import table as rows_of
+from helpers.reports import AMAT, DICE, IDS, LEVELS, MEAN, STD, UNIT, entries, evaluation, write_whole
+from helpers.reports import write as write_page
 
-LEVELS = (0.0, 5.0, 10.0)
-IDS = ("case_a", "case_b")
-UNIT = "L2 norm of the noise over the whole network input, in units of the normalised intensities"
-# ADI of Heart under PGD and I-FGSM, rounded from Table 1 of the paper, clean first.
-AMAT = {"pgd100": (0.9148, 0.8476, 0.7594), "ifgsm10": (0.9148, 0.8834, 0.8532)}
-STD = {"pgd100": (0.7954, 0.5197, 0.1997), "ifgsm10": (0.7954, 0.6930, 0.6238)}
-NOISE = {"gaussian": (0.9, 0.9, 0.89)}
-MEAN = Metric("ADI", lambda scores: scores["dice"].mean(), per_sample=lambda scores: scores["dice"])
-DICE = replace(MEAN, fails_at=0.5, is_mean=True)
 FORMAT = (Path(__file__).parents[2] / "docs" / "report-format.md").read_text(encoding="utf-8")
-
-
-def evaluation(curves: Mapping[str, tuple[float, ...]], fingerprint: str = "", **changes: Any) -> Evaluation:
-    """An evaluation whose mean score is the curve; the two samples lie 0.01 above and below it."""
-
-    def scores(value: Any) -> dict[str, Any]:
-        return {"dice": value, "tp": np.array([[3, 4], [5, 6]]), "boxes": np.zeros((2, 3, 4))}
-
-    values = {name: np.array(curve)[:, None] + [-0.01, 0.01] for name, curve in curves.items()}
-    made = by_hand(values, LEVELS, scores=scores, loss=[0.5, 0.25], ids=IDS, fingerprint=fingerprint)
-    return replace(made, **changes)
-
-
-def entries() -> list[Entry]:
-    return [
-        Entry("STD", evaluation(STD, "sha-of-std")),
-        Entry("AMAT", evaluation(AMAT, "sha-of-amat"), margins=np.linspace(0, 12, 25)),
-    ]
 
 
 class Page(HTMLParser):
@@ -92,35 +64,14 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def write(folder: Path, models: list[Entry] | None = None, metric: Metric = MEAN, **changes: Any) -> Page:
-    settings: dict[str, Any] = {"title": "Heart", "level_unit": UNIT, **changes}
-    return Page(write_report(folder, models or entries(), [metric], **settings).read_text(encoding="utf-8"))
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+def write(*given: Any, **changes: Any) -> Page:
+    return Page(write_page(*given, **changes).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything in it, drawn once: a control, checks, failures, groups, margins, an example."""
-    folder: Path = tmp_path_factory.mktemp("report")
-    figures = {"gain": 0.0, "share": math.nan}
-    checks = [Check("steps", "Twice the steps do not help.", "passed", "They do not.", figures)]
-    std, amat = entries()
-    models = [
-        replace(std, evaluation=evaluation({**STD, **NOISE}, "sha-of-std"), checks=checks),
-        replace(amat, evaluation=evaluation({**AMAT, **NOISE}, "sha-of-amat"), checks=checks),
-    ]
-    how: dict[str, Any] = {"settings": {"data set": "Task02_Heart", "folder": Path("models")}}
-    write(folder, models, DICE, **how, groups=["1", "2"], examples=[segmented()], class_names={1: "left atrium"})
-    return folder
+    """The report with everything in it, drawn once."""
+    return write_whole(tmp_path_factory.mktemp("report")).parent
 
 
 # The files
@@ -130,7 +81,7 @@ def test_the_record(folder: Path) -> None:
     record = record_of(folder)
     assert record["format"] == "advmed.report/2"
     assert set(record["versions"]) == {"advmed", "python", "torch", "numpy"}
-    assert record["configuration"]["models"] == {"STD": "sha-of-std", "AMAT": "sha-of-amat"}
+    assert record["configuration"]["models"] == {"STD": "sha-of-0", "AMAT": "sha-of-1"}
     assert record["configuration"]["evaluation"]["seed"] == 0
     assert record["checks"]["STD"][0]["figures"] == {"gain": 0.0, "share": None}
     assert record["configuration"]["level_unit"] == UNIT
@@ -151,6 +102,13 @@ def test_the_record(folder: Path) -> None:
             assert found["attacked_mean_interval"] == pytest.approx([mean - 0.01, mean + 0.01])
         assert model["clean_interval"] == pytest.approx([curves["pgd100"][0] - 0.01, curves["pgd100"][0] + 0.01])
     assert (record["results"]["ADI"]["draws"], record["results"]["ADI"]["scale"]) == (1000, 1)
+    with np.load(folder / "draws.npz", allow_pickle=False) as archive:  # there to compare models
+        assert archive.files == ["ADI"]
+        std, amat = np.moveaxis(archive["ADI"][:, :, 0, 2], 1, 0)  # under PGD at the last level
+        assert (archive["ADI"].shape, archive["ADI"].dtype) == ((1000, 2, 3, 3), np.float32)
+    found = record["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2]
+    assert found == pytest.approx(np.percentile(amat, [2.5, 97.5]).tolist())
+    np.testing.assert_allclose(amat - std, 0.7594 - 0.1997, atol=1e-6)
     assert record["bootstrap"] == {"confidence": 0.95, "seed": seed_of(IDS, ["1", "2"]), "groups": 2}
     assert record["verdict"]["trusted"] is True
     assert record["failures"] == {
@@ -176,7 +134,7 @@ def test_the_record(folder: Path) -> None:
 
 
 def test_the_tables(folder: Path) -> None:
-    rows = rows_of(folder, "samples.csv")
+    rows = rows_of(folder / "samples.csv")
     assert list(rows[0]) == [
         *("model", "id", "attack", "level", "norm", "loss", "nonfinite"),
         *("ADI", "dice", "tp[0]", "tp[1]"),
@@ -188,30 +146,19 @@ def test_the_tables(folder: Path) -> None:
     assert (row["norm"], row["loss"], row["nonfinite"], row["tp[0]"], row["tp[1]"]) == ("10", "0.25", "0", "5", "6")
     assert {row["level"] for row in rows if row["attack"] == "clean"} == {"0"}
 
-    std, amat = rows_of(folder, "table.csv")
+    std, amat = rows_of(folder / "table.csv")
     assert (std["model"], amat["model"]) == ("STD", "AMAT")
     assert float(amat["clean"]) == pytest.approx(0.9148)
     assert float(amat["pgd100 10"]) == pytest.approx(0.7594)
     assert float(std["ifgsm10 mean"]) == pytest.approx((0.6930 + 0.6238) / 2)
     assert float(std["pgd100 AUC_robust"]) == pytest.approx(auc_robust(LEVELS, STD["pgd100"]))
 
-    rows = rows_of(folder, "results.csv")  # one number per row
+    rows = rows_of(folder / "results.csv")  # one number per row
     assert len(rows) == 2 * 3 * 3  # models, attacks, levels
     (row,) = [row for row in rows if (row["model"], row["attack"], row["level"]) == ("AMAT", "pgd100", "10")]
     assert (row["metric"], row["access"]) == ("ADI", "attack")
     assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx([0.7594, 0.7494, 0.7694])
     assert {row["access"] for row in rows if row["attack"] == "gaussian"} == {"none"}
-
-
-def test_draws_are_there_to_compare_models(folder: Path) -> None:
-    with np.load(folder / "draws.npz", allow_pickle=False) as archive:
-        draws = archive["ADI"]
-        assert archive.files == ["ADI"]
-    assert draws.shape == (1000, 2, 3, 3)
-    assert draws.dtype == np.float32
-    found = record_of(folder)["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2]
-    assert found == pytest.approx(np.percentile(draws[:, 1, 0, 2], [2.5, 97.5]).tolist())
-    np.testing.assert_allclose(draws[:, 1, 0, 2] - draws[:, 0, 0, 2], 0.7594 - 0.1997, atol=1e-6)
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:
@@ -244,7 +191,7 @@ def test_the_format_is_documented(folder: Path) -> None:
     for name in ("results.csv", "samples.csv", "table.csv"):
         text = FORMAT.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-        columns = list(rows_of(folder, name)[0])
+        columns = list(rows_of(folder / name)[0])
         if name == "samples.csv":  # the others are the host's
             columns = columns[: columns.index("ADI")]
         if name == "table.csv":
@@ -279,7 +226,7 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
     assert page.all("html")[0]["lang"] == "en"
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     for words in (
-        *(UNIT, "left atrium", "level x 0.05", "level x 0.1", "sha-of-amat", "Dice 0.00", "median 6"),
+        *(UNIT, "left atrium", "level x 0.05", "level x 0.1", "sha-of-1", "Dice 0.00", "median 6"),
         *record["findings"],
         f"{record['verdict']['text']} What was checked",
         "A sample fails with ADI below 0.5, under whichever attack succeeds first.",
