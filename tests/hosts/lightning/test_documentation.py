@@ -24,7 +24,7 @@ def test_the_commands_of_the_classifiers_work(tmp_path: Path) -> None:
     page = PAGES["classify"]
     pages.type_commands(tmp_path, page, "adv-classify", ["--model.network.name", "test_resnet"], 20)
     assert {path.parent.name for path in (tmp_path / "report").rglob("report.html")} == {"L2", "Linf"}
-    checkpoint = next((tmp_path / "runs" / "dpaat").rglob("best.ckpt"))
+    checkpoint = next((tmp_path / "runs" / "chest" / "dpaat").rglob("best.ckpt"))
     replaced = {"best.ckpt": str(checkpoint), '"resnet18", num_classes=7': '"test_resnet", num_classes=2, in_chans=1'}
     end = "print(model(torch.rand(2, 1, 28, 28)).shape)"
     pages.run_without_us(tmp_path, pages.block(page, "python", "import timm"), replaced, end)
@@ -39,7 +39,7 @@ def test_the_commands_of_the_landmarks_work(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("overlays/*.png"))
     own = 'smp.Unet("tu-test_resnet", encoder_weights=None, in_channels=1, classes=12, decoder_channels=(16,16,8,8,8))'
     replaced = {
-        "best.ckpt": str(next((tmp_path / "runs" / "amat").rglob("best.ckpt"))),
+        "best.ckpt": str(next((tmp_path / "runs" / "landmarks" / "amat").rglob("best.ckpt"))),
         'smp.Unet("vgg19", encoder_weights=None, in_channels=3, classes=3 * 19)': own,
     }
     end = "print(tuple(model.eval()(torch.rand(2, 1, 32, 64)).shape))"
