@@ -23,7 +23,7 @@ def trained(name: str, seed: int) -> tuple[nn.Module, float, float]:
     """A network, and its accuracy on its clean and on attacked training images."""
     images, labels = (part[:200] for part in models.xrays())
     thresholds = None
-    if name in ("AMAT", "FAT"):
+    if METHODS[name].needs_thresholds(models.Compared):
         terms = models.Compared(trained("STD", seed)[0], labels)(images).detach()
         thresholds = Thresholds(tuple((terms.mean(0) + 2 * terms.std(0)).tolist()), models.Compared.names)
     method = SETTINGS.make_method(name, thresholds)
