@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import chdir, redirect_stdout, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import yaml
 
+from advmed.testing.lightning import LightningHost, unchanged_process
 from helpers.hosts import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,17 +26,19 @@ def block(text: str, language: str, part: str) -> str:
 
 
 def run(folder: Path, *words: object) -> str:
-    """Runs a command that must succeed, an installed one by its name; returns what it prints."""
+    """Runs a command that must succeed, in a process of its own; returns what it prints."""
     given = [str(word) for word in words]
-    given[0] = str(Path(sys.executable).parent / given[0])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(given, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def type_commands(folder: Path, page: str, name: str, network: Sequence[str], samples: int) -> None:
-    """Runs what a page tells to type, shorter and with a small network."""
+def type_commands(folder: Path, page: str, host: LightningHost, network: Sequence[str], samples: int) -> None:
+    """Runs what a page tells to type, shorter and with a small network, in this process."""
+    name = host.module.command
+    (script,) = entry_points(group="console_scripts", name=name)
+    assert script.value == host.entry
     (folder / "examples").symlink_to(ROOT / "examples")
     documented = commands(page, name)
     assert [words[1] for words in documented] == ["fit", "fit", "evaluate", "predict"]
@@ -44,8 +50,9 @@ def type_commands(folder: Path, page: str, name: str, network: Sequence[str], sa
         "predict": [*short, "--trainer.limit_predict_batches", "2"],
         "evaluate": few,
     }
-    for words in documented:
-        run(folder, *words, *more[words[1]])
+    with chdir(folder):
+        for _, *words in documented:
+            host.ok(*words, *more[words[0]])
     assert list(folder.rglob("predictions.csv"))
     readme = [words for words in commands(README, name) if words[1] != "predict"]
     assert readme == documented[:3]
@@ -60,15 +67,17 @@ def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: st
     return run(folder, sys.executable, "-c", hidden + code + end)
 
 
-def check_configuration(path: Path, name: str) -> dict[str, object]:
+def check_configuration(path: Path, host: LightningHost) -> dict[str, object]:
     """An example configuration is read by the command itself as it is written; returns what is made of it."""
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
-    shown: dict[str, dict[str, dict[str, object]]] = yaml.safe_load(
-        run(ROOT, name, "fit", "--config", path, "--print_config")
-    )
+    printed = io.StringIO()
+    with chdir(ROOT), unchanged_process(), redirect_stdout(printed), suppress(SystemExit):
+        host.main(["fit", "--config", path, "--print_config"])
+    shown = yaml.safe_load(printed.getvalue())
     assert shown["model"]["method"]["name"] == wanted["model"]["method"]["name"]
     assert shown["data"]["class_path"] == wanted["data"]["class_path"]
     assert shown["data"]["init_args"].keys() >= wanted["data"]["init_args"].keys()
-    assert text.startswith(f"# {name} fit --config {path.relative_to(ROOT)}")
-    return shown["model"]
+    assert text.startswith(f"# {host.module.command} fit --config {path.relative_to(ROOT)}")
+    found: dict[str, dict[str, object]] = shown["model"]
+    return found
