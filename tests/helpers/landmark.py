@@ -51,6 +51,27 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_points(
+    root: Path,
+    points: Mapping[str, Mapping[str, Sequence[Any]]],
+    split: Mapping[str, str],
+    files: Mapping[str, np.ndarray],
+    *,
+    column: str = "landmark_index",
+    extra: Mapping[str, Sequence[Any]] | None = None,
+) -> Path:
+    """``landmarks.csv``, ``split.csv``, with ``extra`` columns, and the images that they name."""
+    (root / "images").mkdir(parents=True)
+    for name in points:
+        Image.fromarray(files[name]).save(root / "images" / f"{name.removesuffix('.png')}.png")
+    marks = [(name, mark, x, y) for name, own in points.items() for mark, (x, y) in own.items()]
+    write_csv(root / "landmarks.csv", [dict(zip(("image", column, "x", "y"), mark, strict=True)) for mark in marks])
+    more = [{key: values[k] for key, values in (extra or {}).items()} for k in range(len(split))]
+    rows = [{"image": name, "split": part} for name, part in split.items()]
+    write_csv(root / "split.csv", [row | own for row, own in zip(rows, more, strict=True)])
+    return root
+
+
 def write_table(
     root: Path,
     counts: Mapping[str, int] = LightningHost.counts,
@@ -59,22 +80,16 @@ def write_table(
     spacing: tuple[float, float] | None = SPACING,
     mode: str = "L",
 ) -> Path:
-    """``landmarks.csv``, ``split.csv`` and the images that they name."""
-    (root / "images").mkdir(parents=True)
-    marks, splits = [], []
-    for split, count in counts.items():
-        for i in range(count):
-            name = f"{split}{i}.png"
-            image, points = picture(100 * len(split) + i)
-            Image.fromarray(image).convert(mode).save(root / "images" / name)
-            for landmark in names:
-                x, y = ("", "") if landmark in UNKNOWN.get(name, ()) else points.get(landmark, points["dot"])
-                marks.append({"image": name, "landmark_index": landmark, "x": x, "y": y})
-            known = {} if spacing is None else {"spacing_x": spacing[0], "spacing_y": spacing[1]}
-            splits.append({"image": name, "split": split, **known})
-    write_csv(root / "landmarks.csv", marks)
-    write_csv(root / "split.csv", splits)
-    return root
+    """Pictures, some of whose landmarks are not known, and their tables."""
+    split = {f"{part}{i}.png": part for part, count in counts.items() for i in range(count)}
+    points, files = {}, {}
+    for name, part in split.items():
+        image, own = picture(100 * len(part) + int(name[len(part) : -4]))
+        files[name] = np.array(Image.fromarray(image).convert(mode))
+        known = {k: own.get(k, own["dot"]) for k in names}
+        points[name] = known | {k: ("", "") for k in UNKNOWN.get(name, ()) if k in names}
+    extra = {f"spacing_{axis}": [value] * len(split) for axis, value in zip("xy", spacing or (), strict=False)}
+    return write_points(root, points, split, files, extra=extra)
 
 
 def scaled(points: np.ndarray) -> np.ndarray:
@@ -140,12 +155,12 @@ class Landmark(LightningHost):
         rows = {(r["image"], r["landmark_index"]): r for r in table(self.root / "landmarks.csv")}
         return np.array([[[float(rows[i, k][axis] or "nan") for axis in "xy"] for k in NAMES] for i in images])
 
-    def errors(self, model: Any, images: Tensor, ids: Sequence[str], unit: str = "mm") -> np.ndarray:
-        """Radial errors in NumPy, in pixels or mm of the files, (N, L); NaN where the table is empty."""
+    def errors(self, model: Any, images: Tensor, ids: Sequence[str]) -> np.ndarray:
+        """Radial errors in NumPy, in mm of the files, (N, L); NaN where the table is empty."""
         with torch.no_grad():
             found = decode(model(images), model.radius)[0].double().numpy()
         place = np.stack([found[..., 0], (found[..., 1] + 0.5) / 0.8 - 0.5], -1)
-        away = (place - self.truth(*ids)) * (SPACING if unit == "mm" else (1, 1))
+        away = (place - self.truth(*ids)) * SPACING
         return np.hypot(away[..., 0], away[..., 1])
 
     def write(self, folder: Path, counts: Mapping[str, int]) -> dict[str, Any]:

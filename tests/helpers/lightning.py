@@ -1,4 +1,4 @@
-"""A standard training of a host on Lightning beside a plain loop."""
+"""A standard training of a host on Lightning beside a plain loop, and networks that are not as they begin."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from torch.utils.data import default_collate
 from advmed.testing.lightning import LightningHost, moved, watched_steps
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def shaken(model: nn.Module) -> None:
+    """Changes weights, biases and statistics of a network: many begin with numbers that every network has."""
+    generator = torch.Generator().manual_seed(1)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value += 0.1 * torch.rand(value.shape, generator=generator)
 
 
 def check_plain_loop(

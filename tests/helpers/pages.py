@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import chdir, redirect_stdout, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import pytest
 import yaml
 
+from advmed.testing.lightning import LightningHost, unchanged_process
 from helpers.hosts import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TYPED = """
-import json, sys
-from importlib.metadata import entry_points
-
-for sys.argv[:] in json.loads(sys.argv[1]):
-    (script,) = entry_points(group="console_scripts", name=sys.argv[0])
-    assert not script.load()(), sys.argv
-"""
-"""Commands one after the other, in one process that imports the host once."""
 
 
 def block(text: str, language: str, part: str) -> str:
@@ -36,11 +26,10 @@ def block(text: str, language: str, part: str) -> str:
 
 
 def run(folder: Path, *words: object) -> str:
-    """Runs a command that must succeed; returns what it prints."""
+    """Runs a command that must succeed, in a process of its own; returns what it prints."""
+    given = [str(word) for word in words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        list(map(str, words)), capture_output=True, text=True, cwd=folder, env=environment, timeout=300
-    )
+    done = subprocess.run(given, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,8 +39,11 @@ def python(folder: Path, code: str, *flags: str) -> str:
     return run(folder, sys.executable, *flags, "-c", code).strip()
 
 
-def type_commands(folder: Path, page: str, name: str, network: Sequence[str], samples: int) -> None:
-    """Runs what a page tells to type, shorter and with a small network."""
+def type_commands(folder: Path, page: str, host: LightningHost, network: Sequence[str], samples: int) -> None:
+    """Runs what a page tells to type, shorter and with a small network, in this process."""
+    name = host.module.command
+    (script,) = entry_points(group="console_scripts", name=name)
+    assert script.value == host.entry
     (folder / "examples").symlink_to(ROOT / "examples")
     documented = commands(page, name)
     assert [words[1] for words in documented] == ["fit", "fit", "evaluate", "predict"]
@@ -63,7 +55,9 @@ def type_commands(folder: Path, page: str, name: str, network: Sequence[str], sa
         "predict": [*short, "--trainer.limit_predict_batches", "2"],
         "evaluate": few,
     }
-    run(folder, sys.executable, "-c", TYPED, json.dumps([[*words, *more[words[1]]] for words in documented]))
+    with chdir(folder):
+        for _, *words in documented:
+            host.ok(*words, *more[words[0]])
     assert list(folder.rglob("predictions.csv"))
     readme = [words for words in commands(README, name) if words[1] != "predict"]
     assert readme == documented[:3]
@@ -78,17 +72,17 @@ def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: st
     return python(folder, hidden + code + end)
 
 
-def check_configuration(path: Path, name: str) -> dict[str, object]:
+def check_configuration(path: Path, host: LightningHost) -> dict[str, object]:
     """An example configuration is read by the command itself as it is written; returns what is made of it."""
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
-    (script,) = entry_points(group="console_scripts", name=name)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, suppress(SystemExit):
-        patch.setattr(sys, "argv", [name, "fit", "--config", str(path), "--print_config"])
-        script.load()()
-    shown: dict[str, dict[str, dict[str, object]]] = yaml.safe_load(out.getvalue())
+    printed = io.StringIO()
+    with chdir(ROOT), unchanged_process(), redirect_stdout(printed), suppress(SystemExit):
+        host.main(["fit", "--config", path, "--print_config"])
+    shown = yaml.safe_load(printed.getvalue())
     assert shown["model"]["method"]["name"] == wanted["model"]["method"]["name"]
     assert shown["data"]["class_path"] == wanted["data"]["class_path"]
     assert shown["data"]["init_args"].keys() >= wanted["data"]["init_args"].keys()
-    assert text.startswith(f"# {name} fit --config {path.relative_to(ROOT)}")
-    return shown["model"]
+    assert text.startswith(f"# {host.module.command} fit --config {path.relative_to(ROOT)}")
+    found: dict[str, dict[str, object]] = shown["model"]
+    return found

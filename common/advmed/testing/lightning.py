@@ -34,7 +34,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -441,19 +441,29 @@ LOSSES = {
     "DPAAT": {*BOTH, "loss_sync"},
 }
 """What the methods log of an epoch beside the attack and the noise levels."""
-COMMAND = "import sys; from pkgutil import resolve_name; sys.exit(resolve_name(sys.argv.pop(1))(sys.argv[1:]))"
-KILLED = """
-import os, signal, sys
+FORKS = """
+import json, os, signal, sys
 from pkgutil import resolve_name
-main, module = resolve_name(sys.argv.pop(1)), resolve_name(sys.argv.pop(1))
+main, module = map(resolve_name, sys.argv[1:])
 step = module.training_step
 def stop(self, batch, batch_idx):
     if (self.current_epoch, batch_idx) == (2, 1):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
-module.training_step = stop
-main(sys.argv[1:])
+statuses = []
+for name, words in json.loads(os.environ["ADVMED_RUNS"]).items():
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        module.training_step = stop if name == "killed" else step
+        sys.argv[1:] = words
+        status = main()
+        sys.stderr.flush()
+        os._exit(status)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
 """
+"""Runs each of several commands in a process of its own, and kills one of them; all begin with the same imports."""
 EPOCHS = 3
 PROCESSES: dict[str, dict[str, Any]] = {
     "dpaat": {"model__method__name": "DPAAT"},
@@ -996,20 +1006,20 @@ class LightningTrainingContract(OwnFolder):
         """All three in processes of their own: what else is imported here may change the last bit of a convolution."""
         given: dict[str, Any] = {"trainer__max_epochs": 4, "model__lr": 1e-2, "model__method__name": "AMAT"}
         given |= {"model__method__refinement": "crossing", "model__method__delta": 0.5, **host.augmented}
-
-        def run(folder: str, code: str, *names: str, status: int = 0, **more: Any) -> Run:
-            words = ["-c", code, *names, "fit", *host.words(tmp_path / folder, **given, **more)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-            done = subprocess.run(
-                [sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment
-            )
-            assert done.returncode == status, done.stderr
-            assert f"{host.counts['train']} images, each met about " in done.stderr or ":" in names[-1]
-            return runs(tmp_path / folder)[-1]
-
-        cut = run("cut", KILLED, host.entry, name_of(host.module), status=-signal.SIGKILL)
-        resumed = run("cut", COMMAND, host.entry, ckpt_path=cut.last)
-        self.check_resumed(host, run("whole", COMMAND, host.entry), resumed)
+        last = tmp_path / "cut" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+        words = {
+            "killed": ["fit", *host.words(tmp_path / "cut", **given)],
+            "resumed": ["fit", *host.words(tmp_path / "cut", **given, ckpt_path=last)],
+            "whole": ["fit", *host.words(tmp_path / "whole", **given)],
+        }
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "ADVMED_RUNS": json.dumps(words)}
+        command = [sys.executable, "-c", FORKS, host.entry, name_of(host.module)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == [-signal.SIGKILL, 0, 0], done.stderr
+        assert done.stderr.count(f"{host.counts['train']} images, each met about ") == 3
+        (whole,), (_, resumed) = (runs(tmp_path / name) for name in ("whole", "cut"))
+        self.check_resumed(host, whole, resumed)
 
     def test_another_run_cannot_be_resumed(
         self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1281,23 +1291,18 @@ class LightningTrainingContract(OwnFolder):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes, logs = [], [folder / f"rank_{rank}.log" for rank in range(2)]
-        for rank, log in enumerate(logs):
-            # Lightning finds the other process by its own environment variables, as under SLURM or torchrun.
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-            environment |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-            environment["ADVMED_RUNS"] = json.dumps(words)
-            command = [sys.executable, "-m", __name__, name_of(type(host)), str(folder)]
-            with log.open("wb") as out:
-                processes.append(
-                    subprocess.Popen(command, env=os.environ | environment, stdout=out, stderr=subprocess.STDOUT)
-                )
+        # Lightning finds the other process by its own environment variables, as under SLURM or torchrun.
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["ADVMED_RUNS"] = json.dumps(words)
+        command = [sys.executable, "-m", __name__, name_of(type(host)), str(folder)]
+        process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
         try:
-            statuses = [process.wait(timeout=300) for process in processes]
+            status = process.wait(timeout=300)
         finally:
-            for process in processes:
-                process.kill()
-        assert statuses == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+            with suppress(ProcessLookupError):  # one of the two may wait for the other, which has failed
+                os.killpg(process.pid, signal.SIGKILL)
+        assert status == 0, "\n".join(log.read_text()[-3000:] for log in folder.glob("rank_*.log"))
         return folder, given, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
     @pytest.mark.parametrize("name", PROCESSES)
@@ -1406,5 +1411,22 @@ def _one_of_two(host: type[LightningHost], folder: Path, words: Mapping[str, lis
     (folder / f"rank_{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
 
 
+def _both(host: type[LightningHost], folder: Path, words: Mapping[str, list[str]]) -> int:
+    """Runs the commands in two processes, which share what takes long: the imports."""
+    resolve_name(host.entry)
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, sys.stdout.fileno())
+            os.dup2(log, sys.stderr.fileno())
+            os.environ["LOCAL_RANK"] = str(rank)
+            _one_of_two(host, folder, words)
+            return 0
+        children.append(child)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 if __name__ == "__main__":
-    _one_of_two(resolve_name(sys.argv[1]), Path(sys.argv[2]), json.loads(os.environ["ADVMED_RUNS"]))
+    sys.exit(_both(resolve_name(sys.argv[1]), Path(sys.argv[2]), json.loads(os.environ["ADVMED_RUNS"])))

@@ -110,23 +110,10 @@ def test_attacks_stay_in_the_ball_and_in_the_bounds(
     assert asked == {"norm": "L2" if p == 2 else "Linf", "eps": RADIUS[p], **ASKED[name]}
 
 
-@pytest.mark.parametrize("name", ["apgd", "square"])
-def test_the_generator_decides(model: nn.Module, name: str) -> None:
-    images, objective = pictures(), ClassificationObjective(model, LABELS)
-    attack = torch_attack(name, math.inf)
-
-    def found(seed: int) -> Tensor:
-        torch.rand(seed)  # whatever the process has drawn before
-        return attack(objective, images, RADIUS[math.inf], bounds=(0.0, 1.0), generator=seeded(seed)).images
-
-    assert torch.equal(found(1), found(1))
-    assert not torch.equal(found(1), found(2))
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["apgd", "apgdt", "fab", "square"])
-def test_an_attack_leaves_no_trace(model: nn.Module, name: str, training: bool) -> None:
-    """In images, network and random states."""
+def test_the_generator_decides_and_an_attack_leaves_no_trace(model: nn.Module, name: str, training: bool) -> None:
+    """In images, network and random states, whatever the process has drawn before."""
     images, objective = pictures(), ClassificationObjective(model.train(training), LABELS)
     model[1].weight.requires_grad_(False)
 
@@ -137,10 +124,16 @@ def test_an_attack_leaves_no_trace(model: nn.Module, name: str, training: bool) 
         drawn = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
         return [images.tolist(), weights, flags, gradients, *drawn]
 
-    before = state()
-    with torch.inference_mode():
-        torch_attack(name, math.inf)(objective, images, 0.02, bounds=(0.0, 1.0), generator=seeded())
-    assert state() == before
+    found = []
+    for seed in (1, 1, 2):
+        torch.rand(seed)
+        before = state()
+        with torch.inference_mode():
+            attack = partial(torch_attack(name, math.inf), objective, images, RADIUS[math.inf])
+            found.append(attack(bounds=(0.0, 1.0), generator=seeded(seed)).images)
+        assert state() == before
+    assert torch.equal(found[0], found[1])
+    assert name not in ("apgd", "square") or not torch.equal(found[1], found[2])
 
 
 @pytest.mark.parametrize("name", sorted(DESCRIPTIONS))

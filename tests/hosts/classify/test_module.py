@@ -26,8 +26,7 @@ FOLDERS = {"data": "ImageFolder", "data__file": None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("smoothing", "weighted"), [(0.0, False), (0.2, True)])
 def test_standard_training_is_the_plain_loop(
     host: Classify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smoothing: float, weighted: bool
 ) -> None:
@@ -111,8 +110,6 @@ def test_images_of_other_classes_are_refused_by_every_command(host: Classify, tm
     last = {"ckpt_path": host.adaptive.last, "trainer__max_epochs": 5, "model__method__name": "AMAT"}
     refused = f"the checkpoint is of {here}, and cannot be loaded into "
     assert host.refused(data__file=four, **last) == refused + there
-    other = host.refused(**last, model__network__name="test_resnet")
-    assert other == refused + here.replace(name, "test_resnet")
     classes = f"{path} predicts 3 classes, the data has 4 (['0', '1', '2', '3'])"
     measured = {"model__method__name": "AMAT", "model__method__thresholds": path}
     assert host.refused(data__file=four, **measured) == classes

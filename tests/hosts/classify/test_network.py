@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from adv_classify.network import Network, make_network
 from helpers.classify import noise
+from helpers.lightning import shaken
 
 
 def plain(name: str, classes: int = 3, channels: int = 3) -> nn.Module:
@@ -66,18 +69,25 @@ def test_channels_last_changes_the_memory_format_alone(channels: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
-@pytest.mark.parametrize("start", ["", "module.", "network.model."])
-def test_weights_of_a_file(tmp_path: Path, name: str, start: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "start"),
+    [("own.pth", ""), ("own.pth", "module."), ("own.ckpt", "network.model."), ("own.safetensors", "")],
+)
+def test_weights_of_a_file(tmp_path: Path, name: str, file: str, start: str) -> None:
     """Of timm, of a wrapped network, and a checkpoint of ours, which has more; for other classes, or without any."""
-    source, path, images = plain(name), tmp_path / "own.pth", noise(2, 3, 16, 16)
+    source, path, images = plain(name), tmp_path / file, noise(2, 3, 16, 16)
+    shaken(source)
     state = {f"{start}{key}": value for key, value in source.state_dict().items()}
-    torch.save({"state_dict": state | {"network.mean": torch.zeros(3)}} if start else state, path)
+    if file == "own.safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state | {"network.mean": torch.zeros(3)}, "epoch": 3} if start else state, path)
     network = Network(name=name, weights=str(path), mean=(0, 0, 0), std=(1, 1, 1))
     torch.testing.assert_close(make_network(network, 3, 3).eval()(images), source(images))
     other = make_network(network, 5, 3).eval()
     torch.testing.assert_close(other.model.forward_features(images), source.forward_features(images))
     assert other(images).shape == (2, 5)
     head = f"{start}{source.pretrained_cfg['classifier']}."
-    torch.save({key: value for key, value in state.items() if not key.startswith(head)}, path)
-    headless = make_network(network, 3, 3).eval()
+    torch.save({key: value for key, value in state.items() if not key.startswith(head)}, path.with_name("headless.pth"))
+    headless = make_network(replace(network, weights=str(path.with_name("headless.pth"))), 3, 3).eval()
     torch.testing.assert_close(headless.model.forward_features(images), source.forward_features(images))

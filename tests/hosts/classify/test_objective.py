@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, kl_divergence
 
 from adv_classify import ClassificationObjective
 from advmed.attacks.losses import Margin, margin
 from advmed.objective import PredictingObjective
 from helpers.classify import Small, noise
+from helpers.hosts import class_divergence
 
 LABELS = torch.tensor([3, 0, 1, 1, 2])
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25])
@@ -54,64 +54,56 @@ def reference(logits: Tensor, weight: Tensor | None = None, smoothing: float = 0
     return loss if weight is None else loss * weight.double().numpy()[LABELS]
 
 
+@pytest.mark.parametrize("precision", ["single", "autocast", "half"])
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_terms_and_training_loss_are_the_cross_entropy_of_every_image(
-    model: Counted, images: Tensor, weight: Tensor | None, smoothing: float
+    model: Counted, images: Tensor, weight: Tensor | None, smoothing: float, precision: str
 ) -> None:
-    """Of one pass each. The terms are never smoothed, the loss is if wished: then the terms carry no graph."""
+    """Of one pass each, in single precision whatever the network's. The terms are never smoothed, the loss is if
+    wished: then the terms carry no graph."""
     objective = ClassificationObjective(model, LABELS, weight=weight, label_smoothing=smoothing)
     assert isinstance(objective, PredictingObjective)
     assert objective.names == ("ce",)
-    wanted = reference(model(images), weight)
+    if precision == "half":
+        model.bfloat16()
+        images = images.bfloat16()
+    images.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        loss, last, logits = objective.loss_and_predictions(images)
+        attacked, trained = objective(images), objective.loss(images)[1]
+        assert torch.equal(objective.predictions(images), logits)
+    assert model.passes == 4
+    assert logits.dtype == (torch.float32 if precision == "single" else torch.bfloat16)
+    wanted = reference(logits, weight)
     assert wanted.max() > 2 > 1 > wanted.min() > 0
-    passes = model.passes
-    loss, last, logits = objective.loss_and_predictions(images)
-    for terms in (objective(images), objective.loss(images)[1], last):
-        assert terms.shape == (len(LABELS), 1)
+    for terms in (attacked, trained, last):
+        assert (terms.shape, terms.dtype, loss.dtype) == ((len(LABELS), 1), torch.float32, torch.float32)
         np.testing.assert_allclose(terms.detach().numpy()[:, 0], wanted, rtol=1e-5, atol=1e-6)
-    assert torch.equal(objective.predictions(images), logits)
-    assert model.passes == passes + 4
-    assert torch.equal(logits, model(images))
-    assert objective(images).requires_grad
-    assert objective.loss(images)[1].requires_grad == (not smoothing)
+    assert attacked.requires_grad
+    assert trained.requires_grad == last.requires_grad == (not smoothing)
     assert loss.item() == pytest.approx(reference(logits, weight, smoothing).mean(), rel=1e-5)
     assert (loss.item() == pytest.approx(last.mean().item())) == (not smoothing)
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    plain = nn.functional.cross_entropy(model(images), LABELS, reduction="none", label_smoothing=smoothing)
-    expected = torch.autograd.grad((plain * (1 if weight is None else weight[LABELS])).mean(), list(model.parameters()))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for result in (attacked.sum(), loss):
+        (gradient,) = torch.autograd.grad(result, images, retain_graph=True)
+        assert gradient.flatten(1).norm(dim=1).min() > 0
+    if precision == "single":
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        plain = nn.functional.cross_entropy(model(images), LABELS, reduction="none", label_smoothing=smoothing)
+        mean = (plain * (1 if weight is None else weight[LABELS])).mean()
+        for one, other in zip(found, torch.autograd.grad(mean, list(model.parameters())), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_the_distance_is_the_divergence_of_the_predictions(model: Counted, images: Tensor) -> None:
+    """In single precision, too, of predictions in half."""
     objective = ClassificationObjective(model, LABELS, weight=WEIGHT)
     clean, other = objective.predictions(images), objective.predictions(noise(*images.shape, seed=1))
-    wanted = kl_divergence(Categorical(logits=clean), Categorical(logits=other))
-    torch.testing.assert_close(objective.distance(clean, other), wanted, rtol=1e-4, atol=1e-7)
-    assert (wanted - objective.distance(other, clean)).abs().max() > 1e-4
+    for one, two in ((clean, other), (clean.bfloat16(), other.bfloat16())):
+        wanted = class_divergence(one, two).float()
+        torch.testing.assert_close(objective.distance(one, two), wanted, rtol=1e-4, atol=1e-6)
+    assert (objective.distance(clean, other) - objective.distance(other, clean)).abs().max() > 1e-4
     assert torch.equal(objective.distance(clean, clean), torch.zeros(len(LABELS)))
-
-
-def test_half_precision_ends_with_the_network(model: Counted, images: Tensor) -> None:
-    objective = ClassificationObjective(model, LABELS, weight=WEIGHT, label_smoothing=0.1)
-    images.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, terms, logits = objective.loss_and_predictions(images)
-        attacked = objective(images)
-        distance = objective.distance(logits, logits.flip(0))
-    assert logits.dtype == torch.bfloat16
-    assert {x.dtype for x in (loss, terms, attacked, distance)} == {torch.float32}
-    np.testing.assert_allclose(terms[:, 0].numpy(), reference(logits, WEIGHT), rtol=1e-5, atol=1e-6)
-    assert loss.item() == pytest.approx(reference(logits, WEIGHT, 0.1).mean(), rel=1e-5)
-    attacked.sum().backward()
-    assert images.grad.flatten(1).norm(dim=1).min() > 0
-
-
-def test_a_network_of_half_precision_has_terms_of_single_precision(model: Counted, images: Tensor) -> None:
-    loss, terms, logits = ClassificationObjective(model.bfloat16(), LABELS).loss_and_predictions(images.bfloat16())
-    assert (loss.dtype, terms.dtype, logits.dtype) == (torch.float32, torch.float32, torch.bfloat16)
-    np.testing.assert_allclose(terms[:, 0].detach().numpy(), reference(logits), rtol=1e-5, atol=1e-6)
 
 
 def test_the_margin_is_above_zero_where_an_image_is_misclassified(model: Counted, images: Tensor) -> None:

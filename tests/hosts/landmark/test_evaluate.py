@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,12 +20,10 @@ from adv_landmark.data import BOUNDS, LandmarkTable
 from adv_landmark.maps import decode
 from advmed.attacks import PGD
 from advmed.attacks.names import parse_attacks
-from advmed.evaluation.loop import evaluate
 from advmed.testing.lightning import Run, data_of
 from helpers.landmark import Landmark
 
 CPU = torch.device("cpu")
-LEVELS = (0.0, 0.5, 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -90,28 +87,12 @@ def test_an_image_fails_where_its_mean_error_is_above_the_largest_radius() -> No
 
 
 @pytest.mark.slow
-def test_scores_are_of_the_network_on_the_images_that_are_attacked(
-    host: Landmark, model: host_evaluate.TrainedModel
-) -> None:
+def test_scores_are_of_the_network_on_the_images_that_are_attacked(model: host_evaluate.TrainedModel) -> None:
     """By the attack on the objective of the training; the model does not learn."""
     assert not any(part.training for part in model.module.modules())
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    batches = host_evaluate.make_batches(model)
-    measured = evaluate(batches, parse_attacks(["pgd3", "ifgsm2"]), LEVELS, bounds=BOUNDS, seed=1)
-    batch = host.batch("val")
-    assert measured.ids == tuple(batch["id"])
-    wanted = host.errors(model.module, batch["image"], batch["id"])
-    np.testing.assert_allclose(measured.clean.scores["error"], wanted, rtol=1e-3, atol=1e-3)
-    assert np.isnan(wanted[1]).tolist() == [True, False, True]
-    for attack in ("pgd3", "ifgsm2"):
-        for level in LEVELS[1:]:
-            found = measured.attacked[attack, level]
-            assert (found.norm <= level * (1 + 1e-5)).all()
-            assert found.norm.max() > 0.7 * level
-            assert (found.loss > measured.clean.loss).all()
-            assert (np.isnan(found.scores["error"]) == np.isnan(wanted)).all()
-    loaded = host_evaluate.load(model, [3, 1])
-    objective, read = loaded.objective, model.read([3, 1])
+    loaded, read = host_evaluate.load(model, [3, 1]), model.read([3, 1])
+    objective = loaded.objective
     assert objective.names == ("heatmap", "offset_y", "offset_x")
     assert (objective.heatmap, objective.heatmap_weight) == ("dice", 0.5)
     assert objective.targets.disk.sum((2, 3))[0] == pytest.approx(math.pi * 2.4**2, abs=4)
@@ -119,6 +100,7 @@ def test_scores_are_of_the_network_on_the_images_that_are_attacked(
     images = PGD(2, 1.0)(objective, loaded.images, 1.0, bounds=BOUNDS).images
     found = loaded.score(images)["error"]
     torch.testing.assert_close(found, model.module.errors(model.module(images), read), equal_nan=True)
+    assert found.isnan().tolist() == [[False] * 3, [True, False, True]]
     assert all(torch.equal(value, before[key]) for key, value in model.module.state_dict().items())
 
 
@@ -246,12 +228,5 @@ def test_two_processes_measure_what_one_does(host: Landmark, tmp_path: Path) -> 
     # Bit for bit only on some processors: two processes may choose other kernels, which differ in the seventh digit.
     for name in ("samples.csv", "results.csv"):
         alike((one / name).read_text(), (two / name).read_text())
-    records = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
-    for record in records:
-        del record["created"]
-        for effort in record["attacks"]["standard"].values():
-            del effort["seconds"]
-    alike(*(json.dumps(record) for record in records))
-    assert records[0]["checks"]["standard"][-1]["verdict"] != "not measured"
     assert len(list((two / "standard" / "parts").iterdir())) == 3
     assert len(list((two / "standard").glob("checks_9_0.7/parts/*"))) == 3, "no more are checked than are evaluated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,40 +12,42 @@ import torch
 import yaml
 
 from adv_landmark.module import RobustLandmarks
+from advmed.testing.lightning import LightningHost, unchanged_process
 from helpers import pages
 from helpers.hosts import ROOT, blocks
 
 EXAMPLES = ROOT / "examples"
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("classify", "landmark")}
 NETWORK = {"encoder": "tu-test_resnet", "decoder_channels": [16, 16, 8, 8, 8]}
+TYPED: dict[str, tuple[Any, ...]] = {
+    "classify": (
+        *({"name": "test_resnet"}, {"L2", "Linf"}, "import timm"),
+        *('"resnet18", num_classes=7', '"test_resnet", num_classes=2, in_chans=1', ("2, 1, 28, 28", "(2, 2)")),
+    ),
+    "landmark": (
+        *(NETWORK, {"L2"}, "import segmentation_models_pytorch"),
+        'smp.Unet("vgg19", encoder_weights=None, in_channels=3, classes=3 * 19)',
+        'smp.Unet("tu-test_resnet", encoder_weights=None, in_channels=1, classes=12, decoder_channels=(16,16,8,8,8))',
+        ("2, 1, 32, 64", "(2, 12, 32, 64)"),
+    ),
+}
+"""The network of a page's commands, the norms of its report, and what its code without us is made to do here."""
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_classifiers_work(tmp_path: Path) -> None:
-    page = PAGES["classify"]
-    pages.type_commands(tmp_path, page, "adv-classify", ["--model.network.name", "test_resnet"], 20)
-    assert {path.parent.name for path in (tmp_path / "report").rglob("report.html")} == {"L2", "Linf"}
-    checkpoint = next((tmp_path / "runs" / "chest" / "dpaat").rglob("best.ckpt"))
-    replaced = {"best.ckpt": str(checkpoint), '"resnet18", num_classes=7': '"test_resnet", num_classes=2, in_chans=1'}
-    end = "print(model(torch.rand(2, 1, 28, 28)).shape)"
-    pages.run_without_us(tmp_path, pages.block(page, "python", "import timm"), replaced, end)
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_landmarks_work(tmp_path: Path) -> None:
-    page = PAGES["landmark"]
-    words = [word for name, value in NETWORK.items() for word in (f"--model.network.{name}", str(value))]
-    pages.type_commands(tmp_path, page, "adv-landmark", words, 6)
-    assert {path.parent.name for path in (tmp_path / "report").rglob("report.html")} == {"L2"}
-    assert list(tmp_path.rglob("overlays/*.png"))
-    own = 'smp.Unet("tu-test_resnet", encoder_weights=None, in_channels=1, classes=12, decoder_channels=(16,16,8,8,8))'
-    replaced = {
-        "best.ckpt": str(next((tmp_path / "runs" / "landmarks" / "amat").rglob("best.ckpt"))),
-        'smp.Unet("vgg19", encoder_weights=None, in_channels=3, classes=3 * 19)': own,
-    }
-    end = "print(tuple(model.eval()(torch.rand(2, 1, 32, 64)).shape))"
-    code = pages.block(page, "python", "import segmentation_models_pytorch")
-    assert "(2, 12, 32, 64)" in pages.run_without_us(tmp_path, code, replaced, end)
+@pytest.mark.usefixtures("undrawn")
+def test_the_commands_of_a_page_work(host: LightningHost, tmp_path: Path) -> None:
+    """And the network of a checkpoint, where nothing of ours is installed."""
+    name = host.module.command.removeprefix("adv-")
+    network, norms, imported, stock, own, shape = TYPED[name]
+    words = [word for option, value in network.items() for word in (f"--model.network.{option}", str(value))]
+    pages.type_commands(tmp_path, PAGES[name], host, words, 6)
+    assert {path.parent.name for path in (tmp_path / "runs").glob("*/report/*/report.html")} == norms
+    assert bool(list(tmp_path.rglob("overlays/*.png"))) == (name == "landmark")
+    checkpoint = str(next((tmp_path / "runs").rglob("best.ckpt")))
+    code = pages.block(PAGES[name], "python", imported)
+    end = f"print(tuple(model.eval()(torch.rand({shape[0]})).shape))"
+    assert shape[1] in pages.run_without_us(tmp_path, code, {"best.ckpt": checkpoint, stock: own}, end)
 
 
 @pytest.mark.parametrize(
@@ -83,23 +86,25 @@ def test_the_loops_of_the_pages_train(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_pytorch", "own_lightning_module"])
-def test_the_examples_run(tmp_path: Path, name: str) -> None:
-    text = pages.run(tmp_path, sys.executable, EXAMPLES / "classify" / f"{name}.py", "--epochs=1", "--steps=1")
-    assert 0.5 < float(text.rsplit(":", 1)[1]) <= 1
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str) -> None:
+    path = EXAMPLES / "classify" / f"{name}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), "--epochs=1", "--steps=1"])
+    with unchanged_process():
+        runpy.run_path(str(path), run_name="__main__")
+    assert 0.5 < float(capsys.readouterr().out.rsplit(":", 1)[1]) <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for name in PAGES for p in (EXAMPLES / name).glob("*.yaml")),
-    ids=lambda p: f"{p.parent.name}-{p.stem}",
-)
-def test_the_example_configurations_are_understood(path: Path) -> None:
+def test_the_example_configurations_are_understood(host: LightningHost) -> None:
     """The names in the table of the classifiers' page are those of the settings."""
-    shown = pages.check_configuration(path, f"adv-{path.parent.name}")
-    if path.parent.name == "classify":
-        told = {name for section in ("method", "attack") for name in shown[section]} - {"backward", "seed"}
-        assert {name for name in told if f"`{name}`" not in PAGES["classify"]} == set()
+    name = host.module.command.removeprefix("adv-")
+    paths = sorted((EXAMPLES / name).glob("*.yaml"))
+    assert len(paths) == 3
+    for path in paths:
+        shown = pages.check_configuration(path, host)
+        if name == "classify":
+            told = {name for section in ("method", "attack") for name in shown[section]} - {"backward", "seed"}
+            assert {name for name in told if f"`{name}`" not in PAGES["classify"]} == set()
 
 
 def test_every_setting_of_the_page_of_landmarks_is_real() -> None:

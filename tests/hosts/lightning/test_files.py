@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from advmed.integrations.lightning.evaluation import in_batches, picture
 from advmed.integrations.lightning.images import count_channels, image_size, read_image
 from advmed.integrations.lightning.weights import load_weights
 from helpers.mistakes import told
 
-State = dict[str, Tensor]
-PREFIXES = ("network.body.", "module.")
-
 
 def net(classes: int = 3, channels: int = 2) -> nn.Module:
     return nn.ModuleDict(
         {"body": nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)), "fc": nn.Linear(4, classes)}
     )
-
-
-def wrapped(state: State, start: str) -> dict[str, Any]:
-    return {"state_dict": {f"{start}{k}": v for k, v in state.items()} | {"network.mean": torch.ones(1)}, "epoch": 3}
-
-
-WRITERS: dict[str, tuple[str, Callable[[State, Path], object]]] = {
-    "plain": ("own.pth", torch.save),
-    "wrapped": ("own.pth", lambda state, path: torch.save(wrapped(state, "module."), path)),
-    "checkpoint": ("own.ckpt", lambda state, path: torch.save(wrapped(state, "network.body."), path)),
-    "safetensors": ("own.safetensors", save_file),
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_weights_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
-    """All of them, biases and statistics too; a head of another shape begins anew."""
-    name, write = WRITERS[kind]
-    source, path = net(), tmp_path / name
-    write(source.state_dict(), path)
-    load = partial(load_weights, path=path, prefixes=PREFIXES, heads=("fc.",))
-    same, other = net(), net(classes=5)
-    load(same)
-    load(other)
-    for key, value in source.state_dict().items():
-        assert torch.equal(same.state_dict()[key], value), key
-        assert key.startswith("fc.") or torch.equal(other.state_dict()[key], value), key
-    assert other["fc"].weight.shape == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -90,35 +56,21 @@ def test_files_that_hold_no_weights(tmp_path: Path, name: str, content: Any) -> 
 # Images
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["LA", "P", "RGBA", "CMYK"])
 def test_an_image_of_every_kind_is_read(tmp_path: Path, mode: str) -> None:
-    """As one of grey or of colour; grey becomes colour, and colour its luma."""
-    array = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    """As one of colour, with the same greys; what else there is, the data of both hosts are tested with."""
     path = tmp_path / ("own.tif" if mode == "CMYK" else "own.png")
-    Image.fromarray(array).convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
-    assert image_size(path) == (12, 16)
-    assert count_channels(path) == (1 if mode in ("1", "L") else 3)
-    one, three = (read_image(path, channels) for channels in (1, 3))
-    assert (one.shape, three.shape, one.dtype) == ((1, 12, 16), (3, 12, 16), torch.uint8)
-    luma = np.tensordot((0.299, 0.587, 0.114), array, (0, 2))
-    if mode in ("L", "RGB"):
-        np.testing.assert_allclose(one[0].numpy(), luma, atol=1)
-    if mode == "RGB":
-        np.testing.assert_array_equal(three.numpy(), array.transpose(2, 0, 1))
-    elif mode in ("1", "L"):
-        assert torch.equal(three, one.expand(3, -1, -1))
-
-
-def test_images_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
-    """Radiographs often come so; cut off at 255, as Pillow converts them, they would be white."""
-    ramp = np.linspace(0, 65535, 96).reshape(8, 12).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "own.png")
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "own.tif")
+    grey = np.random.default_rng(0).integers(0, 256, (12, 16), dtype=np.uint8)
+    Image.fromarray(grey).convert("L" if mode in ("LA", "P") else "RGB").convert(mode).save(path)
+    assert (image_size(path), count_channels(path)) == ((12, 16), 3)
     for channels in (1, 3):
-        image = read_image(tmp_path / "own.png", channels)
-        assert image.shape == (channels, 8, 12)
-        np.testing.assert_allclose(image.numpy(), np.broadcast_to(ramp / 65535, image.shape), atol=1e-5)
-    assert count_channels(tmp_path / "own.png") == 1
+        image = read_image(path, channels)
+        assert (image.shape, image.dtype) == ((channels, 12, 16), torch.uint8)
+        np.testing.assert_allclose(image.numpy(), np.broadcast_to(grey, image.shape), atol=1)
+
+
+def test_images_of_floating_point_numbers_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 12), np.float32)).save(tmp_path / "own.tif")
     message = "own.tif has floating-point pixels, whose range is not known"
     told(ValueError, lambda: read_image(tmp_path / "own.tif", 1), message)
 
