@@ -25,6 +25,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import IterableSimpleNamespace
 from ultralytics.utils.tal import make_anchors
 
+from adv_yolo.api import make_batch
 from helpers.hosts import ROOT, binary_divergence, class_divergence, table
 
 SOURCE = ROOT / "examples" / "data" / "bccd"
@@ -107,17 +108,30 @@ class DataSet:
         rows = [[float(x) for x in line.split()] for line in (self.folder / f"labels/{name}.txt").open()]
         return torch.tensor(rows).reshape(-1, 5)
 
-    def images(self, split: str, size: int) -> Tensor:
-        pictures = [cv2.imread(str(self.folder / name))[..., ::-1] for name in self.ids(split)]
-        pictures = [cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA) for picture in pictures]
-        return torch.stack([torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 255 for x in pictures])
+    def small_batch(self) -> dict[str, Any]:
+        """The validation images at 64 pixels with their objects."""
+        pictures = [cv2.imread(str(self.folder / name))[..., ::-1] for name in self.ids("val")]
+        pictures = [cv2.resize(picture, (64, 64), interpolation=cv2.INTER_AREA) for picture in pictures]
+        images = torch.stack([torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 255 for x in pictures])
+        return make_batch(images, [self.labels(name) for name in self.names("val")])
 
-    def known_batch(self) -> dict[str, Any]:
-        """The validation images at 96 pixels, as the host's own data set gives them."""
+    def batch(self) -> dict[str, Any]:
+        """The validation images at 96 pixels with their objects, as the host's own data set gives them."""
         info, args = check_det_dataset(str(self.yaml)), get_cfg(overrides={"imgsz": 96, "task": "detect"})
         dataset = build_yolo_dataset(args, info["val"], VAL, info, mode="val", rect=False, stride=32)
         batch = dataset.collate_fn([dataset[i] for i in range(VAL)])
         return {**batch, "img": batch["img"].float() / 255}
+
+
+def thinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """Images with several objects, with one, with none, and with several again."""
+    index = batch["batch_idx"]
+    kept = (index != 2) & ((index != 1) | (torch.arange(len(index)) == (index == 1).nonzero()[0]))
+    chosen = {key: batch[key][kept] for key in ("batch_idx", "cls", "bboxes")}
+    numbers = [int((chosen["batch_idx"] == i).sum()) for i in range(VAL)]
+    assert numbers[0] > 3
+    assert numbers[1:3] == [1, 0]
+    return {"img": batch["img"], **chosen}
 
 
 def one_image(batch: dict[str, Any], i: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.nn.parallel import DistributedDataParallel
 
 from advmed.methods.base import Step
 
@@ -73,6 +75,18 @@ def watched(method: Any, patch: Any) -> list[Step]:
     step = method.step
     patch.setattr(method, "step", lambda *given, **named: made.append(step(*given, **named)) or made[-1])
     return made
+
+
+def overflow(patch: Any, row: int) -> None:
+    """From here on the gradient of this sample of a batch is not finite in any step of an attack."""
+    grad = torch.autograd.grad
+
+    def overflowing(*given: Any, **named: Any) -> tuple[Tensor]:
+        (gradient,) = grad(*given, **named)
+        gradient[row] = math.inf
+        return (gradient,)
+
+    patch.setattr(torch.autograd, "grad", overflowing)
 
 
 def binary_divergence(clean: Tensor, other: Tensor) -> Tensor:
@@ -140,16 +154,58 @@ def meeting(folder: Path, rank: int) -> Iterator[dict[str, Any]]:
     distributed.destroy_process_group()
 
 
-def hashed(weights: Mapping[str, Tensor]) -> str:
-    """Tells one state of a network from another."""
-    return hashlib.sha256(b"".join(weights[name].detach().numpy().tobytes() for name in sorted(weights))).hexdigest()
+class Wrapper(DistributedDataParallel):
+    """Without the host's device ids; counts the training passes through it."""
+
+    passes = 0
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **settings: Any) -> None:
+        super().__init__(module, **settings)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        Wrapper.passes += self.training
+        return super().forward(*given, **named)
 
 
-def check_one_network(ranks: Sequence[Mapping[str, Any]], steps: int) -> None:
-    """After every step the processes have the same network, another one than before."""
+def recorded(trainer: Any, name: str, network: Callable[[], nn.Module]) -> dict[str, Any]:
+    """After every call of a trainer's method that ends a step: its network's hash, and the passes through the wrapper.
+
+    An attack that went through it would wait for the other process, and for a gradient of every weight.
+    """
+    found: dict[str, Any] = {"steps": [], "passes": []}
+    method = getattr(trainer, name)
+
+    def step(*given: Any) -> Any:
+        result = method(*given)
+        weights = [value.detach().numpy().tobytes() for value in network().parameters()]
+        found["steps"].append(hashlib.sha256(b"".join(weights)).hexdigest())
+        found["passes"].append(Wrapper.passes)
+        Wrapper.passes = 0
+        return result
+
+    setattr(trainer, name, step)
+    return found
+
+
+def check_one_network(ranks: Sequence[Mapping[str, Any]], passes: Sequence[int]) -> None:
+    """After every step the processes have the same network, another one than before, and so many passes behind them."""
     first, second = (rank["steps"] for rank in ranks)
     assert first == second
-    assert len(set(first)) == len(first) == steps
+    assert len(set(first)) == len(first)
+    assert [rank["passes"] for rank in ranks] == [list(passes)] * 2
+
+
+def check_levels(ranks: Sequence[Mapping[str, Any]], thresholds: str) -> dict[str, Any]:
+    """The processes have the same thresholds, which begin so, and noise levels, which are returned."""
+    first, second = ranks
+    assert first["method"] == second["method"]
+    assert first["thresholds"] == second["thresholds"]
+    assert first["thresholds"].startswith(thresholds)
+    for key in (key for key in first["log"] if "margin" in key):
+        assert first["log"][key] == second["log"][key]
+    margins: dict[str, Any] = first["method"]["margins"]
+    assert all(math.isfinite(value) and value >= 0 for value in margins["values"])
+    return margins
 
 
 # Pages

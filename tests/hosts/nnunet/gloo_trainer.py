@@ -19,10 +19,9 @@ import torch
 import yaml
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
-from torch.nn.parallel import DistributedDataParallel
 
 from adv_nnunet import trainer as trainers
-from helpers.hosts import hashed, meeting
+from helpers.hosts import Wrapper, meeting, recorded
 
 
 def make(name: str, kind: str, settings: dict[str, Any], folder: Path, data: Path) -> Any:
@@ -38,10 +37,8 @@ def run(trainer: Any, rank: int) -> dict[str, Any]:
     """The whole training; fixed batches, others on each rank, and of a sample that both ranks meet."""
     trainer.is_ddp, trainer.local_rank = True, rank
     trainer.initialize()
-    assert isinstance(trainer.network, DistributedDataParallel)
+    assert isinstance(trainer.network, Wrapper)
     assert trainer.batch_size == 2  # of four
-    passes: list[int] = []
-    trainer.network.register_forward_hook(lambda *_: passes.append(1))
     np.random.seed(10 + rank)
     own = trainer.get_dataloaders()
     batches = [next(own[0]) for _ in range(6)]
@@ -56,17 +53,7 @@ def run(trainer: Any, rank: int) -> dict[str, Any]:
         if "ids" in batch:
             batch["ids"][1:] = shared
     trainer.get_dataloaders = lambda: (iter(batches), own[1])
-    found: dict[str, Any] = {"steps": [], "passes": []}
-    step = trainer.train_step
-
-    def train_step(batch: dict[str, Any]) -> Any:
-        before = len(passes)
-        result = step(batch)
-        found["steps"].append(hashed(trainer.network.state_dict()))
-        found["passes"].append(len(passes) - before)
-        return result
-
-    trainer.train_step = train_step
+    found = recorded(trainer, "train_step", lambda: trainer.network.module)
     trainer.run_training()
     return found | {
         "method": trainer.method.state_dict(),
@@ -81,6 +68,6 @@ if __name__ == "__main__":
     folder, rank, data, runs = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
     LocalLogger.plot_progress_png = lambda self, folder: None
     made = {name: make(name, kind, settings, folder, data) for name, (kind, settings) in runs.items()}
-    host.DDP = lambda network, device_ids: DistributedDataParallel(network)
+    host.DDP = Wrapper
     with meeting(folder, rank) as found:
         found.update({name: run(trainer, rank) for name, trainer in made.items()})

@@ -1,22 +1,17 @@
 """What we take for granted in nnU-Net. A release that breaks one of these breaks us, perhaps without an error.
 
-Assumptions about the loader are in test_loader.py; that ``train_step`` is what ours repeats, in test_trainer.py.
+Assumptions about the loader are held by test_loader.py; about losses, checkpoints, logs, and the ``train_step`` that
+ours repeats, by test_trainer.py; about cases and the sliding window by test_evaluate.py.
 """
 
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from nnunetv2.run import run_training
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from adv_nnunet.trainer import AdversarialTraining
@@ -69,41 +64,3 @@ def test_the_hooks_are_called_in_this_order(bench: Any) -> None:
         setattr(trainer, name, watched(name, getattr(trainer, name)))
     trainer.run_training()
     assert calls == wanted
-
-
-@pytest.mark.parametrize(("dataset", "kind"), [("main", DC_and_CE_loss), ("regions", DC_and_BCE_loss)])
-def test_the_loss_is_one_that_we_can_split(bench: Any, dataset: str, kind: type) -> None:
-    trainer = bench.make(nnUNetTrainer, dataset=dataset)
-    trainer.initialize()
-    assert isinstance(trainer.loss, DeepSupervisionWrapper)
-    assert isinstance(trainer.loss.loss, kind)
-    assert trainer.loss.loss.dc.batch_dice is trainer.configuration_manager.batch_dice is True
-    assert trainer.loss.weight_factors[-1] == 0
-
-
-def test_checkpoints_may_hold_more(bench: Any) -> None:
-    """Those of ours do, see test_trainer.py."""
-    assert "trainer_name" not in inspect.getsource(nnUNetTrainer.load_checkpoint)
-
-
-def test_the_log_is_a_dictionary_of_lists_that_takes_new_keys(tmp_path: Path) -> None:
-    logger = MetaLogger(str(tmp_path), False)
-    with pytest.raises(AssertionError):
-        logger.log("ours", 2.0, 0)
-    logger.local_logger.my_fantastic_logging["ours"] = [float("nan")]
-    logger.log("ours", 2.0, 1)
-    assert logger.get_checkpoint()["ours"][1] == 2.0
-
-
-def test_pieces_of_the_sliding_window() -> None:
-    assert compute_steps_for_sliding_window((100, 64), (64, 64), 0.5) == [[0, 18, 36], [0]]
-
-
-def test_a_preprocessed_case_is_image_and_segmentation(bench: Any) -> None:
-    training, validation = bench.make(nnUNetTrainer).get_tr_and_val_datasets()
-    image, segmentation, previous, _ = training.load_case(training.identifiers[0])
-    assert image.shape[0] == segmentation.shape[0] == 1
-    assert image.shape[1:] == segmentation.shape[1:]
-    assert previous is None
-    assert isinstance(image[:], np.ndarray)
-    assert not set(training.identifiers) & set(validation.identifiers)

@@ -1,8 +1,7 @@
-"""Sample ids name what the loader really cut; and what we rely on in the host, in tests that say so."""
+"""Sample ids name what the loader really cut."""
 
 from __future__ import annotations
 
-import inspect
 import types
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading import data_loader as host_module
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host_trainer_module
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from adv_nnunet.loader import CellLoader, SliceLoader, case_of, with_loader
 
@@ -47,6 +45,7 @@ def test_ids_come_through_a_worker_process(bench: Any, monkeypatch: pytest.Monke
     finally:
         for loader in loaders:
             loader._finish()
+    assert host_trainer_module.nnUNetDataLoader is host_module.nnUNetDataLoader, "ours stays behind"
     assert len(batch["ids"]) == trainer.batch_size
     assert [case_of(sample) for sample in batch["ids"]] == list(batch["keys"])
     assert set(batch["ids"]) <= set(trainer.sample_ids())
@@ -61,30 +60,12 @@ def test_cells_are_those_of_the_centre_of_the_patch() -> None:
     assert case_of("case:0,0,2") == "case"
 
 
-@pytest.mark.parametrize("sample_id", ["cell", "auto"])
-def test_what_has_an_id_in_3d(bench: Any, sample_id: str) -> None:
-    trainer = bench.make(configuration="3d_fullres", sample_id=sample_id)
+def test_cells_in_3d(bench: Any) -> None:
+    trainer = bench.make(configuration="3d_fullres", sample_id="cell")
     trainer.initialize()
     batch = next(trainer.get_dataloaders()[0])
-    if sample_id == "cell":
-        assert all(sample.count(",") == 2 for sample in batch["ids"])
-        assert trainer.sample_ids() is None
-    else:  # a case
-        assert "ids" not in batch
-        assert set(batch["keys"]) <= set(trainer.sample_ids())
-
-
-def test_the_host_builds_its_loaders_from_a_global_name_and_asks_for_one_box_per_sample(bench: Any) -> None:
-    before, code = host_module.nnUNetDataLoader, nnUNetTrainer.get_dataloaders
-    assert "nnUNetDataLoader" in code.__code__.co_names
-    source = inspect.getsource(before.generate_train_batch)
-    assert source.count("self.get_bbox(") == 1
-    assert "'keys': selected_keys" in source
-    trainer = bench.make()
-    trainer.initialize()
-    trainer.get_dataloaders()
-    assert host_trainer_module.nnUNetDataLoader is before, "ours stays behind"
-    assert nnUNetTrainer.get_dataloaders is code
+    assert all(sample.count(",") == 2 for sample in batch["ids"])
+    assert trainer.sample_ids() is None
 
 
 def test_a_trainer_with_loaders_of_its_own_is_told_what_to_do() -> None:

@@ -23,17 +23,23 @@ CLASSES, IGNORE = 3, 3
 SCALES = (1.0, 0.5, 0.0)
 
 
-def dice_settings(batch_dice: bool, do_bg: bool = False) -> dict[str, Any]:
-    return {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": do_bg, "ddp": False}
-
-
-def stock(kind: str, batch_dice: bool, deep: bool) -> nn.Module:
-    ignore, dice = kind.endswith("ignore"), {"dice_class": MemoryEfficientSoftDiceLoss}
+def stock(
+    kind: str,
+    batch_dice: bool = False,
+    deep: bool = False,
+    options: dict[str, Any] | None = None,
+    weights: tuple[float, float] = (1, 1),
+    smooth: float = 1e-5,
+    dice_class: type[nn.Module] = MemoryEfficientSoftDiceLoss,
+) -> nn.Module:
+    """The loss that the host builds, with options of its parts."""
+    ignore, regions = kind.endswith("ignore"), kind.startswith("regions")
+    dice, own = {"batch_dice": batch_dice, "smooth": smooth, "do_bg": regions, "ddp": False}, dict(options or {})
     loss: nn.Module
-    if kind.startswith("labels"):
-        loss = DC_and_CE_loss(dice_settings(batch_dice), {}, ignore_label=IGNORE if ignore else None, **dice)
+    if regions:
+        loss = DC_and_BCE_loss(own, dice, *weights, use_ignore_label=ignore, dice_class=dice_class)
     else:
-        loss = DC_and_BCE_loss({}, dice_settings(batch_dice, do_bg=True), use_ignore_label=ignore, **dice)
+        loss = DC_and_CE_loss(dice, own, *weights, ignore_label=IGNORE if ignore else None, dice_class=dice_class)
     return DeepSupervisionWrapper(loss, np.array(SCALES) / sum(SCALES)) if deep else loss
 
 
@@ -95,30 +101,22 @@ LABELS, REGIONS = torch.tensor([0.2, 3.0, 1.0]), torch.tensor([2.0, 0.5]).reshap
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "dice"),
+    ("kind", "how"),
     [
-        ("labels", SMOOTH, {}),
-        ("labels", {"weight": LABELS}, {}),
-        ("labels", {**SMOOTH, "weight": LABELS}, {}),
-        ("regions", {"pos_weight": REGIONS}, {}),
-        ("regions", {"weight": REGIONS}, {}),
-        *(("labels", {}, {"smooth": smooth, "class": kind}) for smooth in (0.0, 1.0) for kind in DICE),
-        ("labels", {}, {"weights": (0.5, 2.0)}),
+        ("labels", {"options": SMOOTH}),
+        ("labels", {"options": {"weight": LABELS}}),
+        ("labels", {"options": {**SMOOTH, "weight": LABELS}}),
+        ("regions", {"options": {"pos_weight": REGIONS}}),
+        ("regions", {"options": {"weight": REGIONS}}),
+        *(("labels", {"smooth": smooth, "dice_class": kind}) for smooth in (0.0, 1.0) for kind in DICE),
+        ("labels", {"weights": (0.5, 2.0)}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ignore", [False, True])
-def test_options_of_the_stock_loss(kind: str, options: dict[str, Any], dice: dict[str, Any], ignore: bool) -> None:
+@pytest.mark.parametrize("ignore", ["", "+ignore"])
+def test_options_of_the_stock_loss(kind: str, how: dict[str, Any], ignore: str) -> None:
     """Trainers that users derive set them; a row must still be the loss of its sample."""
-    how = {**dice_settings(False, do_bg=kind == "regions"), "smooth": dice.get("smooth", 1e-5)}
-    own = {"dice_class": dice.get("class", SoftDiceLoss)}
-    loss: nn.Module
-    if kind == "labels":
-        ignored = IGNORE if ignore else None
-        loss = DC_and_CE_loss(how, dict(options), *dice.get("weights", (1, 1)), ignore_label=ignored, **own)
-    else:
-        loss = DC_and_BCE_loss(dict(options), how, use_ignore_label=ignore, **own)
-    check_rows(loss, *batch(kind + "+ignore" * ignore, (12, 10), False))
+    check_rows(stock(kind + ignore, **how), *batch(kind + ignore, (12, 10), False))
 
 
 def reference_dice(probability: Tensor, truth: Tensor, valid: Tensor, skip: bool) -> float:
@@ -147,12 +145,12 @@ def test_classes_that_a_sample_does_not_contain(kind: str) -> None:
         if ignore:
             targets[0, 0] = targets[0, -1]
         probability, truth = outputs.sigmoid(), targets[:, :2]
-    terms = {way: SampleTerms(stock(kind, True, False), "separate", way) for way in ("count", "skip", "auto")}
+    terms = {way: SampleTerms(stock(kind, True), "separate", way) for way in ("count", "skip", "auto")}
     for way, skip in (("count", False), ("skip", True), ("auto", True)):
         found = terms[way](outputs, targets)[:, 1]
         wanted = [-reference_dice(*of_one, skip) for of_one in zip(probability, truth, valid, strict=True)]
         assert found.tolist() == pytest.approx(wanted, abs=1e-6), way
-    averaged = SampleTerms(stock(kind, False, False), "separate", "auto")
+    averaged = SampleTerms(stock(kind), "separate", "auto")
     torch.testing.assert_close(averaged(outputs, targets), terms["count"](outputs, targets))
     empty = terms["skip"](outputs, targets)[1]
     assert empty[1] == -1
@@ -166,7 +164,7 @@ def test_a_sample_of_which_nothing_counts_costs_nothing(kind: str) -> None:
         targets[2] = IGNORE
     else:
         targets[2, -1] = True
-    terms = SampleTerms(stock(kind, False, False), "separate")(outputs, targets)
+    terms = SampleTerms(stock(kind), "separate")(outputs, targets)
     assert terms.isfinite().all()
     assert terms[2, 0] == 0
     (gradient,) = torch.autograd.grad(terms[2].sum(), outputs)
@@ -174,7 +172,8 @@ def test_a_sample_of_which_nothing_counts_costs_nothing(kind: str) -> None:
 
 
 def test_a_loss_that_cannot_be_split_is_refused() -> None:
-    topk = DC_and_topk_loss(dice_settings(False), {"k": 10})
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    topk = DC_and_topk_loss(dice, {"k": 10})
     with pytest.raises(TypeError, match=r"DC_and_CE_loss and DC_and_BCE_loss; this trainer's loss is DC_and_topk_loss"):
         SampleTerms(topk)
     with pytest.raises(TypeError, match="this trainer's loss is CrossEntropyLoss"):
@@ -186,7 +185,7 @@ def test_the_loss_of_an_evaluation_is_the_stock_one_without_deep_supervision(kin
     ignore = IGNORE if kind.endswith("ignore") else None
     labels = SimpleNamespace(has_regions=kind.startswith("regions"), ignore_label=ignore)
     outputs, targets = batch(kind, (12, 10), False)
-    ours, theirs = inference_loss(labels), stock(kind, False, False)
+    ours, theirs = inference_loss(labels), stock(kind)
     torch.testing.assert_close(ours(outputs, targets), theirs(outputs, targets))
     split = SampleTerms(ours)
     torch.testing.assert_close(split.at_full_resolution(outputs, targets), split(outputs, targets))
@@ -202,7 +201,7 @@ def test_the_objective_attacks_the_bare_network_and_trains_the_wrapped_one() -> 
             result: Tensor = network(images)
             return result
 
-    loss = stock("labels", True, False)
+    loss = stock("labels", True)
     _, targets = batch("labels", (12, 10), False)
     entered: list[int] = []
 
@@ -259,6 +258,6 @@ def test_half_precision_outputs_are_summed_in_float32(dtype: torch.dtype) -> Non
     """Under autocast outputs are in half precision, whose sums overflow above 65 504 voxels or lose them."""
     output = torch.zeros(1, 2, 300, 300, dtype=dtype)
     output[:, 1] = 8
-    rows = SampleTerms(stock("labels", False, False))(output, torch.ones(1, 1, 300, 300, dtype=torch.int16))
+    rows = SampleTerms(stock("labels"))(output, torch.ones(1, 1, 300, 300, dtype=torch.int16))
     assert rows.dtype == torch.float32
     assert rows[0].tolist() == pytest.approx([0, -1], abs=3e-3)

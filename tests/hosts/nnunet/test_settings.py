@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adv_nnunet.settings import Settings, find_settings
+from adv_nnunet.settings import Settings
 from advmed.training.settings import make_settings, read_settings
 
 WRONG = [
@@ -48,22 +48,6 @@ def test_defaults_by_the_size_of_the_input() -> None:
     assert Settings().resolved(2, [320, 320]).delta == pytest.approx(0.01 * math.sqrt(2 * 320 * 320), abs=1e-4)
     assert Settings(norm=math.inf).resolved(1, [56, 40]).eps == 0.1
     assert Settings(delta=0.7, eps=3.0).resolved(1, [56, 40]).delta == 0.7
-
-
-def test_where_settings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_settings(tmp_path) == (Settings(), "defaults")
-    (tmp_path / "adversarial.yaml").write_text("steps: 7\n")
-    settings, origin = find_settings(tmp_path)
-    assert (settings.steps, origin) == (7, str(tmp_path / "adversarial.yaml"))
-    other = tmp_path / "other.yaml"
-    other.write_text("steps: 9\nnorm: .inf\nbounds: [0, 1]\n")
-    monkeypatch.setenv("nnUNet_adversarial", str(other))
-    settings, origin = find_settings(tmp_path)
-    assert (settings.steps, settings.norm, settings.bounds) == (9, math.inf, (0.0, 1.0))
-    assert "nnUNet_adversarial" in origin
-    monkeypatch.setenv("nnUNet_adversarial", str(tmp_path / "none.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml; the environment variable nnUNet_adversarial names it"):
-        find_settings(tmp_path)
 
 
 @pytest.mark.parametrize(

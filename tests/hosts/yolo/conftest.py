@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.detection import CLASSES, TERMS, VAL, DataSet, fit, save  # before anything imports ultralytics
+# Before anything imports ultralytics.
+from helpers.detection import CLASSES, ONE_HEAD, QUIET, TERMS, DataSet, fit, save, thinned
 
 # isort: split
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, SETTINGS, IterableSimpleNamespace
 
-from adv_yolo.api import make_batch
+from adv_yolo.trainer import TRAINERS
 from advmed.thresholds import Thresholds
-from helpers.hosts import listening
+from helpers.hosts import Interrupted, listening
 
 
 def pytest_sessionfinish() -> None:
@@ -51,9 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture
 def batch(data: DataSet) -> dict[str, Any]:
     """Images with several objects, one and none."""
-    several, second, _, other = (data.labels(name) for name in data.names("val"))
-    assert len(several) > 3
-    return make_batch(data.images("val", 64), [several, second[:1], several[:0], other])
+    return thinned(data.small_batch())
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def networks(data: DataSet) -> Callable[..., DetectionModel]:
     Untrained networks make no objects to test: their gradients are next to nothing, or their rounding errors are not.
     """
     made: dict[str, DetectionModel] = {}
-    batch = make_batch(data.images("val", 64), [data.labels(name) for name in data.names("val")])
+    batch = data.small_batch()
 
     def make(name: str = "yolov8n", end2end: bool | None = None) -> DetectionModel:
         if name not in made:
@@ -83,21 +83,41 @@ def networks(data: DataSet) -> Callable[..., DetectionModel]:
 
 @pytest.fixture(scope="session")
 def trained(data: DataSet, networks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that half knows the validation images, at 96 pixels."""
+    """A network that half knows the validation images."""
     model = networks("yolov8n")
-    fit(model, data.known_batch(), 70)
+    fit(model, data.batch(), 70)
     return save(model, tmp_path_factory.mktemp("trained") / "run" / "weights" / "best.pt", 96)
 
 
+@pytest.fixture(scope="session")
+def make(data: Any) -> Callable[..., Any]:
+    """A trainer with quick settings: the stock one, or one of ours by the name of its method or its class."""
+
+    def made(kind: str | type[Any], folder: Path, source: Any = None, model: str = ONE_HEAD, **arguments: Any) -> Any:
+        given = {"model": model, "data": str((source or data).yaml), "project": str(folder), "name": "run"}
+        given |= {} if kind == "stock" else {"steps": 1, "step_scale": 1.0}
+        trainer = {"stock": DetectionTrainer, **TRAINERS}.get(kind, kind)
+        return trainer(overrides={**QUIET, **given, **arguments})
+
+    return made
+
+
 @pytest.fixture
-def known(data: DataSet) -> dict[str, Any]:
-    """The images that it knows, with all objects, with one and with none."""
-    batch = data.known_batch()
-    index = batch["batch_idx"]
-    kept = (index != 2) & ((index != 1) | (torch.arange(len(index)) == (index == 1).nonzero()[0]))
-    chosen = {key: batch[key][kept] for key in ("batch_idx", "cls", "bboxes")}
-    assert [int((chosen["batch_idx"] == i).sum()) for i in range(VAL)][1:3] == [1, 0]
-    return {"img": batch["img"], **chosen}
+def broken(make: Any, tmp_path: Path) -> Callable[..., Path]:
+    """The last.pt of a run that was interrupted in its third epoch of four."""
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 2:
+            raise Interrupted
+
+    def stopped(kind: str, **arguments: Any) -> Path:
+        trainer = make(kind, tmp_path / "broken" / kind, epochs=4, **arguments)
+        trainer.add_callback("on_train_batch_end", interrupt)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        return Path(trainer.last)
+
+    return stopped
 
 
 @pytest.fixture

@@ -18,36 +18,18 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from adv_yolo.trainer import TRAINERS
-from helpers.hosts import hashed, meeting
-
-
-class Wrapper(nn.parallel.DistributedDataParallel):
-    passes = 0
-
-    def __init__(self, module: nn.Module, device_ids: Any = None, **settings: Any) -> None:
-        super().__init__(module, **settings)
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        type(self).passes += 1
-        return super().forward(*given, **named)
+from helpers.hosts import Wrapper, meeting, recorded
 
 
 def run(name: str, method: str, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     kind = TRAINERS.get(method, DetectionTrainer)
     trainer = kind(overrides={**arguments, "project": str(folder), "name": name})
     trainer.world_size = 2
-    found: dict[str, Any] = {"steps": [], "epochs": []}
-    step = trainer.optimizer_step
-
-    def counted() -> None:
-        step()
-        found["steps"].append(hashed(dict(trainer.model.module.named_parameters())))
-
-    trainer.optimizer_step = counted
-    trainer.add_callback("on_train_epoch_end", lambda t: found["epochs"].append(getattr(t, "_epoch_values", None)))
-    Wrapper.passes = 0
+    found = recorded(trainer, "optimizer_step", lambda: trainer.model.module)
+    measured: list[dict[str, float]] = []
+    trainer.add_callback("on_train_epoch_end", lambda t: measured.append(getattr(t, "_epoch_values", {})))
     trainer.train()
-    found |= {"passes": Wrapper.passes, "folder": str(trainer.save_dir)}
+    found |= {"folder": str(trainer.save_dir), "log": {key: [v[key] for v in measured] for key in measured[0]}}
     if kind is not DetectionTrainer:
         found |= {"method": trainer.run.method.state_dict(), "thresholds": str(trainer.run.thresholds)}
     return found

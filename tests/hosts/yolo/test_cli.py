@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import torch_utils
 
 from adv_yolo import cli
 from adv_yolo.cli import main
 from adv_yolo.evaluate import DetectionEvaluation
-from adv_yolo.settings import argument_names
-from adv_yolo.trainer import STATE, TRAINERS
+from adv_yolo.trainer import STATE
 from advmed.thresholds import Thresholds
-from helpers.detection import ONE_HEAD, TERMS, stock_terms
-from helpers.hosts import Interrupted, mistake_of, table
+from helpers.detection import CLASSES, ONE_HEAD, QUIET, TERMS, save, stock_terms
+from helpers.hosts import mistake_of, table
+from helpers.pages import run
 
-QUICK = ["epochs=2", "imgsz=64", "batch=4", "device=cpu", "workers=0", "plots=False", "amp=False", "warmup_epochs=0"]
 COMMAND = Path(sys.executable).with_name("adv-yolo")
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must fail, and returns its one message."""
-
-    def run(*words: Any) -> str:
-        message = mistake_of(main, capsys, *words)
-        assert message.startswith("adv-yolo: ")
-        return message
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -51,71 +35,57 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def train(data: Any) -> list[str]:
     """A short training in the folder x."""
-    return ["train", f"model={ONE_HEAD}", f"data={data.yaml}", *QUICK, f"project={Path.cwd()}", "name=x"]
-
-
-@pytest.fixture
-def own(trained: Path, data: Any) -> list[str]:
-    """What our own commands are given."""
-    return [f"model={trained}", f"data={data.yaml}", "device=cpu", "batch=2"]
+    quick = [f"{name}={value}" for name, value in QUIET.items()]
+    return ["train", f"model={ONE_HEAD}", f"data={data.yaml}", *quick, f"project={Path.cwd()}", "name=x"]
 
 
 @pytest.mark.slow
-def test_the_installed_command_trains_and_evaluates(train: list[str], data: Any, tmp_path: Path) -> None:
-    def command(*words: Any, processes: int = 1) -> str:
-        torchrun = [str(COMMAND.with_name("torchrun")), "--nproc-per-node", str(processes), "--no-python"]
-        start = [*(torchrun if processes > 1 else []), str(COMMAND), *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
+@pytest.mark.usefixtures("undrawn")
+def test_a_trained_model_is_evaluated_in_two_processes_as_in_one(
+    train: list[str], data: Any, tmp_path: Path, said: list[str]
+) -> None:
+    """By the installed command."""
     # (A space is an argument's own business.)
-    text = command("detect", *train, "name=a run", "method=amat", "delta=0.5", "steps=1", "mosaic=0.0")
-    run = tmp_path / "a run"
-    assert "thresholds are self-calibrated" in text
-    assert {row["visits"] for row in table(run / "margins.csv")} == {"1"}
-    # Two processes share the images, and find what one finds.
-    words = ["evaluate", f"model={run / 'weights' / 'best.pt'}", f"data={data.yaml}", "levels=0,1", "attacks=pgd1"]
-    words += ["checks=0", "batch=1", "device=cpu", "examples=1"]
-    text = command(*words, f"out={tmp_path}/r", processes=2)
+    assert main(["detect", *train, "name=a run", "method=amat", "delta=0.5", "steps=1", "mosaic=0.0"]) == 0
+    model = tmp_path / "a run" / "weights" / "best.pt"
+    assert any("thresholds are self-calibrated" in line for line in said)
+    assert {row["visits"] for row in table(tmp_path / "a run" / "margins.csv")} == {"1"}
+    words = ["evaluate", f"model={model}", f"data={data.yaml}", "levels=0,1", "attacks=pgd1", "checks=0", "batch=1"]
+    words += ["device=cpu", "examples=1"]
+    twice = ["torchrun", "--nproc-per-node", 2, "--no-python", COMMAND]
+    text = run(tmp_path, *twice, *words, f"out={tmp_path}/two")
     assert text.count("Report: ") == 1
     assert "mAP50-95" in text
     assert "a run" in text
-    assert len(list((tmp_path / "r" / "a run" / "parts").iterdir())) == 4
     assert main([*words, f"out={tmp_path}/one"]) == 0
-    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "r"))
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     for name in ("results", "failures", "findings"):
         assert one[name] == two[name], name
-    assert (tmp_path / "one" / "samples.csv").read_text() == (tmp_path / "r" / "samples.csv").read_text()
+    assert (tmp_path / "one" / "samples.csv").read_text() == (tmp_path / "two" / "samples.csv").read_text()
+    parts = sorted((tmp_path / "two" / "a run" / "parts").iterdir())
+    times = [part.stat().st_mtime_ns for part in parts]
+    assert len(parts) == 4
+    assert main([*words, f"out={tmp_path}/two"]) == 0
+    assert [part.stat().st_mtime_ns for part in parts] == times, "what is measured is not measured again"
 
 
 @pytest.mark.slow
 def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
-    train: list[str], data: Any, fails: Callable[..., str]
+    broken: Any, data: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin = TRAINERS["dpaat"].run_callbacks
-
-    def stop(self: Any, event: str) -> None:
-        begin(self, event)
-        if event == "on_train_batch_end" and self.epoch == 2:
-            raise Interrupted
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(TRAINERS["dpaat"], "run_callbacks", stop)
-        main([*train, "epochs=4", "steps=1", "method=DPAAT", "step_size=0.25"])
-    last = Path("x/weights/last.pt").absolute()
+    last = broken("dpaat", step_size=0.25)
+    run = last.parents[1]
     state = getattr(torch.load(last, weights_only=False)["ema"], STATE)
     assert state["arguments"]["step_size"] == 0.25
     assert len(state["method"]["margins"]["ids"]) == 8
-    message = fails("detect", "train", f"model={last}", "resume=True", "method=sat")
+    message = mistake_of(main, capsys, "detect", "train", f"model={last}", "resume=True", "method=sat")
     assert "is a run of method=dpaat, it cannot be resumed with method=sat" in message
-    shutil.copytree("x", "kept")
+    shutil.copytree(run, "kept")
     for words in (["model={}", "resume=True"], ["resume={}"], ["resume", "model={}", "method=dpaat"]):
-        shutil.rmtree("x")  # as it was when the run ended
-        shutil.copytree("kept", "x")
+        shutil.rmtree(run)  # as it was when the run ended
+        shutil.copytree("kept", run)
         assert main(["detect", "train", *(word.format(last) for word in words)]) == 0
-        visits = {row["id"]: row["visits"] for row in table(Path("x/margins.csv"))}
+        visits = {row["id"]: row["visits"] for row in table(run / "margins.csv")}
         assert visits == dict.fromkeys(data.ids("train"), "4")
 
 
@@ -137,96 +107,71 @@ def test_arguments_may_come_from_the_hosts_file(train: list[str]) -> None:
     assert len(table(Path("x/results.csv"))) == 1
 
 
+TRAIN = ["train", f"model={ONE_HEAD}", "data={data}", "project={here}"]
+THRESHOLDS, EVALUATE = ([name, "model={model}", "data={data}", "device=cpu"] for name in ("thresholds", "evaluate"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=amat", "epoch=3"], "epochs"),
-        (["method=amat", "delta=0"], "delta must be a finite number > 0, got 0"),
-        (["method=amta"], "method=amta is unknown; there are amat, sat, at, trades, dpaat, fat and std"),
-        (["delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
-        (["method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
-        (["method=sat", "eps"], "'eps' is missing an '=' sign"),
-        (["method=sat", "data=no/such.yaml"], "no/such.yaml"),
-        (["method=sat", "model=nothing.yaml"], "nothing.yaml"),
+        (["nonsense"], "'nonsense' is not a valid"),
+        ([*TRAIN, "method=amat", "epoch=3"], "epochs"),
+        ([*TRAIN, "method=amat", "delta=0"], "delta must be a finite number > 0, got 0"),
+        ([*TRAIN, "method=amta"], "method=amta is unknown; there are amat, sat, at, trades, dpaat, fat and std"),
+        ([*TRAIN, "delta=3.5", "steps=2"], "delta, steps: these arguments need method=, one of amat, sat"),
+        ([*TRAIN, "method=std", "eps=3"], "eps: these arguments need method=, one of amat"),
+        ([*TRAIN, "method=sat", "eps"], "'eps' is missing an '=' sign"),
+        ([*TRAIN, "method=sat", "data=no/such.yaml"], "no/such.yaml"),
+        ([*TRAIN, "method=sat", "model=nothing.yaml"], "nothing.yaml"),
         *(
-            (["method=amat", f"{wrong}=1"], f"'{wrong}' is not a valid .*Similar arguments.*'{right}")
+            ([*TRAIN, "method=amat", f"{wrong}=1"], f"'{wrong}' is not a valid .*Similar arguments.*'{right}")
             for wrong, right in (("delt", "delta"), ("stepscale", "step_scale"), ("treshold", "thresholds"))
         ),
+        (["train", "method=sat", "data={data}"], r"train needs model=\.\.\."),
+        (["train", "method=sat", "model=x.yaml"], r"train needs data=\.\.\."),
+        (["thresholds", "data={data}"], r"thresholds needs model=\.\.\."),
+        (["evaluate", "model={model}"], r"evaluate needs data=\.\.\."),
+        ([*THRESHOLDS, "model=no/nothing.pt"], "nothing.pt"),
+        ([*EVALUATE, "model=no/nothing.pt"], "nothing.pt"),
+        ([*THRESHOLDS, "rule=median"], r"must be 'mean' or 'mean\+<number>std'"),
+        ([*THRESHOLDS, "split=test"], "has no split 'test'"),
+        ([*THRESHOLDS, "rul=mean"], r"\['rule'\]"),
+        ([*THRESHOLDS, "data=no/such.yaml"], "there is no data set file no/such.yaml"),
+        ([*EVALUATE, "levels=0,-1"], "level"),
+        ([*EVALUATE, "model={model},{model}"], "2 models need 2 different names.* names=A,B"),
+        ([*EVALUATE, "split=test"], "has no split 'test'"),
+        ([*EVALUATE, "lvels=0,1"], r"Similar arguments are i.e. \['levels'"),
     ],
+    ids=str,
 )
-def test_mistakes_in_arguments_are_named(
-    fails: Callable[..., str], train: list[str], words: list[str], message: str
+def test_mistakes_are_named_before_anything_is_trained_or_measured(
+    capsys: pytest.CaptureFixture[str], data: Any, words: list[str], message: str
 ) -> None:
-    assert re.search(message, fails(*train, *words), re.DOTALL)
-    assert not Path("x/results.csv").exists()
-
-
-def test_model_and_data_are_asked_for(fails: Callable[..., str], data: Any) -> None:
-    assert "train needs data=..." in fails("train", "method=sat", f"model={ONE_HEAD}")
-    for words in (["train", "method=sat"], ["thresholds"], ["evaluate"]):
-        assert f"{words[0]} needs model=..." in fails(*words, f"data={data.yaml}")
-    for name in ("thresholds", "evaluate"):
-        assert f"{name} needs data=..." in fails(name, "model=x.pt")
-        assert "nothing.pt" in fails(name, "model=no/nothing.pt", f"data={data.yaml}")
-
-
-def test_debug_shows_where_a_mistake_was_noticed(train: list[str]) -> None:
-    with pytest.raises(ValueError, match="delta"):
-        main([*train, "method=amat", "delta=0", "--debug"])
+    model = save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), Path("best.pt"))
+    given = {"model": model, "data": data.yaml, "here": Path.cwd()}
+    said = mistake_of(main, capsys, *(word.format(**given) for word in words))
+    assert said.startswith("adv-yolo: ")
+    assert re.search(message, said, re.DOTALL), said
+    assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"best.pt", "args.yaml"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "factor"), [(None, 2), ("mean", 0), ("mean+1.5std", 1.5)])
+@pytest.mark.parametrize(("rule", "factor"), [(None, 2), ("mean", 0)])
 def test_thresholds_are_mean_and_deviation_of_the_clean_terms(
-    own: list[str], trained: Path, data: Any, tmp_path: Path, rule: str | None, factor: float
+    trained: Path, data: Any, tmp_path: Path, rule: str | None, factor: float
 ) -> None:
     """Beside the model, unless told otherwise."""
     path = shutil.copy(trained, tmp_path / "own.pt")
-    words = ["split=val", "batch=3", *([f"model={path}"] if rule is None else [f"rule={rule}", "out=t.json"])]
-    assert main(["thresholds", *own, *words]) == 0
+    words = [f"model={path}"] if rule is None else [f"model={trained}", f"rule={rule}", "out=t.json"]
+    assert main(["thresholds", *words, f"data={data.yaml}", "split=val", "batch=3", "device=cpu"]) == 0
     found = Thresholds.load(path.with_name("thresholds.json" if rule is None else "t.json"))
     assert (found.n, found.names) == (4, TERMS)
     assert (found.source, found.rule) == (str(path if rule is None else trained), rule or "mean+2std")
     assert found.notes["imgsz"] == 96  # as the model was trained
     with torch.no_grad():
-        terms = stock_terms(load_checkpoint(trained)[0], data.known_batch()).double()
+        terms = stock_terms(load_checkpoint(trained)[0], data.batch()).double()
     wanted = terms.mean(0) + factor * terms.std(0, correction=0)
     assert found.values == pytest.approx(wanted.tolist(), rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["thresholds", "rule=median"], "must be 'mean' or 'mean+<number>std'"),
-        (["thresholds", "split=test"], "has no split 'test'"),
-        (["thresholds", "rul=mean"], "['rule']"),
-        (["thresholds", "data=no/such.yaml"], "there is no data set file no/such.yaml"),
-        (["evaluate", "levels=0,-1"], "level"),
-        (["evaluate", "names=A,B"], "1 models need 1 different names"),
-        (["evaluate", "model={0},{0}"], "2 models need 2 different names"),
-        (["evaluate", "split=test"], "has no split 'test'"),
-        (["evaluate", "lvels=0,1"], "Similar arguments are i.e. ['levels'"),
-        (["evaluate", "checks=True"], "checks must be a whole number >= 0, got True"),
-    ],
-)
-def test_mistakes_in_our_own_commands_are_named(
-    fails: Callable[..., str], own: list[str], trained: Path, words: list[str], message: str
-) -> None:
-    assert message in fails(words[0], *own, words[1].format(trained))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_an_evaluation_is_not_repeated_and_another_one_is_told_apart(own: list[str], fails: Callable[..., str]) -> None:
-    given = ["evaluate", *own, "attacks=pgd1", "checks=0", "examples=0", "out=r"]
-    assert main([*given, "levels=0,1"]) == 0
-    parts = sorted(Path("r/run/parts").iterdir())
-    times = [part.stat().st_mtime_ns for part in parts]
-    assert main([*given, "levels=0,1"]) == 0
-    assert [part.stat().st_mtime_ns for part in parts] == times
-    assert "another configuration" in fails(*given, "levels=0,2")
-    assert main([*given, "levels=0,2", "overwrite=True"]) == 0
 
 
 @pytest.mark.parametrize(("norm", "level"), [(2, [0, 1.5, 3, 4.5]), (math.inf, [0, 2 / 255, 4 / 255, 8 / 255])])
@@ -267,12 +212,3 @@ def test_other_commands_are_the_hosts(trained: Path, data: Any, said: list[str])
     image = shutil.copy(data.folder / "images" / f"{data.names('val')[0]}.jpg", "one.jpg")
     assert main(["detect", "predict", *common, f"source={image}", "name=p", "save=True"]) == 0
     assert Path("p/one.jpg").is_file()
-
-
-def test_help_names_everything(capsys: pytest.CaptureFixture[str], fails: Callable[..., str]) -> None:
-    for words in ([], ["help"], ["--help"]):
-        assert main(words) == 0
-        text = capsys.readouterr().out
-        for name in (*argument_names(), "method=amat", "adv-yolo thresholds", "adv-yolo evaluate", "yolo help"):
-            assert name in text, name
-    assert "'nonsense' is not a valid" in fails("nonsense")

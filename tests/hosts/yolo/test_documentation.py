@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,15 @@ import pytest
 import torch
 
 from helpers.hosts import ROOT, blocks, commands
+from helpers.pages import README, run
 
 PAGE = (ROOT / "docs" / "yolo.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = ["epochs=1", "imgsz=64", "batch=4", "device=cpu", "workers=0", "plots=False", "amp=False"]
 SHORTER = {
     # Later words win, so that these go behind what is documented.
     "detect": TRAINING,
     "thresholds": ["imgsz=64", "device=cpu"],
-    "evaluate": ["attacks=pgd1", "examples=1", "checks=2", "device=cpu"],
+    "evaluate": ["attacks=pgd1", "levels=0,5", "examples=1", "checks=0", "device=cpu"],
 }
 TYPED = """
 # The commands of the console scripts, and the code, in one process that imports the host once.
@@ -64,15 +62,10 @@ def test_the_commands_and_the_code_of_the_page_work(
 
     # As outside of a test: the host has a place of its own for the runs of tests. For those of users, its settings hold
     # the repository that it is installed in, or the folder of its first start.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    environment |= {"YOLO_CONFIG_DIR": str(tmp_path / "settings"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    typed = json.dumps([[*words, *SHORTER[words[1]]] for words in documented])
-    for words in (
-        [str(Path(sys.executable).with_name("yolo")), "settings", f"runs_dir={tmp_path / 'runs'}"],
-        [sys.executable, "-c", TYPED, typed],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path / "settings"))
+    run(tmp_path, "yolo", "settings", f"runs_dir={tmp_path / 'runs'}")
+    run(tmp_path, sys.executable, "-c", TYPED, json.dumps([[*words, *SHORTER[words[1]]] for words in documented]))
     assert Path("runs/evaluate/report.html").is_file()
     assert Path("runs/detect/train/weights/best.pt").is_file()
     losses, noise, norms = torch.load("found.pt")

@@ -26,27 +26,13 @@ from adv_yolo import AMATDetectionTrainer
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, STATE, TRAINERS, MethodCriterion
 from advmed.thresholds import RunningThresholds, Thresholds
-from helpers.detection import CLASSES, ONE_HEAD, QUIET, STILL, TERMS, TWO_HEADS, divergence, epochs, save
-from helpers.hosts import BLOCKER, Interrupted, different, margins_of, plain, table, watched
+from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, divergence, epochs, save
+from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
 
 pytestmark = pytest.mark.slow
 
-SHORT = {"steps": 1, "step_scale": 1.0}
 OTHER_TERMS = ("box_loss", "cls_loss", "l1_loss")
 """Of two heads."""
-
-
-@pytest.fixture(scope="module")
-def make(data: Any) -> Callable[..., Any]:
-    """A trainer with quick settings: the stock one, or one of ours by the name of its method or its class."""
-
-    def made(kind: str | type[Any], folder: Path, source: Any = None, model: str = ONE_HEAD, **arguments: Any) -> Any:
-        given = {"model": model, "data": str((source or data).yaml), "project": str(folder), "name": "run"}
-        given |= {} if kind == "stock" else SHORT
-        trainer = {"stock": DetectionTrainer, **TRAINERS}.get(kind, kind)
-        return trainer(overrides={**QUIET, **given, **arguments})
-
-    return made
 
 
 @pytest.fixture
@@ -408,24 +394,6 @@ def test_mosaic_is_off_where_images_have_noise_levels_and_says_so(
     assert all(line.startswith("WARNING") and f"{kind.upper()} with {values}:" in line for line in mixed)
 
 
-@pytest.fixture
-def broken(make: Any, tmp_path: Path) -> Callable[..., Path]:
-    """The last.pt of a run that was interrupted in its third epoch of four."""
-
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 2:
-            raise Interrupted
-
-    def stopped(kind: str, **arguments: Any) -> Path:
-        trainer = make(kind, tmp_path / "broken" / kind, epochs=4, **arguments)
-        trainer.add_callback("on_train_batch_end", interrupt)
-        with pytest.raises(Interrupted):
-            trainer.train()
-        return Path(trainer.last)
-
-    return stopped
-
-
 def resume(kind: str, last: Path, **arguments: Any) -> Any:
     """The resumed run after its end, with its state and the weights of its heads as its epochs began."""
     trainer = TRAINERS[kind](overrides={"model": str(last), "resume": str(last), **arguments})
@@ -513,10 +481,7 @@ def test_what_is_no_unfinished_run_of_the_method_is_not_resumed(broken: Any, fin
     assert run("sat", model=str(finished.last), eps=0.5, epochs=1, val=False).run.method.steps_done == 2
 
 
-@pytest.mark.parametrize("source", ["file", "self-calibrated"])
-def test_an_epoch_lost_to_a_nan_leaves_no_mark_on_the_margins(
-    run: Any, thresholds: Any, said: list[str], source: str
-) -> None:
+def test_an_epoch_lost_to_a_nan_leaves_no_mark_on_the_margins(run: Any, said: list[str]) -> None:
     begun: list[tuple[int, Any]] = []
     poisoned: list[int] = []
 
@@ -529,15 +494,12 @@ def test_an_epoch_lost_to_a_nan_leaves_no_mark_on_the_margins(
             if len(poisoned) == 2:  # after the epoch's last batch
                 trainer.loss = trainer.loss * math.nan
 
-    own = {"thresholds": thresholds(math.inf)} if source == "file" else {}
-    watch = {"on_train_epoch_start": look, "on_train_batch_end": poison}
-    trainer = run("amat", on=watch, delta=0.25, epochs=4, **own)
+    trainer = run("amat", on={"on_train_epoch_start": look, "on_train_batch_end": poison}, delta=0.25, epochs=4)
     assert [epoch for epoch, _ in begun] == [0, 1, 2, 2, 3]
     assert begun[2][1] == begun[3][1]
     assert begun[3][1] != begun[4][1]
-    adversarial = 4 if source == "file" else 3
-    assert trainer.run.method.margins.visits().tolist() == [adversarial] * 8
-    assert trainer.run.method.steps_done == 2 * adversarial
+    assert trainer.run.method.margins.visits().tolist() == [3] * 8  # the first epoch was clean
+    assert trainer.run.method.steps_done == 2 * 3
     assert any("Epoch 3 begins again: margins and thresholds are back at its start" in line for line in said)
     assert epochs(trainer.save_dir) == [1, 2, 3, 4]
 
@@ -574,14 +536,7 @@ def test_the_epoch_is_begun_again_when_memory_runs_out(
 def test_attack_steps_lost_to_bad_gradients_are_counted_and_warned_of(
     run: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grad = torch.autograd.grad
-
-    def overflowing(*given: Any, **named: Any) -> Any:
-        (gradient,) = grad(*given, **named)
-        gradient[0] = math.inf
-        return (gradient,)
-
-    monkeypatch.setattr(torch.autograd, "grad", overflowing)
+    overflow(monkeypatch, 0)
     trainer = run("sat", eps=0.5, steps=3, epochs=1)
     (row,) = table(trainer.save_dir / "results.csv")
     assert float(row["train/adv_nonfinite"]) == 2 * 3  # an image in each batch, in every step
@@ -623,9 +578,7 @@ def test_sequential_backward_needs_a_single_process(make: Any, tmp_path: Path, m
 
 EARLY: list[tuple[str, dict[str, Any], str]] = [
     ("amat", {"delt": 1.0}, "delta"),
-    ("amat", {"delta": 0}, "delta must be a finite number > 0"),
     ("amat", {"bn": "none"}, "bn must be 'both' or 'clean' or 'adversarial'"),
-    ("amat", {"clean_epochs": -1}, "clean_epochs must be >= 0, got -1"),
     ("amat", {"clean_epochs": "x"}, "clean_epochs must be a whole number"),
     ("dpaat", {"eps": 2.0, "eps_max": 1.0}, "got eps_min 0, eps 2, eps_max 1$"),
     ("trades", SEQUENTIAL, "^TRADES compares the predictions of its two passes, .* use backward 'tog"),
@@ -679,13 +632,3 @@ def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
         trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
         trainer.train()
     assert (kind, arguments, message) in LATE or not (tmp_path / "runs").exists()
-
-
-def test_a_batch_of_background_images_trains(run: Any, make_data: Any, thresholds: Any) -> None:
-    own = make_data()
-    for name in own.names("train")[1:]:
-        own.write_labels(name, [])
-    given = {"delta": 0.5, "thresholds": thresholds(math.inf), "epochs": 1, "batch": 2, "val": False}
-    trainer = run("amat", source=own, **given)
-    assert trainer.run.method.margins.visits().tolist() == [1] * 8
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
