@@ -155,7 +155,7 @@ def meeting(folder: Path, rank: int) -> Iterator[dict[str, Any]]:
 
 
 class Wrapper(DistributedDataParallel):
-    """Without the host's device ids; counts the training passes through it."""
+    """Without the host's device ids; counts the passes through it that keep gradients: not those of a validation."""
 
     passes = 0
 
@@ -163,7 +163,7 @@ class Wrapper(DistributedDataParallel):
         super().__init__(module, **settings)
 
     def forward(self, *given: Any, **named: Any) -> Any:
-        Wrapper.passes += self.training
+        Wrapper.passes += torch.is_grad_enabled()
         return super().forward(*given, **named)
 
 
