@@ -6,7 +6,6 @@ when they are needed. A batch is a dict of ``image`` (B, C, H, W) in [0, 1], ``l
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torchvision.transforms.v2 import functional
 from advmed.integrations.lightning import SampleData
 from advmed.integrations.lightning.data import SPLITS
 from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -223,18 +223,11 @@ class ImageTable(ClassificationData):
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """See :meth:`ClassificationData.read`."""
         path = self.root / self.table
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no table {path}")
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = list(rows[0]) if rows else []
-        lacking = [name for name in ("image", "label", "split") if name not in columns]
-        if lacking:
-            raise ValueError(f"{path} has no column {', '.join(lacking)}; there are {', '.join(columns) or 'no rows'}")
-        short = [i for i, row in enumerate(rows, 2) if None in (row["image"], row["label"], row["split"])]
+        rows = read_table(path, ("image", "label", "split"))
+        short = [i for i, row in enumerate(rows, 2) if not (row["image"] and row["label"])]
         if short:
-            raise ValueError(f"{path} has no image, label or split in line(s) {', '.join(map(str, short))}")
-        names, labels = self._labels(path, rows, columns)
+            raise ValueError(f"{path} has no image or label in line(s) {', '.join(map(str, short))}")
+        names, labels = self._labels(path, rows)
         files = self._files([row["image"] for row in rows])
         splits = {}
         for split in SPLITS:
@@ -250,8 +243,8 @@ class ImageTable(ClassificationData):
             )
         return names, splits
 
-    def _labels(self, path: Path, rows: list[dict[str, str]], columns: list[str]) -> tuple[list[str], list[int]]:
-        texts = [row["label"].strip() for row in rows]
+    def _labels(self, path: Path, rows: list[dict[str, str]]) -> tuple[list[str], list[int]]:
+        texts = [row["label"] for row in rows]
         if not all(text.lstrip("-").isdigit() for text in texts):
             names = list(self.classes or sorted(set(texts)))
             unknown = sorted(set(texts) - set(names))
@@ -263,7 +256,7 @@ class ImageTable(ClassificationData):
             return list(self.classes), labels
         count = max(labels) + 1
         names = [str(k) for k in range(count)]
-        if naming := next((name for name in ("name", "dx") if name in columns), None):
+        if naming := next((name for name in ("name", "dx") if name in rows[0]), None):
             for row, label in zip(rows, labels, strict=True):
                 if 0 <= label < count:
                     names[label] = row[naming]

@@ -8,10 +8,9 @@ pixels of that image, NaN where one is not known, ``file_size`` (B, 2), width an
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from torchvision.transforms.v2 import functional
 from advmed.integrations.lightning import SampleData
 from advmed.integrations.lightning.data import SPLITS
 from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning.tables import read_table
 
 BOUNDS = (-1.0, 1.0)
 """Lowest and highest value of an image."""
@@ -593,24 +593,6 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
             f"{'; ...' if len(outside) > 5 else ''}"
         )
     return checked
-
-
-def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file, their values stripped.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it has no rows, or lacks a column.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [{k: (v or "").strip() for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
-    columns = list(rows[0]) if rows else []
-    lacking = [name for name in needed if name not in columns]
-    if lacking:
-        raise ValueError(f"{path} has no column {', '.join(lacking)}; there are {', '.join(columns) or 'no rows'}")
-    return rows
 
 
 def _number(text: str, path: Path, line: int) -> float:

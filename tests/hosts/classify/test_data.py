@@ -183,7 +183,7 @@ def test_what_else_a_table_and_its_images_lack(tmp_path: Path) -> None:
     told(FileNotFoundError, make, "19 of 45 images", str(root / "images"), *lost)
     for text, message in (
         ("image,class,fold\na.png,0,train\n", "has no column label, split; there are image, class, fold"),
-        ("image,label,split\na.png,0,train\nb.png,1\nc.png\n", "has no image, label or split in line(s) 3, 4"),
+        ("image,label,split\na.png,0,train\nb.png\n,1,val\n", "has no image or label in line(s) 3, 4"),
     ):
         (root / "labels.csv").write_text(text)
         told(ValueError, make, message)

@@ -260,17 +260,6 @@ def test_landmarks_are_numbers_or_names_in_their_order(table: Any, column: str, 
         assert data.dataset("train")[k]["points"].tolist() == [list(places[name]) for name in order]
 
 
-def test_tables_as_a_spreadsheet_writes_them(table: Any) -> None:
-    """With a mark of its encoding, and spaces."""
-    root = table().root
-    for path in root.glob("*.csv"):
-        header, rows = path.read_text().split("\n", 1)
-        path.write_text(f"\ufeff{header}\n{rows.replace(',', ' , ')}", encoding="utf-8")
-    data = LandmarkTable(str(root), **STILL)
-    assert data.train_ids == ["a", "b"]
-    assert data.dataset("train")[1]["points"].tolist() == [list(p) for p in POINTS["b"].values()]
-
-
 def test_images_of_the_split_none_are_left_out(table: Any) -> None:
     """With landmarks or without, and though their files may not be there."""
     data = table(split={**SPLIT, "b": "none", "x": "none", "y": "none"})

@@ -190,3 +190,19 @@ def test_tables_that_are_empty_or_missing(tmp_path: Path, layout: Any) -> None:
         told(ValueError, make, f"{path} has no column image, ", "; there are no rows")
         path.unlink()
         told(FileNotFoundError, make, f"there is no table {path}")
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_tables_as_a_spreadsheet_writes_them(tmp_path: Path, layout: type[SampleData]) -> None:
+    """With a mark of their encoding, and spaces."""
+    make = write(tmp_path, layout)
+    plain = make()
+    for table in TABLES[layout]:
+        path = tmp_path / table
+        path.write_text("\ufeff" + path.read_text().replace(",", " , "), encoding="utf-8")
+    data = make()
+    for split, part in plain.splits.items():
+        assert data.splits[split].ids == part.ids
+        for own, wanted in zip(data.dataset(split), plain.dataset(split), strict=True):
+            assert own.keys() == wanted.keys()
+            assert all(str(own[key]) == str(wanted[key]) for key in own)
