@@ -124,7 +124,10 @@ def mistake_of(main: Callable[[list[str]], int], capsys: Any, *words: Any) -> st
 
 def side_by_side(script: Path, folder: Path, *arguments: Any, **environment: str) -> list[dict[str, Any]]:
     """Runs a script in two processes, ``script FOLDER RANK ARGUMENTS``, and returns what each wrote (see meeting)."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "WORLD_SIZE": "2", **environment}
+    path = os.pathsep.join(
+        [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    )  # and what this process imports from
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": "2", **environment}
     logs = [folder / f"rank_{rank}.log" for rank in range(2)]
     processes = []
     for rank, log in enumerate(logs):

@@ -17,6 +17,7 @@ from torch import nn
 from adv_nnunet import evaluate as host
 from adv_nnunet.cli import main
 from adv_nnunet.evaluate import SlidingWindow
+from adv_nnunet.objective import inference_loss
 from advmed.attacks.names import parse_attacks
 from advmed.evaluation.dice import Counts, adi, tvdi
 from advmed.evaluation.loop import evaluate
@@ -137,16 +138,20 @@ def test_adi_and_tvdi_of_clean_slices_and_the_harm_of_an_attack(stock_model: Any
     assert clean.loss.mean() < weak.loss.mean() < strong.loss.mean()
     assert not strong.nonfinite.any()
     scores = measured.scores("ifgsm4", 0)
+    loss, losses = inference_loss(stock_model.labels), []
     twice, both = np.zeros((len(samples), 2)), np.zeros((len(samples), 2))
     for row, sample in enumerate(samples):
         image, segmentation = cases[sample.case]()
-        predicted = host_logits(stock_model, image[:, [sample.index]]).argmax(0)[0].numpy()
+        logits = host_logits(stock_model, image[:, [sample.index]])
+        losses.append(float(loss(logits[None, :, 0], torch.from_numpy(segmentation[None, :, sample.index]).clamp(0))))
+        predicted = logits.argmax(0)[0].numpy()
         for c in (1, 2):
             places = [set(map(tuple, np.argwhere(x == c))) for x in (predicted, segmentation[0, sample.index])]
             twice[row, c - 1] = 2 * len(places[0] & places[1])
             both[row, c - 1] = len(places[0]) + len(places[1])
     expected_tvdi = (twice.sum(0) / both.sum(0)).mean()
     per_slice = np.ma.masked_invalid(np.divide(twice, both, where=both > 0, out=np.full_like(both, np.nan))).mean(1)
+    assert clean.loss.tolist() == pytest.approx(losses, abs=0.01)
     assert expected_tvdi > 0.01, "a network that predicts nothing tests nothing"
     assert adi(Counts.of(scores)) == pytest.approx(per_slice.mean(), abs=0.01)
     assert tvdi(Counts.of(scores)) == pytest.approx(expected_tvdi, abs=0.01)
