@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stdout, suppress
 from importlib.metadata import entry_points
@@ -26,9 +27,10 @@ def block(text: str, language: str, part: str) -> str:
 
 
 def run(folder: Path, *words: object) -> str:
-    """Runs a command that must succeed, in a process of its own; returns what it prints."""
+    """Runs a command that must succeed, in a process of its own and as in an active environment; what it prints."""
     given = [str(word) for word in words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PATH": path}
     done = subprocess.run(given, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,0 +1,25 @@
+"""Tables of samples, as people and their spreadsheets write them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, its names and values stripped; with or without the mark of UTF-8 that spreadsheets write.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has no rows, or lacks a column.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
+    columns = list(rows[0]) if rows else []
+    lacking = [name for name in needed if name not in columns]
+    if lacking:
+        raise ValueError(f"{path} has no column {', '.join(lacking)}; there are {', '.join(columns) or 'no rows'}")
+    return rows
