@@ -18,6 +18,8 @@ from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
 from helpers.hosts import mistake_of, overflow
 
+pytestmark = pytest.mark.slow
+
 NO_STANDARD = r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"
 
 

@@ -27,6 +27,8 @@ from adv_yolo.objective import HEADS
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, AdversarialTraining
 
+pytestmark = pytest.mark.slow
+
 
 def source(function: Any) -> str:
     return textwrap.dedent(inspect.getsource(function))
