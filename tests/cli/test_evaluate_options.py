@@ -182,7 +182,7 @@ class Linear(EvaluationHost):
     data_name, measured_over = "toys", "the toy"
     groups: Any = None
     settings: dict[str, Any] = {"kind": "toy"}  # noqa: RUF012 - as the properties of a host
-    fingerprint: dict[str, Any] = {}  # noqa: RUF012
+    fingerprint: dict[str, Any] = {}  # noqa: RUF012 - the same
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_lightnings_error_is_known_once_lightning_is_there(
     name = "lightning.fabric.utilities.exceptions"
     module = ModuleType(name)
     own = type("MisconfigurationException", (Exception,), {})
-    module.MisconfigurationException = own  # type: ignore[attr-defined]
+    module.MisconfigurationException = own  # type: ignore[attr-defined]  # a module made here
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(own):
         run("own", raising(own("no such accelerator")), [])

@@ -104,7 +104,7 @@ def listening(logger: logging.Logger) -> Iterator[list[str]]:
     """What a logger says, as "LEVEL: message"."""
     said: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
+    listener.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]  # a recorder
     logger.addHandler(listener)
     yield said
     logger.removeHandler(listener)
@@ -124,9 +124,8 @@ def mistake_of(main: Callable[[list[str]], int], capsys: Any, *words: Any) -> st
 
 def side_by_side(script: Path, folder: Path, *arguments: Any, **environment: str) -> list[dict[str, Any]]:
     """Runs a script in two processes, ``script FOLDER RANK ARGUMENTS``, and returns what each wrote (see meeting)."""
-    path = os.pathsep.join(
-        [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    )  # and what this process imports from
+    # And what this process imports from; an empty part would be the working folder.
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": "2", **environment}
     logs = [folder / f"rank_{rank}.log" for rank in range(2)]
     processes = []
