@@ -28,6 +28,7 @@ class MarginStore:
         initial: value of a sample that was never set (AMAT: delta), finite.
         device: where the table lives; :meth:`to` moves it.
         additive: values move by steps of a given size, in both directions; see :meth:`merge`.
+        averaged: a value is a moving average of what its sample's visits say; see :meth:`merge`.
 
     Raises:
         ValueError: if ``initial`` is not finite.
@@ -40,11 +41,18 @@ class MarginStore:
         tensor([2.0000, 0.5000])
     """
 
-    def __init__(self, initial: float = 0.0, *, device: torch.device | str = "cpu", additive: bool = False) -> None:
+    def __init__(
+        self,
+        initial: float = 0.0,
+        *,
+        device: torch.device | str = "cpu",
+        additive: bool = False,
+        averaged: bool = False,
+    ) -> None:
         if not math.isfinite(initial):
             raise ValueError(f"the initial value of a margin must be finite, got {initial!r}")
         self.initial = float(initial)
-        self.additive = additive
+        self.additive, self.averaged = additive, averaged
         self._rows: dict[str, int] = {}
         # Row 0 stands for every id that was never set; ids begin at row 1.
         self._values = torch.full((1,), self.initial, device=device)
@@ -215,8 +223,8 @@ class MarginStore:
 
         Each process tells what its visits changed since the last merge. For every sample, growth adds up (two
         processes that both enlarged a margin by delta enlarge it by 2 delta, as two visits would) and shrinkage
-        multiplies (so that no margin falls below zero), unless values are ``additive``. A sample visited by one process
-        takes that process's value.
+        multiplies (so that no margin falls below zero), unless values are ``additive``. Of ``averaged`` values, each
+        process's counts as often as it has met the sample. A sample visited by one process takes that process's value.
 
         Args:
             states: for tests and for hosts with an exchange of their own: the :meth:`changes` of all processes, in the
@@ -229,10 +237,16 @@ class MarginStore:
         merged = zip(self._rows, self._merged[1:].tolist(), self._merged_visits[1:].tolist(), strict=False)
         base = {sample: (value, visits) for sample, value, visits in merged if visits}
         table = {sample: [value, visits] for sample, (value, visits) in base.items()}
+        since: dict[str, tuple[float, int]] = {}
         for state in states:  # in the order of the ranks, so that every process ends with the same table
             for sample, value, visits in zip(state["ids"], state["values"], state["visits"], strict=True):
                 start = base.get(sample, (self.initial, 0))[0]
                 entry = table.setdefault(sample, [start, 0])
+                if self.averaged:
+                    total, met = since.get(sample, (0.0, 0))
+                    since[sample] = total, met = total + value * visits, met + visits
+                    entry[0], entry[1] = total / met, entry[1] + visits
+                    continue
                 shrunk = 0 <= value < start and not self.additive
                 entry[0] = entry[0] * (value / start) if shrunk else entry[0] + (value - start)
                 entry[1] += visits

@@ -179,3 +179,50 @@ def test_a_caller_may_make_the_last_pass(steps: int, thresholds: list[float] | N
         assert objective.calls == passes
         assert (result.terms is None) == (not final_pass)
         assert (result.crossing is None) == (thresholds is None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "step_scale", "expected"),
+    [
+        (1, 1.75, [1.75]),
+        (2, 1.5, [1, 1 / 2]),
+        (3, 1.75, [1, 1 / 2, 1 / 4]),
+        (3, 3.5, [2, 1, 1 / 2]),
+        (5, 1, [0.3558, 0.2516, 0.1779, 0.1258, 0.0889]),  # by 2^(-1/2), down to a quarter
+    ],
+)
+def test_decreasing_steps(steps: int, step_scale: float, expected: list[float]) -> None:
+    """Their lengths, and the path that an affine loss shows of them."""
+    attack = PGD(steps, step_scale, schedule="decreasing")
+    assert attack.lengths == pytest.approx(expected, rel=1e-3)
+    assert sum(attack.lengths) == pytest.approx(step_scale)
+    seen = []
+
+    def objective(images: Tensor) -> Tensor:
+        seen.append(images.detach().flatten(1).norm(dim=1).item())
+        return images.flatten(1).sum(1, keepdim=True)
+
+    attack(objective, torch.zeros(1, 1, 2, 2, dtype=torch.float64), 3.0)
+    reached = [0.0]
+    for length in attack.lengths:
+        reached.append(min(3.0, reached[-1] + 3.0 * length))
+    assert seen == pytest.approx(reached)
+    assert f"steps of level x {attack.lengths[0]:.3g}" in attack.description
+    assert PGD(steps, step_scale).lengths == (step_scale / steps,) * steps
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_what_the_last_pass_on_the_way_saw(norm: float) -> None:
+    objective, images = classifying(3), uniform(3, 3, 8, 8)
+    for steps in (1, 2, 4):
+        attack = PGD(steps, 1.75, norm, schedule="decreasing")
+        seen = attack(objective, images, 0.5, final_pass=False).seen
+        assert attack(objective, images, 0.5).seen is None
+        if steps == 1:
+            assert seen is None
+            continue
+        before = PGD(steps - 1, sum(attack.lengths[:-1]), norm, schedule="decreasing")
+        if steps == 2:  # whose first step is the same
+            found = before(objective, images, 0.5)
+            torch.testing.assert_close(seen, (found.terms, found.norms))
+        assert (seen[1] <= 0.5 + 1e-6).all()

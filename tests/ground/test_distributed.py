@@ -33,7 +33,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["amat", "amat shared", "amat running", "statistics", "running", "running, fading", *DPAATS]
+    "name", ["amat", "amat shared", "amat running", "amat secant", "statistics", "running", "running, fading", *DPAATS]
 )
 def test_all_ranks_end_equal(ranks: list[dict[str, Any]], name: str) -> None:
     assert ranks[0][name] == ranks[1][name]
@@ -53,11 +53,12 @@ def test_amat_on_disjoint_samples_is_one_process_that_meets_all(ranks: list[dict
 
 
 def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(ranks: list[dict[str, Any]]) -> None:
-    for epoch, state in enumerate(ranks[0]["amat shared"]):
-        margins = state["margins"]
-        assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
-        for value, visits in zip(margins["values"], margins["visits"], strict=True):
-            assert 0 <= value <= min(0.9, 0.25 * (visits + 1)) + 1e-6
+    for kind, lowest in (("shared", 0.0), ("secant", 0.25)):
+        for epoch, state in enumerate(ranks[0][f"amat {kind}"]):
+            margins = state["margins"]
+            assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
+            for value, visits in zip(margins["values"], margins["visits"], strict=True):
+                assert lowest <= value <= min(0.9, 0.25 * (visits + 1) if kind == "shared" else 0.9) + 1e-6
 
 
 @pytest.mark.parametrize("name", DPAATS)

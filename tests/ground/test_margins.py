@@ -319,6 +319,23 @@ def test_order_of_the_ranks_matters_only_to_mixed_changes_with_factors(
     assert outcomes == {(expected, 4)}
 
 
+def test_averaged_values_count_as_often_as_their_processes_met_the_sample() -> None:
+    """Three processes, in any order; a process that did not meet a sample does not count."""
+    for order in permutations(range(3)):
+        stores = [MarginStore(9.0, averaged=True) for _ in range(3)]
+        for store in stores:
+            store.set(["a"], [2.0])
+        merged(*stores)
+        visits: tuple[list[float], ...] = ([1.0], [3.0, 4.0], [])
+        for store, which in zip(stores, order, strict=True):
+            for value in visits[which]:
+                store.set(["a"], [value])
+            if which == 1:
+                store.set(["new"], [5.0])
+        found = content(merged(*stores))
+        assert found == {"a": (pytest.approx((1.0 + 2 * 4.0) / 3), 6), "new": (5.0, 1)}
+
+
 def test_clamping_is_no_visit_and_no_change() -> None:
     stores = copies({"low": 0.01, "in": 1.0, "high": 9.0})
     for store in stores:

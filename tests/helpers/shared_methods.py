@@ -36,6 +36,9 @@ def batch_of(rank: int, epoch: int, batch: int, shared: bool) -> tuple[list[str]
 
 
 def method_of(kind: str) -> AMAT:
+    if kind == "secant":
+        fast: Any = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "start": "estimate"}
+        return AMAT(0.25, [0.7], refinement="secant", train_on="crossing", margin_max=0.9, **fast)
     thresholds: Any = [0.7] if kind == "fixed" else RunningThresholds(["loss"], "mean+2std")
     return AMAT(0.25, thresholds, steps=4, step_scale=2.0, refinement="crossing", margin_max=0.9)
 
@@ -132,6 +135,7 @@ if __name__ == "__main__":
             "amat": amat_of(rank, "fixed", shared=False),
             "amat shared": amat_of(rank, "fixed", shared=True),
             "amat running": amat_of(rank, "running", shared=True),
+            "amat secant": amat_of(rank, "secant", shared=True),
             "statistics": statistics_of(rank),
             "running": running_of(rank, None),
             "running, fading": running_of(rank, 20.0),

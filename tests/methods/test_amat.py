@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advmed.methods import AMAT
+from advmed.methods.amat import expected_crossing
 from advmed.thresholds import RunningThresholds, Thresholds
 from helpers.models import Affine, Logistic
 from helpers.tensors import ORDERS, QUICK, RANKS, comparing, names, uniform
@@ -131,6 +132,146 @@ def test_an_infinite_loss_is_a_loss_above_its_threshold() -> None:
     method = AMAT(0.5, [1.0], refinement="crossing", **QUICK)
     method.step(infinite, torch.zeros(1, 1, 4), ["a"])
     assert method.margins.get(["a"]).item() == 0.25
+
+
+# Rules by which a margin follows its sample
+
+FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing"}
+RULES: dict[str, dict[str, Any]] = {
+    "secant": {"refinement": "secant"},
+    "secant on the crossing": {"refinement": "secant", "train_on": "crossing"},
+    "fast": {"refinement": "secant", "train_on": "crossing", "start": "estimate", "share_gradient": True},
+    "balanced": {"refinement": "balanced"},
+    "balanced on the crossing": {"refinement": "balanced", "train_on": "crossing", "start": "estimate"},
+}
+
+
+class Shifted:
+    """A frozen linear model whose samples come back with random shifts of their logit, as augmentation has it."""
+
+    def __init__(self, terms: int, spread: float, p: float) -> None:
+        self.objective, self.images, self.thresholds, self.closed = linear_task(8, (2, 6), p, terms)
+        weight = self.objective.model.weight.detach()
+        self.weight = (weight / weight.square().sum()).reshape(1, 2, 6)
+        self.labels, self.spread, self.generator = self.objective.labels, spread, torch.Generator().manual_seed(3)
+        # a shift of one logit moves the crossing by as much over the dual norm
+        self.unit = 1 / (weight.norm() if p == 2 else weight.abs().sum())
+
+    def visit(self, method: AMAT) -> Tensor:
+        shift = self.spread * torch.randn(8, 1, 1, generator=self.generator, dtype=torch.float64)
+        method.step(self.objective, self.images + self.labels.reshape(-1, 1, 1) * shift * self.weight, names(8))
+        return method.margins.get(names(8)).double()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("p", "terms"), [(2, 1), (2, 3), (math.inf, 3)])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_margins_settle_at_the_median_of_what_their_visits_bear(rule: str, p: float, terms: int, spread: float) -> None:
+    task, delta = Shifted(terms, spread, p), 0.25
+    method = AMAT(delta, task.thresholds.tolist(), norm=p, **FAST, **RULES[rule])
+    margins = torch.stack([task.visit(method) for _ in range(260)])[60:]
+    settled = task.closed > delta + 1.5 * spread * task.unit  # the others meet the floor
+    assert settled.sum() >= 3
+    assert ((margins.mean(0) - task.closed).abs()[settled] < delta).all()
+    assert (margins <= (task.closed + 5 * spread * task.unit + delta + 0.05)).all()  # nothing runs away
+    if spread == 0.0 and RULES[rule]["refinement"] == "secant":
+        apart = 0.02 if "train_on" in RULES[rule] else 0.13  # one straight line, or several
+        torch.testing.assert_close(margins[-1], task.closed.clamp(min=delta), rtol=0, atol=apart)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["fast", "paper"])
+def test_nothing_runs_away_in_ten_thousand_visits(rule: str) -> None:
+    """The rule of the paper does: it has the easiest visit of all."""
+    task = Shifted(1, 0.5, 2)
+    method = AMAT(0.25, task.thresholds.tolist(), **FAST, **RULES.get(rule, {}))
+    early = torch.stack([task.visit(method) for _ in range(1000)])[500:].amax(0)
+    late = torch.stack([task.visit(method) for _ in range(9000)])[-500:].amax(0)
+    apart = (late - task.closed) / (0.5 * task.unit)  # in standard deviations of what a visit bears
+    if rule == "paper":
+        assert (late >= early).all()
+        assert (apart > 3).all()
+    else:
+        assert (late < early + 0.75).all()
+        assert (apart < 3).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("terms", [1, 3])
+def test_margins_rest_on_the_floor_where_clean_losses_are_above_their_thresholds(rule: str, terms: int) -> None:
+    objective, images, _, _ = linear_task(3, (2, 6), 2, terms)
+    xi = objective(images).detach()
+    xi[:, -1] -= 0.05  # one of the terms is enough
+    for row, floor in ((xi.amin(0), None), (xi.amin(0), 0.1)):
+        method = AMAT(0.25, row.tolist(), margin_min=floor, **FAST, **RULES[rule])
+        method.margins.set(names(3), [2.0] * 3)
+        for _ in range(12):
+            step = method.step(objective, images, names(3))
+        assert method.margins.values().tolist() == pytest.approx([floor or 0.25] * 3)
+        noise = (step.adversarial - images).flatten(1).norm(dim=1)
+        torch.testing.assert_close(noise, torch.full_like(noise, floor or 0.25), rtol=1e-4, atol=0)
+
+
+def test_a_cap_and_a_floor_hold() -> None:
+    objective, images, _, _ = linear_task(3, (2, 6), 2)
+    for rule in RULES.values():
+        method = AMAT(0.25, [math.inf], margin_max=1.1, **FAST, **rule)
+        for _ in range(8):
+            method.step(objective, images, names(3))
+        assert method.margins.values().tolist() == pytest.approx([1.1] * 3)
+
+
+def test_the_first_margin_is_the_first_order_estimate() -> None:
+    """Of an affine loss it is the crossing itself; nothing is known of a sample whose loss is above its threshold."""
+    slopes = uniform(2, 1, 4, seed=3)
+    objective = Affine(slopes, torch.tensor([0.5, -0.25], dtype=torch.float64))
+    images = torch.zeros(3, 1, 4, dtype=torch.float64)
+    steep = slopes.sum(0).norm()
+    for xi, expected in (([1.0, 0.25], 1.0 / steep), ([0.4, 9.0], 0.125), ([9.0, 9.0], 3.0)):
+        method = AMAT(0.125, xi, start="estimate", refinement="secant", margin_max=3.0, **FAST)
+        radius = (method.step(objective, images, names(3)).adversarial - images).flatten(1).norm(dim=1)
+        torch.testing.assert_close(radius, torch.full_like(radius, float(expected)), rtol=1e-5, atol=0)
+        calls = 0
+
+        def counted(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return objective(x)
+
+        method.step(counted, images, [*names(2), "new"])
+        first, calls = calls, 0
+        method.step(counted, images, [*names(2), "new"])
+        assert (first, calls) == (1 + 2 + 2, 3 + 2)  # the estimate's pass is the attack's first
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_training_on_the_crossing_meets_the_threshold(norm: float) -> None:
+    """Of an affine loss, exactly, where the attack goes beyond it; where it does not, at the end of the attack."""
+    slopes = uniform(1, 1, 6, seed=3) - 0.3
+    objective, images = Affine(slopes, torch.zeros(1, dtype=torch.float64)), torch.zeros(2, 1, 6, dtype=torch.float64)
+    dual = slopes.norm() if norm == 2 else slopes.abs().sum()
+    method = AMAT(0.05, [0.8], norm=norm, refinement="secant", train_on="crossing", **FAST)
+    method.margins.set(names(2), [float(2.0 / dual), float(0.4 / dual)])
+    step = method.step(objective, images, names(2))
+    torch.testing.assert_close(objective(step.adversarial).flatten(), torch.tensor([0.8, 0.4]).double())
+    moved = method.margins.values().double() * dual - torch.tensor([2.0, 0.4])
+    torch.testing.assert_close(moved, 0.05 * dual * torch.tensor([-1.0, 1.0]).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_expected_crossing() -> None:
+    clean, xi = torch.tensor([[0.0, 0.0]]).expand(6, 2), torch.tensor([1.0, 2.0])
+    near = torch.tensor([[2.0, 0.1], [0.5, 0.1], [0.5, 0.1], [0.0, -1.0], [0.5, 0.5], [math.nan, 0.0]])
+    far = torch.tensor([[9.0, 9.0], [1.5, 0.2], [0.6, 0.2], [0.0, -1.0], [0.9, 4.0], [9.0, 0.0]])
+    norms = torch.full((6,), 1.0)
+    found = expected_crossing(clean, [(norms, near), (3 * norms, far)], xi)
+    # between 0 and 1; between 1 and 3; beyond 3, as from 0 to 3; never; the second term between 1 and 3
+    expected = torch.tensor([0.5, 2.0, 5.0, math.inf, 1 + 2 * 1.5 / 3.5, math.nan])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    # a second point at the same place says nothing
+    same = expected_crossing(clean, [(norms, near), (norms, far)], xi)
+    torch.testing.assert_close(same[:4], torch.tensor([0.5, 2.0, 2.0, math.inf]))
+    above = expected_crossing(clean + 1.0, [(norms, near)], xi)
+    assert above[:5].tolist() == [0.0] * 5
 
 
 # Thresholds

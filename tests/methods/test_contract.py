@@ -15,6 +15,7 @@ from advmed.testing.methods import MethodFactory, check_method, method_checks
 from advmed.thresholds import RunningThresholds
 
 QUICK: dict[str, Any] = {"steps": 3, "step_scale": 2.0}
+FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "share_gradient": True}
 RANDOM: dict[str, Any] = {**QUICK, "random_start": 0.5, "seed": 4}
 
 
@@ -31,11 +32,17 @@ METHODS: dict[str, MethodFactory] = {
     "AMAT": lambda: AMAT(0.7, [9, 9], **QUICK),
     "AMAT crossing": lambda: AMAT(0.7, [2.0, 1.0], refinement="crossing", bounds=(0, 1), **QUICK),
     "AMAT self-calibrated": self_calibrating,
+    "AMAT fast": lambda: AMAT(0.7, [2.0, 1.0], refinement="secant", train_on="crossing", start="estimate", **FAST),
+    "AMAT secant": lambda: AMAT(0.7, [2.0, 1.0], refinement="secant", margin_max=9.0, **RANDOM),
+    "AMAT balanced": lambda: AMAT(0.7, [2.0, 1.0], refinement="balanced", train_on="crossing", **QUICK),
+    "SAT fast": lambda: SAT(0.7, **FAST),
     "TRADES": lambda: TRADES(0.7, **QUICK),
     "MART": lambda: MART(0.7, **QUICK),
     "FAT": lambda: FAT(0.7, tau=1, **RANDOM),
+    "MART fast": lambda: MART(0.7, **FAST),
     "FAT thresholds": lambda: FAT(0.7, [1.5, 1.0], tau=0, **QUICK),
     "DPAAT": lambda: DPAAT(0.7, step_size=0.11, **QUICK),
+    "DPAAT fast": lambda: DPAAT(0.7, step_size=0.11, **FAST),
     "DPAAT epoch": lambda: DPAAT(0.7, step_size=0.11, average="epoch", **RANDOM),
     "DPAAT plain": lambda: DPAAT(0.7, sync_weight=0, average="epoch", **QUICK),
 }

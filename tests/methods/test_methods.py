@@ -259,7 +259,11 @@ SIZES = "perturbation sizes need eps_min <= eps_0 <= eps_max, got eps_min {}, ep
     [
         ("AMAT", {"thresholds": []}, "0 thresholds for 0 loss terms"),
         ("AMAT", {"thresholds": [math.nan]}, "a threshold is NaN"),
-        ("AMAT", {"refinement": "mean"}, "refinement must be 'paper' or 'crossing', got 'mean'"),
+        (
+            "AMAT",
+            {"refinement": "mean"},
+            "refinement must be 'paper' or 'crossing' or 'secant' or 'balanced', got 'mean'",
+        ),
         ("AMAT", {"margin_min": 2, "margin_max": 1}, "margin_min 2 is above margin_max 1"),
         ("TRADES", {"random_start": 0}, "TRADES needs random_start > 0: on the clean image the gradient of its"),
         ("TRADES", {"random_start": False}, "TRADES needs random_start > 0: on the clean image the gradient of its"),

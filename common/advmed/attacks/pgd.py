@@ -15,9 +15,12 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, check_radius
+from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_radius
 from advmed.norms import norm
 from advmed.objective import Objective
+
+_LAST_OF_FIRST = 1 / 4
+"""Length of the last decreasing step, in first ones."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,22 @@ class PGD(GradientAttack):
 
     One step: z = x_t + alpha * g/||g||_2 (L2) or x_t + alpha * sign(g) (Linf), alpha = step_scale * radius / steps,
     then projection onto the ball around x and onto the bounds. All lengths are per sample. Steps of ``step_scale`` 1
-    from the image itself are I-FGSM.
+    from the image itself are I-FGSM. A ``schedule`` makes the first steps longer than the last; with few steps that
+    finds more.
 
     Args:
         steps: number of gradient steps, >= 1.
-        step_scale: a in alpha = a * radius / steps, > 0. Below 1 the sphere is out of reach.
+        step_scale: a in alpha = a * radius / steps, > 0: the length of all steps together, in radii. Below 1 the sphere
+            is out of reach.
         norm: 2 or inf.
         random_start: fraction in [0, 1] of the radius from whose ball the start is drawn (True: 1, False: 0).
         restarts: runs per sample, of which the one with the largest loss is kept; runs after the first always start
             at random, or they would all be the same.
         keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss.
         loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+        schedule: "equal" steps, or "decreasing" ones, each shorter than the one before by the same factor, down to a
+            quarter of the first (half of it where there are two): 3 steps of ``step_scale`` 1.75 are 1, 1/2 and 1/4
+            radius long.
 
     Raises:
         ValueError: a setting out of its range.
@@ -57,6 +65,7 @@ class PGD(GradientAttack):
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
     loss: AttackLoss | None = None
+    schedule: Literal["equal", "decreasing"] = "equal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,15 +73,25 @@ class PGD(GradientAttack):
             raise ValueError(f"step_scale must be positive (1 just reaches the radius), got {self.step_scale!r}")
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
+        if self.schedule not in ("equal", "decreasing"):
+            raise ValueError(f"schedule must be 'equal' or 'decreasing', got {self.schedule!r}")
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Of the steps, in radii."""
+        if self.schedule == "equal" or self.steps == 1:
+            return (self.step_scale / self.steps,) * self.steps
+        factor = max(_LAST_OF_FIRST, 0.5 ** (self.steps - 1)) ** (1 / (self.steps - 1))
+        weights = [factor**number for number in range(self.steps)]
+        return tuple(self.step_scale * weight / sum(weights) for weight in weights)
 
     @property
     def description(self) -> str:
         """What it does, for a report."""
         found = "largest loss" if self.keep == "best" else "last step"
-        return self._described(
-            f"{self.steps} gradient steps of level x {self.step_scale / self.steps:.3g}",
-            found,
-        )
+        first, last = self.lengths[0], self.lengths[-1]
+        length = f"{first:.3g}" if self.schedule == "equal" else f"{first:.3g} to {last:.3g}"
+        return self._described(f"{self.steps} gradient steps of level x {length}", found)
 
     def __call__(
         self,
@@ -85,6 +104,7 @@ class PGD(GradientAttack):
         patience: int | None = None,
         generator: torch.Generator | None = None,
         final_pass: bool = True,
+        clean: CleanPass | None = None,
     ) -> AttackResult:
         """Attacks a batch.
 
@@ -102,6 +122,7 @@ class PGD(GradientAttack):
             generator: source of the random starts; without one they are not repeatable. No global random state moves.
             final_pass: False leaves the loss terms of the last iterate to a caller who computes them anyway
                 (only with ``keep="last"`` and one run).
+            clean: what a pass on ``images`` has told already; a run that starts there makes one pass less.
         """
         if self.loss is not None:
             return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
@@ -112,41 +133,54 @@ class PGD(GradientAttack):
                 limits = torch.as_tensor(thresholds, dtype=problem.images.dtype, device=images.device)
             runs = Worst()
             for start in self.starts:
-                iterate, terms, crossing = self._climb(problem, start, limits, patience, final_pass)
+                known = clean if start == 0 else None
+                iterate, terms, crossing, seen = self._climb(problem, start, limits, patience, final_pass, known)
                 if terms is None:
-                    return problem.result(iterate, None, crossing)
+                    return problem.result(iterate, None, crossing, seen)
                 runs.offer(terms, iterate, *([] if crossing is None else [crossing]))
             return problem.result(runs.values[0], runs.terms, None if limits is None else runs.values[1])
 
     def _climb(
-        self, problem: Problem, start: float, limits: Tensor | None, patience: int | None, final_pass: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One run: the iterate, its terms (None without the final pass), and the crossing if there are limits."""
-        alpha = problem.radius * (self.step_scale / self.steps)
+        self,
+        problem: Problem,
+        start: float,
+        limits: Tensor | None,
+        patience: int | None,
+        final_pass: bool,
+        clean: CleanPass | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """One run: the iterate, its terms (None without the final pass), the crossing if there are limits, and what
+        the last pass but the final one saw (without the final pass)."""
         best = Worst() if self.keep == "best" else None
         crossing = None if limits is None else torch.zeros_like(problem.radius).flatten()
         since = torch.zeros_like(problem.nonfinite)  # steps since a term reached its threshold, that one included
         iterate, noise = problem.start(start)
-        for _ in range(self.steps):
-            terms, direction = problem.slope(iterate)
+        seen = None
+        for number, length in enumerate(self.lengths):
+            if number == 0 and clean is not None:
+                terms, direction = problem.ascent(clean.terms, clean.gradient.to(iterate.dtype))
+            else:
+                terms, direction = problem.slope(iterate)
             if limits is not None and crossing is not None:
                 inside = _inside(terms, limits)
                 crossing = torch.where(inside, norm(noise, self.norm), crossing)
                 if patience is not None:
                     since = since + ((since > 0) | ~inside)
-                    direction = direction * (since <= patience).reshape(alpha.shape)
+                    direction = direction * (since <= patience).reshape(problem.radius.shape)
             if best is not None:
                 best.offer(terms, iterate)
-            iterate, noise = problem.inside(torch.addcmul(noise, alpha, direction, out=direction))
+            if number == self.steps - 1 > 0 and not final_pass:
+                seen = terms, norm(noise, self.norm)
+            iterate, noise = problem.inside(torch.addcmul(noise, problem.radius * length, direction, out=direction))
         if not final_pass and best is None and self.restarts == 1:
-            return iterate, None, crossing
+            return iterate, None, crossing, seen
         terms = problem.terms(iterate)
         if limits is not None and crossing is not None:
             crossing = torch.where(_inside(terms, limits), norm(noise, self.norm), crossing)
         if best is not None:
             best.offer(terms, iterate)
-            return best.values[0], best.terms, crossing
-        return iterate, terms, crossing
+            return best.values[0], best.terms, crossing, None
+        return iterate, terms, crossing, None
 
 
 def _inside(terms: Tensor, limits: Tensor) -> Tensor:

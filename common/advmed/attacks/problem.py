@@ -41,6 +41,8 @@ class AttackResult:
         crossing: norm of the last iterate on the path at which every term was below its threshold, 0 if there was
             none, (B,); None without thresholds. Without ``terms`` the last iterate itself has not been looked at yet.
         nonfinite: number of steps that a non-finite gradient cost the sample, (B,), int64.
+        seen: the last noisy iterate that was looked at on the way: its terms, (B, K), and the norm of its noise, (B,);
+            None where the attack keeps no such record, or made one step only.
 
     Example:
         >>> import torch
@@ -56,6 +58,19 @@ class AttackResult:
     norms: Tensor
     crossing: Tensor | None
     nonfinite: Tensor
+    seen: tuple[Tensor, Tensor] | None = None
+
+
+class CleanPass(NamedTuple):
+    """What a pass on the clean images has told already, so that an attack that starts there need not ask again.
+
+    Attributes:
+        terms: loss terms, (B, K), no gradient.
+        gradient: of the loss with respect to the images, in their shape. Only the direction of each sample's is used.
+    """
+
+    terms: Tensor
+    gradient: Tensor
 
 
 class Slope(NamedTuple):
@@ -119,16 +134,31 @@ class Problem:
 
     def slope(self, iterate: Tensor) -> Slope:
         """The loss terms at an iterate, and where they rise most; a gradient that is not finite is counted and 0."""
+        terms, gradient, _ = self.gradient(iterate)
+        return self.ascent(terms, gradient, scaled=True)
+
+    def gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K)."""
         with torch.enable_grad():
             iterate = iterate.detach().requires_grad_()
             terms = self.terms(iterate)
         scale = torch.ones_like(terms) if self._scale is None else self._scale.to(terms.dtype).expand_as(terms)
         (gradient,) = torch.autograd.grad(terms, iterate, scale)
+        return terms, gradient, scale
+
+    def ascent(self, terms: Tensor, gradient: Tensor, scaled: bool = False) -> Slope:
+        """What a gradient tells, (B, C, *spatial), with the loss terms at the same place.
+
+        Args:
+            terms: (B, K).
+            gradient: of a sum of losses that rise with the terms; a sample's that is not finite is counted and 0.
+            scaled: whether it is one of the scaled losses of :meth:`slope`.
+        """
         # A norm is finite only if every entry is: one reduction finds the broken samples, without a sync.
         peak = norm(gradient, math.inf, keepdim=True)
         broken = ~(peak < math.inf)
         self.nonfinite += broken.flatten()
-        if self._scale is not None:
+        if scaled and self._scale is not None:
             self._scale = torch.where(broken.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
         return Slope(terms.detach(), steepest(gradient, self.norm, peak).masked_fill_(broken, 0.0))
 
@@ -170,11 +200,36 @@ class Problem:
             torch.sub(iterate, self.images, out=noise)
         return iterate, noise
 
-    def result(self, iterate: Tensor, terms: Tensor | None, crossing: Tensor | None = None) -> AttackResult:
+    def result(
+        self,
+        iterate: Tensor,
+        terms: Tensor | None,
+        crossing: Tensor | None = None,
+        seen: tuple[Tensor, Tensor] | None = None,
+    ) -> AttackResult:
         """What the search found."""
         iterate = torch.where(self.radius > 0, iterate, self.images)  # radius 0 gives the image back, bit for bit
         norms = norm(iterate - self.images, self.norm)
-        return AttackResult(iterate.to(self.dtype), terms, norms, crossing, self.nonfinite)
+        return AttackResult(iterate.to(self.dtype), terms, norms, crossing, self.nonfinite, seen)
+
+
+def steepness(objective: Objective, images: Tensor, p: float) -> tuple[CleanPass, Tensor]:
+    """A pass on the clean images: what it tells an attack, and how steep each sample's loss is there.
+
+    Args:
+        objective: images -> (B, K) loss terms; the loss is their sum.
+        images: shape (B, C, *spatial).
+        p: norm of the noise, 2 or inf.
+
+    Returns:
+        The pass, and the most that each sample's loss rises to first order with noise of norm 1, (B,): the dual norm of
+        its gradient, L2 for L2 and L1 for Linf.
+    """
+    with attacking(objective):
+        problem = Problem(objective, images, 0.0, norm=p)
+        terms, gradient, scale = problem.gradient(problem.images)
+        steep = norm(gradient, 2) if p == 2 else gradient.abs().flatten(1).sum(1)
+        return CleanPass(terms.detach(), gradient), steep / scale[:, 0]
 
 
 @contextmanager
@@ -271,8 +326,12 @@ def broadcast(flags: Tensor, like: Tensor) -> Tensor:
 
 def _loss_scale(images: Tensor) -> Tensor | None:
     """(B, 1) loss scales where the passes run in float16, else None."""
+    return torch.full((images.shape[0], 1), _HALF_SCALE, device=images.device) if in_float16(images) else None
+
+
+def in_float16(images: Tensor) -> bool:
+    """Whether passes run in float16, whose gradients underflow."""
     kind = images.device.type
-    half = images.dtype == torch.float16 or (
+    return images.dtype == torch.float16 or (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     )
-    return torch.full((images.shape[0], 1), _HALF_SCALE, device=images.device) if half else None

@@ -2,18 +2,24 @@
 
 L. Ma and L. Liang, "Adaptive Adversarial Training to Improve Adversarial Robustness of DNNs for Medical Image
 Segmentation and Detection", arXiv 2206.01736. The comments in :meth:`AMAT.step` name the lines of its Algorithm 1.
+
+Its lines 10 to 12 are a ratchet: an attack of several steps ends on the sphere, so that line 12 leaves a margin where
+it is, and a margin becomes the largest noise that its sample has ever borne. Where a sample comes back changed
+(augmentation, crops, several slices under one id) the easiest visit decides, and margins run away. The other rules let
+a margin follow what its sample bears (docs/results/margins.md has the comparison).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, Unpack
+from typing import Any, ClassVar, Literal, Self, Unpack, get_args
 
 import torch
 from torch import Tensor
 
+from advmed.attacks.problem import AttackResult, CleanPass, steepness
 from advmed.margins import MarginStore
 from advmed.methods.base import (
     AdaptiveRadiusMethod,
@@ -26,26 +32,42 @@ from advmed.methods.base import (
     check_optional,
     check_positive,
 )
+from advmed.norms import per_sample
 from advmed.objective import Objective
 from advmed.thresholds import RunningThresholds, Thresholds
+
+Rule = Literal["paper", "crossing", "secant", "balanced"]
+TRACKING: tuple[Rule, ...] = ("secant", "balanced")
+"""Rules by which a margin follows its sample in both directions; these have a floor, delta."""
+_CAP_OF_EPS = 4.0
+"""Cap of a tracking margin, in noise levels of interest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AMATSettings(MethodSettings):
-    """The settings of AMAT.
+    """The settings of AMAT. What is None is chosen by the preset of the training, where nothing else is said.
 
     Attributes:
         delta: expansion step, and every margin's first value, > 0; None: the host's default.
-        refinement: "paper": the noise reached is ||x~ - x||_p of the last iterate. It sits on the sphere whenever
-            step_scale >= 1 and no bound interferes, so the refinement leaves the margin where it is. "crossing": the
-            norm of the last iterate on the attack's path at which every term was still below its threshold, 0 if
-            there was none; known from the attack's own passes, and it lets a margin shrink.
-        margin_min: lowest margin, >= 0, or None.
-        margin_max: highest margin, > 0, or None.
+        refinement: what a visit makes of a margin (lines 10 to 12). "paper": the noise reached is ||x~ - x||_p of the
+            last iterate. It sits on the sphere whenever step_scale >= 1 and no bound interferes, so the refinement
+            leaves the margin where it is. "crossing": the norm of the last iterate on the attack's path at which every
+            term was still below its threshold, 0 if there was none; known from the attack's own passes, and it lets a
+            margin shrink. "secant": half the way, delta at most, to the noise at which straight lines through the
+            losses that were seen meet the threshold; up or down, and for no pass more. "balanced": up or down by
+            delta, so that a margin settles where half of its visits bear it.
+        train_on: where the adversarial image is. "sphere": where the attack ends. "crossing": on the way there, where
+            the losses that the attack has seen put the threshold; never nearer to the clean image than the floor.
+        start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
+            (xi - L) / ||g||, for one pass more in every batch that holds a sample for the first time.
+        margin_min: lowest margin, >= 0; None: delta for "secant" and "balanced", else none.
+        margin_max: highest margin, > 0; None: 4 eps for "secant" and "balanced", else none.
     """
 
     delta: float | None = None
-    refinement: Literal["paper", "crossing"] = "paper"
+    refinement: Literal["paper", "crossing", "secant", "balanced"] | None = None
+    train_on: Literal["sphere", "crossing"] | None = None
+    start: Literal["delta", "estimate"] | None = None
     margin_min: float | None = None
     margin_max: float | None = None
 
@@ -55,20 +77,29 @@ class AMATSettings(MethodSettings):
         check_optional(self, "margin_min", zero=True)
         if self.margin_min is not None and self.margin_max is not None and self.margin_min > self.margin_max:
             raise ValueError(f"margin_min {self.margin_min} is above margin_max {self.margin_max}")
-        if self.refinement not in ("paper", "crossing"):
-            raise ValueError(f"refinement must be 'paper' or 'crossing', got {self.refinement!r}")
+        for name, allowed in (
+            ("refinement", get_args(Rule)),
+            ("train_on", ("sphere", "crossing")),
+            ("start", ("delta", "estimate")),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
 class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
     """Every sample has its own noise level, its margin E(i), which grows while the model can bear it.
 
     L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, E(i)). A margin whose attack left every loss term below its threshold
-    grows by delta; any other is refined to the mean of itself and the noise that was reached.
+    grows by delta; any other is refined to the mean of itself and the noise that was reached. Other rules than this one
+    of the paper: ``refinement``.
 
     Args:
         delta: expansion step, and every margin's first value, > 0.
         thresholds: K thresholds xi, one per loss term: fixed, self-calibrated, or plain numbers.
-        refinement: see :class:`AMATSettings`, as the next two.
+        refinement: see :class:`AMATSettings`, as the next four.
+        train_on: "sphere" or "crossing".
+        start: "delta" or "estimate".
         margin_min: lowest margin, or None.
         margin_max: highest margin, or None.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
@@ -85,20 +116,48 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
 
     name = "AMAT"
     settings: ClassVar[type[MethodSettings]] = AMATSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {
+            **AdaptiveRadiusMethod.presets["fast"],
+            "refinement": "secant",
+            "train_on": "crossing",
+            "start": "estimate",
+        },
+        "paper": {
+            **AdaptiveRadiusMethod.presets["paper"],
+            "refinement": "paper",
+            "train_on": "sphere",
+            "start": "delta",
+        },
+    }
 
     def __init__(
         self,
         delta: float,
         thresholds: Thresholds | RunningThresholds | Tensor | Sequence[float] | float,
         *,
-        refinement: Literal["paper", "crossing"] = AMATSettings.refinement,
+        refinement: Rule = "paper",
+        train_on: Literal["sphere", "crossing"] = "sphere",
+        start: Literal["delta", "estimate"] = "delta",
         margin_min: float | None = AMATSettings.margin_min,
         margin_max: float | None = AMATSettings.margin_max,
         **attack: Unpack[AttackOptions],
     ) -> None:
-        AMATSettings(refinement=refinement, margin_min=margin_min, margin_max=margin_max)
-        self.delta, self.refinement = check_positive("delta", delta), refinement
-        super().__init__(self.delta, self.delta, lowest=margin_min or 0.0, highest=margin_max, **attack)
+        AMATSettings(
+            refinement=refinement, train_on=train_on, start=start, margin_min=margin_min, margin_max=margin_max
+        )
+        self.delta = check_positive("delta", delta)
+        self.refinement, self.train_on, self.begin_with = refinement, train_on, start
+        floor = self.delta if refinement in TRACKING else 0.0
+        super().__init__(
+            self.delta,
+            self.delta,
+            lowest=floor if margin_min is None else margin_min,
+            highest=margin_max,
+            additive=refinement == "balanced",
+            averaged=refinement == "secant",
+            **attack,
+        )
         self.set_thresholds(thresholds)
 
     @classmethod
@@ -114,12 +173,18 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         own: AMATSettings = settings
         if own.delta is None or thresholds is None:
             raise ValueError("AMAT needs delta and thresholds")
+        refinement, highest = own.refinement or "paper", own.margin_max
+        eps = getattr(settings, "eps", None)
+        if highest is None and refinement in TRACKING and eps:
+            highest = max(_CAP_OF_EPS * eps, own.delta, own.margin_min or 0.0)
         return cls(
             own.delta,
             thresholds,
-            refinement=own.refinement,
+            refinement=refinement,
+            train_on=own.train_on or "sphere",
+            start=own.start or "delta",
             margin_min=own.margin_min,
-            margin_max=own.margin_max,
+            margin_max=highest,
             **attack,
         )
 
@@ -137,26 +202,112 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         margin = self._levels(ids, images)
         xi = self._limits(objective, images)
         assert xi is not None
-        assert self.thresholds is not None
-        crossing = self.refinement == "crossing"
-        attacked = self._attack(objective, images, margin, xi if crossing else None)  # line 3
-        mixed = MixedLoss(objective, backward)
-        clean, clean_terms = mixed.add(images, 0.5)  # lines 2, 5, 7
-        adversarial, terms = mixed.add(attacked.images, 0.5)  # lines 4, 6, 7; the host back-propagates, line 8
-        if terms.shape[1] != len(self.thresholds):
-            raise ValueError(f"{len(self.thresholds)} thresholds for an objective with K = {terms.shape[1]} loss terms")
+        mixed = MixedLoss(objective, backward, self.clean_gradients)
+        unmet = [self.begin_with == "estimate" and sample not in self.margins for sample in ids]
+        new = torch.tensor(unmet, device=images.device) if any(unmet) else None
+        first: CleanPass | None
+        if new is not None:
+            first, estimate = self._estimate(objective, images, xi)
+            margin = torch.where(new, estimate, margin)
+        else:
+            first = mixed.clean_first(images, 0.5)
+        limits = xi if self.refinement == "crossing" else None
+        attacked = self._attack(objective, images, margin, limits, clean=first)  # line 3
+        clean, clean_terms = mixed.clean(images, 0.5)  # lines 2, 5, 7
+        self._check_number(clean_terms)
+        noisy, reached = attacked.images, attacked.norms.float()
+        pulled = self.train_on == "crossing" and attacked.seen is not None
+        if pulled:
+            noisy, reached = self._at_crossing(images, attacked, clean_terms, xi)
+        adversarial, terms = mixed.add(noisy, 0.5)  # lines 4, 6, 7; the host back-propagates, line 8
 
-        inside = (terms < xi).all(1)  # line 9, with K terms eq. 2
-        reached = attacked.crossing if attacked.crossing is not None else attacked.norms
-        reached = reached.float().where(~terms.isnan().any(1), math.nan)  # a broken pass moves no margin
-        margin = torch.where(inside, margin + self.delta, (reached + margin) / 2)  # lines 10 and 12
-        self.margins.set(ids, self._bounded(margin))
+        points = [(reached, terms)]
+        if pulled and attacked.seen is not None:  # what is known further out, where the image was pulled back
+            points.append((attacked.seen[1].float().where(reached < attacked.norms, reached), attacked.seen[0]))
+        inside = torch.stack([(found < xi).all(1) for _, found in points]).all(0)  # line 9, with K terms eq. 2
+        expected = expected_crossing(clean_terms, points, xi)
+        if self.refinement == "secant":
+            moved = margin + ((expected - margin) / 2).clamp(-self.delta, self.delta)
+        elif self.refinement == "balanced":
+            moved = torch.where(inside, margin + self.delta, margin - self.delta)
+        else:
+            found = reached if attacked.crossing is None else attacked.crossing.float()
+            moved = torch.where(inside, margin + self.delta, (found + margin) / 2)  # lines 10 and 12
+        if new is not None:  # the attack knows better than the first-order estimate, which can be far off
+            moved = torch.where(new, torch.minimum(expected, 2 * margin), moved)
+        moved = moved.where(~(terms.isnan() | clean_terms.isnan()).any(1), math.nan)  # a broken pass moves no margin
+        moved = self._bounded(moved)
+        self.margins.set(ids, moved)
         if isinstance(self.thresholds, RunningThresholds):
             self.thresholds.update(clean_terms)
         logs = {
             "loss_clean": clean,
             "loss_adversarial": adversarial,
-            "expanded": inside.float().mean(),
+            "expanded": (inside if self.refinement in ("paper", "crossing") else moved > margin).float().mean(),
             "nonfinite": attacked.nonfinite.sum(),
         }
-        return Step(mixed.total(), logs, clean_terms, attacked.images)
+        return Step(mixed.total(), logs, clean_terms, noisy)
+
+    def _estimate(self, objective: Objective, images: Tensor, xi: Tensor) -> tuple[CleanPass, Tensor]:
+        """A clean pass, and the noise that takes every sample's loss to the threshold to first order, (B,)."""
+        clean, steep = steepness(objective, images, self.attack.norm)
+        self._check_number(clean.terms)
+        gap = xi - clean.terms
+        radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float()
+        return clean, self._bounded(radius.nan_to_num(self.lowest, self.highest, self.lowest))
+
+    def _at_crossing(
+        self, images: Tensor, attacked: AttackResult, clean_terms: Tensor, xi: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The images x + c (x~ - x), 0 < c <= 1, whose loss is expected to meet its threshold, and c ||x~ - x||_p."""
+        assert attacked.seen is not None
+        terms, norms = attacked.seen
+        wanted = expected_crossing(clean_terms, [(norms.float(), terms)], xi).clamp_min(max(self.lowest, self.delta))
+        share = (wanted / attacked.norms.float()).nan_to_num(1.0, 1.0, 1.0).clamp(max=1.0)
+        noise = (attacked.images - images) * per_sample(share, images)
+        whole = per_sample(share, images) == 1
+        return torch.where(whole, attacked.images, images + noise), attacked.norms.float() * share
+
+    def outlook(self, visits: float, eps: float | None) -> list[str]:
+        """See :meth:`AdaptiveRadiusMethod.outlook`."""
+        if self.refinement not in TRACKING or self.begin_with != "estimate":
+            return super().outlook(visits, eps)
+        cap = "no cap" if self.highest is None else f"cap {self.highest:.4g}"
+        return [
+            f"margins begin with a first-order estimate and follow what each sample bears (L{self.attack.norm:g} norm, "
+            f"floor {self.lowest:.4g}, {cap})"
+        ]
+
+
+def expected_crossing(clean: Tensor, points: Sequence[tuple[Tensor, Tensor]], xi: Tensor) -> Tensor:
+    """The noise at which the first of the loss terms is expected to meet its threshold.
+
+    Each term runs in straight lines through what is known of it, and beyond that as from the clean image to the last
+    point. With one point that is radius * min_k (xi_k - l_k(x)) / (l_k(x~) - l_k(x)).
+
+    Args:
+        clean: loss terms of the clean images, (B, K).
+        points: norms of noise, (B,), and the loss terms there, (B, K); the nearest first. A point that is no further
+            out than the one before it counts for nothing.
+        xi: thresholds, (K,).
+
+    Returns:
+        Shape (B,), >= 0; 0 where a clean term is above its threshold, inf where no term rises, NaN where one is NaN.
+    """
+    at, low = torch.zeros_like(points[0][0])[:, None], clean
+    found, met = torch.full_like(clean, math.inf), torch.zeros_like(clean, dtype=torch.bool)
+    for norms, terms in points:
+        further = norms[:, None] > at
+        crossed = ~met & further & (terms >= xi)
+        found = torch.where(crossed, at + (norms[:, None] - at) * _share(xi - low, terms - low), found)
+        met = met | crossed
+        at, low = torch.where(further, norms[:, None], at), torch.where(further, terms, low)
+    found = torch.where(met, found, at * _share(xi - clean, low - clean))
+    found = torch.where(clean < xi, found, 0.0)
+    broken = torch.stack([clean, *(terms for _, terms in points)]).isnan().any(0)
+    return found.where(~broken, math.nan).amin(1)
+
+
+def _share(gap: Tensor, rise: Tensor) -> Tensor:
+    """Their quotient, inf where nothing rises."""
+    return torch.where(rise > 0, gap / rise.clamp_min(torch.finfo(rise.dtype).tiny), math.inf)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from advmed.attacks.pgd import PGD
-from advmed.attacks.problem import AttackResult, Bounds, check_bounds
+from advmed.attacks.problem import AttackResult, Bounds, CleanPass, check_bounds
 from advmed.clock import Clock
 from advmed.distributed import is_distributed
 from advmed.margins import MarginStore
+from advmed.methods.shared import CleanGradients, leaf_of
 from advmed.norms import check_norm
 from advmed.objective import Objective, training_pass
 from advmed.thresholds import RunningThresholds, Thresholds
@@ -57,11 +58,16 @@ class RadiusSettings(MethodSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
-    """The attack of a training.
+    """The attack of a training. What is None is chosen by the preset of the training.
 
     Attributes:
         steps: gradient steps (both papers: 20).
-        step_scale: a in alpha = a * radius / steps. Default 4, the authors' released setting; the papers give none.
+        step_scale: a in alpha = a * radius / steps, the length of all steps together in radii (the papers give none;
+            the authors' release has 4).
+        schedule: "equal" steps, or "decreasing" ones (:class:`advmed.attacks.PGD`).
+        share_gradient: whether the attack takes its first gradient from the clean training pass, where a method has one
+            (:mod:`advmed.methods.shared`). It is the gradient of the training loss: where that couples samples (batch
+            Dice, a detector's normaliser) not quite that of a sample's own loss.
         norm: 2 or inf.
         random_start: fraction of the radius from whose ball an attack starts. Default 0: the path then begins at the
             clean image, which "crossing" needs, and a step is repeatable. TRADES, which cannot start there, takes 0.01
@@ -80,15 +86,19 @@ class AttackSettings:
         ValueError: steps must be a whole number >= 1, got 0
     """
 
-    steps: int = 20
-    step_scale: float = 4.0
+    steps: int | None = None
+    step_scale: float | None = None
+    schedule: Literal["equal", "decreasing"] | None = None
+    share_gradient: bool | None = None
     norm: float | Literal["inf"] = 2.0
     random_start: float = 0.0
     bounds: tuple[float, float] | Literal["sample"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", check_norm(self.norm))
-        PGD(self.steps, self.step_scale, self.p, self.random_start)
+        steps = 1 if self.steps is None else self.steps
+        step_scale = 1.0 if self.step_scale is None else self.step_scale
+        PGD(steps, step_scale, self.p, self.random_start, schedule=self.schedule or "equal")
         check_bounds(self.bounds)
 
     @property
@@ -102,6 +112,8 @@ class AttackOptions(TypedDict, total=False):
 
     steps: int
     step_scale: float
+    schedule: Literal["equal", "decreasing"]
+    share_gradient: bool
     norm: float | Literal["inf"]
     random_start: float
     bounds: Bounds
@@ -144,6 +156,8 @@ class Method(ABC):
         settings: the class of its settings.
         keeps_sizes: whether every sample has a noise level of its own, under its id.
         needs_classes: whether predictions must be classes (:class:`advmed.objective.ClassObjective`).
+        presets: by name, the values of settings that a user left open. "paper" is the method as published; "fast", the
+            default of all trainers, what measurements found at a few times the cost of standard training.
         learns_from_clean: whether clean images are among those that it back-propagates a loss of.
 
     Example:
@@ -161,7 +175,13 @@ class Method(ABC):
     settings: ClassVar[type[MethodSettings]] = MethodSettings
     keeps_sizes: ClassVar[bool] = False
     needs_classes: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {}, "paper": {}}
     learns_from_clean: bool = True
+
+    @property
+    def cost(self) -> float:
+        """Of a step, in standard training steps: a forward pass counts a third, as each half of a backward pass."""
+        return 1.0
 
     @classmethod
     def needs_thresholds(cls, objective: type) -> bool:
@@ -231,28 +251,51 @@ class AdversarialMethod(Method):
     Args:
         steps: see :class:`AttackSettings`, as all but the last.
         step_scale: a in alpha = a * radius / steps.
+        schedule: "equal" or "decreasing" steps.
+        share_gradient: whether the first gradient is that of the clean training pass.
         norm: 2 or inf.
         random_start: fraction of the radius from whose ball an attack starts.
         bounds: lowest and highest value of an input, "sample", or None.
         seed: seed of the random starts.
+
+    Attributes:
+        maximises: whether its attack means to find the largest loss.
+        shared: passes that ``share_gradient`` saves, forward passes and halves of backward passes.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "share_gradient": True},
+        "paper": {"steps": 20, "step_scale": 4.0, "schedule": "equal", "share_gradient": False},
+    }
+    maximises: ClassVar[bool] = True
+    shared: ClassVar[int] = 2
 
     def __init__(
         self,
         *,
-        steps: int = AttackSettings.steps,
-        step_scale: float = AttackSettings.step_scale,
+        steps: int = 20,
+        step_scale: float = 4.0,
+        schedule: Literal["equal", "decreasing"] = "equal",
+        share_gradient: bool = False,
         norm: float | Literal["inf"] = AttackSettings.norm,
         random_start: float = AttackSettings.random_start,
         bounds: Bounds = AttackSettings.bounds,
         seed: int = 0,
     ) -> None:
-        self.attack = PGD(steps, step_scale, check_norm(norm), random_start)
+        self.attack = PGD(steps, step_scale, check_norm(norm), random_start, schedule=schedule)
         check_bounds(bounds)
+        self.clean_gradients = CleanGradients() if share_gradient and not random_start else None
         self.bounds = bounds
         self.seed = seed
         self.steps_done = 0
         self.clock = Clock()
+
+    @property
+    def cost(self) -> float:
+        """See :attr:`Method.cost`: two for each attack step, three for each pass that the network learns from."""
+        beside = 6 if self.learns_from_clean else 3
+        saved = self.shared if self.learns_from_clean and self.clean_gradients is not None else 0
+        return (2 * self.attack.steps + beside - saved) / 3
 
     def _attack(
         self,
@@ -261,6 +304,7 @@ class AdversarialMethod(Method):
         radius: float | Tensor,
         thresholds: Tensor | Sequence[float] | None = None,
         patience: int | None = None,
+        clean: CleanPass | None = None,
     ) -> AttackResult:
         """x~ = PGD(x, y, radius), without the terms of x~: the training pass on x~ computes them anyway."""
         generator = None
@@ -279,6 +323,7 @@ class AdversarialMethod(Method):
                 patience=patience,
                 generator=generator,
                 final_pass=False,
+                clean=clean,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,6 +374,7 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         lowest: no level falls below it.
         highest: no level rises above it; None: no limit.
         additive: whether levels shrink by steps of a given size, too.
+        averaged: whether a level is a moving average of what the visits of its sample say.
         **attack: see :class:`AdversarialMethod`.
 
     Attributes:
@@ -345,11 +391,13 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         lowest: float = 0.0,
         highest: float | None = None,
         additive: bool = False,
+        averaged: bool = False,
         **attack: Unpack[AttackOptions],
     ) -> None:
         super().__init__(**attack)
         self.growth, self.lowest, self.highest = growth, lowest, highest
-        self.store = MarginStore(self._bounded(torch.tensor(first)).item(), additive=additive)
+        initial = self._bounded(torch.tensor(first)).item()
+        self.store = MarginStore(initial, additive=additive, averaged=averaged)
 
     def _levels(self, ids: Sequence[str], images: Tensor) -> Tensor:
         """The levels of a batch's samples, (B,), on the device of the images."""
@@ -433,6 +481,11 @@ class ThresholdMethod(AdversarialMethod):
             self._xi = self.thresholds.tensor(like)
         return self._xi
 
+    def _check_number(self, terms: Tensor) -> None:
+        """Raises ValueError if there are not as many thresholds as terms, (B, K)."""
+        if self.thresholds is not None and terms.shape[1] != len(self.thresholds):
+            raise ValueError(f"{len(self.thresholds)} thresholds for an objective with K = {terms.shape[1]} loss terms")
+
     def state_dict(self) -> dict[str, Any]:
         """What its bases keep, and self-calibrated thresholds, in plain types."""
         state = super().state_dict()
@@ -455,11 +508,20 @@ class ThresholdMethod(AdversarialMethod):
 
 @dataclass
 class MixedLoss:
-    """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`."""
+    """A loss in parts, each with its weight; see ``backward`` in :meth:`Method.step`.
+
+    Args:
+        objective: of the batch.
+        backward: see :meth:`Method.step`.
+        gradients: takes the gradients of the clean pass at once (:attr:`AdversarialMethod.clean_gradients`); None:
+            they wait for the loss's own backward pass.
+    """
 
     objective: Objective
     backward: Backward | None
+    gradients: CleanGradients | None = None
     loss: Tensor | None = None
+    _clean: tuple[Tensor, Tensor] | None = None
 
     def add(self, images: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """Adds weight * L(images).
@@ -472,8 +534,26 @@ class MixedLoss:
         if self.backward is not None:
             self.backward(part)
             part = part.detach()
-        self.loss = part if self.loss is None else self.loss + part
+        self._add(part)
         return loss.detach(), terms
+
+    def clean_first(self, images: Tensor, weight: float) -> CleanPass | None:
+        """Adds weight * L(images) before the attack, which begins with what is returned; None: it has to see itself."""
+        if self.gradients is None or not self.gradients.possible(self.objective, images, self.backward):
+            return None
+        leaf = leaf_of(images)
+        loss, terms = training_pass(self.objective, leaf)
+        part, found = self.gradients.take(self.objective, leaf, loss * weight, terms, self.backward)
+        self._add(part)
+        self._clean = loss.detach(), terms
+        return found
+
+    def clean(self, images: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """As :meth:`add`, unless :meth:`clean_first` has added the same."""
+        return self._clean or self.add(images, weight)
+
+    def _add(self, part: Tensor) -> None:
+        self.loss = part if self.loss is None else self.loss + part
 
     def total(self) -> Tensor:
         """The sum of the parts."""

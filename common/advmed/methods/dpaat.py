@@ -29,6 +29,7 @@ from advmed.methods.base import (
     check_positive,
     required,
 )
+from advmed.methods.shared import predictions_first
 from advmed.objective import Objective, check_terms, inspecting, predicting, training_pass
 from advmed.thresholds import RunningThresholds, Thresholds
 
@@ -94,6 +95,7 @@ class DPAAT(AdaptiveRadiusMethod):
     """
 
     name = "DPAAT"
+    shared: ClassVar[int] = 1
     settings: ClassVar[type[MethodSettings]] = DPAATSettings
 
     def __init__(
@@ -140,6 +142,11 @@ class DPAAT(AdaptiveRadiusMethod):
         )
 
     @property
+    def cost(self) -> float:
+        """See :attr:`advmed.methods.Method.cost`; without the synchronisation loss clean images are looked at only."""
+        return super().cost + (0 if self.sync_weight else 1 / 3)
+
+    @property
     def sizes(self) -> MarginStore:
         """eps_i, one perturbation size for each sample."""
         return self.store
@@ -153,10 +160,12 @@ class DPAAT(AdaptiveRadiusMethod):
         """
         sizes = self._levels(ids, images)
         predictor = predicting(objective, self.name) if self.sync_weight else None
-        attacked = self._attack(objective, images, sizes)
+        share = predictor if self.clean_gradients else None
+        passed, first = predictions_first(share, images) if share else (None, None)
+        attacked = self._attack(objective, images, sizes, clean=first)
         logs = {"nonfinite": attacked.nonfinite.sum()}
         if predictor is not None:
-            clean, clean_terms, reference = predictor.loss_and_predictions(images)
+            clean, clean_terms, reference = passed or predictor.loss_and_predictions(images)
             adversarial, terms, predictions = predictor.loss_and_predictions(attacked.images)
             sync = predictor.distance(reference, predictions).mean()
             loss = adversarial + self.sync_weight * sync

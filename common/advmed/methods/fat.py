@@ -7,7 +7,7 @@ PGD-K-tau): the attack of a sample ends soon after it has succeeded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Unpack
 
@@ -71,7 +71,13 @@ class FAT(ThresholdMethod, FixedRadiusMethod):
 
     name = "FAT"
     settings: ClassVar[type[MethodSettings]] = FATSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # its attack is to stop on the way, which takes steps that are shorter than the radius
+        "fast": {**FixedRadiusMethod.presets["fast"], "steps": 5, "step_scale": 2.0, "schedule": "equal"},
+        "paper": {**FixedRadiusMethod.presets["paper"], "steps": 10},
+    }
     learns_from_clean = False
+    maximises: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from advmed.methods.base import (
     check_optional,
     joined_step,
 )
+from advmed.methods.shared import predictions_first
 from advmed.objective import ClassScores, Objective, check_terms, classes_of, predicting
 from advmed.thresholds import RunningThresholds, Thresholds
 
@@ -68,6 +69,7 @@ class MART(FixedRadiusMethod):
     """
 
     name = "MART"
+    shared: ClassVar[int] = 1
     settings: ClassVar[type[MethodSettings]] = MARTSettings
     needs_classes = True
 
@@ -98,8 +100,9 @@ class MART(FixedRadiusMethod):
             TypeError: if the objective's predictions are no classes.
         """
         predictor, classes = predicting(objective, self.name), classes_of(objective, self.name)
-        attacked = self._attack(objective, images, self.eps)
-        clean, terms, reference = predictor.loss_and_predictions(images)
+        passed, first = predictions_first(predictor, images) if self.clean_gradients else (None, None)
+        attacked = self._attack(objective, images, self.eps, clean=first)
+        clean, terms, reference = passed or predictor.loss_and_predictions(images)
         adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
         boosted, divergence = mart_losses(classes.class_scores(reference), classes.class_scores(predictions))
         loss = (boosted + self.kl_weight * divergence).mean()

@@ -27,9 +27,10 @@ class SAT(FixedRadiusMethod):
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`; the ids are not used."""
-        attacked = self._attack(objective, images, self.eps)
-        mixed = MixedLoss(objective, backward)
-        clean, terms = mixed.add(images, 0.5)
+        mixed = MixedLoss(objective, backward, self.clean_gradients)
+        first = mixed.clean_first(images, 0.5)
+        attacked = self._attack(objective, images, self.eps, clean=first)
+        clean, terms = mixed.clean(images, 0.5)
         adversarial, _ = mixed.add(attacked.images, 0.5)
         logs = {"loss_clean": clean, "loss_adversarial": adversarial, "nonfinite": attacked.nonfinite.sum()}
         return Step(mixed.total(), logs, terms, attacked.images)

@@ -62,6 +62,8 @@ class TRADES(FixedRadiusMethod):
     """
 
     name = "TRADES"
+    maximises: ClassVar[bool] = False
+    shared: ClassVar[int] = 0
     settings: ClassVar[type[MethodSettings]] = TRADESSettings
 
     def __init__(self, eps: float, *, beta: float = TRADESSettings.beta, **attack: Unpack[AttackOptions]) -> None:

@@ -7,6 +7,7 @@ A host calls, in this order: :meth:`MethodRun.begin_epoch`, :meth:`MethodRun.ste
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,17 +15,22 @@ from typing import Any
 
 from torch import Tensor
 
+from advmed.clock import Pace
+from advmed.distributed import gathered, is_distributed
 from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method
 from advmed.methods.base import Backward, Step
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.settings import TrainingSettings
+from advmed.training.strength import WEAK, StrengthCheck
 
 LOG_KEYS = (
     "loss_clean",
     "loss_adversarial",
     "loss_sync",
     "expanded",
+    "attack_share",
+    "gradient_alignment",
     "nonfinite",
     "attack_seconds",
     "margin_q05",
@@ -32,6 +38,8 @@ LOG_KEYS = (
     "margin_q95",
 )
 """What an epoch is summed up in; a method has some of them."""
+_MOST_STEPS = 20
+"""Of the attack that others are compared with; as many as the papers have."""
 
 
 class MethodRun:
@@ -42,9 +50,12 @@ class MethodRun:
         settings: the resolved settings.
         thresholds: of AMAT.
         epochs: length of the training.
+        steps_per_epoch: batches of an epoch, for an estimate of the time left; None: not known.
+        say: takes a line for the host's log.
 
     Attributes:
         method: the :class:`advmed.methods.Method`.
+        settings: what was left open in them is chosen by the preset.
         warmup_epochs: epochs of standard training at the beginning.
         warming_up: whether the present epoch is one of them.
 
@@ -68,11 +79,17 @@ class MethodRun:
         thresholds: Thresholds | RunningThresholds | None = None,
         *,
         epochs: int,
+        steps_per_epoch: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.name, self.settings, self.epochs = name, settings, epochs
+        self.name, self.settings, self.epochs = name, settings.for_method(name), epochs
+        settings = self.settings
         self.method: Method = settings.make_method(name, thresholds)
+        self._say = say
+        self._check = strength_check(self.method)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
+        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.method.cost)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._snapshot: tuple[int, dict[str, Any]] | None = None
@@ -103,6 +120,8 @@ class MethodRun:
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
         self.warming_up = epoch < self.warmup_epochs
+        if (left := self._pace.begin_epoch(epoch)) is not None:
+            self._say(left)
         if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
             self.thresholds.begin()
             lines.append(f"Warm-up done. Thresholds: {self.thresholds}")
@@ -110,8 +129,12 @@ class MethodRun:
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """The method's step, or a standard one during the warm-up; see :meth:`advmed.methods.Method.step`."""
+        if (left := self._pace.step()) is not None:
+            self._say(left)
         if not self.warming_up:
             step = self.method.step(objective, images, ids, backward)
+            if self._check is not None and step.adversarial is not None and self._check.due():
+                self._check.look(objective, images.detach(), step.adversarial)
         else:
             step = STD().step(objective, images, ids, backward)
             if isinstance(self.thresholds, RunningThresholds) and step.terms is not None:
@@ -125,9 +148,10 @@ class MethodRun:
         """To be called after the last batch of every epoch, in all processes: makes their margins equal.
 
         Returns:
-            One value for each of :data:`LOG_KEYS`, NaN where the method has none: means over the steps, the number of
-            attack steps lost to a gradient that was not finite, seconds of attacks, and quantiles of the margins (AMAT)
-            or perturbation sizes (DPAAT).
+            One value for each of :data:`LOG_KEYS`, NaN where the method has none: means over the steps, what a look at
+            the attack's strength found (:class:`advmed.training.strength.Strength`), the number of attack steps lost to
+            a gradient that was not finite, seconds of attacks, and quantiles of the margins (AMAT) or perturbation
+            sizes (DPAAT).
         """
         self.method.merge()
         values = dict.fromkeys(LOG_KEYS, math.nan)
@@ -139,8 +163,31 @@ class MethodRun:
         if isinstance(self.method, AdaptiveRadiusMethod):
             low, median, high = self.method.store.quantiles()
             values |= {"margin_q05": low, "margin_q50": median, "margin_q95": high}
+        self._judge(values)
         self._totals, self._counts = {}, {}
         return values
+
+    def _judge(self, values: dict[str, float]) -> None:
+        """Whether the attack was strong enough, in all processes; more steps where it was not."""
+        if self._check is None or not isinstance(self.method, AdversarialMethod):
+            return
+        found = self._check.drain(gathered(self._check.sums()) if is_distributed() else None)
+        if found is None:
+            return
+        values |= {"attack_share": found.share, "gradient_alignment": found.alignment}
+        attack = self.method.attack
+        if found.share < WEAK and attack.steps < _MOST_STEPS:
+            self._set_steps(min(_MOST_STEPS, 2 * attack.steps))
+            self._say(
+                f"WARNING: the training's attack of {attack.steps} step(s) adds only {found.share:.0%} of what 20 "
+                f"steps add to the loss (gradient alignment {found.alignment:.2f}): the network may be learning to "
+                f"hide its gradients (catastrophic overfitting). From here on it has {self.method.attack.steps} steps. "
+                f"Judge earlier epochs by an evaluation with many steps, and begin with more if this repeats."
+            )
+
+    def _set_steps(self, steps: int) -> None:
+        assert isinstance(self.method, AdversarialMethod)
+        self.method.attack = dataclasses.replace(self.method.attack, steps=steps)
 
     def outlook(self, samples: int, visits_per_epoch: float, what: str = "samples") -> list[str]:
         """How far margins can grow in this run, with a warning where that is not far enough.
@@ -167,6 +214,7 @@ class MethodRun:
             "settings": {key: str(value) for key, value in vars(self.settings).items()},
             "thresholds": dict(vars(thresholds)) if isinstance(thresholds, Thresholds) else None,
             "warmup_epochs": self.warmup_epochs,
+            "steps": self.method.attack.steps if isinstance(self.method, AdversarialMethod) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -178,6 +226,10 @@ class MethodRun:
         self.warmup_epochs = int(state["warmup_epochs"])
         self.method.load_state_dict(state["method"])
         self._snapshot = None
+        steps, wanted = state.get("steps"), self.settings.steps
+        same = str(wanted) == state["settings"].get("steps")
+        if same and steps is not None and wanted is not None and steps > wanted:  # raised in the earlier run
+            self._set_steps(steps)
         changed = [
             f"{name} {state['settings'].get(name)} -> {value}"
             for name, value in vars(self.settings).items()
@@ -225,6 +277,13 @@ def load_thresholds(settings: TrainingSettings, path: str, names: Sequence[str])
     found.require(names, origin)
     taken = found.by_rule(settings.rule, origin)
     return taken, "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+
+
+def strength_check(method: Method) -> StrengthCheck | None:
+    """Looks at the strength of a method's attack, if that is to find the largest loss with few steps."""
+    if not isinstance(method, AdversarialMethod) or not method.maximises or method.attack.steps >= _MOST_STEPS:
+        return None
+    return StrengthCheck(method.cost, method.attack.norm, method.bounds, method.seed)
 
 
 def fingerprint(ids: Iterable[str]) -> dict[str, Any]:

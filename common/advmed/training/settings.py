@@ -10,9 +10,9 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -21,6 +21,7 @@ from advmed.methods.base import AttackOptions
 from advmed.thresholds import RunningThresholds, Thresholds, std_factor
 
 S = TypeVar("S", bound="TrainingSettings")
+PRESETS = ("fast", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class RunSettings(MethodSettings):
     """What a run needs around its method.
 
     Attributes:
+        preset: what decides about the settings that are left open: "fast", what measurements found at a few times the
+            cost of standard training, or "paper", the method as published.
         thresholds: "auto", or the path of a thresholds file (AMAT, FAT).
         rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
             file was made, and "mean" where there is none.
@@ -37,6 +40,7 @@ class RunSettings(MethodSettings):
         seed: seed of the network's weights and of random starts; None: unseeded weights, as the host has them.
     """
 
+    preset: Literal["fast", "paper"] = "fast"
     thresholds: str = "auto"
     rule: str | None = None
     warmup_epochs: int | None = None
@@ -45,6 +49,8 @@ class RunSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
         if self.rule is not None:
             std_factor(self.rule)
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
@@ -77,16 +83,38 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
         EveryMethodSettings.__post_init__(self)  # and on to that of RunSettings
         AttackSettings.__post_init__(self)
 
+    def for_method(self, name: str) -> Self:
+        """These settings, what they left open chosen by the preset of the method of that name.
+
+        Raises:
+            ValueError: if the method is unknown.
+
+        Example:
+            >>> from advmed import TrainingSettings
+            >>> settings = TrainingSettings(preset="paper", norm="inf")
+            >>> settings.steps, settings.for_method("SAT").steps
+            (None, 20)
+        """
+        chosen = method_class(name).presets[self.preset]
+        return replace(self, **{key: value for key, value in chosen.items() if getattr(self, key) is None})
+
     def attack_options(self) -> AttackOptions:
-        """The arguments of a method for its attack."""
-        return {
-            "steps": self.steps,
-            "step_scale": self.step_scale,
+        """The arguments of a method for its attack, those that are known."""
+        options: AttackOptions = {
             "norm": self.norm,
             "random_start": self.random_start,
             "bounds": self.bounds,
             "seed": self.seed or 0,
         }
+        if self.steps is not None:
+            options["steps"] = self.steps
+        if self.step_scale is not None:
+            options["step_scale"] = self.step_scale
+        if self.schedule is not None:
+            options["schedule"] = self.schedule
+        if self.share_gradient is not None:
+            options["share_gradient"] = self.share_gradient
+        return options
 
     def make_method(self, name: str, thresholds: Thresholds | RunningThresholds | None = None) -> Method:
         """The training method of that name with these settings.
@@ -96,7 +124,8 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
         """
         kind = method_class(name)
         self.check_method(name)
-        return kind.from_settings(self, thresholds, **self.attack_options())
+        chosen = self.for_method(name)
+        return kind.from_settings(chosen, thresholds, **chosen.attack_options())
 
 
 def read_settings(kind: type[S], path: str | Path) -> S:
