@@ -4,8 +4,9 @@ A margin belongs to a sample that comes back. nnU-Net draws random crops, augmen
 
 - 2D: a slice is what the paper calls a sample, and slices of one case differ as much as cases do; so case and slice.
 - 3D: a patch of random position never comes back exactly, while most patches of a case show the same structures; so
-  the case. Where cases are much larger than patches, ``cell`` is finer: case and the cell, of a grid as fine as the
-  patch, that the patch's centre lies in.
+  the case, its patches with foreground and those without apart: background bears noise of any size, and would decide
+  about a margin that both share. Where cases are much larger than patches, ``cell`` is finer: case and the cell, of a
+  grid as fine as the patch, that the patch's centre lies in.
 
 The random crop within a slice and the augmentation share their sample's margin.
 """
@@ -40,6 +41,32 @@ class SliceLoader(nnUNetDataLoader):
 
     def _id(self, case: str, corner: list[int]) -> str:
         return f"{case}:{corner[0]}"
+
+
+BACKGROUND = ":background"
+"""How the id of a patch without foreground ends."""
+
+
+class PartLoader(nnUNetDataLoader):
+    """Adds ``ids`` to every batch: ``case:foreground`` or ``case:background``, as the patch holds foreground or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ignore = (kwargs["label_manager"] if "label_manager" in kwargs else args[4]).ignore_label
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """The host's batch, with ``ids``."""
+        batch: dict[str, Any] = super().generate_train_batch()
+        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        if target.shape[1] > 1:  # regions, and a channel more for what is to be ignored
+            foreground = (target[:, :-1] if self.has_ignore else target) > 0
+        else:
+            foreground = target > 0
+            if self.has_ignore:
+                foreground = foreground & (target != self._ignore)
+        parts = ["foreground" if found else "background" for found in foreground.flatten(1).any(1).tolist()]
+        batch["ids"] = [f"{case}:{part}" for case, part in zip(batch["keys"], parts, strict=True)]
+        return batch
 
 
 class CellLoader(SliceLoader):

@@ -40,18 +40,24 @@ class Settings(TrainingSettings):
             adds to the host's loss of this sample alone; "skip": nothing; "auto": "count" where the host averages
             Dice over samples, "skip" where it computes Dice over the batch, in which an absent class costs a sample
             nothing either.
-        sample_id: what has a margin of its own: "case", "slice" (2D), "cell" (case and grid cell of the patch's
-            centre); "auto": slice in 2D, case in 3D.
+        sample_id: what has a margin of its own: "case", "slice" (2D), "part" (a case's patches with foreground, and
+            those without), "cell" (case and grid cell of the patch's centre); "auto": slice in 2D, part in 3D.
         std_trainer: name of the trainer of the standard training that thresholds are made of; None: the stock trainer
             that ours derives from, then nnUNetTrainerSTD.
         start_from: "standard": begin with the weights of that standard training, all of them (nnU-Net's
-            -pretrained_weights leaves out the segmentation layers); or the path of a checkpoint; None: as the host.
+            -pretrained_weights leaves out the segmentation layers); or the path of a checkpoint; "scratch": as the
+            host. None: with the preset "fast" the standard training, if it is finished and no weights were given on
+            the command line; else as the host.
         threshold_samples: number of clean training samples that thresholds are made of; None: by size of the data set.
         attack_precision: "host": as the host trains (float16 autocast on CUDA, float32 elsewhere); "float32";
             "bfloat16": autocast, for the attack's passes only.
-        epochs: number of epochs; None: the host's.
+        check_standard: refuse thresholds of a standard network that has learnt next to nothing.
+        epochs: number of epochs; None: a quarter of those of the standard training where "fast" starts from it, else
+            the host's.
         iterations_per_epoch: training iterations per epoch; None: the host's.
         val_iterations_per_epoch: validation iterations per epoch; None: the host's.
+        robust_val_iterations: how many of them are attacked, too, for the robust Dice that checkpoint_best is chosen
+            by; 0: none, and clean Dice decides; None: a tenth, at least one.
         initial_lr: initial learning rate; None: the host's.
         save_every: epochs between two checkpoints; None: the host's.
         compile: let the host compile the network.
@@ -68,14 +74,16 @@ class Settings(TrainingSettings):
 
     terms: Literal["sum", "separate"] = "sum"
     absent_classes: Literal["auto", "count", "skip"] = "auto"
-    sample_id: Literal["auto", "case", "slice", "cell"] = "auto"
+    sample_id: Literal["auto", "case", "slice", "part", "cell"] = "auto"
     std_trainer: str | None = None
     start_from: str | None = None
     threshold_samples: int | None = None
     attack_precision: Literal["host", "float32", "bfloat16"] = "host"
+    check_standard: bool = True
     epochs: int | None = None
     iterations_per_epoch: int | None = None
     val_iterations_per_epoch: int | None = None
+    robust_val_iterations: int | None = None
     initial_lr: float | None = None
     save_every: int | None = None
     compile: bool = False
@@ -90,6 +98,8 @@ class Settings(TrainingSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.robust_val_iterations is not None and self.robust_val_iterations < 0:
+            raise ValueError(f"robust_val_iterations must be >= 0, got {self.robust_val_iterations}")
         if self.initial_lr is not None and not (math.isfinite(self.initial_lr) and self.initial_lr > 0):
             raise ValueError(f"initial_lr must be a positive number, got {self.initial_lr}")
         if not all(c.isalnum() or c in "-." for c in self.tag):
@@ -102,7 +112,7 @@ class Settings(TrainingSettings):
             self,
             eps=round(_EPS_PER_VALUE * size, 4) if self.eps is None else self.eps,
             delta=round(_DELTA_PER_VALUE * size, 4) if self.delta is None else self.delta,
-            sample_id=("slice" if len(patch_size) == 2 else "case") if self.sample_id == "auto" else self.sample_id,
+            sample_id=("slice" if len(patch_size) == 2 else "part") if self.sample_id == "auto" else self.sample_id,
         )
 
 

@@ -22,19 +22,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adv_nnunet import calibration as standard
-from adv_nnunet.loader import CellLoader, SliceLoader, case_of, slice_ids, with_loader
+from adv_nnunet.loader import BACKGROUND, CellLoader, PartLoader, SliceLoader, case_of, slice_ids, with_loader
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import FILE, STATE, find_settings
-from advmed.distributed import from_first_rank
+from advmed.attacks.pgd import PGD
+from advmed.distributed import from_first_rank, gathered
 from advmed.evaluation.dice import dice_per_sample
-from advmed.methods import AdaptiveRadiusMethod, Method, method_class
+from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, method_class
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
 
-LOG_KEYS = tuple(f"adv_{key}" for key in RUN_KEYS)
+LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), "adv_robust_dice", "adv_ema_robust_dice")
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
@@ -66,6 +67,8 @@ class AdversarialTraining(_Host):
     """
 
     method_name: ClassVar[str]
+    num_epochs: int
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -90,7 +93,8 @@ class AdversarialTraining(_Host):
                 f"stage's segmentation is part of the input and no image noise. Train 3d_lowres or 3d_fullres with it, "
                 f"and the cascade with the stock trainer."
             )
-        self.settings = settings.resolved(_channels(self), self.configuration_manager.patch_size)
+        settings = settings.resolved(_channels(self), self.configuration_manager.patch_size)
+        self.settings = settings.for_method(self.method_name)
         if self.settings.sample_id == "slice" and len(self.configuration_manager.patch_size) != 2:
             raise ValueError(f"sample_id: slice is for 2d; {configuration} is 3D, use 'case' or 'cell'")
         for ours, host in (
@@ -105,6 +109,9 @@ class AdversarialTraining(_Host):
         self.run = MethodRun("STD", self.settings, epochs=self.num_epochs)  # until on_train_start
         self.terms: SampleTerms | None = None
         self._saved_state: dict[str, Any] | None = None
+        self._standard: Path | None = None  # whose weights training starts with
+        self._best_robust = -math.inf
+        self._robust_counts: list[Any] = []
         self._datasets: tuple[Any, Any] | None = None
 
     @property
@@ -118,16 +125,21 @@ class AdversarialTraining(_Host):
         """Builds network, optimizer and loss, and the per-sample form of the loss."""
         if self.settings.seed is not None:
             torch.manual_seed(self.settings.seed)
+        self._choose_start()
         super().initialize()
         self.terms = SampleTerms(self.loss, self.settings.terms, self.settings.absent_classes)
 
     def on_train_start(self) -> None:
         """Checks output folder, data and thresholds, sets the method up, and starts as the host does."""
         self._check_output_folder()
+        given = self.was_initialized and self._saved_state is None  # weights of the command line
         if not self.was_initialized:
             self.initialize()
-        if self.settings.start_from is not None and self._saved_state is None:  # (--c may have found nothing)
-            self._load_weights(self.settings.start_from)
+        if self._saved_state is None:  # (--c may have found nothing)
+            if self.settings.start_from not in (None, "scratch"):
+                self._load_weights(str(self.settings.start_from))
+            elif self._standard is not None and not given:
+                self._load_weights("standard")
         if self.settings.check_data:
             self._check_data()
         self._set_up_method()
@@ -147,6 +159,28 @@ class AdversarialTraining(_Host):
             raise FileExistsError(
                 f"{self.output_folder} holds {', '.join(checkpoints)} of an earlier training. Continue it with --c, "
                 f"move it away, give this run a 'tag' in the settings, or set 'overwrite: true' to lose it."
+            )
+
+    def _choose_start(self) -> None:
+        """Whether the preset starts from the standard training, and for how long it then trains."""
+        settings = self.settings
+        if settings.preset != "fast" or not issubclass(method_class(self.method_name), AdversarialMethod):
+            return
+        if settings.start_from not in (None, "standard"):
+            return
+        self._standard = from_first_rank(standard.find_checkpoint(self))
+        if self._standard is None:
+            self.print_to_log_file(
+                f"There is no finished standard training in {' or '.join(map(str, standard.standard_folders(self)))}: "
+                f"{self.method_name} trains from scratch, {self.num_epochs} epochs. With one (the stock trainer, same "
+                f"fold) a quarter of its epochs is enough."
+            )
+        elif settings.epochs is None:
+            epochs = torch.load(self._standard, map_location="cpu", weights_only=False)["current_epoch"]
+            self.num_epochs = max(1, math.ceil(epochs / _SHARE_OF_STANDARD))
+            self.print_to_log_file(
+                f"Preset fast: a quarter of the {epochs} epochs of the standard training, {self.num_epochs} "
+                f"(another number: 'epochs')"
             )
 
     def _load_weights(self, source: str) -> None:
@@ -198,7 +232,19 @@ class AdversarialTraining(_Host):
         thresholds = None
         if method_class(self.method_name, SegmentationObjective).needs_thresholds(SegmentationObjective):
             thresholds = self._thresholds_of(state) if state else self._resolve_thresholds()
-        self.run = MethodRun(self.method_name, settings, thresholds, epochs=self.num_epochs)
+            if state is None and isinstance(thresholds, Thresholds):
+                origin = thresholds.source or "the thresholds"
+                if (doubt := standard.doubts(thresholds, origin, settings.check_standard)) is not None:
+                    self.print_to_log_file(doubt)
+        self.run = MethodRun(
+            self.method_name,
+            settings,
+            thresholds,
+            epochs=self.num_epochs,
+            steps_per_epoch=self.num_iterations_per_epoch,
+            say=self.print_to_log_file,
+            shown=lambda sample: not sample.endswith(BACKGROUND),
+        )
         if state is not None:
             self._load_method(state)
         self._announce()
@@ -277,7 +323,8 @@ class AdversarialTraining(_Host):
         own = super().get_dataloaders
         if not method_class(self.method_name).keeps_sizes or self.settings.sample_id == "case":
             return own()
-        return with_loader(own, SliceLoader if self.settings.sample_id == "slice" else CellLoader)
+        loaders = {"slice": SliceLoader, "part": PartLoader, "cell": CellLoader}
+        return with_loader(own, loaders[self.settings.sample_id])
 
     def sample_ids(self) -> list[str] | None:
         """Every id a training sample can have; None where they are not countable (``cell``)."""
@@ -286,6 +333,8 @@ class AdversarialTraining(_Host):
         training, _ = self.get_tr_and_val_datasets()
         if self.settings.sample_id == "case":
             return list(training.identifiers)
+        if self.settings.sample_id == "part":
+            return [f"{case}:{part}" for case in training.identifiers for part in ("foreground", "background")]
         return slice_ids((case, training.load_case(case)[0].shape[1]) for case in training.identifiers)
 
     def _samples_per_epoch(self) -> int:
@@ -330,7 +379,10 @@ class AdversarialTraining(_Host):
         objective = SegmentationObjective(
             self.network, _bare(self.network), self.loss, self.terms, target, self._attack_precision
         )
-        scaled = self._backward if self.settings.backward == "sequential" else None
+        # A shared first gradient needs the clean pass's own backward pass: with the host's scaler, and through its
+        # distributed wrapper, which knows no other.
+        shares = getattr(self.method, "clean_gradients", None) is not None and not self.run.warming_up
+        scaled = self._backward if shares or self.settings.backward == "sequential" else None
         with self.autocast():
             step = self.run.step(objective, images, batch.get("ids", batch["keys"]), scaled)
         if scaled is None:
@@ -362,7 +414,7 @@ class AdversarialTraining(_Host):
             )
         values = {f"adv_{key}": value for key, value in self.run.end_epoch().items()}
         _open_log(self.logger, self.current_epoch)
-        for key in LOG_KEYS:
+        for key in values:
             self.logger.log(key, values[key], self.current_epoch)
         shown = {key.removeprefix("adv_"): value for key, value in values.items() if not math.isnan(value)}
         self.print_to_log_file(self.method_name, ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
@@ -371,6 +423,76 @@ class AdversarialTraining(_Host):
                 f"{int(values['adv_nonfinite'])} attack step(s) were skipped because a gradient was not finite. A few "
                 f"are harmless; if they persist, set 'attack_precision: float32' in the settings."
             )
+
+    # Validation, and which epoch is the best
+
+    @property
+    def robust_val_iterations(self) -> int:
+        """How many validation batches of an epoch are attacked."""
+        if not isinstance(self.method, AdversarialMethod) or self.run.warming_up:
+            return 0
+        number = self.settings.robust_val_iterations
+        return max(1, self.num_val_iterations_per_epoch // 10) if number is None else number
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The host's validation step; of the first batches also the Dice under a short attack."""
+        if len(self._robust_counts) < self.robust_val_iterations:
+            self._robust_counts.append(self._attacked_counts(batch))
+        return dict(super().validation_step(batch))
+
+    def _attacked_counts(self, batch: dict[str, Any]) -> Any:
+        """TP, FP and FN of a batch under attack at ``eps``, summed over its samples, (3, classes)."""
+        images, target = self.to_device(batch)
+        target = target.clone() if isinstance(target, Tensor) else [t.clone() for t in target]  # the host writes there
+        assert self.terms is not None
+        assert self.settings.eps is not None
+        network = _bare(self.network)
+        objective = SegmentationObjective(network, network, self.loss, self.terms, target, self._attack_precision)
+        attack = PGD(_ROBUST_STEPS, 2.3, self.settings.p, schedule="decreasing")
+        with self.autocast():
+            images = attack(objective, images, self.settings.eps, bounds=self.settings.bounds, final_pass=False).images
+            with torch.no_grad():
+                output = network(images)
+        full = output if isinstance(output, Tensor) else output[0]
+        true = target if isinstance(target, Tensor) else target[0]
+        counts = segmentation_counts(self.label_manager, full, true)
+        return np.stack([np.asarray(part.sum(0).cpu(), dtype=float) for part in counts])
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """The host's, and the robust Dice with its moving average, as the host's pseudo Dice has one."""
+        super().on_validation_epoch_end(val_outputs)
+        robust = average = math.nan
+        counts, self._robust_counts = self._robust_counts, []
+        if self.is_ddp:
+            counts = [count for part in gathered(counts) for count in part]
+        if counts:
+            true, false, missed = np.sum(counts, 0)
+            size = 2 * true + false + missed
+            robust = float(np.nanmean(np.where(size > 0, 2 * true / np.maximum(size, 1), math.nan)))
+            known = [value for value in self._logged("adv_ema_robust_dice") if not math.isnan(value)]
+            average = 0.9 * known[-1] + 0.1 * robust if known else robust
+            self.print_to_log_file(f"Pseudo dice at noise level {self.settings.eps:g}: {robust:.4f}")
+        for key, value in (("adv_robust_dice", robust), ("adv_ema_robust_dice", average)):
+            self.logger.log(key, value, self.current_epoch)
+
+    def _logged(self, key: str) -> list[float]:
+        return list(self.logger.local_logger.my_fantastic_logging.get(key, []))
+
+    def on_epoch_end(self) -> None:
+        """As the host; but the best epoch is that of the best robust Dice, and never one of the clean warm-up."""
+        if not isinstance(self.method, AdversarialMethod):
+            super().on_epoch_end()
+            return
+        key = "adv_ema_robust_dice" if self.robust_val_iterations else "ema_fg_dice"
+        score = self._logged(key)[-1]
+        if not self.run.warming_up and score > self._best_robust:
+            self._best_robust = score
+            self.print_to_log_file(f"New best EMA {'robust' if key.startswith('adv') else 'pseudo'} Dice: {score:.4f}")
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+        clean = [self._best_ema, self.logger.get_value("ema_fg_dice", step=-1)]
+        self._best_ema = math.inf  # no epoch is better: the host saves no best one by itself
+        super().on_epoch_end()
+        self._best_ema = max(value for value in clean if value is not None)
 
     # Checkpoints
 
@@ -385,7 +507,10 @@ class AdversarialTraining(_Host):
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
         # Prediction looks the class up by this name; ours may not be installed there, and the network is the same.
         checkpoint["trainer_name"] = self.stock_name
-        checkpoint[STATE] = self.run.state_dict()
+        if checkpoint["_best_ema"] == math.inf:  # on_epoch_end is at work
+            checkpoint["_best_ema"] = max(self._logged("ema_fg_dice"))
+        own = {"epochs": self.num_epochs, "best_robust": self._best_robust}
+        checkpoint[STATE] = self.run.state_dict() | {"nnunet": own}
         temporary = Path(f"{filename}.tmp")
         try:
             torch.save(checkpoint, temporary)
@@ -406,6 +531,12 @@ class AdversarialTraining(_Host):
                 f"counters. To start from its weights, train without --c and with -pretrained_weights "
                 f"{filename_or_checkpoint}."
             )
+        if self._saved_state is not None and self.settings.epochs is None:
+            self.num_epochs = self._saved_state["nnunet"]["epochs"]  # whatever became of the standard training
+            if hasattr(self.lr_scheduler, "max_steps"):
+                self.lr_scheduler.max_steps = self.num_epochs
+        if self._saved_state is not None:
+            self._best_robust = self._saved_state["nnunet"]["best_robust"]
 
     def _thresholds_of(self, state: dict[str, Any]) -> Thresholds | RunningThresholds:
         assert self.terms is not None
@@ -548,6 +679,12 @@ class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
     """
 
     method_name = "FAT"
+
+
+_SHARE_OF_STANDARD = 4
+"""Epochs of a standard training for each epoch of the preset "fast" that starts from it."""
+_ROBUST_STEPS = 5
+"""Of the attack on validation batches."""
 
 
 def stock_class(kind: type) -> type:

@@ -55,7 +55,7 @@ CROSSING: dict[str, Any] = {"train_on": "crossing"}
 START: dict[str, Any] = {**CROSSING, "start": "estimate"}
 RUNS: dict[str, dict[str, Any]] = {
     "STD on": {"method": "STD"},
-    **{f"SAT 3.5, rate {rate}": {"method": "SAT", "eps": 3.5, **FAST, "rate": rate} for rate in (0.0005, 0.005)},
+    **{f"SAT 3.5, rate {rate}": {"method": "SAT", "eps": 3.5, **FAST, "rate": rate} for rate in (0.0005, 0.005, 0.01)},
     **{f"SAT {eps:g}": {"method": "SAT", "eps": eps, **FAST} for eps in (1, 2, 3.5, 5, 7)},
     **{f"SAT {eps:g}, PGD-20": {"method": "SAT", "eps": eps, **PAPER} for eps in (2, 5)},
     **{f"AMAT paper, mean+{std:g}std": amat("paper", std) for std in (0, 1, 2)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,12 @@ class MarginStore:
         """How often each was set, shape (len,), int64, on the CPU."""
         return self._visits[1 : len(self) + 1].cpu()
 
-    def quantiles(self, q: Sequence[float] = (0.05, 0.5, 0.95)) -> list[float]:
-        """Quantiles of the values; the initial value while the store is empty."""
-        values = self.values() if len(self) else torch.tensor([self.initial])
+    def quantiles(
+        self, q: Sequence[float] = (0.05, 0.5, 0.95), of: Callable[[str], bool] = lambda sample: True
+    ) -> list[float]:
+        """Quantiles of the values of some ids; the initial value while there are none of them."""
+        chosen = torch.tensor([of(sample) for sample in self._rows], dtype=torch.bool)
+        values = self.values()[chosen] if chosen.any() else torch.tensor([self.initial])
         return [float(x) for x in torch.quantile(values.double(), torch.tensor(list(q), dtype=torch.float64))]
 
     def histogram(self, bins: int = 20) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ class MethodRun:
         epochs: length of the training.
         steps_per_epoch: batches of an epoch, for an estimate of the time left; None: not known.
         say: takes a line for the host's log.
+        shown: whether the margin of a sample with that id counts in the quantiles of the log.
 
     Attributes:
         method: the :class:`advmed.methods.Method`.
@@ -81,11 +82,12 @@ class MethodRun:
         epochs: int,
         steps_per_epoch: int | None = None,
         say: Callable[[str], None] = lambda line: None,
+        shown: Callable[[str], bool] = lambda sample: True,
     ) -> None:
         self.name, self.settings, self.epochs = name, settings.for_method(name), epochs
         settings = self.settings
         self.method: Method = settings.make_method(name, thresholds)
-        self._say = say
+        self._say, self._shown = say, shown
         self._check = strength_check(self.method)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
@@ -161,7 +163,7 @@ class MethodRun:
         if isinstance(self.method, AdversarialMethod):
             values["attack_seconds"] = self.method.clock.drain()
         if isinstance(self.method, AdaptiveRadiusMethod):
-            low, median, high = self.method.store.quantiles()
+            low, median, high = self.method.store.quantiles(of=self._shown)
             values |= {"margin_q05": low, "margin_q50": median, "margin_q95": high}
         self._judge(values)
         self._totals, self._counts = {}, {}

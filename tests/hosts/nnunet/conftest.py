@@ -33,6 +33,8 @@ NAME = "Dataset004_Hippocampus"
 PLANS = "tiny"
 CONFIGURATIONS = ("2d", "3d_fullres")
 SETTINGS: dict[str, Any] = {
+    "preset": "paper",
+    "check_standard": False,  # networks of a few steps know next to nothing
     "epochs": 2,
     "iterations_per_epoch": 2,
     "val_iterations_per_epoch": 1,

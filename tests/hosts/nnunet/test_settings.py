@@ -14,7 +14,7 @@ from advmed.training.settings import make_settings, read_settings
 WRONG = [
     ({"detla": 0.5}, "unknown setting 'detla', did you mean 'delta'\\?.*The settings are: .*eps, .*delta,"),
     ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
-    ({"steps": True}, "steps must be a whole number, got True"),
+    ({"steps": True}, "steps must be a whole number or null, got True"),
     ({"eps": "big"}, "eps must be a number or null, got 'big'"),
     ({"delta": 0}, "delta must be a finite number > 0, got 0"),
     ({"rule": "median"}, "the rule for thresholds must be 'mean' or 'mean\\+<number>std'"),
@@ -24,7 +24,7 @@ WRONG = [
     ({"epochs": 0}, "epochs must be >= 1, got 0"),
     ({"iterations_per_epoch": 0}, "iterations_per_epoch must be >= 1, got 0"),
     ({"initial_lr": 0}, "initial_lr must be a positive number"),
-    ({"sample_id": "patch"}, "sample_id must be 'auto' or 'case' or 'slice' or 'cell', got 'patch'"),
+    ({"sample_id": "patch"}, "sample_id must be 'auto' or 'case' or 'slice' or 'part' or 'cell', got 'patch'"),
     ({"terms": "both"}, "terms must be 'sum' or 'separate'"),
     ({"tag": "a/b"}, "tag may hold letters, digits"),
     ({"compile": 1}, "compile must be true or false, got 1"),
@@ -44,7 +44,7 @@ def test_defaults_by_the_size_of_the_input() -> None:
     small, large = Settings().resolved(1, [56, 40]), Settings().resolved(1, [320, 320])
     assert small.delta == pytest.approx(0.01 * math.sqrt(56 * 40), abs=1e-4)
     assert (large.delta, large.eps) == pytest.approx((3.2, 32))
-    assert (small.sample_id, Settings().resolved(1, [40, 56, 40]).sample_id) == ("slice", "case")
+    assert (small.sample_id, Settings().resolved(1, [40, 56, 40]).sample_id) == ("slice", "part")
     assert Settings().resolved(2, [320, 320]).delta == pytest.approx(0.01 * math.sqrt(2 * 320 * 320), abs=1e-4)
     assert Settings(norm=math.inf).resolved(1, [56, 40]).eps == 0.1
     assert Settings(delta=0.7, eps=3.0).resolved(1, [56, 40]).delta == 0.7

@@ -89,6 +89,10 @@ STEPS: list[tuple[Any, str, str, dict[str, Any]]] = [
     ("AMAT", "3d_fullres", "main", {}),
     (NoDeepSupervisionAMAT, "2d", "main", {}),
     ("AMAT", "2d", "two_channels", {}),
+    ("AMAT", "3d_fullres", "main", {"preset": "fast"}),
+    ("AMAT", "2d", "regions_ignore", {"preset": "fast", "terms": "separate", "steps": None}),
+    ("SAT", "2d", "ignore", {"preset": "fast"}),
+    ("DPAAT", "2d", "regions", {"preset": "fast"}),
     ("AMAT", "3d_fullres", "regions", {"terms": "separate"}),
     ("AMAT", "2d", "ignore", {}),
     (NoDeepSupervisionAMAT, "2d", "ignore", {"terms": "separate"}),
@@ -162,7 +166,7 @@ def test_a_step_learns_from_the_stock_loss_and_the_weighted_distance(
     assert trainer.terms.names == names
     # The host's own loader says no more than the case; nobody else needs ours.
     adaptive = trainer.method_name in ("AMAT", "DPAAT")
-    assert ("ids" in batch) == (adaptive and configuration == "2d")
+    assert ("ids" in batch) == adaptive
     assert isinstance(trainer.method, AdaptiveRadiusMethod) == adaptive
     if adaptive:
         assert set(trainer.method.store.ids()) == set(batch.get("ids", batch["keys"]))
@@ -277,6 +281,8 @@ def test_a_log_and_checkpoints_of_the_host_with_plain_values_of_ours(bench: Any,
     trainer.run_training()
     logging = bench.saved(trainer)["logging"]
     log = {name: logging[name] for name in LOG_KEYS}
+    robust = log.pop("adv_robust_dice"), log.pop("adv_ema_robust_dice")
+    assert [math.isnan(value) for value in robust[0]] == [True] + [kind == "STD"] * 2
     for name, found in log.items():
         wanted = [values[name.removeprefix("adv_")] for values in measured]
         assert np.array_equal(found, wanted, equal_nan=True), name
@@ -420,5 +426,5 @@ def test_what_a_run_says_of_its_noise_levels(bench: Any) -> None:
 
     trainer = bench.started("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
     assert trainer.method.eps_0 == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
-    assert "6 samples (case), each met about 8.0 times in this run: perturbation sizes begin at" in bench.log(trainer)
+    assert "12 samples (part), each met about 4.0 times in this run: perturbation sizes begin at" in bench.log(trainer)
     assert "each met about" not in bench.log(bench.started("TRADES", "3d_fullres"))
