@@ -13,14 +13,18 @@ The random crop within a slice and the augmentation share their sample's margin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
 import numpy as np
+import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 _HOST_NAME = "nnUNetDataLoader"
+_WORKERS = "NonDetMultiThreadedAugmenter"
 
 
 class SliceLoader(nnUNetDataLoader):
@@ -79,26 +83,57 @@ class CellLoader(SliceLoader):
         return f"{case}:{','.join(str(int(i)) for i in cell)}"
 
 
-def with_loader(get_dataloaders: MethodType, loader: type[nnUNetDataLoader]) -> Any:
-    """Runs a trainer's own ``get_dataloaders`` with ``loader`` in the place of nnU-Net's loader class.
+def with_loader(
+    get_dataloaders: MethodType, loader: type[nnUNetDataLoader] | None = None, seed: int | None = None
+) -> Any:
+    """Runs a trainer's own ``get_dataloaders`` with a loader of ours in the place of nnU-Net's, and seeded workers.
 
-    nnU-Net has no hook for the class: ``get_dataloaders`` looks it up as a global name of its module. The method is
-    run with a namespace in which that one name means our class; the host's module and method stay as they are, and
-    whatever else a release does in there still happens.
+    nnU-Net has no hook for either: ``get_dataloaders`` looks both classes up as global names of its module. The method
+    is run with a namespace in which these names mean ours; the host's module and method stay as they are, and whatever
+    else a release does in there still happens.
+
+    Args:
+        get_dataloaders: the bound method.
+        loader: in the place of nnUNetDataLoader; None: the host's.
+        seed: of the workers that make batches, or of this process where there are none; None: as the host has it.
 
     Raises:
-        RuntimeError: if the method does not use that name: then slice ids are not to be had from it.
+        RuntimeError: if there is a loader and the method does not use the host's name: then ids are not to be had.
     """
     function = cast(FunctionType, get_dataloaders.__func__)
-    if _HOST_NAME not in function.__code__.co_names:
+    if loader is not None and _HOST_NAME not in function.__code__.co_names:
         raise RuntimeError(
             f"{function.__qualname__} does not build its loaders from {_HOST_NAME}, so the slices of a batch are not "
             f"known. Set 'sample_id: case' in adversarial.yaml, which needs no change of the loader."
         )
-    namespace = {**function.__globals__, _HOST_NAME: loader}
+    namespace = dict(function.__globals__)
+    if loader is not None:
+        namespace[_HOST_NAME] = loader
+    if seed is not None:
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        if _WORKERS in namespace:
+            namespace[_WORKERS] = partial(_seeded, namespace[_WORKERS], seed)
     rebound = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
     rebound.__kwdefaults__ = function.__kwdefaults__
     return rebound(get_dataloaders.__self__)
+
+
+def _seeded(workers: Callable[..., Any], seed: int, *args: Any, **kwargs: Any) -> Any:
+    """The host's workers, each with a seed of its own."""
+    seeds = [(seed + number) % 2**32 for number in range(kwargs["num_processes"])]
+    return workers(*args, **{**kwargs, "seeds": seeds})
+
+
+def without_measuring(transforms: Any) -> Any:
+    """Transforms that choose no algorithm by measuring which is faster, so that two runs compute the same."""
+    for inner in (*getattr(transforms, "transforms", ()), getattr(transforms, "transform", None)):
+        if inner is not None:
+            without_measuring(inner)
+    if hasattr(transforms, "benchmark"):
+        transforms.benchmark = False
+    return transforms
 
 
 def slice_ids(cases: Iterable[tuple[str, int]]) -> list[str]:

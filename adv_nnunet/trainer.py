@@ -22,7 +22,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adv_nnunet import calibration as standard
-from adv_nnunet.loader import BACKGROUND, CellLoader, PartLoader, SliceLoader, case_of, slice_ids, with_loader
+from adv_nnunet.loader import (
+    BACKGROUND,
+    CellLoader,
+    PartLoader,
+    SliceLoader,
+    case_of,
+    slice_ids,
+    with_loader,
+    without_measuring,
+)
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import FILE, STATE, find_settings
@@ -319,12 +328,20 @@ class AdversarialTraining(_Host):
         return self._datasets
 
     def get_dataloaders(self) -> Any:
-        """The host's loaders, which also say what they cut where ids need it."""
-        own = super().get_dataloaders
-        if not method_class(self.method_name).keeps_sizes or self.settings.sample_id == "case":
+        """The host's loaders, which also say what they cut where ids need it, and are seeded if the settings say so."""
+        own, loader, seed = super().get_dataloaders, None, self.settings.seed
+        if method_class(self.method_name).keeps_sizes and self.settings.sample_id != "case":
+            loader = {"slice": SliceLoader, "part": PartLoader, "cell": CellLoader}[self.settings.sample_id]
+        if loader is None and seed is None:
             return own()
-        loaders = {"slice": SliceLoader, "part": PartLoader, "cell": CellLoader}
-        return with_loader(own, loaders[self.settings.sample_id])
+        if seed is not None:  # other batches on other ranks, and after a resumption
+            seed += 10_000 * self.current_epoch + 1_000 * self.local_rank
+        return with_loader(own, loader, seed)
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's; with a seed, the same in every run."""
+        made = super().get_training_transforms(*args, **kwargs)
+        return made if self.settings.seed is None else without_measuring(made)
 
     def sample_ids(self) -> list[str] | None:
         """Every id a training sample can have; None where they are not countable (``cell``)."""

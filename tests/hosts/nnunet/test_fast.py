@@ -201,7 +201,7 @@ def test_an_untrained_standard_network_is_refused(bench: Any, finished: Callable
 
 def test_thresholds_are_measured_on_what_training_sees(bench: Any, with_stock: Path) -> None:
     """With its augmentation, in training mode, repeatable, and without a trace in any random state."""
-    trainer = bench.make("AMAT", threshold_samples=40)
+    trainer = bench.make("AMAT", threshold_samples=40, seed=None)
     trainer.initialize()
     seen, modes = [], []
     own = trainer.get_training_transforms
@@ -224,3 +224,25 @@ def test_thresholds_are_measured_on_what_training_sees(bench: Any, with_stock: P
     assert all(modes)
     assert (np.random.get_state()[1] == states[0]).all()
     assert torch.equal(torch.get_rng_state(), states[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_two_runs_with_a_seed_are_the_same(bench: Any, monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
+    """Augmentation, batches and weights; another seed makes other ones."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", processes)
+    ends = []
+    for number, seed in enumerate((3, 3, 4)):
+        trainer = bench.make("SAT", seed=seed, tag=f"{number}", iterations_per_epoch=3)
+        trainer.on_train_start()
+        try:
+            trainer.on_epoch_start()
+            trainer.on_train_epoch_start()
+            for _ in range(3):
+                trainer.train_step(next(trainer.dataloader_train))
+        finally:
+            for loader in (trainer.dataloader_train, trainer.dataloader_val):
+                getattr(loader, "_finish", lambda: None)()
+        ends.append(trainer.network.state_dict())
+    assert not different(ends[0], ends[1])
+    assert different(ends[0], ends[2])
