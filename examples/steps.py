@@ -49,10 +49,13 @@ class Steps:
     Args:
         work: the working folder.
         environment: variables for the commands, on top of those of this process.
+        expected: seconds of every step in their order, on some quiet machine with two cores: how this one compares to
+            it decides what is said of the time left.
     """
 
-    def __init__(self, work: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, work: Path, environment: Mapping[str, str], expected: Sequence[float] = ()) -> None:
         self.work = work
+        self.expected, self._at, self._spent, self._planned = tuple(expected), 0, 0.0, 0.0
         self.logs, self.stamps = work / "logs", work / "done"
         for folder in (self.logs, self.stamps):
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,24 +66,24 @@ class Steps:
 
     def step(self, name: str, title: str, action: Callable[[], None], depends_on: str) -> None:
         """Run `action` unless a stamp says that it succeeded before with the same `depends_on`."""
-        print(f"{title} ... ", end="", flush=True)
+        self._begin(title)
         if self._done(name, depends_on):
-            print("done before")
+            self._end(None)
             return
         start = time.monotonic()
         action()
         (self.stamps / name).write_text(depends_on)
-        print(f"{time.monotonic() - start:.0f} s")
+        self._end(time.monotonic() - start)
 
     def commands(self, title: str, commands: Sequence[Command]) -> None:
         """A step of console commands that do not wait for each other: each gets its share of the threads.
 
         What is done is kept when another one fails, which ends those that still run.
         """
-        print(f"{title} ... ", end="", flush=True)
+        self._begin(title)
         waiting = [command for command in commands if not self._done(command.name, command.stamp)]
         if not waiting:
-            print("done before")
+            self._end(None)
             return
         threads = int(self.environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         share = {} if len(waiting) == 1 else {"OMP_NUM_THREADS": str(max(1, threads // len(waiting)))}
@@ -91,6 +94,8 @@ class Steps:
                 running[command] = self._start(command, share)
             while running:
                 time.sleep(0.2)
+                if sys.stdout.isatty():
+                    self._show(title, time.monotonic() - start)
                 for command, process in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -103,7 +108,33 @@ class Steps:
                 process.terminate()
             for process in running.values():
                 process.wait()
-        print(f"{time.monotonic() - start:.0f} s")
+        self._end(time.monotonic() - start)
+
+    # The time left
+
+    def left(self, spent: float = 0.0) -> float | None:
+        """Seconds to the end of all steps, if this one has taken so many; None where it is not known."""
+        ahead = self.expected[self._at - 1 :]
+        if not ahead:
+            return None
+        pace = self._spent / self._planned if self._planned >= _ENOUGH else 1.0
+        return max(ahead[0] * pace - spent, 0.0) + sum(ahead[1:]) * pace
+
+    def _begin(self, title: str) -> None:
+        self._at += 1
+        self._show(title, 0.0)
+
+    def _show(self, title: str, spent: float) -> None:
+        left = self.left(spent)
+        words = "" if left is None else f" (about {max(1, round(left / 60))} min left)"
+        print(f"\r\033[K{title}{words} ... " if spent else f"{title}{words} ... ", end="", flush=True)
+
+    def _end(self, seconds: float | None) -> None:
+        """A step took so long; None: it was done before."""
+        if seconds is not None and self._at <= len(self.expected):
+            self._spent += seconds
+            self._planned += self.expected[self._at - 1]
+        print("done before" if seconds is None else f"{seconds:.0f} s")
 
     def _done(self, name: str, depends_on: str) -> bool:
         """Whether the step is done; a stamp of another one goes."""
@@ -142,6 +173,10 @@ class Steps:
             f"The end of its log, {log}:\n{tail}\n\n"
             "Once the cause is mended, call the demo again: finished steps are kept."
         )
+
+
+_ENOUGH = 20.0
+"""Expected seconds of finished steps from which on this machine's pace is believed."""
 
 
 class LightningDemo(Steps):

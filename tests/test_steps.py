@@ -84,3 +84,27 @@ def test_a_step_runs_once_and_again_after_a_failure(tmp_path: Path) -> None:
 def test_a_command_that_is_not_installed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"expected the command adv-nothing in .* found none; call this script by its"):
         Steps(tmp_path, {}).commands("train", [Command("train", ["adv-nothing", "fit"])])
+
+
+def test_the_time_left_follows_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By what its steps have taken so far; what was done before tells nothing."""
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steps.time.monotonic", lambda: now)
+        (tmp_path / "done").mkdir()
+        (tmp_path / "done" / "first").write_text("1")
+        steps = Steps(tmp_path, {}, expected=(60, 60, 120, 240))
+        for name, seconds in (("first", 0), ("second", 90), ("third", 180), ("fourth", 1)):
+            steps.step(name, name, lambda seconds=seconds: take(seconds), "1")
+    assert capsys.readouterr().out.splitlines() == [
+        "first (about 8 min left) ... done before",
+        "second (about 7 min left) ... 90 s",
+        "third (about 9 min left) ... 180 s",
+        "fourth (about 6 min left) ... 1 s",
+    ]
+    assert Steps(tmp_path, {}).left() is None
