@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_average_precision
 from adv_classify.network import Network, make_network
 from adv_classify.objective import ClassificationObjective
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
+from advmed.integrations.lightning.calibration import Judgement
 from advmed.methods import AttackSettings
 from advmed.training.settings import TrainingSettings
 
@@ -40,6 +41,8 @@ class ClassifierAttack(AttackSettings):
 # values; 4/255 in every value is the level most work on Linf begins with, and 1/255 of it AMAT's step.
 _EPS_PER_VALUE, _DELTA_PER_VALUE = 2 / 255, 0.5 / 255
 _LINF_EPS, _LINF_DELTA = 4 / 255, 1 / 255
+_UNTRAINED, _MEDIOCRE = 0.1, 0.5
+"""Of the way from chance to all classes right: with less, a network counts as untrained, or as mediocre."""
 
 
 class RobustClassifier(RobustModule):
@@ -55,7 +58,7 @@ class RobustClassifier(RobustModule):
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.
         validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
-            none. A Trainer of your own needs inference_mode=False for it.
+            none; None: 5 for adversarial methods, by whose robust metrics the best epoch is chosen.
         num_classes: from the data.
         channels: from the data.
         class_counts: from the data.
@@ -86,7 +89,7 @@ class RobustClassifier(RobustModule):
         label_smoothing: float = 0.0,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
-        validation_steps: int = 0,
+        validation_steps: int | None = None,
         num_classes: int,
         channels: int = 3,
         class_counts: Sequence[int] | None = None,
@@ -98,6 +101,7 @@ class RobustClassifier(RobustModule):
             lr=lr,
             weight_decay=weight_decay,
             validation_steps=validation_steps,
+            begins_with=network.weights,
         )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -141,6 +145,20 @@ class RobustClassifier(RobustModule):
         if like is not None and like.class_weight is not None:
             model.class_weight = like.class_weight
         return model
+
+    def evidence(
+        self, objective: ClassificationObjective, predictions: Tensor, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Which labels are predicted."""
+        return {"label": batch["label"], "right": (predictions.argmax(1) == batch["label"]).float()}
+
+    def judge(self, evidence: Mapping[str, Tensor]) -> Judgement:
+        """By balanced accuracy, of which a network that does not look at the image has 1 / classes."""
+        label, right = evidence["label"], evidence["right"]
+        value = float(torch.stack([right[label == k].mean() for k in label.unique()]).mean())
+        chance = 1 / self.num_classes
+        least, good = (chance + share * (1 - chance) for share in (_UNTRAINED, _MEDIOCRE))
+        return Judgement("balanced accuracy", value, f"by chance {chance:.3g}", value < least, value < good)
 
     @staticmethod
     def resolved(settings: TrainingSettings, values: int) -> TrainingSettings:

@@ -19,6 +19,7 @@ from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import Heatmap, LandmarkObjective
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
+from advmed.integrations.lightning.calibration import Judgement
 from advmed.integrations.lightning.images import read_image
 from advmed.methods import AttackSettings
 from advmed.training.settings import TrainingSettings
@@ -37,6 +38,8 @@ SDR = (2.0, 2.5, 3.0, 4.0)
 # square root of the number of values.
 _L2_PER_VALUE = 1 / math.sqrt(3 * 200 * 160)
 _LINF_EPS, _LINF_DELTA = 2 / 255, 0.5 / 255
+_UNTRAINED, _MEDIOCRE = 0.75, 0.5
+"""Of the error of a network that does not look at the image: with more, a network counts as untrained, or mediocre."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class RobustLandmarks(RobustModule):
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.
         validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
-            none. A Trainer of your own needs inference_mode=False for it.
+            none; None: 5 for adversarial methods, by whose robust metrics the best epoch is chosen.
         landmark_names: from the data.
         channels: from the data.
         size: from the data.
@@ -100,7 +103,7 @@ class RobustLandmarks(RobustModule):
         radius: float | None = None,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
-        validation_steps: int = 0,
+        validation_steps: int | None = None,
         landmark_names: Sequence[str],
         channels: int = 3,
         size: tuple[int, int],
@@ -114,6 +117,7 @@ class RobustLandmarks(RobustModule):
             lr=lr,
             weight_decay=weight_decay,
             validation_steps=validation_steps,
+            begins_with=network.weights,
         )
         if heatmap_weight is not None and not (math.isfinite(heatmap_weight) and heatmap_weight > 0):
             raise ValueError(f"heatmap_weight must be > 0, got {heatmap_weight}")
@@ -193,6 +197,22 @@ class RobustLandmarks(RobustModule):
                     )
         return model
 
+    def evidence(self, objective: LandmarkObjective, predictions: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Errors and true places of the landmarks that are in their images, in the data's unit; NaN for others."""
+        present = objective.targets.present
+        place = batch["points"] * self._step(predictions, batch)[:, None]
+        return {
+            "error": self.errors(predictions, batch).where(present, math.nan),
+            "place": place.where(present[..., None], math.nan),
+        }
+
+    def judge(self, evidence: Mapping[str, Tensor]) -> Judgement:
+        """By the mean radial error, beside that of finding every landmark at its mean place."""
+        away = (evidence["place"] - evidence["place"].nanmean(0)).norm(dim=2)
+        value, blind = float(evidence["error"].nanmean()), float(away.nanmean())
+        beside = f"{self.unit}; {blind:.3g} for every landmark at its mean place"
+        return Judgement("MRE", value, beside, value > _UNTRAINED * blind, value > _MEDIOCRE * blind)
+
     # Validation, test, prediction
 
     def scores(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -210,9 +230,13 @@ class RobustLandmarks(RobustModule):
     def errors(self, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Distance of every found landmark from the true one, in the data's unit, (B, L); NaN where none is known."""
         found, _ = decode(maps, self.radius)
+        return ((found - batch["points"]) * self._step(maps, batch)[:, None]).norm(dim=2)
+
+    def _step(self, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """A pixel's width and height in the data's unit, (B, 2)."""
         size = torch.tensor((maps.shape[-1], maps.shape[-2]), device=maps.device)
-        step = batch["file_size"] / size * (batch["spacing"] if self.unit == "mm" else 1)
-        return ((found - batch["points"]) * step[:, None]).norm(dim=2)
+        step: Tensor = batch["file_size"] / size * (batch["spacing"] if self.unit == "mm" else 1)
+        return step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Ids, points in pixels of the files (B, L, 2), and confidences (B, L)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import timm
 from torch import Tensor, nn
 from torch.nn import functional
 
-from advmed.integrations.lightning.weights import load_weights
+from advmed.integrations.lightning.weights import load_weights, read_tensors
 
 PREFIXES = ("network.model.encoder.", "encoder.", "module.")
 """What an encoder's weights are called by before their own name, in checkpoints of ours and in others' wrappers."""
@@ -23,8 +24,9 @@ class Network:
 
     Attributes:
         encoder: an encoder of segmentation_models_pytorch, such as vgg19 or resnet18, or of timm, such as tu-resnet10t.
-        weights: a file of weights for the encoder to begin with (torchvision's or timm's .pth, .safetensors, or a .ckpt
-            of ours). Nothing is downloaded.
+        weights: a file of weights for the encoder to begin with (torchvision's or timm's .pth, .safetensors), or a
+            .ckpt of ours, from which the decoder, and for as many landmarks the last layer, are taken, too. Nothing is
+            downloaded.
         decoder_channels: of the five stages of the decoder, from the deepest.
 
     Example:
@@ -90,10 +92,24 @@ def make_network(network: Network, landmarks: int, channels: int) -> LandmarkNet
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"the encoder {name} cannot be used in a U-Net: {error}") from error
-    if network.weights is not None and is_timm:
-        # What gives features calls stages.0 stages_0 in some of timm's models.
-        prefixes = (*PREFIXES, "model.")
-        load_weights(model.encoder.model, network.weights, prefixes=prefixes, alike=lambda key: key.replace("_", "."))
-    elif network.weights is not None:
-        load_weights(model.encoder, network.weights, prefixes=PREFIXES)
+    if network.weights is not None and not _load_whole(model, network.weights):
+        if is_timm:
+            # What gives features calls stages.0 stages_0 in some of timm's models.
+            prefixes = (*PREFIXES, "model.")
+            load_weights(
+                model.encoder.model, network.weights, prefixes=prefixes, alike=lambda key: key.replace("_", ".")
+            )
+        else:
+            load_weights(model.encoder, network.weights, prefixes=PREFIXES)
     return LandmarkNet(model, model.encoder.output_stride)
+
+
+def _load_whole(model: nn.Module, path: str) -> bool:
+    """Takes the weights of a U-Net of ours, its last layer if it fits; False if the file holds no such one."""
+    found = read_tensors(Path(path)).get("state_dict", {}) if Path(path).suffix == ".ckpt" else {}
+    own = {f"network.model.{key}": value.shape for key, value in model.state_dict().items()}
+    body = [key for key in own if not key.startswith("network.model.segmentation_head.")]
+    if not all(key in found and found[key].shape == own[key] for key in body):
+        return False
+    load_weights(model, path, prefixes=("network.model.",), heads=("segmentation_head.",))
+    return True

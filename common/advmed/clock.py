@@ -86,18 +86,22 @@ class Pace:
         self.epochs, self.warmup, self.steps, self.cost, self._clock = epochs, warmup, steps, cost, clock
         self._epoch = self._made = 0
         self._first = self._begun = math.nan
-        self._told = False
+        self._told, self._known, self._tenth = False, 0, -1
         self._last: dict[bool, float] = {}  # seconds of the last epoch, of the warm-up and after it
 
     def begin_epoch(self, epoch: int) -> str | None:
-        """To be called when an epoch, counted from 0, begins; a line for the log, if there is something to say."""
+        """To be called when an epoch, counted from 0, begins; a line for the log after a first one, and at every tenth
+        of a training."""
         now = self._clock()
         if epoch == self._epoch + 1 and self._made:
             self._last[self._epoch < self.warmup] = now - self._begun
         self._epoch, self._begun, self._made = epoch, now, 0
         if not self._last:
             return None
-        self._told = True
+        tenth = 10 * epoch // self.epochs
+        if self._told and len(self._last) == self._known and tenth == self._tenth:
+            return None
+        self._told, self._known, self._tenth = True, len(self._last), tenth
         return f"About {duration(self._left(self._of_epochs(), epoch))} to the end ({self.epochs - epoch} epochs)"
 
     def step(self) -> str | None:

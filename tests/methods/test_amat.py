@@ -221,6 +221,12 @@ def test_a_cap_and_a_floor_hold() -> None:
         assert method.margins.values().tolist() == pytest.approx([1.1] * 3)
 
 
+def test_a_cap_below_the_floor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"margin_max 0.1 is below delta, 0.25, .* lower delta, or set margin_min"):
+        AMAT(0.25, [1.0], refinement="secant", margin_max=0.1)
+    assert AMAT(0.25, [1.0], refinement="secant", margin_max=0.1, margin_min=0.05).lowest == 0.05
+
+
 def test_the_first_margin_is_the_first_order_estimate() -> None:
     """Of an affine loss it is the crossing itself; nothing is known of a sample whose loss is above its threshold."""
     slopes = uniform(2, 1, 4, seed=3)

@@ -433,6 +433,19 @@ def test_the_time_that_is_left() -> None:
     ]
 
 
+def test_a_long_training_says_so_ten_times() -> None:
+    now = 0.0
+    pace, said = Pace(epochs=500, warmup=0, steps=2, cost=3.0, clock=lambda: now), []
+    for epoch in range(500):
+        said.append(pace.begin_epoch(epoch))
+        for _ in range(2):
+            said.append(pace.step())
+            now += 3.0
+    lines = [line for line in said if line]
+    assert len(lines) == 10
+    assert (lines[0], lines[1]) == ("About 50 min to the end (499 epochs)", "About 45 min to the end (450 epochs)")
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [(0, "1 s"), (59, "59 s"), (119, "2 min"), (5340, "89 min"), (5400, "1 h 30 min"), (172_800, "2.0 days")],

@@ -149,6 +149,11 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
         floor = self.delta if refinement in TRACKING else 0.0
+        if margin_min is None and margin_max is not None and margin_max < floor:
+            raise ValueError(
+                f"margin_max {margin_max:g} is below delta, {floor:g}, the floor of margins that follow their samples: "
+                f"lower delta, or set margin_min"
+            )
         super().__init__(
             self.delta,
             self.delta,
@@ -218,7 +223,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         noisy, reached = attacked.images, attacked.norms.float()
         pulled = self.train_on == "crossing" and attacked.seen is not None
         if pulled:
-            noisy, reached = self._at_crossing(images, attacked, clean_terms, xi)
+            noisy, reached = self._at_crossing(images.detach(), attacked, clean_terms, xi)
         adversarial, terms = mixed.add(noisy, 0.5)  # lines 4, 6, 7; the host back-propagates, line 8
 
         points = [(reached, terms)]

@@ -33,23 +33,30 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from advmed.attacks import PGD
 from advmed.integrations.lightning import RobustModule, SampleData
+from advmed.integrations.lightning.calibration import measure
 from advmed.methods import METHODS, AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.thresholds import DEFAULT_RULE, Thresholds
 
@@ -128,7 +135,9 @@ class LightningHost(ABC):
     other_network: ClassVar[Options]
     """Another network, which no checkpoint of the first fits."""
     monitor: ClassVar[tuple[str, str]]
-    """The logged value that the best checkpoint is chosen by, and "max" or "min"."""
+    """The logged value that the best checkpoint of a standard training is chosen by, and "max" or "min"; that of an
+    adversarial one by the same of attacked images.
+    """
     noise: ClassVar[Mapping[str, tuple[float, float]]]
     """eps and delta for these images where the user gives none, by the norm, "2" and ".inf"."""
     rule: ClassVar[str] = DEFAULT_RULE
@@ -294,6 +303,11 @@ class LightningHost(ABC):
         return found
 
     @property
+    def robust(self) -> str:
+        """The logged value that the best checkpoint of an adversarial training is chosen by."""
+        return self.monitor[0].replace("val/", "val/robust_")
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
         return math.ceil(self.counts["train"] / self.batch_size)
@@ -399,6 +413,20 @@ def watched_steps(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> Step
     return found
 
 
+def counted_passes(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> list[bool]:
+    """An entry for every pass through a network in training mode that steps from here on make."""
+    found: list[bool] = []
+    start = module.on_fit_start
+
+    def begun(self: RobustModule) -> None:
+        start(self)
+        network: Any = self.network
+        network.register_forward_pre_hook(lambda part, _: found.append(True) if part.training else None)
+
+    patch.setattr(module, "on_fit_start", begun)
+    return found
+
+
 def watched_attacks(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> list[bool]:
     """Whether the network is in training mode, for every attack from here on, none of which may leave a trace in it:
     weights, running statistics, training flags, gradients, to the last bit.
@@ -431,6 +459,13 @@ def watched_attacks(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> li
 
 
 SGD: Options = {"optimizer": "SGD", "optimizer__lr": 0.005, "optimizer__momentum": 0.9}
+PLAIN: Options = {"trainer__max_epochs": 2, "model__method__name": "STD", **SGD}
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+}
+"""A Trainer of one's own that leaves nothing."""
 BOTH = {"loss_clean", "loss_adversarial"}
 LOSSES = {
     "STD": {"loss_clean"},
@@ -473,7 +508,11 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "model__method__refinement": "crossing",
         "checkpoint__save_on_train_epoch_end": "false",
     },
-    "calibrated": {"model__method__name": "AMAT", "model__method__delta": 0.2},
+    "calibrated": {
+        "model__method__name": "AMAT",
+        "model__method__delta": 0.2,
+        "model__network__weights": None,  # those of a standard network would come with thresholds
+    },
 }
 """Options of the trainings by two processes, of so many epochs."""
 
@@ -701,8 +740,8 @@ class LightningTrainingContract(OwnFolder):
         def learnt(run: Run) -> dict[str, Tensor]:
             return run.weights() if passes == 1 else learnt_by_gradients(run.weights())
 
-        given = {"trainer__max_epochs": 2, "model__method__name": name, **SGD}
-        standard = learnt(host.kept("plain", **{**given, "model__method__name": "STD"}))
+        given = {**PLAIN, "model__method__name": name}
+        standard = learnt(host.kept("plain", **PLAIN))
         close(standard, learnt(host.fit(tmp_path, model__method__eps=0.0, **given)), atol=2e-4, rtol=1e-3)
         assert moved(standard, learnt(host.fit(tmp_path, model__method__eps=3.0, **given))) > 1e-3
 
@@ -714,6 +753,83 @@ class LightningTrainingContract(OwnFolder):
             close(large, host.fit(tmp_path, **given, **half).weights(), atol=2e-4)
             start = host.fit(tmp_path, **{**given, "optimizer__lr": 0.0}).weights()
         assert moved(start, large) > 1e-3
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {
+                "trainer__precision": "64-true",
+                "trainer__accumulate_grad_batches": 2,
+                "trainer__gradient_clip_val": 0.05,
+            },
+            {"trainer__precision": "bf16-mixed"},
+        ],
+    )
+    def test_a_shared_gradient_changes_no_weight_and_saves_a_pass(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Options
+    ) -> None:
+        watched = watched_steps(monkeypatch, host.module)
+        passes = counted_passes(monkeypatch, host.module)
+        given = {"model__method__name": "SAT", "model__method__eps": 0.3, **SGD, **changes}
+        given |= {"model__validation_steps": 0, "trainer__limit_val_batches": 0, "checkpoint__monitor": "train/loss"}
+        exact = {"atol": 1e-8, "rtol": 1e-7} if "64" in changes["trainer__precision"] else {"atol": 1e-3, "rtol": 1e-2}
+        found = []
+        for share in ("true", "false"):
+            passes.clear()
+            run = host.fit(tmp_path, **given, model__attack__share_gradient=share)
+            assert run.yaml("adversarial.yaml")["share_gradient"] is (share == "true")
+            found.append((run.weights(), len(passes)))
+        (shared, fewer), (other, more) = found
+        close(shared, other, **exact)
+        assert (fewer, more) == (3 * host.steps, 4 * host.steps)  # two of the attack, two that are learnt from
+        assert moved(watched.start, shared) > 3 * exact["atol"]
+
+    def test_in_float16_the_gradients_are_scaled_as_the_loss_is(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against those of a training that shares nothing; by a Trainer of one's own."""
+        found, scales = [], list[float]()
+        start, step = host.standard.weights(), host.module.training_step
+
+        def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
+            scale = self._loss_scale()
+            assert scale is not None
+            scales.append(float(scale))
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(host.module, "training_step", noted)
+        monkeypatch.setattr(host.module, "configure_optimizers", lambda self: torch.optim.SGD(self.parameters(), 0.05))
+        passes = counted_passes(monkeypatch, host.module)
+        for share in (True, False):
+            passes.clear()
+            model = host.module.from_checkpoint(host.standard.last).train()
+            model.method_name = "SAT"
+            model.settings = replace(model.settings, eps=0.3, steps=2, share_gradient=share)
+            plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+            trainer = Trainer(plugins=[plugin], max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET)
+            trainer.fit(model, datamodule=host.read())
+            found.append((dict(model.state_dict()), len(passes)))
+        (shared, fewer), (other, more) = found
+        assert (fewer, more) == (3, 4)
+        assert set(scales) == {1024.0}
+        assert moved(start, shared) > 1e-3
+        close(learnt_by_gradients(shared), learnt_by_gradients(other), atol=0.1 * moved(start, shared), rtol=1e-2)
+
+    def test_no_gradient_is_shared_where_a_strategy_takes_them_otherwise(
+        self, host: LightningHost, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Own(SingleDeviceStrategy):
+            pass
+
+        model = host.module.from_checkpoint(host.standard.last).train()
+        model.method_name = "SAT"
+        trainer = Trainer(strategy=Own("cpu"), max_epochs=1, limit_val_batches=0, **QUIET)
+        with listening() as said:
+            trainer.fit(model, datamodule=host.read())
+        assert sum(line.startswith("share_gradient is off: Own takes gradients in its own way") for line in said) == 1
+        assert model.settings.share_gradient is False
+        assert model.run is not None
+        assert getattr(model.run.method, "clean_gradients", 0) is None
 
     def test_optimizer_clipping_and_checkpoints_are_the_users(
         self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -773,7 +889,7 @@ class LightningTrainingContract(OwnFolder):
         assert (settings["eps_min"], settings["norm"], settings["steps"]) == (0.001, float(norm.strip(".")), 2)
         config = run.yaml()
         assert config["model"]["method"]["name"] == changes["model__method__name"]
-        assert (config["checkpoint"]["monitor"], config["checkpoint"]["mode"]) == host.monitor
+        assert (config["checkpoint"]["monitor"], config["checkpoint"]["mode"]) == (host.robust, host.monitor[1])
         for name, value in host.images.items():
             assert str(config["data"]["init_args"][name]) == str(value)
 
@@ -793,6 +909,80 @@ class LightningTrainingContract(OwnFolder):
         assert run.state("best")["epoch"] == values.index(best(values)) != values.index(worst(values))
         assert run.state("best")["epoch"] < run.state()["epoch"] == host.wavering["trainer__max_epochs"] - 1
         assert {path.name for path in run.last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+    def scripted(self, host: LightningHost, patch: pytest.MonkeyPatch, clean: list[float], robust: list[float]) -> None:
+        """Puts numbers in the place of the metrics, for each epoch, 1 the best of all and 0 the worst."""
+        name, largest = host.monitor[0].removeprefix("val/"), host.monitor[1] == "max"
+        log = host.module._log_metrics
+
+        def told(self: RobustModule, split: str) -> None:
+            epoch = min(self.current_epoch, len(clean) - 1)
+            values = iter((clean[epoch], robust[epoch]))
+
+            def metrics(*_: Any) -> dict[str, Tensor]:
+                value = next(values)
+                return {name: torch.tensor(value if largest else 1 - value)}
+
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(self, "metrics", metrics)
+                log(self, split)
+
+        patch.setattr(host.module, "_log_metrics", told)
+
+    def test_no_epoch_of_the_warmup_is_among_the_best_nor_uses_up_patience(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever is watched, and however many are kept; also in a run that is resumed within its warm-up."""
+        self.scripted(host, monkeypatch, [0.9, 0.8, 0.3, 0.2, 0.5, 0.4], [0.9, 0.8, 0.3, 0.7, 0.6, 0.5])
+        given: dict[str, Any] = {"model__method__name": "SAT", "model__method__warmup_epochs": 2}
+        given |= {"trainer__max_epochs": 6, "model__validation_steps": 1, "trainer__num_sanity_val_steps": 0}
+        mode = host.monitor[1]
+        stop = {"class_path": "EarlyStopping", "init_args": {"monitor": host.robust, "mode": mode, "patience": 2}}
+        Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stop]}}))
+        run = host.fit(tmp_path, config="own.yaml", checkpoint__save_top_k=3, **given)
+        names = {path.name for path in run.last.parent.iterdir()}
+        assert names == {"best.ckpt", "last.ckpt", "epoch=3.ckpt", "epoch=4.ckpt", "epoch=5.ckpt"}
+        assert (run.state("best")["epoch"], run.state()["epoch"]) == (3, 5)  # stopped by two epochs without a gain
+
+        by_clean = {"checkpoint__monitor": host.monitor[0], "checkpoint__save_weights_only": "true"}
+        run = host.fit(tmp_path, **given, **by_clean)
+        assert run.state("best")["epoch"] == 4
+        host.module.from_checkpoint(run.best)  # weights alone are enough
+
+        cut = host.fit(tmp_path / "cut", **{**given, "trainer__max_epochs": 3}, trainer__limit_train_batches=1)
+        assert cut.state("best")["epoch"] == 2
+        step = host.module.training_step
+
+        def end(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
+            self.trainer.should_stop = True
+            return step(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="ended within its clean warm-up of 2"):
+            patch.setattr(host.module, "training_step", end)
+            cut = host.fit(tmp_path / "cut", **given)
+        assert [path.name for path in cut.last.parent.iterdir()] == ["last.ckpt"]
+        run = host.fit(tmp_path / "cut", ckpt_path=cut.last, **given)
+        assert (run.state("best")["epoch"], run.state()["epoch"]) == (3, 5)
+
+    def test_what_would_judge_the_warmup_is_named(self, host: LightningHost, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And a Trainer of one's own validates under attack, in inference mode as any other."""
+        model = host.module.from_checkpoint(host.standard.last).train()
+        model.method_name, model.validation_steps = "SAT", 1
+        model.settings = replace(model.settings, warmup_epochs=1, steps=1)
+        watched = EarlyStopping(host.robust, mode=host.monitor[1])
+        trainer = Trainer(callbacks=[watched], max_epochs=2, limit_train_batches=1, inference_mode=True, **QUIET)
+        message = "the EarlyStopping of this Trainer also judges the 1 clean epoch.*BestStopping in its place"
+        with pytest.warns(UserWarning, match=message):
+            trainer.fit(model, datamodule=host.read())
+        assert host.robust in trainer.callback_metrics
+
+    def test_what_is_watched_must_be_measured(self, host: LightningHost) -> None:
+        given = {"model__method__name": "SAT", "model__validation_steps": 0}
+        message = host.refused(checkpoint__monitor=host.robust, **given)
+        assert message.startswith(f"{host.robust} is to be watched, but validation images are not attacked: ")
+        message = host.refused(**given, trainer__max_steps=1, trainer__max_epochs=5, model__method__warmup_epochs=1)
+        assert "leaves no adversarial epoch of 1" in message
+        assert "validation_steps must be >= 0" in host.refused(model__validation_steps=-1)
 
     def test_there_is_a_last_checkpoint_of_every_epoch_validated_or_not(
         self, host: LightningHost, tmp_path: Path
@@ -830,7 +1020,8 @@ class LightningTrainingContract(OwnFolder):
             text = host.ok(command, *config, "--ckpt_path", host.adaptive.last)
             value = host.scores(host.module.from_checkpoint(host.adaptive.last), batch)[name]
             assert f"{value:g}"[:6] in text
-            assert not [key for key in host.adaptive.table()[0] if "robust" in key]  # nobody has asked for it
+            assert len(host.adaptive.logged(host.robust)) == 3  # nobody has to ask for it
+            assert not [key for key in host.kept("plain", **PLAIN).table()[0] if "robust" in key]
 
     def test_predictions_of_the_test_images(self, host: LightningHost, tmp_path: Path) -> None:
         words = [*host.reading(batch_size=2), "--ckpt_path", host.standard.last]
@@ -847,6 +1038,7 @@ class LightningTrainingContract(OwnFolder):
         run = host.fit(
             tmp_path,
             model__method__name="AMAT",
+            model__method__preset="paper",
             model__method__delta=0.3,
             model__method__rule="mean+1std",
             trainer__max_epochs=3,
@@ -872,7 +1064,7 @@ class LightningTrainingContract(OwnFolder):
         path = tmp_path / "own.json"
         Thresholds((value,) * len(terms), terms).save(path)
         given = {"model__method__name": "AMAT", "model__method__delta": 0.25, "model__method__thresholds": path}
-        given["model__attack__bounds"] = "null"
+        given |= {"model__attack__bounds": "null", "model__method__preset": "paper"}
         run = host.fit(tmp_path, **given, trainer__max_epochs=2)
         assert any("thresholds from the file" in line for line in host.said)
         assert run.margins == {i: (pytest.approx(0.75 if value > 0 else 0.25, rel=1e-5), 2) for i in host.ids("train")}
@@ -888,13 +1080,13 @@ class LightningTrainingContract(OwnFolder):
             again = host.fit(tmp_path, **given, trainer__max_epochs=3, ckpt_path=run.last)
             assert len(again.margins) == host.counts["train"]
 
-    @pytest.mark.parametrize(("rule", "factor"), [(None, None), ("mean", 0), ("mean+1std", 1)])
+    @pytest.mark.parametrize(("rule", "factor"), [(None, None), ("mean+1std", 1)])
     def test_thresholds_of_a_standard_checkpoint(
         self, host: LightningHost, tmp_path: Path, rule: str | None, factor: float | None
     ) -> None:
-        """Measured by a training, on images as they are, and by the command, which writes them beside it."""
+        """Measured in training mode, by a training and by the command, which writes them beside it."""
         checkpoint = host.standard.last
-        given = {"model__method__thresholds": checkpoint, "model__method__rule": rule, **host.augmented}
+        given = {"model__method__thresholds": checkpoint, "model__method__rule": rule}
         run = host.fit(tmp_path, model__method__name="AMAT", **given)
         said = host.said
         text = host.ok("thresholds", checkpoint, *([] if rule is None else ["--rule", rule]))
@@ -902,36 +1094,100 @@ class LightningTrainingContract(OwnFolder):
         found, saved = Thresholds.load(path), run.state()["advmed"]["thresholds"]
         path.unlink()
         model = host.module.from_checkpoint(checkpoint)
-        terms = host.terms(model, host.batch("train"))
+        drawn = list(host.read().draws("train", 500, 10_000, 0))
+        met = [name for batch in drawn for name in batch["id"]]
+        count = host.counts["train"]
+        assert len(met) == math.ceil(500 / count) * count == found.n
+        assert set(Counter(met).values()) == {len(met) // count}
+        assert met[:count] != met[count : 2 * count]
+        model.train()
+        terms = np.concatenate([host.terms(model, batch) for batch in drawn])
         mean, std = terms.mean(0), terms.std(0)
         if factor is None:
             factor = {"mean": 0, "mean+2std": 2}[host.rule]
-        count = host.counts["train"]
         assert any(line.startswith(f"thresholds measured on {checkpoint}: {model.terms[0]} < ") for line in said)
-        assert f"{count} clean images of the split train: {model.terms[0]} < " in text
+        assert f"{len(met)} draws from the split train (images as the training draws them, augmented, " in text
         assert f"Written to {path}" in text
         assert found.values == pytest.approx(tuple(mean + factor * std), rel=1e-3)
         assert found.mean == pytest.approx(mean, rel=1e-3)
         assert found.std == pytest.approx(std, rel=1e-3)
         assert saved["values"] == pytest.approx(found.values, rel=1e-5)
         assert found.names == tuple(saved["names"]) == model.terms
-        assert (found.n, found.rule, found.source) == (count, rule or host.rule, str(checkpoint))
-        assert (saved["n"], saved["rule"], saved["source"]) == (count, rule or host.rule, str(checkpoint))
+        assert (found.n, found.rule, found.source) == (len(met), rule or host.rule, str(checkpoint))
+        assert (saved["n"], saved["rule"], saved["source"]) == (len(met), rule or host.rule, str(checkpoint))
         assert found.source_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        assert found.notes == saved["notes"] == {"split": "train"}
+        assert found.notes == saved["notes"]
+        assert (found.notes["split"], found.notes["seed"]) == ("train", 0)
+        assert f"{found.notes['metric']} {found.notes['value']:.3g}" in text
+
+    def test_a_measurement_is_of_augmented_images_and_leaves_no_trace(self, host: LightningHost) -> None:
+        """It can be repeated, with other images for another seed."""
+        # Little of it: the network was trained without.
+        changes = {key.removeprefix("data__"): v / 10 for key, v in host.augmented.items() if key.startswith("data__")}
+        model = host.module.from_checkpoint(host.standard.last)
+        for part in model.modules():  # whose random state counts, too
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.2
+        before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+
+        def measured(seed: int = 0, **how: Any) -> Thresholds:
+            how = {"rule": "mean", "device": torch.device("cpu"), "seed": seed}
+            return measure(model, host.standard.last, host.read(**changes), **how)
+
+        first = measured()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        assert measured() == first
+        assert measured(1).mean != first.mean
+        assert measure(model, host.standard.last, host.read(), rule="mean", device=torch.device("cpu")) != first
+        one, other = (next(iter(host.read(**changes, workers=w).draws("train", 8, 8, 3))) for w in (0, 1))
+        assert torch.equal(one["image"], other["image"])
 
     def test_thresholds_as_told(self, host: LightningHost) -> None:
         words = ["thresholds", host.standard.last, "--split", "val", "--rule", "mean+1std", "--device", "cpu"]
         text = host.ok(*words, *host.reading()[:-4], "--out", "own.json")
-        assert f"{host.counts['val']} clean images of the split val" in text
+        assert "draws from the split val (images without augmentation, " in text
         found = Thresholds.load("own.json")
         assert found.mean is not None
         assert found.std is not None
         assert found.values == pytest.approx([m + s for m, s in zip(found.mean, found.std, strict=True)])
-        assert found.notes == {"split": "val"}
+        assert found.notes["split"] == "val"
         host.ok(*words[:2], *data_of(host.standard, batch_size=3), "--out", "other.json")
-        assert Thresholds.load("other.json").n == host.counts["train"]
+        assert Thresholds.load("other.json").notes["split"] == "train"
         assert not host.standard.last.with_name("thresholds.json").exists()
+
+    def test_an_untrained_network_gives_no_thresholds(self, host: LightningHost, tmp_path: Path) -> None:
+        """Neither to a training nor to the command, nor where a training begins with it."""
+        run = host.fit(tmp_path, optimizer="SGD", optimizer__lr=0.0)
+        wanted = f"{run.last} is no trained network: on images of the split train it reaches "
+        given = {"model__method__name": "AMAT", "trainer__max_epochs": 2}
+        for message in (
+            host.refused(model__method__thresholds=run.last, **given),
+            host.fails("thresholds", run.last),
+        ):
+            assert message.startswith(wanted)
+            assert "finish its standard training" in message
+        with pytest.warns(UserWarning, match="no thresholds are taken from the network that this training begins with"):
+            other = host.fit(tmp_path / "begun", model__network__weights=run.last, **given)
+        assert other.state()["advmed"]["warmup_epochs"] == 1
+
+    def test_a_training_that_begins_with_the_standard_network_takes_its_thresholds(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And needs no warm-up; one that begins with another network calibrates itself."""
+        watched, standard = watched_steps(monkeypatch, host.module), host.standard
+        given = {"model__method__name": "AMAT", "trainer__max_epochs": 2}
+        run = host.fit(tmp_path, model__network__weights=standard.last, **given)
+        assert any("the standard network that this training begins with: " in line for line in host.said)
+        weights = standard.weights()
+        assert all(torch.equal(value, weights[name]) for name, value in watched.start.items())
+        state = run.state()["advmed"]
+        assert (state["warmup_epochs"], state["thresholds"]["source"]) == (0, str(standard.last))
+        assert {visits for _, visits in run.margins.values()} == {2}
+        other = host.fit(tmp_path, model__network__weights=host.adaptive.last, **given)
+        assert any("which this training begins with: it was trained by AMAT" in line for line in host.said)
+        assert other.state()["advmed"]["warmup_epochs"] == 1
 
     def test_thresholds_that_do_not_fit_are_refused(self, host: LightningHost, tmp_path: Path) -> None:
         terms = host.module.from_checkpoint(host.standard.last).terms
@@ -1129,13 +1385,14 @@ class LightningTrainingContract(OwnFolder):
         def stop(self: Any, device: Any) -> None:
             raise ValueError(f"asked for {device}")
 
+        checkpoint = host.standard.last
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setenv("LOCAL_RANK", "1")
         monkeypatch.setattr(host.module, "to", stop)
         for given, wanted in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
             words = [] if given is None else ["--device", given]
-            assert host.fails("thresholds", host.standard.last, *words) == f"asked for {wanted}"
+            assert host.fails("thresholds", checkpoint, *words) == f"asked for {wanted}"
 
     # Evaluation
 

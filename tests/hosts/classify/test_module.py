@@ -98,6 +98,22 @@ def test_folders_of_grey_images_train_as_well(host: Classify, tmp_path: Path) ->
     assert all(torch.equal(value, other[key]) for key, value in first.weights().items())
 
 
+def test_a_network_is_judged_by_its_balanced_accuracy() -> None:
+    """A class that does not occur counts for nothing; chance is a quarter."""
+    model, label = RobustClassifier(RESNET, num_classes=4), torch.tensor([0] * 8 + [1] * 2)
+    for right, value, untrained, mediocre in (
+        ([1.0] * 8 + [0.0] * 2, 0.5, False, True),  # always the same class
+        ([0.25] * 8 + [0.375] * 2, 0.3125, True, True),
+        ([0.5] * 8 + [1.0] * 2, 0.75, False, False),
+    ):
+        judged = model.judge({"label": label, "right": torch.tensor(right)})
+        assert (judged.value, judged.untrained, judged.mediocre) == (pytest.approx(value), untrained, mediocre)
+        assert str(judged).endswith("(by chance 0.25)")
+    logits = torch.tensor([[0.1, 0.9, 0.0, 0.0], [0.5, 0.2, 0.1, 0.0]])
+    batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.tensor([1, 2]), "id": ["a", "b"]}
+    assert model.evidence(model.objective(batch)[0], logits, batch)["right"].tolist() == [1.0, 0.0]
+
+
 # Checkpoints and predictions
 
 

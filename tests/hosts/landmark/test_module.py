@@ -213,6 +213,23 @@ def test_a_landmark_at_the_radius_itself_is_found() -> None:
         assert {name: float(value) for name, value in found.items()} == pytest.approx({n: wanted[n] for n in names})
 
 
+def test_a_network_is_judged_beside_one_that_does_not_look() -> None:
+    """Of landmarks that are in their image; here the mean places are (4, 0) and (7, 7), 4 and 2 mm away on average."""
+    place = torch.tensor([[[0.0, 0.0], [5.0, 7.0]], [[8.0, 0.0], [9.0, 7.0]], [[math.nan] * 2] * 2])
+    for error, untrained, mediocre in ((1.4, False, False), (1.6, False, True), (2.2, False, True), (2.3, True, True)):
+        errors = torch.tensor([[error, error], [error, error], [math.nan, math.nan]])
+        judged = module(unit="mm").judge({"error": errors, "place": place})
+        assert (judged.untrained, judged.mediocre, judged.value) == (untrained, mediocre, pytest.approx(error))
+        assert str(judged) == f"MRE {error} (mm; 3 for every landmark at its mean place)"
+    batch = {"points": torch.tensor([[[3.0, 2.0], [-9.0, 2.0]]]), "file_size": torch.tensor([[96.0, 32.0]])}
+    batch |= {"image": torch.zeros(1, 1, 32, 48), "spacing": torch.tensor([[0.5, 1.0]])}
+    model = module(unit="mm")
+    found = model.evidence(model.objective_of(batch["image"], batch["points"]), torch.zeros(1, 6, 32, 48), batch)
+    assert found["place"][0, 0].tolist() == [3.0, 2.0]  # 48 pixels are 96 of the file
+    assert found["place"][0, 1].isnan().all()
+    assert found["error"].isnan().tolist() == [[False, True]]
+
+
 @pytest.mark.parametrize("origin", ["centre", "corner"])
 @pytest.mark.parametrize("size", [(40, 48), (80, 96), (20, 48)])
 def test_predictions_of_a_perfect_network_are_the_rows_of_the_table(

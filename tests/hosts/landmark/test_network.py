@@ -108,3 +108,19 @@ def test_weights_of_a_file(tmp_path: Path, name: str, start: str) -> None:
     encoder = f"tu-{name}" if name.startswith("test_") else name
     found = made(encoder, weights=str(path)).model.encoder(images)[-1]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.detach().abs().max()))
+
+
+def test_a_checkpoint_of_ours_gives_the_whole_network(tmp_path: Path) -> None:
+    """For other landmarks all but its last layer; for another decoder the encoder alone."""
+    source, path = made(), tmp_path / "own.ckpt"
+    shaken(source)
+    saved = source.state_dict()
+    torch.save({"state_dict": {f"network.{key}": value for key, value in saved.items()}}, path)
+    same, other = (made(landmarks=count, weights=str(path)).state_dict() for count in (2, 3))
+    assert all(torch.equal(value, saved[key]) for key, value in same.items())
+    for key, value in other.items():
+        assert torch.equal(value, saved[key]) if "segmentation_head" not in key else value.shape != saved[key].shape
+    narrow = Network(encoder=RESNET, decoder_channels=(8, 8, 8, 8, 8), weights=str(path))
+    found = make_network(narrow, 2, 3).state_dict()
+    assert all(torch.equal(found[key], saved[key]) for key in saved if key.startswith("model.encoder."))
+    assert not any(torch.equal(found[key], saved[key]) for key in ("model.decoder.blocks.1.conv1.0.weight",))

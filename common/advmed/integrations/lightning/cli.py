@@ -28,6 +28,10 @@ LIGHTNING = {
     "test": "measure a checkpoint on the test split",
     "predict": "write what a checkpoint predicts",
 }
+BEST = "best"
+"""Name of the checkpoint of the best epoch."""
+EACH = "{epoch}"
+"""Name of those of the best epochs, where several are kept."""
 CONFIG = "config.yaml"
 """What LightningCLI leaves in a run's folder."""
 
@@ -44,7 +48,7 @@ class LightningCommand(ABC):
     example: ClassVar[str]
     """A data section on the command line, for the help."""
     monitor: ClassVar[tuple[str, str]]
-    """The validation metric that the best checkpoint is chosen by, and "max" or "min"."""
+    """The validation metric that the best checkpoint of a standard training is chosen by, and "max" or "min"."""
     links: ClassVar[tuple[str, ...]]
     """Arguments of the module that the data knows."""
     norms: ClassVar[tuple[float | str, ...]]
@@ -133,6 +137,8 @@ class LightningCommand(ABC):
 
     def _lightning(self, argv: list[str]) -> None:
         from advmed.distributed import gathered
+        from advmed.integrations.lightning.callbacks import BestCheckpoint, waiting
+        from advmed.integrations.lightning.module import ROBUST, is_adversarial, validation_steps_of
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -140,19 +146,35 @@ class LightningCommand(ABC):
 
         class Command(LightningCLI):
             def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-                parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-                metric, mode = host.monitor
-                parser.set_defaults(
-                    {"checkpoint.monitor": metric, "checkpoint.mode": mode, "checkpoint.filename": "best"}
-                )
+                parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+                # Without a monitor, one is chosen by the method, see below.
+                parser.set_defaults({"checkpoint.mode": host.monitor[1], "checkpoint.filename": BEST})
                 # The attack of validation_steps needs gradients, which inference mode forbids.
                 parser.set_defaults({"trainer.inference_mode": False})
                 for name in host.links:
                     parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
+            def before_instantiate_classes(self) -> None:
+                given = self.config[self.config.subcommand]
+                if given.checkpoint.monitor is None:
+                    method, steps = given.model.method.name, given.model.validation_steps
+                    robust = is_adversarial(method) and validation_steps_of(method, steps) > 0
+                    metric = host.monitor[0]
+                    given.checkpoint.monitor = metric.replace("val/", ROBUST) if robust else metric
+                self.best = None
+                if given.checkpoint.filename in (BEST, EACH) and given.checkpoint.save_top_k not in (0, 1):
+                    # Of several, best.ckpt would be the first that was kept: they have their epochs for names.
+                    self.best = BestCheckpoint(
+                        given.checkpoint.dirpath, BEST, given.checkpoint.monitor, mode=given.checkpoint.mode
+                    )
+                    given.checkpoint.filename = EACH
+
             def after_instantiate_classes(self) -> None:
                 # The option save_last of a callback that monitors writes a file only when there is a new best.
                 trainer: Any = self.trainer
+                trainer.callbacks[:] = [waiting(callback) for callback in trainer.callbacks]
+                if self.best is not None:
+                    trainer.callbacks.append(self.best)
                 if trainer.checkpoint_callbacks:
                     folder = trainer.checkpoint_callbacks[0].dirpath
                     last = ModelCheckpoint(
@@ -252,14 +274,15 @@ class LightningCommand(ABC):
 
     def _thresholds(self, argv: Sequence[str]) -> None:
         from advmed.cli.thresholds import ThresholdsOptions, write_thresholds
-        from advmed.integrations.lightning.calibration import FILE, measure
+        from advmed.integrations.lightning.calibration import FILE, measure, quality
 
         given, (checkpoint,), data = self._parsed("thresholds", argv)
         chosen = ThresholdsOptions.of(given)
         standard, rule = self.classes()[0].standard(checkpoint, data), chosen.rule or self.rule
         measured = measure(standard, checkpoint, data, rule=rule, device=_device(given.device), split=given.split)
         path = chosen.out or Path(checkpoint).with_name(FILE)
-        write_thresholds(measured, path, of=f"clean images of the split {given.split}")
+        how = f"{measured.notes['measured']}; {quality(measured)}"
+        write_thresholds(measured, path, of=f"draws from the split {given.split} ({how})")
 
     def _evaluate(self, argv: Sequence[str]) -> None:
         from advmed.cli.evaluate import EvaluationOptions, evaluate_models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
 
 SPLITS = ("train", "val", "test")
 
@@ -90,9 +92,41 @@ class SampleData(LightningDataModule):
             shuffle=sampler is None,
             sampler=sampler,
             generator=generator,
-            drop_last=count > self.batch_size > 1 == count % self.batch_size,  # BatchNorm needs two images
+            drop_last=self._drops_last(count),
             **self._workers(),
         )
+
+    def draws(self, split: str, least: int, most: int, seed: int) -> DataLoader[dict[str, Any]]:
+        """Samples as a training draws them, the same ones for the same seed: for a look at a trained network.
+
+        In the order of a training, those of the training with its augmentation. Neither the random state of the process
+        nor the number of workers has a part in it.
+
+        Args:
+            split: of the data.
+            least: as many whole epochs are drawn that there are so many samples.
+            most: no more samples than these.
+            seed: of order and augmentation.
+        """
+        training, generator = split == "train", torch.Generator().manual_seed(seed)
+        dataset: Any = self.dataset(split, augment=training)
+        indices: list[int] = []
+        while len(indices) < min(least, most) or not indices:
+            sampler = self.order(generator) if training else None
+            epoch = torch.randperm(len(dataset), generator=generator).tolist() if sampler is None else list(sampler)
+            indices += epoch
+        drawn = Draws(dataset, indices[:most], seed)
+        return DataLoader(
+            drawn,
+            batch_size=self.batch_size,
+            generator=generator,
+            drop_last=self._drops_last(len(drawn)),
+            **self._workers(),
+        )
+
+    def _drops_last(self, count: int) -> bool:
+        """Whether the last batch of so many samples would have one image; BatchNorm needs two."""
+        return count > self.batch_size > 1 == count % self.batch_size
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation samples."""
@@ -121,3 +155,28 @@ class SampleData(LightningDataModule):
 
     def _workers(self) -> dict[str, Any]:
         return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+
+
+class Draws(Dataset[dict[str, Any]]):
+    """Samples of a data set in a given order, each with a random state of its own.
+
+    Args:
+        dataset: the samples, augmented or not.
+        indices: which one is drawn first, second, and so on.
+        seed: of what is random in a draw.
+    """
+
+    def __init__(self, dataset: Any, indices: list[int], seed: int) -> None:
+        self.dataset, self.indices, self.seed = dataset, indices, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        with isolate_rng(include_cuda=False):
+            seed = hash((self.seed, draw)) % 2**32
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPUs, too
+            np.random.seed(seed)
+            random.seed(seed)
+            sample: dict[str, Any] = self.dataset[self.indices[draw]]
+            return sample

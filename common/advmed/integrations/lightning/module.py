@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import yaml
@@ -16,14 +16,22 @@ from torch import Tensor
 
 from advmed.attacks import PGD
 from advmed.distributed import gathered
-from advmed.integrations.lightning.calibration import measure
+from advmed.integrations.lightning.calibration import HOW, Judgement, measure, quality
+from advmed.integrations.lightning.callbacks import does_not_wait
 from advmed.integrations.lightning.weights import read_tensors
-from advmed.methods import AdaptiveRadiusMethod, AttackSettings, EveryMethodSettings, method_class
+from advmed.methods import (
+    AdaptiveRadiusMethod,
+    AdversarialMethod,
+    AttackSettings,
+    EveryMethodSettings,
+    method_class,
+)
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import RunSettings, TrainingSettings
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 STATE = "advmed"
@@ -31,6 +39,12 @@ STATE = "advmed"
 FILE = "adversarial.yaml"
 """The resolved settings, in the run's folder."""
 MARGINS = "margins.csv"
+VALIDATION_STEPS = 5
+"""Of the attack on validation images, for an adversarial method whose user does not say."""
+ROBUST = "val/robust_"
+"""What the names of metrics of attacked validation images begin with."""
+_SHARING = (SingleDeviceStrategy, DDPStrategy)
+"""The strategies, and no subclasses, with whole weights whose gradients one backward pass per step collects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +90,8 @@ class RobustModule(LightningModule):
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.
         validation_steps: steps of the PGD attack that validation images are attacked with at ``eps`` of the method; 0:
-            none. A Trainer of your own needs inference_mode=False for it.
+            none; None: 5 for adversarial methods, by whose robust metrics the best epoch is chosen.
+        begins_with: the file that the network's weights are from, if they are from one.
     """
 
     command: ClassVar[str]
@@ -96,11 +111,13 @@ class RobustModule(LightningModule):
         *,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
-        validation_steps: int = 0,
+        validation_steps: int | None = None,
+        begins_with: str | None = None,
     ) -> None:
         super().__init__()
-        self.lr, self.weight_decay, self.validation_steps = lr, weight_decay, validation_steps
+        self.lr, self.weight_decay, self.begins_with = lr, weight_decay, begins_with
         method_class(method.name, self.objective_class)
+        self.validation_steps = validation_steps_of(method.name, validation_steps)
         self.method_name, self.settings = method.name, method.with_attack(attack)
         self.terms, self.default_rule = tuple(terms), default_rule
         if self.settings.backward != "together":
@@ -150,6 +167,16 @@ class RobustModule(LightningModule):
     def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The metrics of all samples, by name."""
 
+    # Whether a network is trained: what thresholds are measured on
+
+    @abstractmethod
+    def evidence(self, objective: Any, predictions: Any, batch: Any) -> dict[str, Tensor]:
+        """What of a training batch tells how good the network is, each (B, ...)."""
+
+    @abstractmethod
+    def judge(self, evidence: Mapping[str, Tensor]) -> Judgement:
+        """How good it is, by the evidence of all batches."""
+
     def attacked_objective(self, batch: Any) -> Objective:
         """What validation images are attacked by."""
         return self.objective(batch)[0]
@@ -167,23 +194,79 @@ class RobustModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Sets the method up: whatever is wrong with the settings is said before the first step."""
-        self.settings = self.resolved(self.settings, self.data.dataset("train")[0]["image"].numel())
+        values = self.data.dataset("train")[0]["image"].numel()
+        self.settings = self._sharing(self.resolved(self.settings, values).for_method(self.method_name))
         ids = self._sample_ids()
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ValueError(f"adversarial training needs to know its length in epochs: set max_epochs, got {epochs}")
+        steps = self._steps_per_epoch()
+        epochs = self._epochs(steps)
         state = self._state
         if state is not None:
             self._check_state(state, ids)
-        self.run = MethodRun(self.method_name, self.settings, self._thresholds(state, len(ids)), epochs=epochs)
+        self._check_monitors()
+        thresholds = self._thresholds(state, len(ids))
+        self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=epochs, steps_per_epoch=steps, say=say)
         lines = [] if state is None else self.run.load_state_dict(state)
-        for line in [*lines, *self.run.outlook(len(ids), len(ids), "images")]:
+        for line in [*lines, *self.run.outlook(len(ids), len(ids), "images"), *self._looking_at_warmup()]:
             say(line)
         if (folder := self._folder()) is not None:
             notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
             folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(plain(asdict(self.settings)), sort_keys=False)
             (folder / FILE).write_text(notes + text, encoding="utf-8")
+
+    def _sharing(self, settings: TrainingSettings) -> TrainingSettings:
+        """Without a shared gradient where the strategy takes the gradients of the weights in its own way."""
+        strategy = type(self.trainer.strategy)
+        if not settings.share_gradient or strategy in _SHARING:
+            return settings
+        say(
+            f"share_gradient is off: {strategy.__name__} takes gradients in its own way; each step costs two thirds of "
+            f"a standard step more"
+        )
+        return replace(settings, share_gradient=False)
+
+    def _steps_per_epoch(self) -> int | None:
+        """Batches of an epoch in this process, where they can be counted."""
+        self.trainer.fit_loop.setup_data()  # does nothing where the optimizer has asked for it before
+        count = self.trainer.num_training_batches
+        return int(count) if math.isfinite(count) and count > 0 else None
+
+    def _epochs(self, steps: int | None) -> int:
+        """Epochs that this training will have, the last of them perhaps not whole."""
+        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
+        if epochs is None or epochs < 1:
+            raise ValueError(f"adversarial training needs to know its length in epochs: set max_epochs, got {epochs}")
+        if limit < 1 or steps is None:
+            return epochs
+        return min(epochs, math.ceil(limit / math.ceil(steps / self.trainer.accumulate_grad_batches)))
+
+    def _check_monitors(self) -> None:
+        """Raises ValueError where an epoch is to be judged under attack, and there will be none."""
+        watching = [*self.trainer.checkpoint_callbacks, *self.trainer.early_stopping_callbacks]
+        watched = [str(getattr(callback, "monitor", None)) for callback in watching]
+        robust = next((name for name in watched if name.startswith(ROBUST)), None)
+        if robust is not None and not self.validation_steps:
+            raise ValueError(
+                f"{robust} is to be watched, but validation images are not attacked: set validation_steps (5, say), or "
+                f"watch {robust.replace(ROBUST, 'val/')}"
+            )
+        if is_adversarial(self.method_name) and not self.validation_steps:
+            say(
+                f"WARNING: with validation_steps 0, nothing tells how robust an epoch is, and the best one is chosen "
+                f"by clean images, which favours the least robust. Set validation_steps: {VALIDATION_STEPS}"
+            )
+
+    def _looking_at_warmup(self) -> list[str]:
+        """A warning for each callback that would keep, or count, an epoch of the clean warm-up."""
+        assert self.run is not None
+        if not self.run.warmup_epochs:
+            return []
+        return [
+            f"WARNING: the {type(callback).__name__} of this Trainer also judges the {self.run.warmup_epochs} clean "
+            f"epoch(s) of the warm-up: use advmed.integrations.lightning.{kind.__name__} in its place"
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning declares it elsewhere
+            if (kind := does_not_wait(callback)) is not None
+        ]
 
     def on_train_epoch_start(self) -> None:
         """Ends the clean warm-up when it is over."""
@@ -195,9 +278,15 @@ class RobustModule(LightningModule):
         """The method's loss."""
         assert self.run is not None
         objective, images, ids = self.objective(batch)
+        cast(Any, objective).loss_scale = self._loss_scale()
         step = self.run.step(objective, images, ids)
         self.log("train/loss", step.loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
         return step.loss
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the loss will be multiplied by against underflow in float16; None: nothing will."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
 
     def on_validation_epoch_start(self) -> None:
         """Makes the ranks' noise levels equal before a checkpoint is written, which happens after validation."""
@@ -218,10 +307,27 @@ class RobustModule(LightningModule):
         if isinstance(self.run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
             self.run.method.store.to_csv(folder / MARGINS)
 
+    def on_train_end(self) -> None:
+        """Says so where the training has ended before its first attack."""
+        assert self.run is not None
+        method = self.run.method
+        if isinstance(method, AdversarialMethod) and not method.steps_done:
+            say(
+                f"WARNING: this training ended within its clean warm-up of {self.run.warmup_epochs} epoch(s): nothing "
+                f"was attacked, and there is no best checkpoint. Go on from the last one, or lower warmup_epochs"
+            )
+
     # Validation and test
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Scores a batch, clean and, with ``validation_steps``, attacked."""
+        # No gradient goes back to tensors of inference mode, in which a Trainer validates if nobody forbids it.
+        with torch.inference_mode(False), torch.no_grad():
+            if batch["image"].is_inference():
+                batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+            self._scored.append(self._validated(batch))
+
+    def _validated(self, batch: Any) -> dict[str, Tensor]:
         images = batch["image"]
         kept = {"clean": self.scores(images, batch)}
         if self.validation_steps:
@@ -231,7 +337,7 @@ class RobustModule(LightningModule):
             objective = self.attacked_objective(batch)
             attacked = attack(objective, images, settings.eps, bounds=settings.bounds).images
             kept["attacked"] = self.scores(attacked, batch)
-        self._scored.append(kept | self.truth(batch))
+        return kept | self.truth(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics."""
@@ -323,21 +429,54 @@ class RobustModule(LightningModule):
         running = partial(self_calibrated, self.terms, self.settings, samples, self.default_rule)
         if state is not None:
             return saved_thresholds(state, self.terms, running)
-        path = self.settings.thresholds
+        path, measured = self.settings.thresholds, None
         if path == "auto":
+            if self.begins_with is not None and (measured := self._of_the_beginning(self.begins_with)) is not None:
+                return measured
             say("thresholds are self-calibrated: clean epochs first, then the statistics of the clean loss")
             return running()
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no thresholds file {path}")
         if Path(path).suffix == ".ckpt":
-            standard, rule = self.standard(path, self.data, self), self.settings.rule or self.default_rule
-            measured = measure(standard, path, self.data, rule=rule, device=self.device)
-            measured.require(self.terms, f"the thresholds of {path}")
-            say(f"thresholds measured on {path}: {measured}")
+            measured = self._measured(path)
+            say(f"thresholds measured on {path}: {measured} ({measured.notes['measured']}; {quality(measured)})")
             return measured
         taken, remark = load_thresholds(self.settings, path, self.terms)
         say(f"thresholds from the file {path}{remark}: {taken}")
+        if taken.source_sha256 is not None and taken.notes.get("measured") != HOW:
+            say(
+                f"WARNING: the thresholds in {path} were not measured on {HOW}, which is what they are compared with: "
+                f"make them anew by {self.command} thresholds"
+            )
         return taken
+
+    def _measured(self, path: str) -> Thresholds:
+        """Thresholds of a standard checkpoint, in all processes those of the first."""
+        standard, rule = self.standard(path, self.data, self), self.settings.rule or self.default_rule
+        measured = measure(standard, path, self.data, rule=rule, device=self.device)
+        measured.require(self.terms, f"the thresholds of {path}")
+        return self.trainer.strategy.broadcast(measured)
+
+    def _of_the_beginning(self, path: str) -> Thresholds | None:
+        """Thresholds of the standard network that this training begins with; None if it begins with no such one."""
+        if Path(path).suffix != ".ckpt" or not Path(path).is_file():
+            return None
+        values = read_tensors(Path(path)).get("hyper_parameters", {})
+        if self.made_of(values) is None or self.made_of(values) != self.made_of(self.hparams):
+            return None
+        if is_adversarial(name := values["method"]["name"]):
+            say(f"no thresholds are taken from {path}, which this training begins with: it was trained by {name}")
+            return None
+        try:
+            measured = self._measured(path)
+        except ValueError as error:
+            say(f"WARNING: no thresholds are taken from the network that this training begins with: {error}")
+            return None
+        say(
+            f"thresholds measured on {path}, the standard network that this training begins with: {measured} "
+            f"({measured.notes['measured']}; {quality(measured)})"
+        )
+        return measured
 
     @property
     def data(self) -> Any:
@@ -352,6 +491,24 @@ class RobustModule(LightningModule):
         """The run's folder, on the first rank."""
         folder = self.trainer.log_dir  # on all ranks, as it is agreed upon
         return Path(folder) if folder is not None and self.trainer.is_global_zero else None
+
+
+def is_adversarial(method: str) -> bool:
+    """Whether a method trains on attacked images."""
+    return issubclass(method_class(method), AdversarialMethod)
+
+
+def validation_steps_of(method: str, given: int | None) -> int:
+    """Steps of the attack on validation images, 0 for none.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+    if given is not None and given < 0:
+        raise ValueError(f"validation_steps must be >= 0, got {given}")
+    if given is not None:
+        return given
+    return VALIDATION_STEPS if is_adversarial(method) else 0
 
 
 def plain(value: Any) -> Any:
