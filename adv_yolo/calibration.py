@@ -1,35 +1,59 @@
-"""Thresholds for AMAT from a trained standard model: its loss terms over the clean training images."""
+"""Thresholds for AMAT from a trained standard model: its loss terms over the training images as a training sees them.
+
+Margins are compared with thresholds while the network is trained: on augmented images, and normalised by the statistics
+of their batch. Plain images in evaluation mode have lower losses, and thresholds from them would let no margin grow.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from ultralytics.data import build_dataloader, build_yolo_dataset
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import TQDM
+from ultralytics.utils import DEFAULT_CFG_DICT, TQDM
 
 from adv_yolo.objective import ImageTerms, check_model
+from adv_yolo.scores import joined, make_validator, mean_average_precision, score
+from advmed.evaluation.subjects import spread
+from advmed.guard import preserved
 from advmed.thresholds import TermStatistics, Thresholds, sha256
 
 SPLITS = ("train", "val", "test")
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""
+AUGMENTATION = (
+    *("hsv_h", "hsv_s", "hsv_v", "degrees", "translate", "scale", "shear", "perspective", "flipud", "fliplr", "bgr"),
+    *("mosaic", "mixup", "cutmix", "copy_paste", "copy_paste_mode", "multi_scale", "fraction"),
+)
+"""The host's arguments that decide which images a training sees."""
+GAINS = ("box", "cls", "dfl")
+"""The host's weights of the loss terms."""
+UNTRAINED = 0.05
+"""A network whose mAP50 on plain training images is below this has not learnt them: its losses say nothing."""
+MEDIOCRE = 0.3
+"""Below this mAP50 thresholds are worth a warning."""
+QUALITY_IMAGES = 256
+"""The most images that this mAP50 is measured on."""
 
 
 def measure(
     path: str | Path, data: dict[str, Any], args: Any, *, rule: str, device: torch.device, split: str = "train"
 ) -> Thresholds:
-    """Measures a trained model on the clean images of a split, and applies the rule to each of its loss terms.
-
-    The images are those of the training, without augmentation; the model is in evaluation mode.
+    """Measures a trained model in a file, see :func:`measure_network`.
 
     Args:
         path: a checkpoint of Ultralytics (``best.pt``).
         data: the host's data set, as its ``check_det_dataset`` returns it.
-        args: the host's arguments: image size, batch size, workers.
+        args: the host's arguments: augmentation, loss weights, image size, batch size, workers, seed.
         rule: ``mean`` or ``mean+2std``.
         device: where to measure.
         split: of the data set.
@@ -37,32 +61,174 @@ def measure(
     Raises:
         FileNotFoundError: if there is no such file.
         TypeError: for a model of another task.
-        ValueError: if model and data do not have the same number of classes.
+        ValueError: if model and data do not have the same number of classes, or the model detects next to nothing.
     """
     path = Path(path)
-    model = load_network(path, data, device)
-    terms = ImageTerms(model, one_to_one=args.nms is False)
+    network = load_network(path, data, device)
+    found = quality(network, data, args, device, path.parent, split)
+    check_quality(found, path)
+    return measure_network(network.train(), data, args, rule=rule, device=device, split=split, source=path, found=found)
+
+
+def measure_network(
+    network: Any,
+    data: dict[str, Any],
+    args: Any,
+    *,
+    rule: str,
+    device: torch.device,
+    split: str,
+    source: Path,
+    found: float,
+) -> Thresholds:
+    """Measures a network over the images of a split as a training sees them, and applies the rule to its loss terms.
+
+    They are augmented as the host's arguments say, once, by the seed of the run. Nothing moves in the network, and no
+    random state.
+
+    Args:
+        network: in the modes of the training, on the device; BatchNorm uses the statistics of the batch.
+        data: see :func:`measure`, as ``args``, ``rule``, ``device`` and ``split``.
+        args: of the host.
+        rule: of the thresholds.
+        device: of the network.
+        split: of the data set.
+        source: its checkpoint.
+        found: its quality, to be noted.
+    """
+    network.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **vars(args)})  # the loss weights of this run
+    terms = ImageTerms(network, one_to_one=args.nms is False)
     statistics = TermStatistics(terms.names)
-    with torch.no_grad():
-        for batch in TQDM(CleanBatches(model, data, args, device, split), desc="thresholds"):
-            statistics.update(terms(model(batch["img"]), batch))
-    notes = {"data": str(data.get("yaml_file", "")), "split": split, "imgsz": int(args.imgsz)}
-    return statistics.thresholds(rule, source=str(path), source_sha256=sha256(path), notes=notes)
+    with seeded(int(args.seed)), preserved(network), torch.no_grad():
+        for batch in TQDM(TrainingBatches(network, data, args, device, split), desc="thresholds"):
+            statistics.update(terms(network(batch["img"]), batch))
+    notes = {
+        "data": str(data.get("yaml_file", "")),
+        "split": split,
+        "imgsz": int(args.imgsz),
+        "batch": int(args.batch),
+        "images": round(statistics.n),
+        "measured": "under augmentation, with batch statistics",
+        "augmentation": conditions(args),
+        "mAP50": round(found, 4),
+    }
+    return statistics.thresholds(rule, source=str(source), source_sha256=sha256(source), notes=notes)
+
+
+def conditions(args: Any) -> dict[str, Any]:
+    """Under what arguments of the host losses are measured, in plain values."""
+    values = {name: getattr(args, name) for name in (*AUGMENTATION, *GAINS)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def other_conditions(notes: Any, args: Any) -> list[str]:
+    """In what the conditions of thresholds differ from those of a run: ``scale 0.5 -> 0.9``."""
+    measured, now = dict(notes.get("augmentation", {})), conditions(args)
+    if "imgsz" in notes:
+        measured["imgsz"], now["imgsz"] = notes["imgsz"], int(args.imgsz)
+    return [f"{name} {was} -> {now[name]}" for name, was in measured.items() if name in now and now[name] != was]
+
+
+def quality(
+    network: Any, data: dict[str, Any], args: Any, device: torch.device, folder: Path, split: str = "train"
+) -> float:
+    """mAP50 on plain images of a split, by the host's validator; of :data:`QUALITY_IMAGES` at even distances.
+
+    Args:
+        network: in evaluation mode, on the device; its head is set to the one that predicts.
+        data: see :func:`measure`, as ``args`` and ``device``.
+        args: of the host.
+        device: of the network.
+        folder: which the host wants to exist.
+        split: of the data set.
+    """
+    size, parts = max(1, int(args.batch)), []
+    with seeded(int(args.seed)), torch.no_grad():  # the host times the reading of a few images, drawn at random
+        source = CleanBatches(network, data, args, device, split)
+        validator = make_validator(network, data, args, device, source.loader, folder)
+        labels = source.dataset.labels
+        chosen = spread([i for i, label in enumerate(labels) if len(label["cls"])], QUALITY_IMAGES)
+        for start in range(0, len(chosen), size):
+            batch = batch_of(source.dataset, chosen[start : start + size], device)
+            parts.append(score(network, validator, batch, batch["img"]))
+    return mean_average_precision(joined(parts), network.names)[1] if parts else 0.0
+
+
+def check_quality(found: float, origin: object) -> None:
+    """Raises ValueError for the mAP50 of a network that has not learnt its training images."""
+    if not found >= UNTRAINED:
+        raise ValueError(
+            f"{origin} detects next to nothing on the training images (mAP50 {found:.3f}, below {UNTRAINED}): "
+            f"thresholds from it mean nothing. Train the standard model first, for longer, or leave 'thresholds' out "
+            f"for self-calibration."
+        )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of Python, NumPy and PyTorch's CPU begin with a seed, and afterwards go on where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class TrainingBatches:
+    """The images of a split as the host's training draws them in an epoch, on the device, in [0, 1]."""
+
+    def __init__(self, model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str = "train") -> None:
+        self._host = SimpleNamespace(args=_arguments(args), device=device, stride=_stride(model))
+        settings = copy(self._host.args)  # which the host writes into
+        size = max(1, int(args.batch))
+        dataset = build_yolo_dataset(settings, _images(data, split), size, data, mode="train", stride=_stride(model))
+        workers = 0 if device.type in {"cpu", "mps"} else int(args.workers)
+        shuffle = not getattr(dataset, "rect", False)
+        self._loader = build_dataloader(dataset, batch=size, workers=workers, shuffle=shuffle, rank=-1, device=device)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Any:
+        try:
+            for batch in self._loader:
+                yield DetectionTrainer.preprocess_batch(self._host, batch)
+        finally:
+            self._loader.close()
+
+
+def _arguments(args: Any) -> Any:
+    """The host's arguments for a data set of our own."""
+    settings = copy(args)
+    settings.task, settings.cache = "detect", False
+    return settings
+
+
+def _images(data: dict[str, Any], split: str) -> Any:
+    if not data.get(split):
+        raise ValueError(
+            f"the data set has no split {split!r}; there are {', '.join(k for k in SPLITS if data.get(k))}"
+        )
+    return data[split]
+
+
+def _stride(model: Any) -> int:
+    return max(int(model.stride.max()), 32)
 
 
 class CleanBatches:
     """The images of a split without augmentation, in their order, padded to one size, on the device, in [0, 1]."""
 
     def __init__(self, model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str = "train") -> None:
-        settings = copy(args)
-        settings.rect, settings.fraction, settings.task = False, 1.0, "detect"
-        if not data.get(split):
-            raise ValueError(
-                f"the data set has no split {split!r}; there are {', '.join(k for k in SPLITS if data.get(k))}"
-            )
-        stride = max(int(model.stride.max()), 32)
-        batch_size = max(1, int(args.batch))
-        dataset = build_yolo_dataset(settings, data[split], batch_size, data, mode="val", rect=False, stride=stride)
+        settings = _arguments(args)
+        settings.rect, settings.fraction = False, 1.0
+        images, stride, batch_size = _images(data, split), _stride(model), max(1, int(args.batch))
+        dataset = build_yolo_dataset(settings, images, batch_size, data, mode="val", rect=False, stride=stride)
         self.dataset, self.device = dataset, device
         workers = 0 if device.type in {"cpu", "mps"} else int(args.workers)
         self.loader = build_dataloader(
@@ -75,6 +241,11 @@ class CleanBatches:
     def __iter__(self) -> Any:
         for batch in self.loader:
             yield on_device(batch, self.device)
+
+
+def batch_of(dataset: Any, indices: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """The host's batch of some images of a data set, on the device."""
+    return on_device(dataset.collate_fn([dataset[i] for i in indices]), device)
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

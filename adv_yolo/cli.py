@@ -17,14 +17,13 @@ from advmed.cli.options import Option
 HELP = """
     adv-yolo is 'yolo' with adversarial training. Syntax and arguments are those of 'yolo'; it adds:
 
-    1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the image size):
+    1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the preset, or the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
-            thresholds=auto rule=null clean_epochs=null backward=together
-            eps=null tau=1 kl_weight=5.0 eps_min=null
-            eps_max=null step_size=null sync_weight=1.0 average=batch
-            beta=6.0 delta=null refinement=paper margin_min=null
-            margin_max=null steps=20 step_scale=4.0 norm=2.0
-            random_start=0.0 bounds=[0.0, 1.0] bn=clean
+            preset=fast thresholds=auto rule=null clean_epochs=null backward=together eps=null tau=1
+            kl_weight=5.0 eps_min=null eps_max=null step_size=null sync_weight=1.0 average=batch beta=6.0
+            delta=null refinement=null train_on=null start=null margin_min=null margin_max=null steps=null
+            step_scale=null schedule=null share_gradient=null norm=2.0 random_start=0.0 bounds=[0.0, 1.0]
+            bn=clean robust_batches=4
 
     2. Thresholds for AMAT from a trained standard model; see adv-yolo thresholds --help:
         adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std] [out=FILE]
@@ -77,7 +76,13 @@ def _help_of(command: str) -> str:
             "",
             options.key_value_help(OWN[command]),
             "",
-            f"Of the host's arguments it takes {', '.join(HOST)}.",
+            f"Of the host's arguments it takes {', '.join(HOST)}"
+            + (
+                ", seed, and those of augmentation and loss weights (scale, fliplr, mosaic, box, ...), which are to be "
+                "those of the adversarial training; by default, those of the model's own, without mosaic."
+                if command == "thresholds"
+                else "."
+            ),
             runner.DEBUG,
         ]
     )
@@ -122,8 +127,12 @@ def _own(argv: Sequence[str], command: str) -> dict[str, Any]:
     """The arguments of a command of ours."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    table = OWN[command]
-    known = {**{name: DEFAULT_CFG_DICT[name] for name in HOST}, **{o.name: o.default for o in table}}
+    table, host = OWN[command], list(HOST)
+    if command == "thresholds":
+        from adv_yolo.calibration import AUGMENTATION, GAINS
+
+        host += [*AUGMENTATION, *GAINS, "seed"]
+    known = {**{name: DEFAULT_CFG_DICT[name] for name in host}, **{o.name: o.default for o in table}}
     found = _parse(argv, known)
     for name in ("model", "data"):
         if not found.get(name):
@@ -237,10 +246,15 @@ def _thresholds(found: dict[str, Any]) -> None:
 
     from adv_yolo import calibration as standard
     from adv_yolo.settings import RULE
-    from advmed.cli.thresholds import ThresholdsOptions, write_thresholds
+    from advmed.cli.thresholds import Quality, ThresholdsOptions, write_thresholds
 
     chosen = ThresholdsOptions.of(found)
-    arguments = _arguments(found, _network_arguments(found["model"]))
+    own = _network_arguments(found["model"])
+    names = (*standard.AUGMENTATION, *standard.GAINS, "seed", "batch")
+    # AMAT trains without mosaic, unless told otherwise.
+    as_trained = {**{name: own[name] for name in names if own.get(name) is not None}, "mosaic": 0.0}
+    given = {name: found[name] for name in names if found.get(name) is not None}
+    arguments = {**as_trained, **given, **_arguments(found, own)}
     device = _device(found, arguments)
     data = _data(found["data"], found["split"], bool(found.get("single_cls")))
     args = get_cfg(DEFAULT_CFG_DICT, arguments)
@@ -250,7 +264,8 @@ def _thresholds(found: dict[str, Any]) -> None:
     write_thresholds(
         measured,
         path,
-        of=f"clean images of the split {found['split']}",
+        of=f"images of the split {found['split']}, augmented as in training",
+        quality=Quality("mAP50 (plain images)", measured.notes["mAP50"], standard.MEDIOCRE),
         hint=f"Train with: method=amat thresholds={path}",
         say=LOGGER.info,
     )

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from ultralytics.cfg import get_cfg
-from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import DEFAULT_CFG_DICT
-from ultralytics.utils.metrics import DetMetrics, box_iou
 
-from adv_yolo.calibration import CleanBatches, load_network, on_device
+from adv_yolo.calibration import CleanBatches, batch_of, load_network
 from adv_yolo.objective import DetectionObjective, ImageTerms
+from adv_yolo.scores import CONFIDENCE, best_overlaps, make_validator, mean_average_precision, score
 from adv_yolo.trainer import relative_names
 from advmed.attacks import Attack
 from advmed.cli.evaluate import EvaluationHost
@@ -33,8 +32,6 @@ from advmed.margins import read_margins
 from advmed.report import Example, View
 
 BOUNDS = (0.0, 1.0)
-CONFIDENCE = 0.25
-"""A detection counts for the average IoU, and is drawn, above this confidence: the host's default for prediction."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,6 @@ class TrainedModel:
         """Where the network is."""
         return self.source.device
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return int(self.network.model[-1].nc)
-
 
 def load_model(
     name: str, path: str | Path, data: dict[str, Any], arguments: dict[str, Any], device: torch.device, folder: Path
@@ -88,14 +80,11 @@ def load_model(
     """
     path = Path(path)
     network = load_network(path, data, device)
-    args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "plots": False, "save_json": False, "save_txt": False})
-    network.end2end = args.nms is False  # which head predicts, as the host's validator decides it
+    args = get_cfg(DEFAULT_CFG_DICT, arguments)
     source = CleanBatches(network, data, args, device, args.split)
     if not any(len(label["cls"]) for label in source.dataset.labels):
         raise ValueError(f"none of the {len(source.dataset)} images of the split {args.split!r} has an object")
-    validator = DetectionValidator(dataloader=source.loader, save_dir=folder, args=vars(args))
-    validator.device, validator.data, validator.training = device, data, False
-    validator.init_metrics(network)
+    validator = make_validator(network, data, args, device, source.loader, folder)
     return TrainedModel(name, path, network, source, validator, read_margins(path.parent.parent / "margins.csv"))
 
 
@@ -115,49 +104,12 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
     """Images of the data set as a batch ready to be attacked."""
     batch = read(model, indices)
     objective = DetectionObjective(model.network, ImageTerms(model.network), batch)
-    return LoadedBatch(batch["img"], objective, partial(score, model, batch))
+    return LoadedBatch(batch["img"], objective, partial(score, model.network, model.validator, batch))
 
 
 def read(model: TrainedModel, indices: Sequence[int]) -> dict[str, Any]:
     """The host's batch of some images, on the device."""
-    dataset = model.source.dataset
-    return on_device(dataset.collate_fn([dataset[i] for i in indices]), model.device)
-
-
-def score(model: TrainedModel, batch: dict[str, Any], images: Tensor) -> dict[str, Tensor]:
-    """What mAP and IoU are computed from, per image.
-
-    Returns:
-        ``tp`` (B, M, 10) and ``found`` (B, M, 2), confidence and class, of M = max_det detections, of which ``number``
-        (B,) are real; ``truth`` (B, classes), objects per class; ``iou`` (B,), summed best IoU over the objects.
-    """
-    validator, count = model.validator, len(images)
-    places = int(validator.args.max_det)
-    tp = torch.zeros(count, places, validator.niou, dtype=torch.bool)
-    kept = torch.zeros(count, places, 2)
-    number = torch.zeros(count, dtype=torch.int64)
-    truth = torch.zeros(count, model.classes, dtype=torch.int64)
-    iou = torch.zeros(count, dtype=torch.float64)
-    attacked = {**batch, "img": images}
-    for i, detections in enumerate(validator.postprocess(model.network(images))):
-        objects = validator._prepare_batch(i, attacked)
-        found = validator._prepare_pred(detections)
-        n = number[i] = len(found["cls"])
-        tp[i, :n] = torch.from_numpy(validator._process_batch(found, objects)["tp"])
-        kept[i, :n] = torch.stack([found["conf"], found["cls"]], 1).cpu()
-        truth[i] = torch.bincount(objects["cls"].long().cpu(), minlength=model.classes)
-        iou[i] = best_overlaps(objects, found).sum()
-    return {"tp": tp, "found": kept, "number": number, "truth": truth, "iou": iou}
-
-
-def best_overlaps(objects: dict[str, Any], found: dict[str, Tensor], confidence: float = CONFIDENCE) -> Tensor:
-    """For every object the best IoU of a detection of its class above the confidence, 0 without one; (n,)."""
-    sure = found["conf"] >= confidence
-    boxes, classes = found["bboxes"][sure], found["cls"][sure]
-    if not len(objects["cls"]) or not len(classes):
-        return torch.zeros(len(objects["cls"]))
-    overlap = box_iou(objects["bboxes"], boxes) * (objects["cls"][:, None] == classes)
-    return overlap.amax(1).cpu()
+    return batch_of(model.source.dataset, indices, model.device)
 
 
 def metrics(names: dict[int, str]) -> list[Metric]:
@@ -185,21 +137,6 @@ def metrics(names: dict[int, str]) -> list[Metric]:
             fails_at=0.5,
         ),
     ]
-
-
-def mean_average_precision(scores: Scores, names: dict[int, str]) -> tuple[float, float]:
-    """mAP50-95 and mAP50 of stored scores."""
-    host = DetMetrics(names)
-    for i, n in enumerate(scores["number"]):
-        counts = scores["truth"][i]
-        host.stats["tp"].append(scores["tp"][i, :n])
-        host.stats["conf"].append(scores["found"][i, :n, 0])
-        host.stats["pred_cls"].append(scores["found"][i, :n, 1])
-        host.stats["target_cls"].append(np.repeat(np.arange(len(counts)), counts).astype(np.float32))
-        host.stats["target_img"].append(np.flatnonzero(counts).astype(np.float32))
-    host.process()
-    results = host.results_dict
-    return float(results["metrics/mAP50-95(B)"]), float(results["metrics/mAP50(B)"])
 
 
 def average_iou(scores: Scores) -> float:

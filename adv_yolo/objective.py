@@ -305,6 +305,7 @@ class DetectionObjective:
         given: predictions for ``batch["img"]`` that the host has made already, for the first training pass on them.
         hold: makes the context of a training pass on images other than ``batch["img"]``, to keep them out of running
             statistics.
+        loss_scale: what the host scales its loss by against float16 underflow, a scalar tensor; None: it does not.
 
     Example:
         >>> import torch
@@ -325,9 +326,11 @@ class DetectionObjective:
         batch: Batch,
         given: Any = None,
         hold: Any = nullcontext,
+        loss_scale: Tensor | None = None,
     ) -> None:
         self.model, self.terms, self.batch = model, terms, batch
         self.names = terms.names
+        self.loss_scale = loss_scale
         self._given, self._hold = given, hold
         self.items: dict[str, Tensor] | None = None
 

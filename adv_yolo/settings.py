@@ -35,10 +35,16 @@ class Settings(TrainingSettings):
         eps: None: 10 for 320 x 320 x 3 values, growing with the square root of their number; 4/255 in Linf.
         delta: None: 3.5 for 320 x 320 x 3 values, growing alike; 1/255 in Linf.
         bounds: the range of an image, [0, 1].
-        thresholds: "auto" (self-calibrated), a file of ``adv-yolo thresholds``, or a trained ``.pt`` to be measured.
+        thresholds: "auto" (measured on the model itself where it is a trained one of these classes, else
+            self-calibrated), a file of ``adv-yolo thresholds``, or a trained ``.pt`` to be measured.
         bn: which training passes feed the running statistics of BatchNorm, which the network predicts with: "both",
             "clean" (measured: as accurate, and surer of its detections) or "adversarial". Attacks never do. AT,
             and DPAAT without its synchronisation loss, have adversarial passes only.
+        robust_batches: so many batches of validation images are attacked after each validation; what the host's
+            fitness is on them decides about ``best.pt`` and early stopping. 0: the host's fitness on clean images does.
+
+    Raises:
+        ValueError: a value out of its range.
 
     Example:
         >>> from adv_yolo import Settings
@@ -49,6 +55,12 @@ class Settings(TrainingSettings):
 
     bounds: tuple[float, float] | Literal["sample"] | None = (0.0, 1.0)
     bn: Literal["both", "clean", "adversarial"] = "clean"
+    robust_batches: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.robust_batches < 0:
+            raise ValueError(f"robust_batches must be a whole number >= 0, got {self.robust_batches}")
 
     def resolved(self, channels: int, size: int, seed: int) -> Settings:
         """These settings with the defaults that depend on the image size filled in."""

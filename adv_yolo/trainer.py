@@ -2,36 +2,45 @@
 
 The host's loop calls ``model(batch)``: a forward pass on the clean images, then ``model.criterion(predictions,
 batch)``. Our :class:`MethodCriterion` stands in the criterion's place and hands the predictions to the method as its
-clean pass; the attack and the adversarial pass happen there, inside the host's autocast and distributed wrapper. (A
-method that learns from attacked images only, AT or DPAAT without its synchronisation loss, pays for that one forward
+clean pass; the attack and the adversarial pass happen there, inside the host's autocast and distributed wrapper. Where
+the attack begins with the gradient of that pass, the images of the batch ask for it until the criterion has answered.
+(A method that learns from attacked images only, AT or DPAAT without its synchronisation loss, pays for that one forward
 pass and keeps it out of the running statistics.) The network's class is untouched, and the criterion is left out of
 every copy and checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import yaml
 from torch import Tensor, nn
 from ultralytics.cfg import check_dict_alignment
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from adv_yolo import calibration as standard
 from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
+from adv_yolo.scores import host_results, joined, score
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
+from advmed.attacks import PGD
 from advmed.distributed import from_first_rank
+from advmed.evaluation.subjects import spread
 from advmed.guard import frozen_statistics
-from advmed.methods import AdaptiveRadiusMethod, method_class
+from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, method_class
+from advmed.objective import inspecting
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS, MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 
@@ -42,9 +51,17 @@ FILE = "adversarial.yaml"
 MARGINS = "margins.csv"
 COLUMNS = {key: f"train/adv_{key}" for key in LOG_KEYS}
 """What we add to results.csv and the loggers; the host plots those with ``loss`` in their name."""
+ROBUST = "metrics/robust_mAP50-95(B)"
+"""The column of mAP50-95 on attacked validation images."""
+_JUDGE_STEPS, _JUDGE_SCALE = 5, 2.0
+"""Of the attack behind it: it only has to put epochs into an order."""
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 """Augmentations that put several images into one."""
+_AGAIN = (
+    "Measure again, with the arguments of this run: adv-yolo thresholds ... scale=0.5 imgsz=320, or thresholds=BEST.pt"
+)
 
+T = TypeVar("T")
 
 if TYPE_CHECKING:
 
@@ -66,11 +83,12 @@ class AdversarialTraining(_Host):
         >>> from ultralytics.models.yolo.detect import DetectionTrainer
         >>> class MyTrainer(AdversarialTraining, DetectionTrainer):  # for YOLO(...).train(trainer=MyTrainer, eps=5)
         ...     method_name = "SAT"
-        >>> MyTrainer.save_model is AdversarialTraining.save_model, MyTrainer.validate is DetectionTrainer.validate
+        >>> MyTrainer.validate is AdversarialTraining.validate, MyTrainer.get_dataset is DetectionTrainer.get_dataset
         (True, True)
     """
 
     method_name: ClassVar[str]
+    best_fitness: float | None
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -89,9 +107,25 @@ class AdversarialTraining(_Host):
         self._held = ExitStack()
         self._ids: dict[str, str] = {}
         self._epoch_values: dict[str, float] = {}
+        self._knows_classes = False
+        self._robust = math.nan
+        if cfg is DEFAULT_CFG and "epochs" not in host and not host.get("resume") and not host.get("time"):
+            self._shorten(host)
         super().__init__(cfg, host, _callbacks)
         if self.settings.backward == "sequential" and self.world_size > 1:
             raise ValueError("backward=sequential works in a single process; use backward=together on several GPUs")
+
+    def _shorten(self, host: dict[str, Any]) -> None:
+        """A network that was trained on these classes already needs fewer epochs, unless the user says how many."""
+        if self.settings.preset != "fast" or not issubclass(method_class(self.method_name), AdversarialMethod):
+            return
+        epochs = epochs_of(host.get("model"), host.get("data"), bool(host.get("single_cls")))
+        if epochs is not None:
+            host["epochs"] = math.ceil(epochs / 4)
+            _log(
+                f"epochs={host['epochs']}, a quarter of the {epochs} that {host['model']} was trained for (epochs=... "
+                f"or preset=paper change it)"
+            )
 
     def train(self) -> None:
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
@@ -102,8 +136,11 @@ class AdversarialTraining(_Host):
     # Before training: everything that can go wrong goes wrong here.
 
     def get_model(self, *arguments: Any, **named: Any) -> Any:
-        """The host's model, if it is one for detection."""
-        return check_model(super().get_model(*arguments, **named))
+        """The host's model, if it is one for detection; notes whether it begins with weights that know the classes."""
+        model = check_model(super().get_model(*arguments, **named))
+        weights = named["weights"] if "weights" in named else arguments[1] if len(arguments) > 1 else None
+        self._knows_classes = weights is not None and has_learnt(weights, model, self.data["names"])
+        return model
 
     def _build_train_pipeline(self) -> None:
         super()._build_train_pipeline()
@@ -129,12 +166,21 @@ class AdversarialTraining(_Host):
                     + ("no margins or counters" if state is None else f"a run of {state['method']['method']}")
                     + ". To start from its weights, train without resume."
                 )
-            self.settings = settings_of(state["arguments"])
+            # A run of an earlier release had no presets, and a best fitness of clean images: it goes on so.
+            self.settings = settings_of({"preset": "paper", "robust_batches": 0, **state["arguments"]})
         channels = int(self.data.get("channels", 3))
-        self.settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
+        settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
+        self.settings = self._follow_head(settings.for_method(self.method_name))
         thresholds = self._thresholds(state)
         with our_names():
-            self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=self.epochs)
+            self.run = MethodRun(
+                self.method_name,
+                self.settings,
+                thresholds,
+                epochs=self.epochs,
+                steps_per_epoch=len(self.train_loader),
+                say=_log,
+            )
         if state is not None:
             self._check_images(state)
             for line in self.run.load_state_dict(state):
@@ -149,6 +195,17 @@ class AdversarialTraining(_Host):
             text = yaml.safe_dump(arguments_of(self.settings), sort_keys=False)
             (self.save_dir / FILE).write_text(notes + text, encoding="utf-8")
 
+    def _follow_head(self, settings: Settings) -> Settings:
+        """Without a shared gradient where it is that of another head than the one that is attacked."""
+        assert self.terms is not None
+        if self.terms.branch != "one2one" or not settings.share_gradient:
+            return settings
+        _log(
+            "share_gradient is off: with nms=False the attack follows the one-to-one head, whose gradient the training "
+            "pass keeps from the image"
+        )
+        return replace(settings, share_gradient=False)
+
     def _thresholds(self, state: dict[str, Any] | None) -> Thresholds | RunningThresholds | None:
         """From the checkpoint, from a file, from a trained model, or by self-calibration; and says which."""
         if not method_class(self.method_name).needs_thresholds(DetectionObjective):
@@ -160,24 +217,84 @@ class AdversarialTraining(_Host):
             return saved_thresholds(state, names, running)
         path = settings.thresholds
         if path == "auto":
+            measured, found = self._measured_on_itself()
+            if measured is not None:
+                _log(f"thresholds measured on the network that is trained on ({self.args.model}): {measured}")
+                self._warn_of_quality(found)
+                return measured
             if settings.warmup_epochs == 0:
                 raise ValueError(
                     f"{self.method_name} has no thresholds: clean_epochs=0 rules out self-calibration. Name a file of "
                     "'adv-yolo thresholds' or a trained model with thresholds=PATH, or remove clean_epochs."
                 )
+            if found is not None:
+                _log(
+                    f"{self.args.model} detects next to nothing on the training images (mAP50 {found:.3f}), so that no "
+                    f"thresholds can be measured on it"
+                )
             _log("thresholds are self-calibrated: clean epochs first, then the statistics of the clean loss")
             return running()
         if path.endswith(".pt"):
-            measured = None
-            if RANK in {-1, 0}:
-                measured = standard.measure(path, self.data, self.args, rule=settings.rule or RULE, device=self.device)
-            measured = from_first_rank(measured)
+            measured = on_first_rank(
+                lambda: standard.measure(
+                    path, self.data, self._own_batch(), rule=settings.rule or RULE, device=self.device
+                )
+            )
             measured.require(names, f"the thresholds of {path}")
             _log(f"thresholds measured on {path}: {measured}")
+            self._warn_of_quality(measured.notes["mAP50"])
             return measured
         taken, remark = load_thresholds(settings, path, names)
         _log(f"thresholds from the file {path}{remark}: {taken}")
+        self._warn_of_quality(taken.notes.get("mAP50"))
+        if taken.notes and "augmentation" not in taken.notes:
+            _log(f"WARNING: {path} was measured on plain images, not on those of a training. {_AGAIN}")
+        if other := standard.other_conditions(taken.notes, self.args):
+            _log(f"WARNING: this run's losses are not those of {path}: {', '.join(other)}. {_AGAIN}")
         return taken
+
+    def _measured_on_itself(self) -> tuple[Thresholds | None, float | None]:
+        """Thresholds of the network as it is, and its mAP50 on training images; None where it was not trained."""
+        if not self._knows_classes or not str(self.args.model).endswith(".pt"):
+            return None, None
+        source = Path(self.args.model)
+        self._model_train()
+        network = copy.deepcopy(unwrap_model(self.model))
+        modes = {name: module.training for name, module in network.named_modules()}
+
+        def look() -> tuple[Thresholds | None, float]:
+            args = self._own_batch()
+            found = standard.quality(network.eval(), self.data, args, self.device, self.save_dir)
+            if found < standard.UNTRAINED:
+                return None, found
+            for name, module in network.named_modules():
+                module.training = modes[name]
+            measured = standard.measure_network(
+                network,
+                self.data,
+                args,
+                rule=self.settings.rule or RULE,
+                device=self.device,
+                split="train",
+                source=source,
+                found=found,
+            )
+            return measured, found
+
+        return on_first_rank(look)
+
+    def _own_batch(self) -> Any:
+        """The host's arguments, with the images that one process has at once."""
+        args = copy.copy(self.args)
+        args.batch = max(1, self.batch_size // max(1, self.world_size))
+        return args
+
+    def _warn_of_quality(self, found: float | None) -> None:
+        if found is not None and found < standard.MEDIOCRE:
+            _log(
+                f"WARNING: the network that the thresholds are of is poorly trained (mAP50 {found:.3f} on training "
+                f"images); they are too lenient, or too strict, by luck. Train it for longer"
+            )
 
     def _check_images(self, state: dict[str, Any]) -> None:
         now = fingerprint(self._ids.values())
@@ -198,6 +315,7 @@ class AdversarialTraining(_Host):
     def run_callbacks(self, event: str) -> None:
         """The host's callbacks, with ours at the beginning and the end of an epoch."""
         if self.run is not None and event == "on_train_epoch_start":
+            self._robust = math.nan
             for line in self.run.begin_epoch(self.epoch):
                 _log(line)
         if self.run is not None and event == "on_train_epoch_end":
@@ -215,9 +333,14 @@ class AdversarialTraining(_Host):
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The host's batch; what the host's forward pass on it may teach BatchNorm is decided here."""
+        """The host's batch; what the host's forward pass on it may teach BatchNorm is decided here.
+
+        Its images ask for their gradient where an attack is to begin with that of the host's pass.
+        """
         batch = super().preprocess_batch(batch)
         self._held.close()
+        if self._shares():
+            batch["img"].requires_grad_()
         if self.run is not None and not self.run.warming_up:
             adversarial_only = not self.run.method.learns_from_clean or self.settings.bn == "adversarial"
             if adversarial_only:
@@ -236,15 +359,25 @@ class AdversarialTraining(_Host):
         assert self.terms is not None
         model = unwrap_model(self.model)
         hold = partial(frozen_statistics, model) if self._only_clean() else ExitStack
-        objective = DetectionObjective(model, self.terms, batch, predictions, hold)
+        # What is multiplied by it is known to the host's scaler only: gradients that are taken at once need it, too.
+        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
+        objective = DetectionObjective(model, self.terms, batch, predictions, hold, scale)
         sequential = self.settings.backward == "sequential"
         ids = [self._ids.get(name, name) for name in batch["im_file"]]
         step = self.run.step(objective, batch["img"], ids, self._backward if sequential else None)
+        batch["img"].requires_grad_(False)  # for the host's plots, and whoever else looks at the batch
         loss = step.loss
         if sequential:  # its gradients are in place; the host's backward pass finds nothing more
             loss = loss + torch.zeros((), device=loss.device, requires_grad=True)
         assert objective.items is not None
         return loss, objective.items
+
+    def _shares(self) -> bool:
+        """Whether an attack begins with the gradient of the host's own forward pass."""
+        if self.run is None or self.run.warming_up:
+            return False
+        method = self.run.method
+        return isinstance(method, AdversarialMethod) and method.learns_from_clean and bool(method.clean_gradients)
 
     def _only_clean(self) -> bool:
         return self.settings.bn == "clean" and self.run is not None and self.run.method.learns_from_clean
@@ -253,11 +386,66 @@ class AdversarialTraining(_Host):
         with torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss).backward()
 
+    # Validation
+
+    def validate(self) -> tuple[dict[str, Any] | None, float | None]:
+        """The host's validation; of an adversarial training, the fitness is that under attack.
+
+        By it the host keeps ``best.pt`` and stops early. An epoch of the clean warm-up has none, as where the host
+        does not validate: it can neither win nor lose.
+        """
+        before = self.best_fitness
+        metrics, fitness = super().validate()
+        if metrics is None or self.run is None or not isinstance(self.run.method, AdversarialMethod):
+            return metrics, fitness
+        if self.run.warming_up:
+            self.best_fitness = before
+            return metrics, None
+        found = self._under_attack() if self._judges() else None
+        if found is None:
+            return metrics, fitness
+        self._robust, fitness = found["metrics/mAP50-95(B)"], found["fitness"]
+        self.best_fitness = fitness if before is None or before < fitness else before
+        return metrics, fitness
+
+    def _judges(self) -> bool:
+        """Whether epochs are judged under attack."""
+        settings = self.settings
+        adversarial = self.run is not None and isinstance(self.run.method, AdversarialMethod)
+        return adversarial and settings.robust_batches > 0 and bool(settings.eps)
+
+    def _under_attack(self) -> dict[str, float] | None:
+        """The host's metrics of the EMA network on some attacked validation images; None where these have no objects.
+
+        The images are the same in every epoch, at even distances.
+        """
+        dataset, network, settings = self.test_loader.dataset, self.ema.ema, self.settings
+        # The host validates on twice as many images at once as it trains on, which are of one shape.
+        size = max(1, int(dataset.batch_size or 1) // 2)
+        parts = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+        parts = [part for part in parts if any(len(dataset.labels[i]["cls"]) for i in part)]
+        attack, terms = PGD(_JUDGE_STEPS, _JUDGE_SCALE, settings.p), ImageTerms(network)
+        scores = []
+        for part in spread(parts, settings.robust_batches):
+            batch = standard.batch_of(dataset, part, self.device)
+            objective = DetectionObjective(network, terms, batch)
+            attacked = attack(objective, batch["img"], settings.eps or 0.0, bounds=settings.bounds, final_pass=False)
+            with inspecting(objective):
+                scores.append(score(network, self.validator, batch, attacked.images))
+        if not scores:
+            return None
+        results = host_results(joined(scores), network.names)
+        images = sum(len(part["number"]) for part in scores)
+        _log(f"mAP50-95 {results['metrics/mAP50-95(B)']:.4f} under attack ({images} images, eps {settings.eps:g})")
+        return results
+
     # Logs and checkpoints
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
         ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
+        if self._judges():
+            ours[ROBUST] = self._robust
         self.metrics: dict[str, Any] = {key: value for key, value in self.metrics.items() if key not in ours} | ours
         super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)
 
@@ -278,6 +466,12 @@ class AdversarialTraining(_Host):
 
     def final_eval(self) -> None:
         """The host's final evaluation; then our state leaves the finished checkpoints, as the optimizer has."""
+        assert self.run is not None
+        if isinstance(self.run.method, AdversarialMethod) and self.epoch < self.run.warmup_epochs:
+            _log(
+                f"WARNING: the run ended within its {self.run.warmup_epochs} clean epochs: no network of it was "
+                f"trained under attack, that in best.pt neither. Train for longer, or with fewer clean epochs"
+            )
         super().final_eval()
         if RANK in {-1, 0}:
             for path in (self.last, self.best):
@@ -435,6 +629,47 @@ def separate_images(arguments: dict[str, Any], method: str) -> None:
             f"{method} with {', '.join(mixing)}: several images become one, and its noise level is kept under the name "
             f"of the first. Levels mean less so; set them to 0 for those of single images."
         )
+
+
+def epochs_of(model: Any, data: Any, single: bool) -> int | None:
+    """How many epochs a model in a file was to be trained for; None if it is none, or of other classes than the data.
+
+    Args:
+        model: the host's argument.
+        data: the host's argument, a YAML file.
+        single: whether all classes of the data are one (the host's ``single_cls``).
+    """
+    path, described = Path(str(model)), Path(str(data))
+    if path.suffix != ".pt" or not path.is_file() or not described.is_file():
+        return None
+    network, checkpoint = load_checkpoint(path)
+    epochs = (checkpoint.get("train_args") or {}).get("epochs")
+    names = YAML.load(described).get("names") or {}
+    wanted = ["item"] if single else list(names.values() if isinstance(names, dict) else names)
+    known = [str(name) for name in dict(network.names).values()] == [str(name) for name in wanted]
+    return int(epochs) if epochs and known else None
+
+
+def has_learnt(weights: Any, model: Any, names: Mapping[int, str]) -> bool:
+    """Whether all of a model is in weights that were trained for these classes."""
+    mine, theirs = model.state_dict(), weights.state_dict()
+    fits = mine.keys() == theirs.keys() and all(mine[name].shape == theirs[name].shape for name in mine)
+    return fits and [str(name) for name in dict(weights.names).values()] == [str(name) for name in names.values()]
+
+
+def on_first_rank(look: Callable[[], T]) -> T:
+    """What the first process finds, in all of them; so is its error, for which the others would wait."""
+    found: Any = None
+    if RANK in {-1, 0}:
+        try:
+            found = look(), None
+        except (OSError, TypeError, ValueError, RuntimeError) as error:
+            found = None, error
+    value, problem = from_first_rank(found)
+    if problem is not None:
+        raise problem
+    result: T = value
+    return result
 
 
 def relative_names(files: Sequence[str], root: Any) -> list[str]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import torch_utils
 
-from adv_yolo import cli
+from adv_yolo import calibration, cli
 from adv_yolo.cli import main
 from adv_yolo.evaluate import DetectionEvaluation
 from adv_yolo.trainer import STATE
 from advmed.thresholds import Thresholds
-from helpers.detection import CLASSES, ONE_HEAD, QUIET, TERMS, save, stock_terms
+from helpers.detection import CLASSES, ONE_HEAD, QUIET, TERMS, of_image, one_image, save
 from helpers.hosts import mistake_of, table
 from helpers.pages import run
 
@@ -155,21 +160,46 @@ def test_mistakes_are_named_before_anything_is_trained_or_measured(
     assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"best.pt", "args.yaml"}
 
 
+def terms_in_training(path: Path, data: Any, arguments: dict[str, Any]) -> Tensor:
+    """The stock loss of every validation image alone, from a pass over the batches of the host's own training."""
+    given = {"model": str(path), "data": str(data.yaml), "device": "cpu", "workers": 0, "mosaic": 0.0, **arguments}
+    trainer = DetectionTrainer(overrides={**given, "project": str(Path.cwd()), "name": "stock"})
+    trainer.model, trainer.stride = load_checkpoint(path)[0].train(), 32
+    trainer.model.args = trainer.args
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    found = []
+    for raw in trainer.get_dataloader(trainer.data["val"], batch_size=3, rank=-1, mode="train"):
+        batch = trainer.preprocess_batch(raw)
+        predictions, criterion = trainer.model(batch["img"]), trainer.model.init_criterion()
+        for i in range(len(batch["img"])):
+            found.append(criterion(of_image(predictions, i), one_image(batch, i))[0].detach())
+    return torch.stack(found).double()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "factor"), [(None, 2), ("mean", 0)])
-def test_thresholds_are_mean_and_deviation_of_the_clean_terms(
-    trained: Path, data: Any, tmp_path: Path, rule: str | None, factor: float
+def test_thresholds_are_mean_and_deviation_of_the_terms_that_a_training_sees(
+    trained: Path, data: Any, tmp_path: Path, said: list[str], rule: str | None, factor: float
 ) -> None:
-    """Beside the model, unless told otherwise."""
+    """Beside the model, unless told otherwise. Its augmentation is the model's own, but for what is given."""
     path = shutil.copy(trained, tmp_path / "own.pt")
     words = [f"model={path}"] if rule is None else [f"model={trained}", f"rule={rule}", "out=t.json"]
-    assert main(["thresholds", *words, f"data={data.yaml}", "split=val", "batch=3", "device=cpu"]) == 0
+    words += [f"data={data.yaml}", "split=val", "batch=3", "device=cpu", "scale=0.2", "seed=5", "box=3.0"]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert main(["thresholds", *words]) == 0
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     found = Thresholds.load(path.with_name("thresholds.json" if rule is None else "t.json"))
     assert (found.n, found.names) == (4, TERMS)
     assert (found.source, found.rule) == (str(path if rule is None else trained), rule or "mean+2std")
     assert found.notes["imgsz"] == 96  # as the model was trained
-    with torch.no_grad():
-        terms = stock_terms(load_checkpoint(trained)[0], data.batch()).double()
+    assert found.notes["images"] == 4
+    assert (found.notes["augmentation"]["scale"], found.notes["augmentation"]["fliplr"]) == (0.2, 0.5)
+    host = YOLO(str(trained)).val(data=str(data.yaml), rect=False, imgsz=96, device="cpu", workers=0, plots=False)
+    assert found.notes["mAP50"] == pytest.approx(host.box.map50, abs=1e-4)
+    assert any("mAP50 (plain images) of that network" in line for line in said)
+    terms = terms_in_training(trained, data, {"imgsz": 96, "scale": 0.2, "box": 3.0})
     wanted = terms.mean(0) + factor * terms.std(0, correction=0)
     assert found.values == pytest.approx(wanted.tolist(), rel=1e-4)
 
@@ -197,10 +227,21 @@ def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_a_model_of_a_single_class_is_evaluated_as_it_was_trained(train: list[str], data: Any) -> None:
+def test_a_model_of_a_single_class_is_measured_as_it_was_trained_and_not_if_it_was_not(
+    train: list[str],
+    data: Any,
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert main([*train, "epochs=1", "single_cls=True"]) == 0
     given = ["model=x/weights/best.pt", f"data={data.yaml}", "single_cls=True", "device=cpu"]
+    message = mistake_of(main, capsys, "thresholds", *given)
+    assert "x/weights/best.pt detects next to nothing on the training images (mAP50 0.000, below 0.05)" in message
+    assert not Path("x/weights/thresholds.json").exists()
+    monkeypatch.setattr(calibration, "UNTRAINED", 0.0)
     assert main(["thresholds", *given]) == 0
+    assert any("WARNING: this network is poorly trained" in line for line in said)
     assert main(["evaluate", *given, "levels=0,1", "attacks=pgd1", "checks=0", "examples=1", "out=r"]) == 0
 
 

@@ -19,6 +19,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "stock": ("std", {}),
     "nothing": ("sat", {"eps": 0.0, "bn": "clean", "steps": 1}),
     "amat": ("amat", {"delta": 0.5, "steps": 2, "random_start": 1.0, "refinement": "crossing"}),
+    "fast": ("amat", {}),  # as it is by default
     "dpaat": ("dpaat", {"eps": 1.0, "steps": 2, "step_size": 0.25, "average": "epoch"}),
     "trades": ("trades", {"eps": 1.0, "steps": 2}),
 }
@@ -40,7 +41,11 @@ def test_one_network_after_every_step_without_attacks_through_the_wrapper(ranks:
 
 @pytest.mark.parametrize(
     ("run", "visits", "thresholds"),
-    [("amat", EPOCHS - 1, "box_loss < "), ("dpaat", EPOCHS, "None")],  # one epoch was clean
+    [
+        ("amat", EPOCHS - 1, "box_loss < "),
+        ("fast", EPOCHS - 1, "box_loss < "),
+        ("dpaat", EPOCHS, "None"),
+    ],  # one epoch was clean
 )
 def test_the_ranks_have_the_same_margins_and_thresholds(
     ranks: Ranks, data: Any, run: str, visits: int, thresholds: str

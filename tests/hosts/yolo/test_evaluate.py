@@ -14,6 +14,7 @@ from ultralytics.data.utils import check_det_dataset
 
 from adv_yolo import evaluate as host
 from adv_yolo.cli import main
+from adv_yolo.scores import best_overlaps
 from advmed.attacks import PGD
 from advmed.evaluation.loop import evaluate
 from helpers.detection import CLASSES, save
@@ -96,9 +97,9 @@ def boxes(*rows: tuple[float, ...]) -> dict[str, torch.Tensor]:
 )
 def test_the_best_overlap_of_every_object(detections: list[tuple[float, ...]], best: list[float]) -> None:
     objects = {"bboxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "cls": torch.tensor([1.0, 2.0])}
-    assert host.best_overlaps(objects, boxes(*detections)).tolist() == pytest.approx(best)
+    assert best_overlaps(objects, boxes(*detections)).tolist() == pytest.approx(best)
     none = {"bboxes": torch.zeros(0, 4), "cls": torch.zeros(0)}
-    assert host.best_overlaps(none, boxes(*detections)).tolist() == []
+    assert best_overlaps(none, boxes(*detections)).tolist() == []
 
 
 def test_the_average_iou_is_over_objects_and_an_image_without_any_has_none() -> None:

@@ -22,7 +22,9 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils import dist
 from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import DetMetrics
+from ultralytics.utils.torch_utils import EarlyStopping
 
+from adv_yolo.calibration import AUGMENTATION, GAINS
 from adv_yolo.objective import HEADS
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, AdversarialTraining
@@ -58,6 +60,23 @@ CODE: dict[str, tuple[Any, str]] = {
     "checkpoints": (BaseTrainer.save_model, 'ema = deepcopy(ema).half() ... ema.criterion = None ... "ema": ema'),
     "metrics": (BaseTrainer._do_train, "{**self.label_loss_items(self.tloss), **self.metrics, **self.lr}"),
     "columns": (BaseTrainer.save_metrics, "keys, vals = list(metrics.keys()), list(metrics.values())"),
+    "fitness": (
+        BaseTrainer.validate,
+        'metrics = self.validator(self) ... return None, None ... metrics.pop("fitness" ... self.best_fitness = ',
+    ),
+    "an epoch without fitness neither wins nor counts": (EarlyStopping.__call__, "if fitness is None ... return False"),
+    "the best epoch": (BaseTrainer.save_model, "if self.best_fitness == self.fitness ... self.best.write_bytes"),
+    "a fitness that is none is not broken": (BaseTrainer._handle_nan_recovery, "self.fitness is not None and"),
+    "a validation's batches": (BaseTrainer._build_train_pipeline, 'else batch_size * 2 ... mode="val"'),
+    "weights to begin with": (BaseTrainer.setup_model, "self.get_model(cfg=cfg, weights=weights"),
+    "what a training makes of a batch": (
+        DetectionTrainer.preprocess_batch,
+        "self.device ... self.args.multi_scale ... self.stride ... self.args.imgsz",
+    ),
+    "the images of a training": (
+        DetectionTrainer.build_dataset,
+        'build_yolo_dataset(self.args, img_path, batch, self.data, mode=mode, rect=mode == "val", stride=gs)',
+    ),
     "what processes are given": (dist.generate_ddp_file, '"args": vars(trainer.args)'),
     "and make of it": (dist.generate_ddp_file, 'state["trainer"](cfg=cfg, overrides=state["args"]'),
     "processes are started": (BaseTrainer.train, "self.ddp ... generate_ddp_command(self)"),
@@ -121,7 +140,8 @@ def test_signatures(function: Any, wanted: str) -> None:
 
 def test_what_we_override_has_the_signature_that_ours_has() -> None:
     names = (
-        "train _build_train_pipeline resume_training run_callbacks preprocess_batch save_metrics save_model final_eval"
+        "train _build_train_pipeline resume_training run_callbacks preprocess_batch validate save_metrics save_model "
+        "final_eval"
     )
     for name in names.split():
         assert parameters(getattr(DetectionTrainer, name)) == parameters(getattr(AdversarialTraining, name)), name
@@ -138,6 +158,7 @@ def test_arguments_of_ours_are_none_of_the_hosts_and_unknown_ones_are_compared_w
     with pytest.raises(SyntaxError, match="delta"):  # this is why ours are taken away for a validator
         DetectionValidator(save_dir=tmp_path, args={"delta": 1.0})
     assert all(name.startswith("train/") for name in COLUMNS.values())
+    assert set(AUGMENTATION) | set(GAINS) <= set(DEFAULT_CFG_DICT)
 
 
 def test_the_model_asks_its_criterion(networks: Any, batch: dict[str, Any]) -> None:

@@ -19,12 +19,13 @@ import yaml
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from adv_yolo import AMATDetectionTrainer
+from adv_yolo import AMATDetectionTrainer, attack, calibration
 from adv_yolo.settings import argument_names
-from adv_yolo.trainer import COLUMNS, STATE, TRAINERS, MethodCriterion
+from adv_yolo.trainer import COLUMNS, ROBUST, STATE, TRAINERS, MethodCriterion
 from advmed.thresholds import RunningThresholds, Thresholds
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, divergence, epochs, save
 from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
@@ -65,7 +66,7 @@ def changed(first: nn.Module, second: nn.Module) -> list[str]:
 def test_noise_of_nothing_is_the_stock_training_bit_for_bit(run: Any, arguments: dict[str, Any]) -> None:
     given = {**STILL, **arguments}
     stock = run("stock", "stock", **given)
-    ours = run("sat", "ours", eps=0.0, bn="clean", **given)
+    ours = run("sat", "ours", eps=0.0, bn="clean", **given)  # which no attacked validation judges
     assert not changed(stock.model, ours.model)
     assert not changed(stock.ema.ema, ours.ema.ema)
     expected, rows = (table(trainer.save_dir / "results.csv") for trainer in (stock, ours))
@@ -183,6 +184,103 @@ def test_the_loss_is_that_of_the_host_and_the_weighted_distance(
     assert trainer.terms.branch == branch
 
 
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        *(("sat", {"bn": bn}) for bn in ("clean", "both", "adversarial")),
+        *(("sat", {**SEQUENTIAL, "bn": "both"}), ("sat", {"model": TWO_HEADS})),
+        *(("amat", {"start": "delta"}), ("dpaat", {"nbs": 2}), ("dpaat", {"sync_weight": 0.0})),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_the_hosts_own_pass_saves_one_and_changes_nothing_for_an_image_alone(
+    make: Any, tmp_path: Path, thresholds: Any, monkeypatch: pytest.MonkeyPatch, kind: str, own: dict[str, Any]
+) -> None:
+    """Its batch's loss is the image's own. In half precision, as on a GPU, the loss is scaled on the way."""
+    names = OTHER_TERMS if own.get("model") == TWO_HEADS else TERMS
+    given = {"eps": 3.0, "delta": 3.0, "steps": 3, "step_scale": 2.0, "batch": 1, "nbs": 1, **STILL, **own}
+    given["thresholds"] = thresholds(5.0, names)
+    found: dict[bool, Any] = {}
+    for shared in (False, True):
+        trainer = make(kind, tmp_path / str(shared), share_gradient=shared, **given)
+        passes, noise, batches = [], [], []
+
+        def ready(trainer: Any, passes: list[int] = passes, noise: list[Tensor] = noise, half: bool = shared) -> None:
+            trainer.model.model[0].register_forward_hook(lambda *_: passes.append(1))
+            if half:
+                trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            step = trainer.run.method.step
+
+            def watch(*given: Any, **named: Any) -> Any:
+                made = step(*given, **named)
+                noise.append(made.adversarial - given[1].detach())
+                return made
+
+            monkeypatch.setattr(trainer.run.method, "step", watch)
+
+        def stop(trainer: Any, batches: list[int] = batches) -> None:
+            batches.append(1)
+            if len(batches) == trainer.accumulate:
+                scale = trainer.scaler.get_scale()
+                named = trainer.model.named_parameters()
+                trainer.kept = {name: p.grad.clone() / scale for name, p in named if p.grad is not None}
+                raise Interrupted
+
+        trainer.add_callback("on_train_start", ready)
+        monkeypatch.setattr(trainer, "optimizer_step", partial(stop, trainer))
+        if own.get("nbs"):  # gradients of two batches are added up
+            trainer.add_callback("on_train_batch_end", lambda t, b=batches: b.append(1) if len(b) == 0 else None)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        found[shared] = (trainer.kept, len(passes), noise, trainer.settings)
+    (grads, most, noise, _), (others, least, same, settings) = found[False], found[True]
+    steps = len(noise)
+    assert steps == own.get("nbs", 1)
+    clean = kind != "dpaat" or "sync_weight" not in own  # else it makes no clean pass that it learns from
+    assert most - least == (steps if clean else 0)
+    if clean:
+        assert least == steps * (1 + settings.steps), "the host's, those of the attack but its first, and the last"
+    for one, two in zip(noise, same, strict=True):
+        assert not two.requires_grad
+        assert one.norm() > 2.0
+        torch.testing.assert_close(two, one, rtol=1e-2, atol=1e-3)
+    assert grads.keys() == others.keys()
+    assert len(grads) > 20
+    for name, wanted in grads.items():
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(others[name], wanted, rtol=1e-2, atol=2e-3 * scale + 1e-7, msg=name)
+
+
+def test_in_float16_the_shared_gradients_are_taken_of_the_scaled_loss(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs only, as the host has it. Without the scale they would be lost, and the pass would not be shared."""
+    half = partial(torch.autocast, "cpu", dtype=torch.float16)
+    monkeypatch.setattr("ultralytics.engine.trainer.autocast", lambda *_, **__: half())
+    found: dict[bool, list[Any]] = {}
+
+    def ready(trainer: Any) -> None:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        trainer.passes = []
+        trainer.model.model[0].register_forward_hook(lambda *_: trainer.passes.append(1))
+
+    for shared in (False, True):
+        given = {"eps": 2.0, "steps": 2, "epochs": 1, "val": False, "share_gradient": shared, **STILL}
+        trainer = run("sat", str(shared), {"on_train_start": ready}, **given)
+        found[shared] = [dict(trainer.model.named_parameters()), len(trainer.passes), trainer.scaler.get_scale()]
+    assert [most for _, most, _ in found.values()] == [2 * 4, 2 * 3]
+    assert {scale for _, _, scale in found.values()} == {2.0**12}, "no step was lost to an overflow"
+    for name, value in found[False][0].items():
+        torch.testing.assert_close(found[True][0][name], value, rtol=5e-2, atol=2e-3, msg=name)
+
+
+def test_no_gradient_is_shared_where_it_is_of_another_head_than_the_attacked_one(run: Any, said: list[str]) -> None:
+    trainer = run("sat", model=TWO_HEADS, nms=False, eps=1.0, epochs=1, val=False)
+    assert trainer.settings.share_gradient is False
+    assert trainer.run.method.clean_gradients is None
+    assert sum("share_gradient is off: with nms=False" in line for line in said) == 1
+
+
 def layers(trainer: Any) -> list[nn.BatchNorm2d]:
     return [module for module in trainer.model.modules() if isinstance(module, nn.BatchNorm2d)]
 
@@ -263,6 +361,7 @@ def test_results_and_noise_levels_are_written_down(finished: Any, data: Any) -> 
         assert margins_of(folder / "margins.csv") == pytest.approx(expected)
         assert set(expected) == set(data.ids("train"))
         assert (folder / "results.png").stat().st_size > 1000
+        assert (folder / "train_batch2.jpg").stat().st_size > 1000, "the host plots the first attacked batch"
 
 
 def test_checkpoints_hold_plain_values_while_training_and_nothing_afterwards(finished: Any, data: Any) -> None:
@@ -287,10 +386,12 @@ def test_checkpoints_hold_plain_values_while_training_and_nothing_afterwards(fin
 
 @of_amat
 def test_settings_are_written_down(finished: Any) -> None:
+    """What was used, by the preset and by the host's image size."""
     text = (finished.save_dir / "adversarial.yaml").read_text()
     found = yaml.safe_load(text)
     assert (found["delta"], found["steps"]) == (0.5, 1)
     assert found["eps"] == pytest.approx(10 * 64 / 320)  # the default, for 64 pixels instead of 320
+    assert (found["refinement"], found["schedule"], found["share_gradient"]) == ("secant", "decreasing", True)
     assert "# method: AMAT" in text
     assert set(found) == set(argument_names()), "it can be passed on as cfg=adversarial.yaml"
     assert not set(yaml.safe_load((finished.save_dir / "args.yaml").read_text())) & set(argument_names())
@@ -356,7 +457,7 @@ def test_checkpoints_work_where_our_packages_are_not_installed(finished: Any, da
 
 def test_self_calibrated_thresholds_begin_after_the_warm_up(run: Any, data: Any, said: list[str]) -> None:
     """With images that are mixed on request, which have the ids of the first."""
-    given = {"mosaic": 1.0, "mixup": 0.5, "close_mosaic": 1}
+    given = {"mosaic": 1.0, "mixup": 0.5, "close_mosaic": 1, "preset": "paper"}
     trainer = run("amat", epochs=4, clean_epochs=2, delta=0.5, val=False, **given)
     assert isinstance(trainer.run.thresholds, RunningThresholds)
     assert trainer.run.thresholds.names == TERMS
@@ -366,12 +467,68 @@ def test_self_calibrated_thresholds_begin_after_the_warm_up(run: Any, data: Any,
         assert sum(words in line for line in said) == 1, words
 
 
-def test_thresholds_are_measured_on_a_trained_model(run: Any, trained: Path) -> None:
-    trainer = run("amat", thresholds=str(trained), epochs=1, val=False)
-    found = trainer.run.thresholds
-    assert isinstance(found, Thresholds)
-    assert (found.n, found.rule, found.names) == (8, "mean+2std", TERMS)
-    assert trainer.run.method.margins.visits().tolist() == [1] * 8
+@pytest.fixture
+def known(make_data: Any) -> Any:
+    """A data set whose training images are those that the trained network knows."""
+    own = make_data()
+    own.list("train", own.names("val"))
+    return own
+
+
+def test_thresholds_are_measured_on_a_trained_model_named_or_trained_on(
+    make: Any, known: Any, trained: Path, tmp_path: Path, said: list[str]
+) -> None:
+    """Its weights are still those of the file, and so are its losses."""
+    found, given = [], {"source": known, "imgsz": 96, "epochs": 1, "val": False, "scale": 0.2, "multi_scale": 0.3}
+    for name, own in (("named", {"thresholds": str(trained)}), ("itself", {"model": str(trained)})):
+        trainer = make("amat", tmp_path / name, **given, **own)
+        begun: list[Any] = []
+        trainer.add_callback("on_train_start", lambda t, b=begun: b.append(copy.deepcopy(t.model)))
+        trainer.train()
+        found.append(trainer.run.thresholds)
+        assert (found[-1].n, found[-1].rule, found[-1].names) == (4, "mean+2std", TERMS)
+        assert found[-1].notes["augmentation"]["scale"] == 0.2
+        assert trainer.run.method.margins.visits().tolist() == [1] * 4
+        assert trainer.run.warmup_epochs == 0
+    assert found[0] == found[1]
+    assert not changed(begun[0], load_checkpoint(trained)[0]), "measuring leaves no trace in what is trained"
+    assert sum("thresholds measured on the network that is trained on" in line for line in said) == 1
+    # Under other arguments the file is not quite right, and says so.
+    found[0].save(tmp_path / "t.json")
+    said.clear()
+    trainer = make("amat", tmp_path / "file", **{**given, "thresholds": str(tmp_path / "t.json"), "scale": 0.4})
+    trainer.add_callback("on_train_start", stop_here)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert any(
+        line.startswith("WARNING") and "are not those of" in line and "scale 0.2 -> 0.4." in line for line in said
+    )
+    assert not any("plain images, not on those" in line for line in said)
+
+
+def stop_here(_: Any) -> None:
+    raise Interrupted
+
+
+def test_a_network_that_has_learnt_nothing_gives_no_thresholds(
+    make: Any, networks: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), tmp_path / "new.pt"))
+    with pytest.raises(ValueError, match=r"new.pt detects next to nothing on the training images \(mAP50 0.000"):
+        make("amat", tmp_path, thresholds=path).train()
+    trainer = make("amat", tmp_path, model=path)
+    trainer.add_callback("on_train_start", stop_here)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert isinstance(trainer.run.thresholds, RunningThresholds)
+    assert sum("so that no thresholds can be measured on it" in line for line in said) == 1
+    monkeypatch.setattr(calibration, "UNTRAINED", 0.0)
+    trainer = make("amat", tmp_path, model=path)
+    trainer.add_callback("on_train_start", stop_here)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert isinstance(trainer.run.thresholds, Thresholds)
+    assert sum(line.startswith("WARNING") and "is poorly trained" in line for line in said) == 1
 
 
 @pytest.mark.parametrize(
@@ -469,6 +626,18 @@ def test_a_resumed_run_continues_as_it_began_where_its_data_set_moved_and_not_wh
         assert (method.highest, method.average) == (2.0, "epoch")
 
 
+def test_a_run_of_an_earlier_release_goes_on_without_what_it_did_not_know(broken: Any) -> None:
+    last = broken("sat", eps=0.5, steps=2)
+    checkpoint = torch.load(last, weights_only=False)
+    arguments = getattr(checkpoint["ema"], STATE)["arguments"]
+    for name in ("preset", "schedule", "share_gradient", "robust_batches"):
+        del arguments[name]
+    torch.save(checkpoint, last)
+    settings = resume("sat", last).settings
+    assert (settings.schedule, settings.share_gradient, settings.robust_batches) == ("equal", False, 0)
+    assert (settings.steps, settings.eps) == (2, 0.5)
+
+
 @of_amat
 def test_what_is_no_unfinished_run_of_the_method_is_not_resumed(broken: Any, finished: Any, run: Any) -> None:
     stock, sat = broken("stock"), broken("sat", eps=0.5)
@@ -520,7 +689,7 @@ def test_the_epoch_is_begun_again_when_memory_runs_out(
         return result
 
     monkeypatch.setattr(AMATDetectionTrainer, name, starved)
-    given = {"delta": 0.25, "thresholds": thresholds(math.inf), "bn": "adversarial", "val": False}
+    given = {"delta": 0.25, "thresholds": thresholds(math.inf), "bn": "adversarial", "val": False, "preset": "paper"}
     trainer = run("amat", **given)
     assert (left, trainer.batch_size) == ([], 2)
     margins = trainer.run.method.margins
@@ -533,11 +702,108 @@ def test_the_epoch_is_begun_again_when_memory_runs_out(
     assert all(layer.track_running_stats for layer in layers(trainer))
 
 
+class Attacked(DetectionValidator):
+    """The host's validator, whose images are attacked by a call of our own."""
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch, model = super().preprocess(batch), self.judged
+        found = attack(model, batch, radius=2.0, steps=5, step_scale=2.0, keep="last")
+        return {**batch, "img": found.images}
+
+
+def test_fitness_is_what_the_hosts_validator_measures_under_attack(
+    make: Any, known: Any, trained: Path, tmp_path: Path
+) -> None:
+    given = {"model": str(trained), "imgsz": 96, "epochs": 1, "batch": 1, "nbs": 1, "eps": 2.0, "lr0": 1e-4, **STILL}
+    trainer = make("sat", tmp_path, source=known, **given)
+    found: dict[str, Any] = {}
+
+    def look(trainer: Any) -> None:
+        found["states"] = copy.deepcopy(trainer.ema.ema.state_dict())
+        found["metrics"], found["fitness"], found["best"] = *trainer.validate(), trainer.best_fitness
+        validator = Attacked(trainer.test_loader, trainer.save_dir, copy.copy(trainer.args))
+        validator.judged = trainer.ema.ema
+        found["attacked"] = validator(trainer)
+        raise Interrupted
+
+    trainer.add_callback("on_train_epoch_end", look)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    clean = found["metrics"]["metrics/mAP50-95(B)"]
+    assert found["fitness"] == found["best"] == pytest.approx(found["attacked"]["fitness"], abs=1e-4)
+    assert 0.01 < found["fitness"] < 0.8 * clean
+    assert not different(found["states"], trainer.ema.ema.state_dict())
+
+
+def test_the_best_epoch_is_the_best_under_attack_and_no_clean_one(
+    run: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Not even where clean images are detected better there; nor does patience begin before."""
+    host, judged, saved = DetectionTrainer.validate, iter([0.1, 0.3, 0.2, 0.2]), []
+
+    def validate(self: Any) -> Any:
+        metrics, _ = host(self)
+        self.best_fitness = 0.9
+        return metrics, 0.9
+
+    monkeypatch.setattr(DetectionTrainer, "validate", validate)
+    under_attack = AMATDetectionTrainer._under_attack
+
+    def measured(self: Any) -> Any:
+        found, value = under_attack(self), next(judged)
+        assert found.keys() >= {"fitness", "metrics/mAP50-95(B)"}
+        return found | {"fitness": value, "metrics/mAP50-95(B)": value}
+
+    monkeypatch.setattr(AMATDetectionTrainer, "_under_attack", measured)
+    keep = {"on_model_save": lambda t: saved.append((copy.deepcopy(t.ema.ema), t.best_fitness))}
+    trainer = run("amat", on=keep, epochs=9, clean_epochs=3, patience=2)
+    assert [best for _, best in saved] == [None] * 3 + [0.1, 0.3, 0.3, 0.3]
+    rows = table(trainer.save_dir / "results.csv")
+    assert [float(row[ROBUST]) for row in rows] == pytest.approx([math.nan] * 3 + [0.1, 0.3, 0.2, 0.2], nan_ok=True)
+    best = torch.load(trainer.best, weights_only=False)["model"].state_dict()
+    assert not different(best, {name: value.half() for name, value in saved[4][0].state_dict().items()})
+    assert not any("under attack, that in best.pt neither" in line for line in said)
+
+
+def test_a_run_that_ends_before_it_attacks_says_so_and_what_is_not_judged_is_the_hosts(
+    run: Any, said: list[str]
+) -> None:
+    def stop(trainer: Any) -> None:
+        trainer.stop = True
+
+    trainer = run("amat", "short", {"on_fit_epoch_end": stop}, epochs=4, clean_epochs=2)
+    assert epochs(trainer.save_dir) == [1]
+    assert sum("ended within its 2 clean epochs" in line and line.startswith("WARNING") for line in said) == 1
+    given = {"epochs": 1, "eps": 1.0, "robust_batches": 0}
+    trainer = run("sat", "off", **given)
+    assert trainer.best_fitness == trainer.fitness == pytest.approx(trainer.metrics["metrics/mAP50-95(B)"], abs=1e-4)
+    assert ROBUST not in table(trainer.save_dir / "results.csv")[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [({}, 3), ({"preset": "paper"}, 100), ({"epochs": 7}, 7), ({"single_cls": True}, 100), ({"time": 1.0}, 100)],
+    ids=str,
+)
+def test_what_was_trained_on_these_classes_is_trained_a_quarter_as_long(
+    data: Any, tmp_path: Path, said: list[str], own: dict[str, Any], wanted: int
+) -> None:
+    path = save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), tmp_path / "std.pt")
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["train_args"]["epochs"] = 9
+    torch.save(checkpoint, path)
+    given = {"model": str(path), "data": str(data.yaml), "project": str(tmp_path), "device": "cpu", **own}
+    trainer = AMATDetectionTrainer(overrides=given)
+    assert trainer.epochs == trainer.args.epochs == wanted
+    assert yaml.safe_load((trainer.save_dir / "args.yaml").read_text())["epochs"] == wanted
+    assert sum("a quarter of the 9 that" in line for line in said) == (wanted == 3)
+
+
 def test_attack_steps_lost_to_bad_gradients_are_counted_and_warned_of(
     run: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overflow(monkeypatch, 0)
-    trainer = run("sat", eps=0.5, steps=3, epochs=1)
+    trainer = run("sat", eps=0.5, steps=3, epochs=1, share_gradient=False)
     (row,) = table(trainer.save_dir / "results.csv")
     assert float(row["train/adv_nonfinite"]) == 2 * 3  # an image in each batch, in every step
     assert any(line.startswith("WARNING") and "6 attack step(s) were skipped" in line for line in said)
