@@ -187,9 +187,11 @@ class LightningDemo(Steps):
         tool: adv-classify or adv-landmark.
         data: what is read, for the reader.
         content: the configuration that all trainings have in common.
-        methods: their names, with arguments of their own, the standard one first; {STD} in a value of another is its
-            checkpoint.
+        methods: their names, with options of their own (model.method.eps, trainer.max_epochs, ...), the standard one
+            first; {STD} in a value of another is its checkpoint.
         evaluate: words for the tool's evaluate.
+        seed: of weights, batches and augmentation.
+        expected: see :class:`Steps`.
     """
 
     def __init__(
@@ -200,8 +202,11 @@ class LightningDemo(Steps):
         content: Mapping[str, Any],
         methods: Mapping[str, Mapping[str, Any]],
         evaluate: list[str],
+        seed: int = 0,
+        expected: Sequence[float] = (),
     ) -> None:
-        super().__init__(work, {})
+        super().__init__(work, {}, expected)
+        self.seed = seed
         self.tool, self.data, self.content, self.methods, self.words = tool, data, content, methods, evaluate
 
     def checkpoint(self, name: str) -> Path:
@@ -210,7 +215,7 @@ class LightningDemo(Steps):
 
     def run(self) -> Path:
         """All steps in their order; the folder of the reports."""
-        decides = json.dumps([self.content, self.methods])
+        decides = json.dumps([self.content, self.methods, self.seed])
         configuration, report = self.work / "demo.yaml", self.work / "report"
         text = yaml.safe_dump(dict(self.content), sort_keys=False)
 
@@ -228,18 +233,20 @@ class LightningDemo(Steps):
 
     def _training(self, name: str, configuration: Path, decides: str) -> Command:
         words = [self.tool, "fit", "--config", str(configuration), "--model.method.name", name]
+        words += ["--seed_everything", str(self.seed)]
         for key, value in self.methods[name].items():
-            words += [f"--model.method.{key}", str(value).replace("{STD}", str(self.checkpoint("STD")))]
+            words += [f"--{key}", str(value).replace("{STD}", str(self.checkpoint("STD")))]
         words += ["--trainer.default_root_dir", str(self.work / name)]
         return Command(name, words, decides, self.work / name)
 
     @classmethod
-    def main(cls, description: str | None, folder: str, *demo: Any) -> None:
+    def main(cls, description: str | None, folder: str, *demo: Any, expected: Sequence[float] = ()) -> None:
         """Reads the command line, runs the demo, and says what it found and where the reports are."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--work", type=Path, default=Path(folder), help=f"default: {folder}")
-        start = time.monotonic()
-        running = cls(parser.parse_args().work.resolve(), *demo)
+        parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default: 0)")
+        start, options = time.monotonic(), parser.parse_args()
+        running = cls(options.work.resolve(), *demo, seed=options.seed, expected=expected)
         report = running.run()
         lines = (running.logs / "evaluate.log").read_text(errors="replace").splitlines()
         first = next(number for number, line in enumerate(lines) if line.startswith("---")) - 2
