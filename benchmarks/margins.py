@@ -38,7 +38,7 @@ from advmed.guard import preserved
 from advmed.methods import Method
 
 SHAPE, BATCH, LEVELS = (56, 40), 16, (0.0, 2.0, 6.0, 10.0)
-STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 600, 0.01, 0.002
+STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 600, 0.01, 0.01
 SLICES = 1000  # that a fine-tuning sees, each about ten times
 FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "share_gradient": True}
 PAPER: dict[str, Any] = {"steps": 20, "step_scale": 4.0}
@@ -55,7 +55,7 @@ CROSSING: dict[str, Any] = {"train_on": "crossing"}
 START: dict[str, Any] = {**CROSSING, "start": "estimate"}
 RUNS: dict[str, dict[str, Any]] = {
     "STD on": {"method": "STD"},
-    **{f"SAT 3.5, rate {rate}": {"method": "SAT", "eps": 3.5, **FAST, "rate": rate} for rate in (0.0005, 0.005, 0.01)},
+    **{f"SAT 3.5, rate {rate}": {"method": "SAT", "eps": 3.5, **FAST, "rate": rate} for rate in (0.0005, 0.002, 0.005)},
     **{f"SAT {eps:g}": {"method": "SAT", "eps": eps, **FAST} for eps in (1, 2, 3.5, 5, 7)},
     **{f"SAT {eps:g}, PGD-20": {"method": "SAT", "eps": eps, **PAPER} for eps in (2, 5)},
     **{f"AMAT paper, mean+{std:g}std": amat("paper", std) for std in (0, 1, 2)},

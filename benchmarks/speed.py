@@ -7,7 +7,11 @@
 (b) An AMAT step against the sum of its parts: two stock forward-backward passes, and n forward and input-only
     backward passes of the same network and loss.
 (c) An AMAT step, with either refinement, against a SAT step with as many attack steps.
-(d) Peak memory of an AMAT step against a stock step, with both ways of back-propagating.
+(d) Peak memory of an AMAT step against a stock step, with both ways of back-propagating; and of a step of the default
+    preset, as our nnU-Net trainers make it.
+(e) A step of the default preset against a standard step, each with the host's optimizer: samples that were met before,
+    and for AMAT also samples that are met for the first time.
+(f) A look at the strength of the attack against 2 % of the steps between two looks.
 
 A time is the median over repeats; a ratio is the median of the ratios within one repeat.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +30,16 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from timing import interleaved, ratio
+from timing import PeakMemory, default_rows, interleaved, new_samples, ratio
 from torch import Tensor, nn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
+from adv_nnunet.settings import Settings
 from advmed.attacks import PGD, pgd
-from advmed.methods import AMAT, SAT
+from advmed.methods import AMAT, SAT, Method
+from advmed.thresholds import Thresholds
+from advmed.training.run import strength_check
+from advmed.training.strength import PRICE
 
 STEPS = 20
 
@@ -95,6 +103,10 @@ class Segmentation:
         weights = np.array([1, 0.5, 0])
         inner = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
         self.loss = DeepSupervisionWrapper(inner, weights / weights.sum())
+        # nnU-Net's optimizer, at a rate that leaves the network where it is
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), 1e-5, weight_decay=3e-5, momentum=0.99, nesterov=True
+        )
         self.images = torch.randn(16, 1, 56, 40, device=device)
         sizes = [(56, 40), (28, 20), (14, 10)]
         self.target = [torch.randint(0, 3, (16, 1, *size), device=device) for size in sizes]
@@ -106,6 +118,25 @@ class Segmentation:
         """Forward and backward of the stock training step."""
         self.network.zero_grad(set_to_none=True)
         self.loss(self.network(self.images), self.target).backward()
+
+    def standard(self) -> None:
+        """The stock training step, on a CPU."""
+        self.stock()
+        self.optimize()
+
+    def optimize(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self.optimizer.step()
+
+    def method(self, name: str) -> Method:
+        """A training method of the default preset, as nnU-Net's settings make it."""
+        settings = Settings().resolved(1, self.images.shape[2:])
+        return settings.make_method(name, Thresholds((1.0,), self.terms.names))
+
+    def default(self, method: Method, ids: Sequence[str] | None = None) -> None:
+        """The training step of our trainers: where the first gradient is shared, they back-propagate at once."""
+        self.step(method, sequential=True, ids=ids)
+        self.optimize()
 
     def input_gradient(self) -> None:
         """A forward pass and a backward pass to the input only: the least that one attack step can cost."""
@@ -122,12 +153,12 @@ class Segmentation:
         self.stock()
         self.stock()
 
-    def step(self, method: AMAT | SAT, sequential: bool = False) -> None:
+    def step(self, method: Method, sequential: bool = False, ids: Sequence[str] | None = None) -> None:
         self.network.zero_grad(set_to_none=True)
         if sequential:
-            method.step(self.objective, self.images, self.ids, backward=lambda loss: loss.backward())
+            method.step(self.objective, self.images, ids or self.ids, backward=lambda loss: loss.backward())
         else:
-            method.step(self.objective, self.images, self.ids).loss.backward()
+            method.step(self.objective, self.images, ids or self.ids).loss.backward()
 
 
 def training_steps(repeats: int, device: torch.device) -> dict[str, float]:
@@ -154,31 +185,54 @@ def training_steps(repeats: int, device: torch.device) -> dict[str, float]:
     }
 
 
+def default_preset(repeats: int, device: torch.device) -> dict[str, float]:
+    work = Segmentation(device)
+    sat, amat, new, strangers = work.method("SAT"), work.method("AMAT"), work.method("AMAT"), new_samples(16)
+    steps: dict[str, Callable[[], object]] = {
+        "e. SAT": lambda: work.default(sat),
+        "e. AMAT": lambda: work.default(amat),
+        "e. AMAT, new samples": lambda: work.default(new, next(strangers)),
+    }
+    return default_rows(work.standard, steps, repeats, device)
+
+
+def looking(repeats: int, device: torch.device) -> dict[str, float]:
+    work = Segmentation(device)
+    found = {}
+    for name in ("SAT", "AMAT"):
+        method = work.method(name)
+        check = strength_check(method)
+        assert check is not None
+        adversarial = method.step(work.objective, work.images, work.ids).adversarial
+        assert adversarial is not None
+        seconds = interleaved(
+            {
+                "look": lambda check=check, noisy=adversarial: check.look(work.objective, work.images, noisy),
+                "step": lambda method=method: work.default(method),
+            },
+            repeats,
+            device,
+        )
+        row = f"f. {name}: look at the attack's strength / {PRICE:.0%} of the {check.every} steps between two"
+        found[row] = ratio(seconds, "look", "step") / (PRICE * check.every)
+    return found
+
+
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Largest number of bytes held at once beyond what was held before, by torch's allocator."""
     run()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with PeakMemory(device) as peak:
         run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak.bytes
 
 
 def memory(device: torch.device) -> dict[str, float]:
     work = Segmentation(device)
-    amat = AMAT(1.0, [0.0], steps=3)
+    amat, default = AMAT(1.0, [0.0], steps=3), work.method("AMAT")
     stock = peak_memory(work.stock, device)
     return {
         "d. peak memory, AMAT step / stock step": peak_memory(lambda: work.step(amat), device) / stock,
         "d. the same, backward: sequential": peak_memory(lambda: work.step(amat, sequential=True), device) / stock,
+        "d. the same, default preset": peak_memory(lambda: work.step(default, sequential=True), device) / stock,
     }
 
 
@@ -192,6 +246,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     results = against_torchattacks(args.repeats, device) | training_steps(args.repeats, device) | memory(device)
+    results |= default_preset(args.repeats, device) | looking(args.repeats, device)
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:{width}}  {value:.3f}")

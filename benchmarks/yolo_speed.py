@@ -6,6 +6,8 @@
     input-only backward passes of the same network and the stock loss.
 (b) The per-image losses against the stock batch loss: forward and backward of the loss alone, on given predictions.
 (c) An AMAT step, with either refinement, against a SAT step with as many attack steps.
+(d) A step of the default preset, as our trainers make it, against a standard step, each with the host's optimizer:
+    images that were met before, and for AMAT also images that are met for the first time.
 
 A time is the median over repeats; a ratio is the median of the ratios within one repeat. The images are those of the
 embedded blood cell data, with their labels.
@@ -15,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved, ratio
+from timing import default_rows, interleaved, new_samples, ratio
 from torch import Tensor
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
@@ -27,8 +31,10 @@ from ultralytics.data.utils import check_det_dataset
 
 from adv_yolo.calibration import CleanBatches
 from adv_yolo.objective import DetectionObjective, ImageTerms, make_criterion
-from advmed.guard import preserved
-from advmed.methods import AMAT, SAT
+from adv_yolo.settings import Settings
+from advmed.guard import frozen_statistics, preserved
+from advmed.methods import AMAT, SAT, Method
+from advmed.thresholds import Thresholds
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data" / "bccd" / "bccd.yaml"
 
@@ -46,6 +52,8 @@ class Detector:
         self.criterion = make_criterion(self.network)
         self.terms = ImageTerms(self.network)
         self.ids = list(self.batch["im_file"])
+        # SGD as the host has it, at a rate that leaves the network where it is
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-6, momentum=0.937, nesterov=True)
 
     def stock(self) -> None:
         """A forward-backward pass as the host makes it."""
@@ -60,8 +68,33 @@ class Detector:
                 loss, _ = self.criterion(self.network(images), self.batch)
                 torch.autograd.grad(loss.sum(), images)
 
+    def optimize(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 10)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def standard(self) -> None:
+        """A training step as the host makes it."""
+        self.stock()
+        self.optimize()
+
+    def method(self, name: str) -> Method:
+        """A training method of the default preset, as the settings make it."""
+        settings = Settings().resolved(3, self.images.shape[-1], 0)
+        return settings.make_method(name, Thresholds((5.0,) * len(self.terms.names), self.terms.names))
+
+    def default(self, method: Method, ids: Sequence[str] | None = None) -> None:
+        """A training step of our trainers, whose attack begins with the gradient of the host's forward pass."""
+        self.images.requires_grad_()
+        given, hold = self.network(self.images), partial(frozen_statistics, self.network)
+        objective = DetectionObjective(self.network, self.terms, self.batch, given, hold)
+        loss = method.step(objective, self.images, ids or self.ids).loss
+        self.images.requires_grad_(False)
+        loss.backward()
+        self.optimize()
+
     def step(self, method: Any) -> None:
-        """A step as our trainer makes it: the host's forward pass, then the method."""
+        """The host's forward pass, then the method."""
         objective = DetectionObjective(self.network, self.terms, self.batch, self.network(self.images))
         method.step(objective, self.images, self.ids).loss.backward()
 
@@ -110,6 +143,17 @@ def steps(detector: Detector, number: int, repeats: int, device: torch.device) -
     }
 
 
+def default_preset(detector: Detector, repeats: int, device: torch.device) -> dict[str, float]:
+    sat, amat, new = (detector.method(name) for name in ("SAT", "AMAT", "AMAT"))
+    strangers = new_samples(len(detector.ids))
+    steps: dict[str, Callable[[], object]] = {
+        "d. SAT": lambda: detector.default(sat),
+        "d. AMAT": lambda: detector.default(amat),
+        "d. AMAT, new images": lambda: detector.default(new, next(strangers)),
+    }
+    return default_rows(detector.standard, steps, repeats, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="yolov8n.yaml")
@@ -125,8 +169,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     detector = Detector(args.model, args.imgsz, args.batch, device)
     found = loss_alone(detector, args.repeats, device) | steps(detector, args.steps, args.repeats, device)
+    found |= default_preset(detector, args.repeats, device)
     for name, value in sorted(found.items()):
-        print(f"{name:<62} {value:.3f}")
+        print(f"{name:<64} {value:.3f}")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 

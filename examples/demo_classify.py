@@ -3,8 +3,8 @@
 python examples/demo_classify.py [--work build/demo-classify]
 
 Trains a small ResNet on real X-rays, then, from its weights, by fixed noise and by DPAAT, attacks all three in L2 and
-in Linf, and writes a report for each, with Grad-CAM before and after. Steps that are finished are skipped when it is called
-again. `rm -r build/demo-classify` starts from nothing.
+in Linf, and writes a report for each, with Grad-CAM before and after. Steps that are finished are skipped when it is
+called again. `rm -r build/demo-classify` starts from nothing.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 python examples/demo_landmark.py [--work build/demo-landmark]
 
-Trains a small multi-task U-Net on real MRI slices, then, from its weights, by fixed noise and by AMAT, attacks all three
-in L2, and writes a report with the landmarks found before and after. Steps that are finished are skipped when it is
-called again. `rm -r build/demo-landmark` starts from nothing.
+Trains a small multi-task U-Net on real MRI slices, then, from its weights, by fixed noise and by AMAT, attacks all
+three in L2, and writes a report with the landmarks found before and after. Steps that are finished are skipped when it
+is called again. `rm -r build/demo-landmark` starts from nothing.
 """
 
 from __future__ import annotations
