@@ -27,8 +27,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     # learning rate: ten times nnU-Net's, which would need twice as long to a useful network
     "nnUNetTrainerSTD": {**SHORT, "epochs": 24, "initial_lr": 0.1},
     # eps: radius of the noise, L2 over one slice in z-score units.
-    "nnUNetTrainerSAT": {**SHORT, "eps": 3.5},
-    "nnUNetTrainerAMAT": {**SHORT, "rule": "mean+2std", "threshold_samples": 640},
+    "nnUNetTrainerSAT": {**SHORT, "initial_lr": 0.03, "eps": 3.5},
+    "nnUNetTrainerAMAT": {**SHORT, "initial_lr": 0.03, "rule": "mean+2std", "threshold_samples": 640},
 }
 # The network, smaller than nnU-Net plans it for this data.
 BATCH_SIZE = 16
