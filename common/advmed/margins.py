@@ -84,6 +84,11 @@ class MarginStore:
         rows = [self._rows.get(sample, 0) for sample in ids]
         return self._values[self._on_device(rows)]
 
+    def met(self, ids: Sequence[str]) -> Tensor:
+        """How often each of the samples has been set, shape (B,), int64, on the store's device."""
+        rows = [self._rows.get(sample, 0) for sample in ids]
+        return self._visits[self._on_device(rows)]
+
     def set(self, ids: Sequence[str], values: Tensor | Sequence[float]) -> None:
         """Writes the values of the samples, and counts a visit of each.
 

@@ -66,6 +66,12 @@ def test_random_updates_equal_a_dictionary(seed: int) -> None:
     assert all(i in store for i in values)
 
 
+def test_how_often_a_sample_was_met() -> None:
+    store = MarginStore(1.0)
+    store.set(["a", "b", "a"], [1.0, 2.0, 3.0])
+    assert store.met(["b", "unknown", "a", "a"]).tolist() == [1, 0, 2, 2]
+
+
 def test_dtypes_and_gradients_of_the_values() -> None:
     """What has been looked up is a copy."""
     store = MarginStore()

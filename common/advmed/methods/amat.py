@@ -39,6 +39,8 @@ from advmed.thresholds import RunningThresholds, Thresholds
 Rule = Literal["paper", "crossing", "secant", "balanced"]
 TRACKING: tuple[Rule, ...] = ("secant", "balanced")
 """Rules by which a margin follows its sample in both directions; these have a floor, delta."""
+_EARLY = 16
+"""Visits in which the most that a margin moves falls to a half of what it is at first."""
 _CAP_OF_EPS = 4.0
 """Cap of a tracking margin, in noise levels of interest."""
 
@@ -53,8 +55,9 @@ class AMATSettings(MethodSettings):
             last iterate. It sits on the sphere whenever step_scale >= 1 and no bound interferes, so the refinement
             leaves the margin where it is. "crossing": the norm of the last iterate on the attack's path at which every
             term was still below its threshold, 0 if there was none; known from the attack's own passes, and it lets a
-            margin shrink. "secant": half the way, delta at most, to the noise at which straight lines through the
-            losses that were seen meet the threshold; up or down, and for no pass more. "balanced": up or down by
+            margin shrink. "secant": half the way to the noise at which straight lines through the losses that were seen
+            meet the threshold; up or down, and for no pass more (half of itself at most in its first visits, later
+            delta). "balanced": up or down by
             delta, so that a margin settles where half of its visits bear it.
         train_on: where the adversarial image is. "sphere": where the attack ends. "crossing": on the way there, where
             the losses that the attack has seen put the threshold; never nearer to the clean image than the floor.
@@ -232,7 +235,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         inside = torch.stack([(found < xi).all(1) for _, found in points]).all(0)  # line 9, with K terms eq. 2
         expected = expected_crossing(clean_terms, points, xi)
         if self.refinement == "secant":
-            moved = margin + ((expected - margin) / 2).clamp(-self.delta, self.delta)
+            most = self._most(margin, self.margins.met(ids))
+            moved = margin + torch.clamp((expected - margin) / 2, -most, most)
         elif self.refinement == "balanced":
             moved = torch.where(inside, margin + self.delta, margin - self.delta)
         else:
@@ -260,6 +264,12 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         gap = xi - clean.terms
         radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float()
         return clean, self._bounded(radius.nan_to_num(self.lowest, self.highest, self.lowest))
+
+    def _most(self, margin: Tensor, visits: Tensor) -> Tensor:
+        """How far a visit moves a margin at most, (B,): by half of itself at first, to be in time in a short training,
+        and by delta in the long run, so that it settles at the median of what its visits bear."""
+        early = _EARLY / (_EARLY + visits.to(margin.dtype))
+        return torch.clamp((margin + self.delta) / 2 * early, min=self.delta)
 
     def _at_crossing(
         self, images: Tensor, attacked: AttackResult, clean_terms: Tensor, xi: Tensor
