@@ -49,7 +49,7 @@ def runs(scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = 
 SMALL = Preset(
     imgsz=128,
     standard=("epochs=50", "optimizer=AdamW", "lr0=0.002", "warmup_epochs=1", "mosaic=0"),
-    adversarial=("epochs=15", "optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0", "steps=4"),
+    adversarial=("epochs=15", "optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0", "preset=paper", "steps=4"),
     from_standard=True,
     runs=runs(
         0.4,
@@ -65,7 +65,7 @@ PRESETS = {
     "paper": Preset(
         imgsz=320,
         standard=("epochs=300", "patience=0", "mosaic=0"),
-        adversarial=("epochs=300", "patience=0", "mosaic=0", "steps=20"),
+        adversarial=("epochs=300", "patience=0", "mosaic=0", "preset=paper"),
         from_standard=False,
         runs=runs(1, 3.5, {"AMAT.crossing": ("method=amat", "delta=3.5", "refinement=crossing")}),
         levels="0,5,10,15",

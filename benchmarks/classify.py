@@ -111,7 +111,7 @@ class Classify(Runs):
         return {
             "model": {
                 "network": {"name": network, "channels_last": True},
-                "method": {"eps": self.preset.eps},
+                "method": {"eps": self.preset.eps, "preset": "paper"},
                 "attack": {"steps": self.preset.steps},
                 **self.preset.model,
             },

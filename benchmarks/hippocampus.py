@@ -51,7 +51,7 @@ PRESETS = {
         batch_size=None,
         features=None,
         standard={"epochs": 100, "iterations_per_epoch": 50, "seed": 0},
-        adversarial={"epochs": 100, "iterations_per_epoch": 50, "seed": 0, "steps": 20, "delta": 0.5},
+        adversarial={"preset": "paper", "epochs": 100, "iterations_per_epoch": 50, "seed": 0, "delta": 0.5},
         runs=_SAT
         | {
             "AMAT.paper": ("nnUNetTrainerAMAT", {"refinement": "paper"}),
@@ -71,6 +71,7 @@ PRESETS = {
             "val_iterations_per_epoch": 5,
             "seed": 0,
             "start_from": "standard",
+            "preset": "paper",
             "steps": 10,
             "delta": 1.5,
             "attack_precision": "bfloat16",

@@ -71,6 +71,7 @@ class Landmark(Runs):
         return {
             "model": {
                 "network": self.preset.network,
+                "method": {"preset": "paper"},
                 "attack": {"steps": self.preset.steps},
                 "heatmap": "bce" if ".bce" in method else "dice",
                 # The control STD.bce20: a mean over all pixels, of which the disk is one in a hundred, teaches little

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +208,8 @@ def looking(repeats: int, device: torch.device) -> dict[str, float]:
         assert adversarial is not None
         seconds = interleaved(
             {
-                "look": lambda check=check, noisy=adversarial: check.look(work.objective, work.images, noisy),
-                "step": lambda method=method: work.default(method),
+                "look": partial(check.look, work.objective, work.images, adversarial),
+                "step": partial(work.default, method),
             },
             repeats,
             device,
