@@ -29,7 +29,7 @@ def test_the_objective_of_the_page_trains_a_detector() -> None:
     images, boxes = torch.rand(3, 3, 64, 64), torch.tensor([[5.0, 5.0, 30.0, 30.0], [20.0, 20.0, 60.0, 50.0]])
     targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    settings = TrainingSettings(delta=0.5, steps=3, bounds=(0, 1))
+    settings = TrainingSettings(preset="paper", delta=0.5, steps=3, bounds=(0, 1))  # noise that shows
     run = MethodRun("AMAT", settings, self_calibrated(objective.names, settings, len(images)), epochs=10)
     logs = []
     for epoch in range(2):

@@ -82,6 +82,25 @@ def test_gradients_add_to_those_that_are_there() -> None:
     assert_close(gradients(found.model), gradients(expected.model))
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    loss = step(SAT(0.7, **FAST, share_gradient=True), task()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="back-propagated a second time"):
+        loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_network_is_trained_alike(name: str) -> None:
+    """Methods that go back through the clean pass twice do not share it there."""
+    apart, compiled = task(), task()
+    compiled.model = compiled._network = torch.compile(compiled.model, backend="aot_eager")
+    for objective in (apart, compiled):
+        step(METHODS[name](share_gradient=True), objective).loss.backward()
+    assert_close(gradients(compiled.model), gradients(apart.model))
+    assert compiled.calls == (5 if name in ("MART", "DPAAT") else 4)
+
+
 def test_weights_that_are_not_used_have_no_gradient() -> None:
     objective = task()
     objective.model[0].register_parameter("unused", nn.Parameter(torch.ones(2)))

@@ -29,7 +29,7 @@ from advmed.methods.base import (
     check_positive,
     required,
 )
-from advmed.methods.shared import predictions_first
+from advmed.methods.shared import predictions_first, repeatable
 from advmed.objective import Objective, check_terms, inspecting, predicting, training_pass
 from advmed.thresholds import RunningThresholds, Thresholds
 
@@ -160,7 +160,7 @@ class DPAAT(AdaptiveRadiusMethod):
         """
         sizes = self._levels(ids, images)
         predictor = predicting(objective, self.name) if self.sync_weight else None
-        share = predictor if self.clean_gradients else None
+        share = predictor if self.clean_gradients and repeatable(predictor) else None
         passed, first = predictions_first(share, images) if share else (None, None)
         attacked = self._attack(objective, images, sizes, clean=first)
         logs = {"nonfinite": attacked.nonfinite.sum()}

@@ -24,7 +24,7 @@ from advmed.methods.base import (
     check_optional,
     joined_step,
 )
-from advmed.methods.shared import predictions_first
+from advmed.methods.shared import predictions_first, repeatable
 from advmed.objective import ClassScores, Objective, check_terms, classes_of, predicting
 from advmed.thresholds import RunningThresholds, Thresholds
 
@@ -100,7 +100,8 @@ class MART(FixedRadiusMethod):
             TypeError: if the objective's predictions are no classes.
         """
         predictor, classes = predicting(objective, self.name), classes_of(objective, self.name)
-        passed, first = predictions_first(predictor, images) if self.clean_gradients else (None, None)
+        share = self.clean_gradients is not None and repeatable(predictor)
+        passed, first = predictions_first(predictor, images) if share else (None, None)
         attacked = self._attack(objective, images, self.eps, clean=first)
         clean, terms, reference = passed or predictor.loss_and_predictions(images)
         adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)

@@ -126,6 +126,13 @@ def predictions_first(predictor: PredictingObjective, images: Tensor) -> tuple[t
     return (loss, terms, predictions), CleanPass(terms.detach(), gradient)
 
 
+def repeatable(predictor: PredictingObjective | None) -> bool:
+    """Whether one can go back through a pass of it twice, as :func:`predictions_first` does: not where the network is
+    compiled, whose buffers are given away the first time."""
+    model = None if predictor is None else model_of(predictor)
+    return predictor is not None and (model is None or not any(hasattr(m, "_orig_mod") for m in model.modules()))
+
+
 def leaf_of(images: Tensor) -> Tensor:
     """Images that ask for their gradient: themselves, where the host made them so, or a view of them."""
     return images if images.requires_grad else images.detach().requires_grad_()
@@ -162,4 +169,11 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, upstream: Tensor) -> Any:
         factor = upstream if context.scale is None else upstream / context.scale
-        return None, None, None, *(gradient * factor for gradient in context.gradients)
+        gradients, context.gradients = context.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "a loss whose clean gradients were taken at once was back-propagated a second time, when they are "
+                "gone; set share_gradient: false for that"
+            )
+        # In place: they are nobody else's, and a second set would be as large as the network.
+        return None, None, None, *(gradient.mul_(factor) for gradient in gradients)

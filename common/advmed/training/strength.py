@@ -23,8 +23,9 @@ LONG = PGD(20, 4.0, random_start=0.5, keep="best")
 """What the attack of the training is compared with."""
 COST = (2 * (LONG.steps + 2) + 2) / 3
 """Of a look, in standard training steps: the gradients, at the image and beside it too, and two forward passes."""
-PRICE = 0.02
-"""The most that looking may add to the time of a training."""
+PRICE = 0.018
+"""What looking may add to the time of a training by this count: less than 2 % as measured, where a gradient of the
+images costs somewhat more than two thirds of a standard step."""
 WEAK = 0.5
 """Below this share of what the long attack adds to the loss, the training's is too weak."""
 

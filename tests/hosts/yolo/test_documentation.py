@@ -47,7 +47,7 @@ def test_the_commands_and_the_code_of_the_page_work(
     (tmp_path / "cells.yaml").rename(tmp_path / "data.yaml")
     monkeypatch.chdir(tmp_path)
     documented = commands(PAGE, "yolo", "adv-yolo")
-    assert [words[1] for words in documented] == ["detect", "thresholds", "detect", "evaluate"]
+    assert [words[1] for words in documented] == ["detect", "detect", "evaluate"]
 
     python = blocks(PAGE, "python")
     assert len(python) == 3
