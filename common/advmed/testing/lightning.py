@@ -1308,7 +1308,8 @@ class LightningTrainingContract(OwnFolder):
         self, host: LightningHost, tmp_path: Path
     ) -> None:
         """LightningCLI would put the checkpoint's in their place, without a word."""
-        given = {"model__method__name": "AMAT", "trainer__max_epochs": 4, "model__method__margin_max": 50.0}
+        bounds = {"model__method__margin_min": 0.01, "model__method__margin_max": 0.01}
+        given = {"model__method__name": "AMAT", "trainer__max_epochs": 4, **bounds}
         with pytest.warns(UserWarning, match="settings changed since the checkpoint: .*margin_max") as warned:
             run = host.fit(tmp_path, ckpt_path=host.adaptive.last, **given, **host.augmented)
         told = [str(w.message) for w in warned if "settings changed" in str(w.message)]
