@@ -169,7 +169,7 @@ class Shifted:
 def test_margins_settle_at_the_median_of_what_their_visits_bear(rule: str, p: float, terms: int, spread: float) -> None:
     task, delta = Shifted(terms, spread, p), 0.25
     method = AMAT(delta, task.thresholds.tolist(), norm=p, **FAST, **RULES[rule])
-    margins = torch.stack([task.visit(method) for _ in range(260)])[60:]
+    margins = torch.stack([task.visit(method) for _ in range(150)])[50:]
     settled = task.closed > delta + 1.5 * spread * task.unit  # the others meet the floor
     assert settled.sum() >= 3
     assert ((margins.mean(0) - task.closed).abs()[settled] < delta).all()
@@ -182,11 +182,11 @@ def test_margins_settle_at_the_median_of_what_their_visits_bear(rule: str, p: fl
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fast", "paper"])
 def test_nothing_runs_away_in_ten_thousand_visits(rule: str) -> None:
-    """The rule of the paper does: it has the easiest visit of all."""
+    """The rule of the paper does, sooner: it has the easiest visit of all."""
     task = Shifted(1, 0.5, 2)
     method = AMAT(0.25, task.thresholds.tolist(), **FAST, **RULES.get(rule, {}))
     early = torch.stack([task.visit(method) for _ in range(1000)])[500:].amax(0)
-    late = torch.stack([task.visit(method) for _ in range(9000)])[-500:].amax(0)
+    late = torch.stack([task.visit(method) for _ in range(9000 if rule == "fast" else 3000)])[-500:].amax(0)
     apart = (late - task.closed) / (0.5 * task.unit)  # in standard deviations of what a visit bears
     if rule == "paper":
         assert (late >= early).all()
