@@ -149,7 +149,7 @@ class Meter:
                     self._lost.append(made.logs["nonfinite"])
                 return made
 
-            run.step = step  # type: ignore[method-assign]
+            run.step = step  # type: ignore[method-assign]  # a recorder around it
         if scaler is not None and scaler.is_enabled():
             update = scaler.update
             self._scales.append(float(scaler.get_scale()))
