@@ -233,8 +233,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         if pulled and attacked.seen is not None:  # what is known further out, where the image was pulled back
             points.append((attacked.seen[1].float().where(reached < attacked.norms, reached), attacked.seen[0]))
         inside = torch.stack([(found < xi).all(1) for _, found in points]).all(0)  # line 9, with K terms eq. 2
-        expected = expected_crossing(clean_terms, points, xi)
         if self.refinement == "secant":
+            expected = expected_crossing(clean_terms, points, xi)
             most = self._most(margin, self.margins.met(ids))
             moved = margin + torch.clamp((expected - margin) / 2, -most, most)
         elif self.refinement == "balanced":
@@ -243,6 +243,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             found = reached if attacked.crossing is None else attacked.crossing.float()
             moved = torch.where(inside, margin + self.delta, (found + margin) / 2)  # lines 10 and 12
         if new is not None:  # the attack knows better than the first-order estimate, which can be far off
+            expected = expected_crossing(clean_terms, points, xi)
             moved = torch.where(new, torch.minimum(expected, 2 * margin), moved)
         moved = moved.where(~(terms.isnan() | clean_terms.isnan()).any(1), math.nan)  # a broken pass moves no margin
         moved = self._bounded(moved)
