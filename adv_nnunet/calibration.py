@@ -121,7 +121,7 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
     """
     settings = trainer.settings
     terms = SampleTerms(trainer.loss, settings.terms, settings.absent_classes)
-    statistics = TermStatistics(terms.names)
+    statistics = TermStatistics(terms.names, keep=True)
 
     training, _ = trainer.get_tr_and_val_datasets()
     rule = settings.rule or DEFAULT_RULE

@@ -54,7 +54,7 @@ def measure(
         path: a checkpoint of Ultralytics (``best.pt``).
         data: the host's data set, as its ``check_det_dataset`` returns it.
         args: the host's arguments: augmentation, loss weights, image size, batch size, workers, seed.
-        rule: ``mean`` or ``mean+2std``.
+        rule: such as ``mean``, ``mean+2std``, ``median+2spread``.
         device: where to measure.
         split: of the data set.
 
@@ -98,7 +98,7 @@ def measure_network(
     """
     network.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **vars(args)})  # the loss weights of this run
     terms = ImageTerms(network, one_to_one=args.nms is False)
-    statistics = TermStatistics(terms.names)
+    statistics = TermStatistics(terms.names, keep=True)
     with seeded(int(args.seed)), preserved(network), torch.no_grad():
         for batch in TQDM(TrainingBatches(network, data, args, device, split), desc="thresholds"):
             statistics.update(terms(network(batch["img"]), batch))

@@ -32,6 +32,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
 from advmed import AMAT, PGD, SAT, STD, TermStatistics
@@ -41,8 +42,8 @@ from advmed.methods import Method
 from advmed.methods.amat import expected_crossing
 
 SHAPE, BATCH, LEVELS = (56, 40), 16, (0.0, 2.0, 6.0, 10.0)
-STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 600, 0.01, 0.01
-SLICES = 1000  # that a fine-tuning sees, each about ten times
+STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 1000, 0.01, 0.01  # a quarter, as the hosts' preset has it
+AVERAGE = 0.99  # decay of the average of the weights, which is evaluated beside every network
 FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "share_gradient": True}
 PAPER: dict[str, Any] = {"steps": 20, "step_scale": 4.0}
 LENGTHS = {2: 1.5, 3: 1.75, 5: 2.3}
@@ -55,17 +56,25 @@ def amat(rule: str, std: float, **changes: Any) -> dict[str, Any]:
 
 
 CROSSING: dict[str, Any] = {"train_on": "crossing"}
-START: dict[str, Any] = {**CROSSING, "start": "estimate"}
+ESTIMATE: dict[str, Any] = {"start": "estimate"}
+START: dict[str, Any] = {**CROSSING, **ESTIMATE}
 RUNS: dict[str, dict[str, Any]] = {
     "STD on": {"method": "STD"},
     **{f"SAT 3.5, rate {rate}": {"method": "SAT", "eps": 3.5, **FAST, "rate": rate} for rate in (0.0005, 0.002, 0.005)},
     **{f"SAT {eps:g}": {"method": "SAT", "eps": eps, **FAST} for eps in (1, 2, 3.5, 5, 7)},
     **{f"SAT {eps:g}, PGD-20": {"method": "SAT", "eps": eps, **PAPER} for eps in (2, 5)},
-    **{f"AMAT paper, mean+{std:g}std": amat("paper", std) for std in (0, 1, 2)},
+    **{f"AMAT paper, mean+{std:g}std": amat("paper", std, delta=1.0) for std in (0, 1, 2)},
     **{f"AMAT secant, mean+{std:g}std": amat("secant", std) for std in (1, 2)},
+    **{f"AMAT secant, estimate, mean+{std:g}std": amat("secant", std, **ESTIMATE) for std in (0, 1, 2, 3)},
     **{f"AMAT secant, on the crossing, mean+{std:g}std": amat("secant", std, **CROSSING) for std in (1, 2)},
     **{
         f"AMAT secant, on the crossing, estimate, mean+{std:g}std": amat("secant", std, **START) for std in (0, 1, 2, 3)
+    },
+    **{
+        f"AMAT secant, estimate, median+{spread}spread": amat(
+            "secant", 0, **ESTIMATE, threshold_rule=f"median+{spread}spread"
+        )
+        for spread in (2, 3)
     },
     **{f"AMAT balanced, on the crossing, estimate, mean+{std:g}std": amat("balanced", std, **START) for std in (1, 2)},
     "AMAT balanced, mean+2std": amat("balanced", 2),
@@ -136,8 +145,11 @@ def task(model: nn.Module, labels: Tensor) -> SegmentationObjective:
     return SegmentationObjective(model, model, loss, SampleTerms(loss, "sum", "skip"), labels[:, None])
 
 
-def train(model: nn.Module, method: Method, images: Tensor, labels: Tensor, steps: int, rate: float) -> float:
-    """Trains as nnU-Net does; seconds of processor time."""
+def train(
+    model: nn.Module, method: Method, images: Tensor, labels: Tensor, steps: int, rate: float
+) -> tuple[float, nn.Module]:
+    """Trains as nnU-Net does; seconds of processor time, and the network of averaged weights."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.SGD(model.parameters(), rate, 0.99, weight_decay=3e-5, nesterov=True)
     start = time.process_time()
     for number in range(steps):
@@ -149,12 +161,13 @@ def train(model: nn.Module, method: Method, images: Tensor, labels: Tensor, step
         method.step(task(model, y), x, [str(i) for i in chosen.tolist()]).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 12)
         optimizer.step()
-    return time.process_time() - start
+        average.update_parameters(model)
+    return time.process_time() - start, average.module
 
 
 def thresholds(model: nn.Module, images: Tensor, labels: Tensor) -> TermStatistics:
     """The loss of slices as training sees them."""
-    found = TermStatistics(["ce+dice"])
+    found = TermStatistics(["ce+dice"], keep=True)
     with torch.no_grad(), preserved(model):
         for chosen in torch.arange(len(images)).split(64):
             x, y = augmented(images[chosen], labels[chosen])
@@ -233,28 +246,40 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
     torch.set_num_threads(1)
     fold = json.loads((data / "splits_final.json").read_text())[0]
     images, labels = load(data, fold["train"][:100])
+    method: Method
+    average: nn.Module | None
+    result: dict[str, Any] = {"name": name, "seed": seed}
     standard = work / f"standard_{seed}.pt"
     model = network(seed)
     if name == "STD":
-        seconds = train(model, STD(), images, labels, STANDARD_STEPS, RATE) / STANDARD_STEPS
-        torch.save({"weights": model.state_dict(), "seconds": seconds}, standard)
-        method: Method = STD()
+        if standard.is_file():
+            model.load_state_dict(torch.load(standard)["weights"])
+            seconds = torch.load(standard)["seconds"]
+        else:
+            whole, _ = train(model, STD(), images, labels, STANDARD_STEPS, RATE)
+            seconds = whole / STANDARD_STEPS
+            torch.save({"weights": model.state_dict(), "seconds": seconds}, standard)
+        method, average = STD(), None
     else:
-        images, labels = images[:SLICES], labels[:SLICES]
         saved = torch.load(standard)
         model.load_state_dict(saved["weights"])
         settings = dict(RUNS[name])
         kind, std, rate = settings.pop("method"), settings.pop("std", None), settings.pop("rate", FINE_RATE)
+        threshold_rule = settings.pop("threshold_rule", None)
         torch.manual_seed(100 + seed)
         if kind == "AMAT":
-            settings["thresholds"] = thresholds(model, images, labels).thresholds(f"mean+{std:g}std")
+            settings["thresholds"] = thresholds(model, images, labels).thresholds(threshold_rule or f"mean+{std:g}std")
+            result["xi"] = settings["thresholds"].values[0]
         method = {"STD": STD, "SAT": SAT, "AMAT": AMAT}[kind](**settings)
         torch.manual_seed(200 + seed)
-        seconds = train(model, method, images, labels, STEPS, rate) / STEPS
+        whole, average = train(model, method, images, labels, STEPS, rate)
+        seconds = whole / STEPS
     val_images, val_labels = load(data, fold["val"][:10])
     dice = evaluate(model, val_images[::2], val_labels[::2])
-    result: dict[str, Any] = {"name": name, "seed": seed, "dice": dice, "seconds": seconds}
-    result["auc"] = auc_robust(LEVELS, dice)
+    result |= {"dice": dice, "seconds": seconds, "auc": auc_robust(LEVELS, dice)}
+    if average is not None:
+        result["average"] = evaluate(average, val_images[::2], val_labels[::2])
+        result["average_auc"] = auc_robust(LEVELS, result["average"])
     if isinstance(method, AMAT):
         result["margins"] = method.margins.quantiles()
     with (work / "results.jsonl").open("a") as file:

@@ -1,7 +1,9 @@
 """Thresholds xi: the loss that a sample may have under attack (arXiv 2206.01736, section 2.2).
 
 xi comes from V, the loss terms of a well-trained model over the clean training samples: ``mean`` takes xi = mean(V),
-``mean+2std`` takes xi = mean(V) + 2 std(V), for each of the K terms by itself (section 2.3).
+``mean+2std`` takes xi = mean(V) + 2 std(V), for each of the K terms by itself (section 2.3). Samples whose label is
+wrong, or whose term is out of all proportion, raise a mean, and more so a standard deviation: ``median`` and
+``median+2spread`` take the median of V and its median absolute deviation in place of both.
 """
 
 from __future__ import annotations
@@ -22,19 +24,25 @@ from advmed.distributed import gathered, is_distributed
 
 FORMAT = "advmed.thresholds/1"
 DEFAULT_RULE = "mean"
-_RULE = re.compile(r"mean(?:\+(\d+(?:\.\d+)?)std)?")
+_RULE = re.compile(r"(mean|median)(?:\+(\d+(?:\.\d+)?)(std|spread))?")
+_SPREADS = {"mean": "std", "median": "spread"}
+_NORMAL = 1.482602218505602
+"""Standard deviation of a normal distribution over its median absolute deviation, 1 / Phi^-1(3/4)."""
 
 
-def std_factor(rule: str) -> float:
-    """The factor f of a rule: 0 for ``mean``, f for ``mean+<f>std``.
+def parse_rule(rule: str) -> tuple[str, float]:
+    """What a rule takes as the centre, "mean" or "median", and how many standard deviations or spreads it adds.
 
     Raises:
-        ValueError: for any other text.
+        ValueError: for any other text than ``mean``, ``mean+<f>std``, ``median``, ``median+<f>spread``.
     """
     match = _RULE.fullmatch(rule.replace(" ", "")) if isinstance(rule, str) else None
-    if match is None:
-        raise ValueError(f"the rule for thresholds must be 'mean' or 'mean+<number>std' (mean+2std), got {rule!r}")
-    return float(match[1] or 0)
+    if match is None or match[3] not in (None, _SPREADS[match[1]]):
+        raise ValueError(
+            f"the rule for thresholds must be 'mean' or 'mean+<number>std' (mean+2std), 'median' or "
+            f"'median+<number>spread', got {rule!r}"
+        )
+    return match[1], float(match[2] or 0)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,12 @@ class Thresholds:
     Attributes:
         values: the K thresholds xi.
         names: the names of the K loss terms.
-        rule: the rule that made them of mean and std, if any.
+        rule: the rule that made them of what follows, if any.
         mean: per term, over the samples.
         std: per term, over the samples (population).
+        median: per term, over the samples.
+        spread: per term, the median absolute deviation from the median, times 1.4826: the standard deviation, if the
+            losses were normally distributed.
         n: number of samples.
         source: the checkpoint of the model that was measured.
         source_sha256: its hash.
@@ -71,9 +82,11 @@ class Thresholds:
     source: str | None = None
     source_sha256: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    median: tuple[float, ...] | None = None
+    spread: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("values", "mean", "std"):
+        for name in ("values", "mean", "std", "median", "spread"):
             value = getattr(self, name)
             if value is not None:
                 numbers = value.tolist() if isinstance(value, Tensor) else value
@@ -108,20 +121,21 @@ class Thresholds:
             )
 
     def by_rule(self, rule: str | None, origin: str = "the thresholds") -> Thresholds:
-        """These thresholds, made of the same mean and std by another rule; None changes nothing.
+        """These thresholds, made of the same losses by another rule; None changes nothing.
 
         Raises:
-            ValueError: for an unknown rule, or if mean and std are not known.
+            ValueError: for an unknown rule, or if what it is made of is not known.
         """
-        if rule is None or (self.rule is not None and std_factor(rule) == std_factor(self.rule)):
+        if rule is None or (self.rule is not None and parse_rule(rule) == parse_rule(self.rule)):
             return self
-        factor = std_factor(rule)
-        if self.mean is None or self.std is None:
+        name, factor = parse_rule(rule)
+        middle, spread = getattr(self, name), getattr(self, _SPREADS[name])
+        if middle is None or spread is None:
             raise ValueError(
-                f"{origin} hold no mean and std that the rule {rule!r} could be applied to. Remove 'rule' from the "
-                f"settings to use the values as they are, or make the thresholds anew."
+                f"{origin} hold no {name} and {_SPREADS[name]} that the rule {rule!r} could be applied to. Remove "
+                f"'rule' from the settings to use the values as they are, or make the thresholds anew."
             )
-        values = tuple(m + factor * s for m, s in zip(self.mean, self.std, strict=True))
+        values = tuple(m + factor * s for m, s in zip(middle, spread, strict=True))
         return replace(self, values=values, rule=rule)
 
     def save(self, path: str | Path) -> None:
@@ -156,6 +170,7 @@ class TermStatistics:
     Args:
         names: the names of the K terms.
         memory: number of samples to remember: older ones fade out exponentially. None: all count alike.
+        keep: keep the losses, (n, K), for the rules of the median.
 
     Merging batches follows Chan, Golub and LeVeque (1979), in float64 where the device has it.
 
@@ -168,11 +183,14 @@ class TermStatistics:
         (4.0,)
     """
 
-    def __init__(self, names: Sequence[str], memory: float | None = None) -> None:
+    def __init__(self, names: Sequence[str], memory: float | None = None, *, keep: bool = False) -> None:
         if memory is not None and not memory > 0:
             raise ValueError(f"memory must be a positive number of samples, got {memory!r}")
+        if keep and memory is not None:
+            raise ValueError("losses are kept (keep=True) only where all of them count alike (memory=None)")
         self.names = tuple(names)
         self.memory = memory
+        self._kept: list[Tensor] | None = [] if keep else None
         self._n = torch.zeros((), dtype=torch.float64)
         self._mean = torch.zeros(len(self.names), dtype=torch.float64)
         self._m2 = torch.zeros(len(self.names), dtype=torch.float64)
@@ -185,6 +203,8 @@ class TermStatistics:
         terms = terms.detach().to(wide)
         if self._mean.device != terms.device:
             self._n, self._mean, self._m2 = (x.to(terms.device, wide) for x in (self._n, self._mean, self._m2))
+        if self._kept is not None:
+            self._kept.append(terms)
         counted = terms.isfinite().all(1)
         n = counted.sum().to(wide)
         safe = n.clamp_min(1)
@@ -218,27 +238,56 @@ class TermStatistics:
         """(K,), float64; the population's."""
         return (self._m2 / self._n.clamp_min(1e-12)).clamp_min(0).sqrt()
 
+    def median_and_spread(self) -> tuple[Tensor, Tensor] | None:
+        """Median, and median absolute deviation from it times 1.4826, (K,) each; None if losses are not kept."""
+        if self._kept is None:
+            return None
+        rows = torch.cat(self._kept)
+        rows = rows[rows.isfinite().all(1)]
+        median = rows.quantile(0.5, 0)
+        return median, _NORMAL * (rows - median).abs().quantile(0.5, 0)
+
     def tensor(self, rule: str) -> Tensor:
-        """The thresholds by ``rule`` as a (K,) tensor on the statistics' device, with no host sync."""
-        return self._mean + std_factor(rule) * self.std
+        """The thresholds by ``rule`` as a (K,) tensor on the statistics' device; of the mean with no host sync.
+
+        Raises:
+            ValueError: for a rule of the median, if losses are not kept.
+        """
+        name, factor = parse_rule(rule)
+        if name == "mean":
+            return self._mean + factor * self.std
+        if (found := self.median_and_spread()) is None:
+            raise ValueError(f"the rule {rule!r} needs all losses (keep=True); 'mean' and 'mean+2std' do not")
+        return found[0] + factor * found[1]
 
     def thresholds(self, rule: str, **provenance: Any) -> Thresholds:
         """The thresholds by ``rule``.
 
         Args:
-            rule: ``mean`` or ``mean+2std``.
+            rule: ``mean``, ``mean+2std``, ``median`` or ``median+2spread``, with any number.
             **provenance: ``source``, ``source_sha256``, ``notes`` of :class:`Thresholds`.
 
         Raises:
-            ValueError: if nothing was taken in.
+            ValueError: if nothing was taken in; for a rule of the median, if losses are not kept.
         """
-        factor = std_factor(rule)
+        parse_rule(rule)
         n = self.n
         if not n > 0:
             raise ValueError("there are no thresholds to be had from no samples: no finite loss term was seen")
-        mean, std = self._mean.tolist(), self.std.tolist()
-        values = [m + factor * s for m, s in zip(mean, std, strict=True)]
-        return Thresholds(tuple(values), self.names, rule, tuple(mean), tuple(std), round(n), **provenance)
+        robust: dict[str, Any] = {}
+        if (found := self.median_and_spread()) is not None:
+            robust = {"median": found[0], "spread": found[1]}
+        values = self.tensor(rule).tolist()
+        return Thresholds(
+            tuple(values),
+            self.names,
+            rule,
+            tuple(self._mean.tolist()),
+            tuple(self.std.tolist()),
+            round(n),
+            **robust,
+            **provenance,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -248,6 +297,7 @@ class TermStatistics:
             "n": self.n,
             "mean": self._mean.tolist(),
             "m2": self._m2.tolist(),
+            **({} if self._kept is None else {"kept": [row for part in self._kept for row in part.tolist()]}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,6 +313,8 @@ class TermStatistics:
         self._n = torch.tensor(state["n"], dtype=dtype, device=device)
         self._mean = torch.tensor(state["mean"], dtype=dtype, device=device)
         self._m2 = torch.tensor(state["m2"], dtype=dtype, device=device)
+        if self._kept is not None:
+            self._kept = [torch.tensor(state["kept"], dtype=dtype, device=device).reshape(-1, len(self.names))]
 
     def merge(self, states: Sequence[Mapping[str, Any]] | None = None, *, average: bool = False) -> None:
         """Pools the statistics of all processes.
@@ -285,6 +337,9 @@ class TermStatistics:
             n, mean, m2 = (torch.tensor(state[key], dtype=torch.float64) for key in ("n", "mean", "m2"))
             pooled._add(n * weight, mean, m2 * weight)
         self._n, self._mean, self._m2 = (x.to(device, dtype) for x in (pooled._n, pooled._mean, pooled._m2))
+        if self._kept is not None:
+            rows = [row for state in states for row in state["kept"]]
+            self._kept = [torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(self.names))]
 
 
 class RunningThresholds:
@@ -299,6 +354,9 @@ class RunningThresholds:
         rule: ``mean`` or ``mean+2std``.
         memory: number of samples the statistics remember (about an epoch).
 
+    Raises:
+        ValueError: for a rule of the median, which takes the losses of a finished network.
+
     Example:
         >>> import torch
         >>> from advmed import RunningThresholds
@@ -311,7 +369,11 @@ class RunningThresholds:
     """
 
     def __init__(self, names: Sequence[str], rule: str = DEFAULT_RULE, memory: float | None = None) -> None:
-        self.factor = std_factor(rule)
+        if parse_rule(rule)[0] != "mean":
+            raise ValueError(
+                f"the rule {rule!r} is for thresholds measured on a standard network; self-calibrated ones follow "
+                f"'mean' or 'mean+<number>std'. Name a thresholds file or a standard network, or change 'rule'."
+            )
         self.rule = rule
         self.statistics = TermStatistics(names, memory)
         self._ceiling: Tensor | None = None

@@ -267,21 +267,23 @@ def test_a_rule_is_checked() -> None:
     assert ThresholdsOptions.of({"rule": None, "out": None}) == ThresholdsOptions(None, None)
     assert ThresholdsOptions.of({"rule": "mean+2std", "out": "x.json"}).out == Path("x.json")
     with pytest.raises(ValueError, match="must be 'mean' or"):
-        ThresholdsOptions.of({"rule": "median", "out": None})
+        ThresholdsOptions.of({"rule": "mode", "out": None})
 
 
 @pytest.mark.parametrize(("dice", "poor"), [(0.59, True), (0.6, False), (None, False)])
 def test_thresholds_are_written_and_said(tmp_path: Path, dice: float | None, poor: bool) -> None:
     said: list[str] = []
     path = tmp_path / "t.json"
-    measured = Thresholds((0.5, 2.0), ("ce", "dice"), rule="mean", mean=(0.5, 2.0), std=(0.1, 0.25), n=7)
+    measured = Thresholds(
+        (0.5, 2.0), ("ce", "dice"), rule="mean", mean=(0.5, 2.0), std=(0.1, 0.25), n=7, median=(0.4, 1), spread=(0, 0.5)
+    )
     quality = None if dice is None else Quality("Mean Dice", dice, least=0.6)
     write_thresholds(measured, path, of="clean images", quality=quality, hint="Train with it", say=said.append)
     assert Thresholds.load(path) == measured
     assert said[:3] == [
         "7 clean images: ce < 0.5, dice < 2",
-        "  ce: threshold 0.5000 (mean; mean 0.5000, std 0.1000)",
-        "  dice: threshold 2.0000 (mean; mean 2.0000, std 0.2500)",
+        "  ce: threshold 0.5000 (mean; mean 0.5000, std 0.1000, median 0.4000, spread 0.0000)",
+        "  dice: threshold 2.0000 (mean; mean 2.0000, std 0.2500, median 1.0000, spread 0.5000)",
     ]
     assert ("Mean Dice of that network on these samples: 0.590." in said) == poor
     assert any(line.startswith("WARNING: this network is poorly trained") for line in said) == poor

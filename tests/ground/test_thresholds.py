@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import median_abs_deviation
 
-from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, sha256, std_factor
+from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, parse_rule, sha256
 
 NAMES = ("ce", "dice", "box")
 
@@ -129,7 +130,7 @@ def test_pooled_statistics_are_those_of_all_samples(ranks: int) -> None:
     [("mean", 0), ("mean+2std", 2), ("mean + 2 std", 2), ("mean+0.5std", 0.5), ("mean+10std", 10)],
 )
 def test_rules(rule: str, factor: float) -> None:
-    assert std_factor(rule) == factor
+    assert parse_rule(rule) == ("mean", factor)
     parts = batches(1)
     values = np.concatenate(parts)
     statistics = taken_in(parts)
@@ -143,12 +144,55 @@ def test_rules(rule: str, factor: float) -> None:
     assert (made.source, made.source_sha256, made.notes) == ("checkpoint.pth", "ab", {"fold": 0})
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("median", 0), ("median+2spread", 2), ("median + 0.5 spread", 0.5)])
+def test_rules_of_the_median(rule: str, factor: float) -> None:
+    parts = [*batches(1), np.array([[1.0, math.nan, 2.0]])]
+    values = np.concatenate(parts[:-1])
+    spread = median_abs_deviation(values, scale="normal")
+    statistics = TermStatistics(NAMES, keep=True)
+    for part in parts:
+        statistics.update(torch.from_numpy(part))
+    made = statistics.thresholds(rule)
+    np.testing.assert_allclose(made.values, np.median(values, 0) + factor * spread, rtol=1e-10)
+    np.testing.assert_allclose(made.median, np.median(values, 0), rtol=1e-12)
+    np.testing.assert_allclose(made.spread, spread, rtol=1e-10)
+    np.testing.assert_allclose(statistics.thresholds("mean").by_rule(rule).values, made.values, rtol=1e-12)
+    np.testing.assert_allclose(made.by_rule("mean+2std").values, values.mean(0) + 2 * values.std(0), rtol=1e-10)
+    resumed, pooled = TermStatistics(NAMES, keep=True), TermStatistics(NAMES, keep=True)
+    resumed.load_state_dict(json.loads(json.dumps(statistics.state_dict())))
+    assert resumed.thresholds(rule) == made
+    pooled.merge([taken_in_and_kept(parts[:4]), taken_in_and_kept(parts[4:])])
+    np.testing.assert_allclose(pooled.thresholds(rule).values, made.values, rtol=1e-12)
+
+
+def taken_in_and_kept(parts: list[np.ndarray]) -> dict[str, Any]:
+    statistics = TermStatistics(NAMES, keep=True)
+    for part in parts:
+        statistics.update(torch.from_numpy(part))
+    return statistics.state_dict()
+
+
+def test_a_few_samples_out_of_all_proportion_hardly_move_the_median() -> None:
+    values = np.random.default_rng(0).normal(2, 0.5, (1000, 1))
+    statistics = TermStatistics(["a"], keep=True)
+    statistics.update(torch.from_numpy(np.concatenate([values, np.full((20, 1), 50.0)])))
+    robust, plain = (statistics.thresholds(rule).values[0] for rule in ("median+2spread", "mean+2std"))
+    assert robust == pytest.approx(3, abs=0.1)  # 2 + 2 * 0.5
+    assert plain > 15
+
+
 def test_other_rules_are_refused() -> None:
-    rules: list[Any] = ["", "median", "mean+std", "mean-2std", "mean+2", "2std", "mean+2std+1", "Mean", None, 2]
-    for rule in rules:
-        for refuses in (std_factor, lambda rule: RunningThresholds(NAMES, rule)):
-            with pytest.raises(ValueError, match=r"must be 'mean' or 'mean\+<number>std' \(mean\+2std\), got "):
+    rules: list[Any] = ["", "mean+std", "mean-2std", "mean+2", "2std", "mean+2std+1", "Mean", None, 2]
+    for rule in [*rules, "median+2std", "mean+2spread", "median+2", "median-1spread"]:
+        for refuses in (parse_rule, lambda rule: RunningThresholds(NAMES, rule)):
+            with pytest.raises(ValueError, match=r"must be 'mean' or 'mean\+<number>std' \(mean\+2std\), 'median' or "):
                 refuses(rule)
+    with pytest.raises(ValueError, match="'median' is for thresholds measured on a standard network; self-calibrated"):
+        RunningThresholds(NAMES, "median")
+    with pytest.raises(ValueError, match=r"'median\+1spread' needs all losses \(keep=True\)"):
+        taken_in(batches(1)).thresholds("median+1spread")
+    with pytest.raises(ValueError, match=r"kept .* only where all of them count alike"):
+        TermStatistics(NAMES, 10, keep=True)
 
 
 def test_another_rule_for_the_same_statistics() -> None:
@@ -163,6 +207,8 @@ def test_another_rule_for_the_same_statistics() -> None:
     assert by_hand.by_rule(None) is by_hand
     with pytest.raises(ValueError, match=r"the file x hold no mean and std that the rule 'mean' .* Remove 'rule'"):
         by_hand.by_rule("mean", "the file x")
+    with pytest.raises(ValueError, match=r"hold no median and spread that .* make the thresholds anew"):
+        made.by_rule("median")
 
 
 # Records and files

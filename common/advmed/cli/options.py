@@ -67,7 +67,7 @@ EVALUATE = (
 """The options of every ``evaluate``."""
 
 THRESHOLDS = (
-    Option("rule", str, "mean or mean+2std", unset="as AMAT's training takes it"),
+    Option("rule", str, "mean, mean+2std, median or median+2spread", unset="as AMAT's training takes it"),
     Option("out", str, "the file", unset="thresholds.json beside the checkpoint"),
 )
 """The options of every ``thresholds``."""

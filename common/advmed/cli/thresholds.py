@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from advmed.thresholds import Thresholds, std_factor
+from advmed.thresholds import Thresholds, parse_rule
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ThresholdsOptions:
     """The options of ``thresholds`` (:data:`advmed.cli.options.THRESHOLDS`), checked.
 
     Attributes:
-        rule: how thresholds are made of mean and standard deviation; None: the host's way.
+        rule: how thresholds are made of the losses (:func:`advmed.thresholds.parse_rule`); None: the host's way.
         out: the file; None: beside the checkpoint.
 
     Raises:
@@ -27,7 +27,7 @@ class ThresholdsOptions:
 
     def __post_init__(self) -> None:
         if self.rule is not None:
-            std_factor(self.rule)
+            parse_rule(self.rule)
         object.__setattr__(self, "out", None if self.out is None else Path(self.out))
 
     @classmethod
@@ -63,19 +63,19 @@ def write_thresholds(
     """Writes thresholds that were measured, and says what they are.
 
     Args:
-        measured: the thresholds, with mean and standard deviation.
+        measured: the thresholds, and what they can be made of.
         path: the file.
         of: what was measured, after the number of samples: "clean images of the split train".
         quality: how good the network is, where the host knows it.
         hint: how to train with them.
         say: prints or logs a line.
     """
-    assert measured.mean is not None
-    assert measured.std is not None
     measured.save(path)
     say(f"{measured.n} {of}: {measured}")
-    for name, value, mean, std in zip(measured.names, measured.values, measured.mean, measured.std, strict=True):
-        say(f"  {name}: threshold {value:.4f} ({measured.rule}; mean {mean:.4f}, std {std:.4f})")
+    parts = [(part, found) for part in ("mean", "std", "median", "spread") if (found := getattr(measured, part))]
+    for k, (name, value) in enumerate(zip(measured.names, measured.values, strict=True)):
+        made_of = ", ".join(f"{part} {found[k]:.4f}" for part, found in parts)
+        say(f"  {name}: threshold {value:.4f} ({measured.rule}; {made_of})")
     if quality is not None:
         say(f"{quality.name} of that network on these samples: {quality.value:.3f}.")
         if quality.value < quality.least:

@@ -1376,7 +1376,7 @@ class LightningTrainingContract(OwnFolder):
         ):
             assert message in host.fails(command, *words)
         if command == "thresholds":
-            assert "must be 'mean' or 'mean+<number>std'" in host.fails(command, checkpoint, "--rule", "median")
+            assert "must be 'mean' or 'mean+<number>std'" in host.fails(command, checkpoint, "--rule", "mode")
         assert not list(Path().rglob("*.json"))
         assert not list(Path().rglob("*.html"))
 

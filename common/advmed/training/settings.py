@@ -18,7 +18,7 @@ import yaml
 
 from advmed.methods import AttackSettings, EveryMethodSettings, Method, MethodSettings, method_class
 from advmed.methods.base import AttackOptions
-from advmed.thresholds import RunningThresholds, Thresholds, std_factor
+from advmed.thresholds import RunningThresholds, Thresholds, parse_rule
 
 S = TypeVar("S", bound="TrainingSettings")
 PRESETS = ("fast", "paper")
@@ -32,8 +32,9 @@ class RunSettings(MethodSettings):
         preset: what decides about the settings that are left open: "fast", what measurements found at a few times the
             cost of standard training, or "paper", the method as published.
         thresholds: "auto", or the path of a thresholds file (AMAT, FAT).
-        rule: how thresholds are made of mean and standard deviation, "mean" or "mean+2std"; None: as the thresholds
-            file was made, and "mean" where there is none.
+        rule: how thresholds are made of the losses of the standard network: "mean" or "mean+2std" (its standard
+            deviation), "median" or "median+2spread" (its median absolute deviation, for losses with outliers); None: as
+            the thresholds file was made, and "mean" where there is none.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
@@ -52,7 +53,7 @@ class RunSettings(MethodSettings):
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
         if self.rule is not None:
-            std_factor(self.rule)
+            parse_rule(self.rule)
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
 

@@ -17,7 +17,7 @@ WRONG = [
     ({"steps": True}, "steps must be a whole number or null, got True"),
     ({"eps": "big"}, "eps must be a number or null, got 'big'"),
     ({"delta": 0}, "delta must be a finite number > 0, got 0"),
-    ({"rule": "median"}, "the rule for thresholds must be 'mean' or 'mean\\+<number>std'"),
+    ({"rule": "mode"}, "the rule for thresholds must be 'mean' or 'mean\\+<number>std'"),
     ({"bounds": [1, 0]}, "lowest < highest"),
     ({"bounds": [0, 1, 2]}, "bounds must be a pair of numbers or 'sample' or null"),
     ({"warmup_epochs": -1}, "warmup_epochs must be >= 0, got -1"),

@@ -138,7 +138,7 @@ THRESHOLDS, EVALUATE = ([name, "model={model}", "data={data}", "device=cpu"] for
         (["evaluate", "model={model}"], r"evaluate needs data=\.\.\."),
         ([*THRESHOLDS, "model=no/nothing.pt"], "nothing.pt"),
         ([*EVALUATE, "model=no/nothing.pt"], "nothing.pt"),
-        ([*THRESHOLDS, "rule=median"], r"must be 'mean' or 'mean\+<number>std'"),
+        ([*THRESHOLDS, "rule=mode"], r"must be 'mean' or 'mean\+<number>std'"),
         ([*THRESHOLDS, "split=test"], "has no split 'test'"),
         ([*THRESHOLDS, "rul=mean"], r"\['rule'\]"),
         ([*THRESHOLDS, "data=no/such.yaml"], "there is no data set file no/such.yaml"),

@@ -69,7 +69,7 @@ def measure(
         model: a :class:`advmed.integrations.lightning.module.RobustModule`.
         path: the checkpoint that it is from.
         data: the data.
-        rule: ``mean`` or ``mean+2std``.
+        rule: such as ``mean``, ``mean+2std``, ``median+2spread``.
         device: where to measure.
         split: of the data; that of the training is augmented.
         seed: of the order, the augmentation and the dropout.
@@ -82,7 +82,7 @@ def measure(
         ValueError: for a network that is clearly untrained by that metric.
     """
     model = model.to(device).train()
-    statistics = TermStatistics(model.terms)
+    statistics = TermStatistics(model.terms, keep=True)
     found: list[dict[str, torch.Tensor]] = []
     with preserved(model), torch.no_grad():
         torch.manual_seed(seed)  # of dropout

@@ -1,0 +1,282 @@
+"""AMAT's rules, thresholds and bounds beside SAT's levels on the demos' data, by the installed commands; with seeds.
+
+    python benchmarks/fronts.py landmark|yolo|classify [--seeds 0 1 2] [--jobs 2] [--only REGEX] [--work build/fronts]
+    python benchmarks/fronts.py landmark --table
+
+Per seed a standard network is trained as the host's demo has it; every run begins with its weights, for a quarter of
+its epochs, and is attacked by PGD-20. What is finished is not done again. The last column is what fronts are compared
+by: the area under the curve, less what SAT has at the same clean metric, between its two nearest levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import yaml
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo_classify  # noqa: E402
+import demo_landmark  # noqa: E402
+import demo_yolo  # noqa: E402
+
+Settings = dict[str, Any]
+"""Of a training by its method, beside the defaults."""
+
+
+def slug(name: str) -> str:
+    """A run's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name)
+
+
+def amat(std: float, **settings: Any) -> Settings:
+    return {"method": "AMAT", "rule": f"mean+{std:g}std", **settings}
+
+
+def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
+    """The runs of a host: SAT's levels, and AMAT within wider bounds of its margins than the default's."""
+    return {
+        **{f"SAT {eps:g}": {"method": "SAT", "eps": eps} for eps in sat},
+        **{f"AMAT, mean+{std:g}std": amat(std) for std in (0, 1, 2, 4)},
+        **{f"AMAT wide, mean+{std:g}std": amat(std, **wide) for std in (0, 1, 2, 4)},
+        **{f"AMAT wide on the sphere, mean+{std:g}std": amat(std, **wide, train_on="sphere") for std in (0, 1, 2, 4)},
+        **{f"AMAT wide balanced, mean+{std:g}std": amat(std, **wide, refinement="balanced") for std in (1, 2)},
+        **{
+            f"AMAT paper, mean+{std:g}std": amat(std, refinement="paper", train_on="sphere", start="delta")
+            for std in (0, 2)
+        },
+        "AMAT wide, 5 steps, mean+2std": amat(2, **wide, steps=5, step_scale=2.3),
+        "AMAT wide, 2 steps, mean+2std": amat(2, **wide, steps=2, step_scale=1.5),
+    }
+
+
+class Host:
+    """The commands of a host.
+
+    Args:
+        work: the folder of one seed.
+        seed: of the trainings.
+    """
+
+    runs: ClassVar[dict[str, Settings]] = {}
+    metric = ""
+    rising = True
+    """Whether more is better."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.work, self.seed = work, seed
+        work.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """What all trainings need."""
+
+    def checkpoint(self, name: str) -> Path:
+        raise NotImplementedError
+
+    def train(self, name: str) -> list[str]:
+        raise NotImplementedError
+
+    def evaluate(self, name: str) -> list[str]:
+        raise NotImplementedError
+
+    def report(self, name: str) -> Path:
+        raise NotImplementedError
+
+    def seconds(self, name: str) -> float:
+        return float((self.work / "logs" / f"{slug(name)}.train.done").read_text())
+
+
+class Lightning(Host):
+    """Both tools on Lightning: the demo's configuration."""
+
+    demo: Any
+    tool = ""
+
+    def checkpoint(self, name: str) -> Path:
+        return self.work / slug(name) / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    def prepare(self) -> None:
+        (self.work / "demo.yaml").write_text(yaml.safe_dump(self.demo.CONTENT, sort_keys=False))
+
+    def train(self, name: str) -> list[str]:
+        words = [self.tool, "fit", "--config", str(self.work / "demo.yaml"), "--seed_everything", str(self.seed)]
+        settings = {"method": "STD"} if name == "STD" else dict(self.runs[name])
+        chosen = {"model.method.name": settings.pop("method"), "trainer.default_root_dir": self.work / slug(name)}
+        if name != "STD":
+            chosen |= {"model.network.weights": self.checkpoint("STD"), "trainer.max_epochs": self.demo.EPOCHS // 4}
+        for key, value in settings.items():
+            where = "attack" if key in ("steps", "step_scale", "norm") else "method"
+            chosen[key if key.startswith(("model.", "trainer.")) else f"model.{where}.{key}"] = value
+        return words + [str(word) for key, value in chosen.items() for word in (f"--{key}", value)]
+
+    def evaluate(self, name: str) -> list[str]:
+        levels = self.demo.EVALUATE[self.demo.EVALUATE.index("--levels") + 1]
+        words = ["--attacks", "[pgd20]", "--checks", "0", "--examples", "1", "--device", "cpu", "--levels", levels]
+        return [
+            self.tool,
+            "evaluate",
+            str(self.checkpoint(name)),
+            "--out",
+            str(self.work / "reports" / slug(name)),
+            *words,
+        ]
+
+    def report(self, name: str) -> Path:
+        return self.work / "reports" / slug(name) / "L2" / "report.json"
+
+
+class Landmark(Lightning):
+    demo, tool, metric, rising = demo_landmark, "adv-landmark", "MRE", False
+    runs = runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0})
+
+
+class Classify(Lightning):
+    demo, tool, metric = demo_classify, "adv-classify", "accuracy"
+    runs: ClassVar[dict[str, Settings]] = {
+        **runs([0.1, 0.2, 0.4, 0.8], {"margin_min": 0.01, "margin_max": 4.0}),
+        **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
+        **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
+        **{f"SAT 0.4, rate {lr:g}": {"method": "SAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
+    }
+
+
+class Yolo(Host):
+    metric = "mAP50"
+    runs = runs([0.5, 1.0, 1.5, 2.0, 3.0], {"margin_min": 0.1, "margin_max": 16.0})
+
+    def prepare(self) -> None:
+        if not (self.work / "bccd").exists():
+            shutil.copytree(demo_yolo.SOURCE, self.work / "bccd")
+        (self.work / "settings").mkdir(exist_ok=True)
+        os.environ |= {"YOLO_CONFIG_DIR": str(self.work / "settings"), "YOLO_OFFLINE": "true"}
+
+    def _common(self) -> list[str]:
+        return [f"data={self.work / 'bccd' / 'bccd.yaml'}", f"imgsz={demo_yolo.IMAGE_SIZE}", "device=cpu"]
+
+    def checkpoint(self, name: str) -> Path:
+        return self.work / "runs" / slug(name) / "weights" / "last.pt"
+
+    def train(self, name: str) -> list[str]:
+        words = ["adv-yolo", "detect", "train", *self._common(), *demo_yolo.COMMON, f"seed={self.seed}"]
+        words += [f"project={self.work / 'runs'}", f"name={slug(name)}", "exist_ok=True"]
+        if name == "STD":
+            return [*words, f"model={demo_yolo.MODEL}", *demo_yolo.STANDARD]
+        settings = [
+            f"{key}={str(value).lower() if key == 'method' else value}" for key, value in self.runs[name].items()
+        ]
+        return [*words, f"model={self.checkpoint('STD')}", *demo_yolo.ATTACK, *settings]
+
+    def evaluate(self, name: str) -> list[str]:
+        words = [f"model={self.checkpoint(name)}", *self._common(), "levels=0,1,2,4", "attacks=pgd20", "checks=0"]
+        return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.work / 'reports' / name}"]
+
+    def report(self, name: str) -> Path:
+        return self.work / "reports" / slug(name) / "report.json"
+
+
+HOSTS: dict[str, type[Host]] = {"landmark": Landmark, "classify": Classify, "yolo": Yolo}
+
+
+def call(words: list[str], log: Path) -> None:
+    """A command that is not finished yet, on one thread; its log, and how long it took."""
+    done = log.with_suffix(".done")
+    if done.exists():
+        return
+    start = time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    executable = Path(sysconfig.get_path("scripts")) / words[0]
+    with log.open("w") as out:
+        code = subprocess.run([str(executable), *words[1:]], env=environment, stdout=out, stderr=out).returncode
+    if code:
+        sys.exit(f"{' '.join(words)}\nfailed; its log: {log}")
+    done.write_text(f"{time.monotonic() - start:.1f}")
+
+
+def work_on(host: Host, name: str) -> None:
+    logs = host.work / "logs"
+    logs.mkdir(exist_ok=True)
+    call(host.train(name), logs / f"{slug(name)}.train.log")
+    call(host.evaluate(name), logs / f"{slug(name)}.evaluate.log")
+    print(f"{time.strftime('%H:%M:%S')} {host.work.name} {name} {curve(host, name)}", flush=True)
+
+
+def curve(host: Host, name: str) -> list[float]:
+    """Clean, then at every level, then AUC_robust."""
+    (model,) = json.loads(host.report(name).read_text())["results"][host.metric]["models"].values()
+    (attack,) = [found for key, found in model["attacks"].items() if key.startswith("pgd")]
+    values = [*attack["values"]]
+    levels = attack["levels"]
+    area = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(levels, levels[1:], values, values[1:], strict=False))
+    return [*values, area / levels[-1]]
+
+
+def table(kind: type[Host], work: Path, seeds: list[int]) -> str:
+    found: dict[str, np.ndarray] = {}
+    took: dict[str, float] = {}
+    for name in ["STD", *kind.runs]:
+        hosts = [kind(work / str(seed), seed) for seed in seeds]
+        hosts = [host for host in hosts if host.report(name).is_file()]
+        if hosts:
+            found[name] = np.array([curve(host, name) for host in hosts])
+            took[name] = statistics.mean(host.seconds(name) for host in hosts)
+    sign = 1 if kind.rising else -1
+    front = np.array(
+        sorted(
+            rows.mean(0)[[0, -1]].tolist()
+            for name, rows in found.items()
+            if name.startswith("SAT ") and "," not in name
+        )
+    )
+    lines = [
+        f"| {kind.metric} | seeds | clean | at the levels | mean over all levels | over SAT's front | training |",
+        "|---" * 7 + "|",
+    ]
+    for name, rows in found.items():
+        mean = rows.mean(0)
+        error = f" ± {rows[:, -1].std(ddof=1) / math.sqrt(len(rows)):.3f}" if len(rows) > 1 else ""
+        inside = len(front) > 1 and front[0, 0] <= mean[0] <= front[-1, 0] and not name.startswith("SAT")
+        over = f"{sign * (mean[-1] - np.interp(mean[0], front[:, 0], front[:, 1])):+.3f}" if inside else ""
+        levels = " / ".join(f"{value:.3f}" for value in mean[1:-1])
+        lines.append(
+            f"| {name} | {len(rows)} | {mean[0]:.3f} | {levels} | {mean[-1]:.3f}{error} | {over} | {took[name]:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("host", choices=HOSTS)
+    parser.add_argument("--work", type=Path, default=Path("build/fronts"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
+    parser.add_argument("--table", action="store_true", help="print what there is")
+    options = parser.parse_args()
+    kind, work = HOSTS[options.host], options.work.resolve() / options.host
+    if not options.table:
+        hosts = [kind(work / str(seed), seed) for seed in options.seeds]
+        for host in hosts:
+            host.prepare()
+        for names in (["STD"], [name for name in kind.runs if re.search(options.only, name)]):
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(lambda one: work_on(*one), [(host, name) for host in hosts for name in names]))
+    print(table(kind, work, options.seeds))
+
+
+if __name__ == "__main__":
+    main()
