@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -65,6 +64,10 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
     }
 
 
+AVERAGED: Settings = {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.99}
+"""Lightning's average of the weights, which its checkpoints then hold."""
+
+
 class Host:
     """The commands of a host.
 
@@ -96,9 +99,6 @@ class Host:
 
     def report(self, name: str) -> Path:
         raise NotImplementedError
-
-    def seconds(self, name: str) -> float:
-        return float((self.work / "logs" / f"{slug(name)}.train.done").read_text())
 
 
 class Lightning(Host):
@@ -142,7 +142,10 @@ class Lightning(Host):
 
 class Landmark(Lightning):
     demo, tool, metric, rising = demo_landmark, "adv-landmark", "MRE", False
-    runs = runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0})
+    runs: ClassVar[dict[str, Settings]] = {
+        **runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0}),
+        "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
+    }
 
 
 class Classify(Lightning):
@@ -151,6 +154,7 @@ class Classify(Lightning):
         **runs([0.1, 0.2, 0.4, 0.8], {"margin_min": 0.01, "margin_max": 4.0}),
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
+        "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
         **{f"SAT 0.4, rate {lr:g}": {"method": "SAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
     }
 
@@ -183,7 +187,7 @@ class Yolo(Host):
 
     def evaluate(self, name: str) -> list[str]:
         words = [f"model={self.checkpoint(name)}", *self._common(), "levels=0,1,2,4", "attacks=pgd20", "checks=0"]
-        return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.work / 'reports' / name}"]
+        return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.work / 'reports' / slug(name)}"]
 
     def report(self, name: str) -> Path:
         return self.work / "reports" / slug(name) / "report.json"
@@ -225,36 +229,37 @@ def curve(host: Host, name: str) -> list[float]:
     return [*values, area / levels[-1]]
 
 
+def margins(host: Host, name: str) -> list[float]:
+    """Quartiles of the margins, least and largest; nothing where there are none."""
+    for found in json.loads(host.report(name).read_text())["margins"].values():
+        return [float(value) for value in found["quantiles"].values()]
+    return []
+
+
 def table(kind: type[Host], work: Path, seeds: list[int]) -> str:
+    """A row for each run, means over the seeds."""
     found: dict[str, np.ndarray] = {}
-    took: dict[str, float] = {}
+    learnt: dict[str, list[list[float]]] = {}
     for name in ["STD", *kind.runs]:
         hosts = [kind(work / str(seed), seed) for seed in seeds]
         hosts = [host for host in hosts if host.report(name).is_file()]
         if hosts:
             found[name] = np.array([curve(host, name) for host in hosts])
-            took[name] = statistics.mean(host.seconds(name) for host in hosts)
+            learnt[name] = [margins(host, name) for host in hosts]
     sign = 1 if kind.rising else -1
-    front = np.array(
-        sorted(
-            rows.mean(0)[[0, -1]].tolist()
-            for name, rows in found.items()
-            if name.startswith("SAT ") and "," not in name
-        )
-    )
-    lines = [
-        f"| {kind.metric} | seeds | clean | at the levels | mean over all levels | over SAT's front | training |",
-        "|---" * 7 + "|",
-    ]
+    levels = [name for name in found if re.fullmatch("SAT [0-9.]+", name)]
+    front = np.array(sorted(found[name].mean(0)[[0, -1]].tolist() for name in levels))
+    heads = [kind.metric, "seeds", "clean", "at the levels", "mean over all levels", "better than SAT's front by"]
+    lines = ["| " + " | ".join([*heads, "margins, quartiles"]) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, rows in found.items():
         mean = rows.mean(0)
         error = f" ± {rows[:, -1].std(ddof=1) / math.sqrt(len(rows)):.3f}" if len(rows) > 1 else ""
-        inside = len(front) > 1 and front[0, 0] <= mean[0] <= front[-1, 0] and not name.startswith("SAT")
+        inside = len(front) > 1 and front[0, 0] <= mean[0] <= front[-1, 0] and name not in levels
         over = f"{sign * (mean[-1] - np.interp(mean[0], front[:, 0], front[:, 1])):+.3f}" if inside else ""
-        levels = " / ".join(f"{value:.3f}" for value in mean[1:-1])
-        lines.append(
-            f"| {name} | {len(rows)} | {mean[0]:.3f} | {levels} | {mean[-1]:.3f}{error} | {over} | {took[name]:.0f} s |"
-        )
+        cells = [name, f"{len(rows)}", f"{mean[0]:.3f}", " / ".join(f"{value:.3f}" for value in mean[1:-1])]
+        cells += [f"{mean[-1]:.3f}{error}", over]
+        cells.append(" / ".join(f"{value:.2f}" for value in np.mean(learnt[name], 0)) if learnt[name][0] else "")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -354,8 +354,31 @@ def test_the_outlook_of_margins_that_follow() -> None:
     run = MethodRun("AMAT", settings(preset="fast", eps=2.0), fixed(), epochs=3)
     assert run.outlook(8, 8) == [
         "8 samples, each met about 3.0 times in this run: margins begin with a first-order estimate and follow what "
-        "each sample bears (L2 norm, floor 0.5, cap 8)"
+        "each sample bears (L2 norm, floor 0.125, cap 16)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((0.125, 0.125, 0.125, 2.0), "75% of the margins rest on their floor, 0.125: "),
+        ((0.125, 0.125, 2.0, 3.0), None),
+        ((16.0, 16.0, 2.0, 3.0), "50% of the margins rest on their cap, 16: "),
+        ((16.0, 1.0, 2.0, 3.0), None),
+    ],
+)
+def test_margins_that_rest_on_a_bound_are_pointed_out_once_and_late(
+    values: tuple[float, ...], words: str | None
+) -> None:
+    said: list[str] = []
+    run = MethodRun("AMAT", settings(preset="fast", eps=2.0), fixed(), epochs=6, say=said.append)
+    for epoch in range(6):
+        run.begin_epoch(epoch)
+        run.method.store.set(list("abcd"), values)
+        run.end_epoch()
+        assert len([line for line in said if "rest on their" in line]) == (words is not None and epoch >= 3)
+    assert words is None or any(line.startswith(f"WARNING: {words}") for line in said)
+    assert MethodRun("DPAAT", settings(), epochs=6).method.resting() is None  # its sizes are meant to
 
 
 # Presets
@@ -369,7 +392,7 @@ def test_what_is_left_open_is_chosen_by_the_preset() -> None:
     assert (fast.method.refinement, fast.method.train_on, fast.method.begin_with) == ("secant", "crossing", "estimate")
     assert (paper.method.refinement, paper.method.train_on, paper.method.begin_with) == ("paper", "sphere", "delta")
     assert (fast.method.cost, paper.method.cost) == (pytest.approx(10 / 3), pytest.approx(46 / 3))
-    assert (fast.method.lowest, fast.method.highest) == (0.5, 8.0)
+    assert (fast.method.lowest, fast.method.highest) == (0.125, 16.0)
     assert (paper.method.lowest, paper.method.highest) == (0.0, None)
     assert fast.settings.refinement == "secant"
     own = TrainingSettings(steps=7, refinement="balanced", eps=2.0, delta=0.5, margin_max=3.0).for_method("AMAT")

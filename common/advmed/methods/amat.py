@@ -41,8 +41,13 @@ TRACKING: tuple[Rule, ...] = ("secant", "balanced")
 """Rules by which a margin follows its sample in both directions; these have a floor, delta."""
 _EARLY = 16
 """Visits in which the most that a margin moves falls to a half of what it is at first."""
-_CAP_OF_EPS = 4.0
-"""Cap of a tracking margin, in noise levels of interest."""
+_MANY_AT_FLOOR, _MANY_AT_CAP = 0.5, 0.25
+"""Shares of the margins on a bound that are worth a warning."""
+_NEAR = 1e-4
+_CAP_OF_EPS, _FLOOR_OF_DELTA = 8.0, 0.25
+"""Bounds of a margin that follows its sample: its cap in noise levels of interest, and, where it begins with an
+estimate, its floor in delta. Tighter ones, 4 and 1, were measured to hold the margins of whole data sets
+(docs/results/margins.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +65,13 @@ class AMATSettings(MethodSettings):
             delta). "balanced": up or down by
             delta, so that a margin settles where half of its visits bear it.
         train_on: where the adversarial image is. "sphere": where the attack ends. "crossing": on the way there, where
-            the losses that the attack has seen put the threshold; never nearer to the clean image than the floor.
+            the losses that the attack has seen put the threshold; never nearer to the clean image than delta, if
+            the margin is that large.
         start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
             (xi - L) / ||g||, for one pass more in every batch that holds a sample for the first time.
-        margin_min: lowest margin, >= 0; None: delta for "secant" and "balanced", else none.
-        margin_max: highest margin, > 0; None: 4 eps for "secant" and "balanced", else none.
+        margin_min: lowest margin, >= 0; None: for "secant" and "balanced" a quarter of delta where margins begin with
+            an estimate and delta where they do not, else none.
+        margin_max: highest margin, > 0; None: 8 eps for "secant" and "balanced", else none.
     """
 
     delta: float | None = None
@@ -151,11 +158,11 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         )
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
-        floor = self.delta if refinement in TRACKING else 0.0
+        floor = self.delta * (_FLOOR_OF_DELTA if start == "estimate" else 1.0) if refinement in TRACKING else 0.0
         if margin_min is None and margin_max is not None and margin_max < floor:
             raise ValueError(
-                f"margin_max {margin_max:g} is below delta, {floor:g}, the floor of margins that follow their samples: "
-                f"lower delta, or set margin_min"
+                f"margin_max {margin_max:g} is below {floor:g}, the floor of margins that follow their samples: lower "
+                f"delta, or set margin_min"
             )
         super().__init__(
             self.delta,
@@ -293,6 +300,25 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             f"margins begin with a first-order estimate and follow what each sample bears (L{self.attack.norm:g} norm, "
             f"floor {self.lowest:.4g}, {cap})"
         ]
+
+    def resting(self) -> str | None:
+        """See :meth:`AdaptiveRadiusMethod.resting`."""
+        if self.refinement not in TRACKING or not len(self.margins):
+            return None
+        values = self.margins.values()
+        low = float((values <= self.lowest * (1 + _NEAR)).float().mean())
+        high = 0.0 if self.highest is None else float((values >= self.highest * (1 - _NEAR)).float().mean())
+        if low > _MANY_AT_FLOOR:
+            return (
+                f"WARNING: {low:.0%} of the margins rest on their floor, {self.lowest:.4g}: these samples bear less "
+                f"noise than that, and are trained with one noise level. Lower margin_min, or choose higher thresholds"
+            )
+        if high > _MANY_AT_CAP:
+            return (
+                f"WARNING: {high:.0%} of the margins rest on their cap, {self.highest:.4g}: these samples bear more "
+                f"noise than that. Raise margin_max, or choose lower thresholds, if they are to be told apart"
+            )
+        return None
 
 
 def expected_crossing(clean: Tensor, points: Sequence[tuple[Tensor, Tensor]], xi: Tensor) -> Tensor:

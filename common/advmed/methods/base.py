@@ -431,6 +431,10 @@ class AdaptiveRadiusMethod(AdversarialMethod):
             )
         return lines
 
+    def resting(self) -> str | None:
+        """A warning if so many levels rest on one of their bounds that the bound decides, and not the samples."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Levels and counters, in plain types."""
         return {**super().state_dict(), "margins": self.store.state_dict()}

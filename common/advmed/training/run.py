@@ -91,6 +91,7 @@ class MethodRun:
         self._check = strength_check(self.method)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
+        self._epoch, self._remarked = 0, False
         self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.method.cost)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -121,7 +122,7 @@ class MethodRun:
             self.method.begin_epoch()
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
-        self.warming_up = epoch < self.warmup_epochs
+        self._epoch, self.warming_up = epoch, epoch < self.warmup_epochs
         if (left := self._pace.begin_epoch(epoch)) is not None:
             self._say(left)
         if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
@@ -165,6 +166,10 @@ class MethodRun:
         if isinstance(self.method, AdaptiveRadiusMethod):
             low, median, high = self.method.store.quantiles(of=self._shown)
             values |= {"margin_q05": low, "margin_q50": median, "margin_q95": high}
+            # From scratch, margins rest on their floor at first: nothing is said before half of the training is over.
+            if not self._remarked and 2 * (self._epoch + 1) > self.epochs and (line := self.method.resting()):
+                self._remarked = True
+                self._say(line)
         self._judge(values)
         self._totals, self._counts = {}, {}
         return values
