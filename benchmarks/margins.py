@@ -77,6 +77,11 @@ RUNS: dict[str, dict[str, Any]] = {
         )
         for spread in (2, 3)
     },
+    **{f"SAT {eps:g}, long": {"method": "SAT", "eps": eps, **FAST, "train_steps": 3 * STEPS} for eps in (3.5, 5)},
+    **{
+        f"AMAT secant, estimate, mean+{std:g}std, long": amat("secant", std, **ESTIMATE, train_steps=3 * STEPS)
+        for std in (1, 2)
+    },
     **{f"AMAT balanced, on the crossing, estimate, mean+{std:g}std": amat("balanced", std, **START) for std in (1, 2)},
     "AMAT balanced, mean+2std": amat("balanced", 2),
     **{f"AMAT paper, on the crossing, mean+{std:g}std": amat("paper", std, **CROSSING) for std in (1, 2)},
@@ -266,15 +271,15 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         model.load_state_dict(saved["weights"])
         settings = dict(RUNS[name])
         kind, std, rate = settings.pop("method"), settings.pop("std", None), settings.pop("rate", FINE_RATE)
-        threshold_rule = settings.pop("threshold_rule", None)
+        threshold_rule, steps = settings.pop("threshold_rule", None), settings.pop("train_steps", STEPS)
         torch.manual_seed(100 + seed)
         if kind == "AMAT":
             settings["thresholds"] = thresholds(model, images, labels).thresholds(threshold_rule or f"mean+{std:g}std")
             result["xi"] = settings["thresholds"].values[0]
         method = {"STD": STD, "SAT": SAT, "AMAT": AMAT}[kind](**settings)
         torch.manual_seed(200 + seed)
-        whole, average = train(model, method, images, labels, STEPS, rate)
-        seconds = whole / STEPS
+        whole, average = train(model, method, images, labels, steps, rate)
+        seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
     dice = evaluate(model, val_images[::2], val_labels[::2])
     result |= {"dice": dice, "seconds": seconds, "auc": auc_robust(LEVELS, dice)}
