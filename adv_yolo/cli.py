@@ -26,7 +26,7 @@ HELP = """
             bn=clean robust_batches=4
 
     2. Thresholds for AMAT from a trained standard model; see adv-yolo thresholds --help:
-        adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std|median+2spread] [out=FILE]
+        adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std] [out=FILE]
 
     3. Trained models under attack, in one report for each norm; see adv-yolo evaluate --help:
         adv-yolo evaluate model=a.pt,b.pt data=data.yaml split=val levels=0,5,10,15
