@@ -121,7 +121,7 @@ SEQUENTIAL = {"backward": "sequential"}
     [
         *(("trades", {"beta": 3.0}), ("dpaat", {"sync_weight": 3.0}), ("at", {})),
         *(("dpaat", {"sync_weight": 0.0}), ("dpaat", {"sync_weight": 0.0, **SEQUENTIAL})),
-        *(("amat", {}), ("sat", SEQUENTIAL)),
+        *(("amat", {"margin_min": 1.5}), ("sat", SEQUENTIAL)),
     ],
     ids=str,
 )
