@@ -30,9 +30,9 @@ import yaml
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import demo_classify  # noqa: E402
-import demo_landmark  # noqa: E402
-import demo_yolo  # noqa: E402
+import demo_classify  # noqa: E402  # found by the line above
+import demo_landmark  # noqa: E402  # found by the line above
+import demo_yolo  # noqa: E402  # found by the line above
 
 Settings = dict[str, Any]
 """Of a training by its method, beside the defaults."""

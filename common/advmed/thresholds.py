@@ -204,7 +204,7 @@ class TermStatistics:
         if self._mean.device != terms.device:
             self._n, self._mean, self._m2 = (x.to(terms.device, wide) for x in (self._n, self._mean, self._m2))
         if self._kept is not None:
-            self._kept.append(terms)
+            self._kept.append(terms.clone())  # the caller may go on with its own
         counted = terms.isfinite().all(1)
         n = counted.sum().to(wide)
         safe = n.clamp_min(1)

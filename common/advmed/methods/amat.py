@@ -38,12 +38,13 @@ from advmed.thresholds import RunningThresholds, Thresholds
 
 Rule = Literal["paper", "crossing", "secant", "balanced"]
 TRACKING: tuple[Rule, ...] = ("secant", "balanced")
-"""Rules by which a margin follows its sample in both directions; these have a floor, delta."""
+"""Rules by which a margin follows its sample in both directions; these have a floor."""
 _EARLY = 16
 """Visits in which the most that a margin moves falls to a half of what it is at first."""
 _MANY_AT_FLOOR, _MANY_AT_CAP = 0.5, 0.25
 """Shares of the margins on a bound that are worth a warning."""
 _NEAR = 1e-4
+"""How near to a bound a margin rests on it, relatively: margins are kept in single precision."""
 _CAP_OF_EPS, _FLOOR_OF_DELTA = 8.0, 0.25
 """Bounds of a margin that follows its sample: its cap in noise levels of interest, and, where it begins with an
 estimate, its floor in delta. Tighter ones, 4 and 1, were measured to hold the margins of whole data sets
