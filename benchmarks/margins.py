@@ -77,6 +77,10 @@ RUNS: dict[str, dict[str, Any]] = {
         )
         for spread in (2, 3)
     },
+    **{
+        f"AMAT secant, estimate, mean+{std:g}std, floor {floor:g}": amat("secant", std, **ESTIMATE, margin_min=floor)
+        for std, floor in ((1, 1), (2, 1), (2, 2), (2, 3), (1, 2))
+    },
     **{f"SAT {eps:g}, long": {"method": "SAT", "eps": eps, **FAST, "train_steps": 3 * STEPS} for eps in (3.5, 5)},
     **{
         f"AMAT secant, estimate, mean+{std:g}std, long": amat("secant", std, **ESTIMATE, train_steps=3 * STEPS)
