@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_average_precision
 
 from adv_classify.network import Network, make_network
 from adv_classify.objective import ClassificationObjective
+from advmed.files import replacing
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
 from advmed.integrations.lightning.calibration import Judgement
 from advmed.methods import AttackSettings
@@ -213,7 +214,7 @@ def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 def write_predictions(path: Path, batches: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     """Writes the columns id, prediction and one probability for each class."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "prediction", *names))
         for batch in batches:

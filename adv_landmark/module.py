@@ -18,6 +18,7 @@ from adv_landmark.data import BOUNDS, scale_points
 from adv_landmark.maps import decode
 from adv_landmark.network import Network, make_network
 from adv_landmark.objective import Heatmap, LandmarkObjective
+from advmed.files import replacing
 from advmed.integrations.lightning import MethodOptions, RobustModule, plain
 from advmed.integrations.lightning.calibration import Judgement
 from advmed.integrations.lightning.images import read_image
@@ -271,7 +272,7 @@ def write_predictions(folder: Path, batches: Sequence[dict[str, Any]], data: Any
     split = "test" if "test" in data.splits else "val"
     files = dict(zip(data.splits[split].ids, data.splits[split].images, strict=True))
     path = folder / PREDICTIONS
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "landmark_index", "x", "y", "confidence"))
         for batch in batches:

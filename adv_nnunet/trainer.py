@@ -38,6 +38,7 @@ from adv_nnunet.settings import FILE, STATE, find_settings
 from advmed.attacks.pgd import PGD
 from advmed.distributed import from_first_rank, gathered
 from advmed.evaluation.dice import dice_per_sample
+from advmed.files import replacing, write_whole
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, method_class
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS as RUN_KEYS
@@ -160,7 +161,7 @@ class AdversarialTraining(_Host):
                 read_from=self.settings_origin,
                 thresholds=getattr(self.method, "thresholds", None),
             )
-            (Path(self.output_folder) / FILE).write_text(resolved, encoding="utf-8")
+            write_whole(Path(self.output_folder) / FILE, resolved)
 
     def _check_output_folder(self) -> None:
         checkpoints = sorted(p.name for p in Path(self.output_folder).glob("checkpoint_*.pth"))
@@ -528,12 +529,8 @@ class AdversarialTraining(_Host):
             checkpoint["_best_ema"] = max(self._logged("ema_fg_dice"))
         own = {"epochs": self.num_epochs, "best_robust": self._best_robust}
         checkpoint[STATE] = self.run.state_dict() | {"nnunet": own}
-        temporary = Path(f"{filename}.tmp")
-        try:
+        with replacing(filename) as temporary:
             torch.save(checkpoint, temporary)
-            os.replace(temporary, filename)  # a kill or a full disk in the middle of writing leaves the old checkpoint
-        finally:
-            temporary.unlink(missing_ok=True)
         if isinstance(self.method, AdaptiveRadiusMethod):
             self.method.store.to_csv(Path(self.output_folder) / "margins.csv")
 

@@ -38,6 +38,7 @@ from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_
 from advmed.attacks import PGD
 from advmed.distributed import from_first_rank
 from advmed.evaluation.subjects import spread
+from advmed.files import replacing, write_whole
 from advmed.guard import frozen_statistics
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.objective import inspecting
@@ -193,7 +194,7 @@ class AdversarialTraining(_Host):
         if RANK in {-1, 0}:
             notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
             text = yaml.safe_dump(arguments_of(self.settings), sort_keys=False)
-            (self.save_dir / FILE).write_text(notes + text, encoding="utf-8")
+            write_whole(self.save_dir / FILE, notes + text)
 
     def _follow_head(self, settings: Settings) -> Settings:
         """Without a shared gradient where it is that of another head than the one that is attacked."""
@@ -687,9 +688,8 @@ def strip_state(path: Path) -> None:
     if any(hasattr(network, STATE) for network in networks):
         for network in networks:
             vars(network).pop(STATE, None)
-        temporary = path.with_suffix(".tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 def _log(line: str) -> None:

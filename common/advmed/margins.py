@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmed.distributed import gathered, is_distributed
+from advmed.files import replacing
 
 
 class MarginStore:
@@ -163,7 +164,7 @@ class MarginStore:
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the columns id, margin, visits."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("id", "margin", "visits"))
             writer.writerows(zip(self._rows, self.values().tolist(), self.visits().tolist(), strict=True))

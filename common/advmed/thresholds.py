@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from advmed.distributed import gathered, is_distributed
+from advmed.files import write_whole
 
 FORMAT = "advmed.thresholds/1"
 DEFAULT_RULE = "mean"
@@ -142,7 +143,7 @@ class Thresholds:
         """Writes the thresholds as a JSON file."""
         content = {"format": FORMAT, **asdict(self), "notes": dict(self.notes)}
         content["values"] = [x if math.isfinite(x) else str(x) for x in self.values]
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Thresholds:

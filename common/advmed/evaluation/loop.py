@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from advmed.attacks import Attack, AttackResult
 from advmed.attacks.problem import total
 from advmed.distributed import Processes
 from advmed.evaluation.auc import check_levels
+from advmed.files import replacing
 from advmed.objective import Objective, check_terms, inspecting
 
 logger = logging.getLogger(__name__)
@@ -486,10 +486,8 @@ def _write_part(
             arrays[f"{name}@{level}/{quantity}"] = getattr(condition, quantity)
         for score, value in condition.scores.items():
             arrays[f"{name}@{level}/score/{score}"] = value
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    os.replace(temporary, path)
 
 
 def _read_part(

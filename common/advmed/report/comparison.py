@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
 from advmed.evaluation.intervals import interval
+from advmed.files import replacing, write_whole
 from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
@@ -357,13 +358,13 @@ def write_comparison(folder: Path, sections: Sequence[Section], baseline: str | 
     rows = [row for section in sections for row in _tidy(section, _reference(section, baseline))]
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"compare.{kind}" for kind in ("md", "csv", "json", "png")]
-    paths[0].write_text(table)
-    with paths[1].open("w", newline="") as file:
+    write_whole(paths[0], table)
+    with replacing(paths[1]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
-    paths[2].write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1, allow_nan=False))
-    paths[3].write_bytes(picture)
+    write_whole(paths[2], json.dumps({"format": FORMAT, "rows": rows}, indent=1, allow_nan=False))
+    write_whole(paths[3], picture)
     return paths
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
+from advmed.files import write_whole
 from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
 from advmed.report.figures import Example
@@ -100,9 +100,7 @@ def write_report(
     # Everything is made before anything is written, and the record that claims the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(contents[name])
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, contents[name])
     return folder / "report.html"
 
 

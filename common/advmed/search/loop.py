@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from advmed.files import write_whole
 from advmed.search.claim import Claim, Lost, Watch
 from advmed.search.command import Interrupted, Stop, run_command
 from advmed.search.curve import Curve, Incomparable, differences, read_curve, refuse, row
@@ -125,7 +124,7 @@ class Search:
                 words, known = plan.resume, known | {"checkpoint": checkpoint or ""}
             for name, text in plan.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(fill(text, known), encoding="utf-8")
+                write_whole(folder / name, fill(text, known))
             self._say(f"{trial.name}: " + ("training goes on" if words is plan.resume else "training"))
             _write_state(folder, trial.setting, "started")
             filled = [fill(word, known) for word in words]
@@ -170,14 +169,7 @@ def _read_state(folder: Path, setting: Setting) -> dict[str, Any]:
 
 def _write_state(folder: Path, setting: Setting, reached: str) -> None:
     state = {"setting": dict(setting), **_read_state(folder, setting), reached: True}
-    write_file(folder / TRIAL_FILE, json.dumps(state).encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file in one go; several processes may do so."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_whole(folder / TRIAL_FILE, json.dumps(state))
 
 
 def claim_folder(plan: Plan) -> None:
@@ -190,7 +182,7 @@ def claim_folder(plan: Plan) -> None:
     plan.folder.mkdir(parents=True, exist_ok=True)
     ours = {"study": plan.study, **plan.definition}
     if not path.exists():
-        write_file(path, json.dumps(ours, indent=1).encode())
+        write_whole(path, json.dumps(ours, indent=1))
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))

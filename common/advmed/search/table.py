@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from advmed.files import write_whole
 from advmed.search.curve import Curve, Incomparable, differences
-from advmed.search.loop import write_file
 from advmed.search.plan import Plan, Range, Value, as_text, is_number
 from advmed.search.trials import Trial
 
@@ -178,7 +178,7 @@ class Table:
         contents = {"csv": self.csv().encode(), "md": self.markdown().encode(), "png": self.picture()}
         for ending, content in contents.items():
             if content is not None:
-                write_file(self.plan.folder / f"search.{ending}", content)
+                write_whole(self.plan.folder / f"search.{ending}", content)
 
 
 def _order(value: Value) -> tuple[bool, float, str]:

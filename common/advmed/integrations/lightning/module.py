@@ -16,6 +16,7 @@ from torch import Tensor
 
 from advmed.attacks import PGD
 from advmed.distributed import gathered
+from advmed.files import write_whole
 from advmed.integrations.lightning.calibration import HOW, Judgement, measure, quality
 from advmed.integrations.lightning.callbacks import does_not_wait
 from advmed.integrations.lightning.weights import read_tensors
@@ -212,7 +213,7 @@ class RobustModule(LightningModule):
             notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
             folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(plain(asdict(self.settings)), sort_keys=False)
-            (folder / FILE).write_text(notes + text, encoding="utf-8")
+            write_whole(folder / FILE, notes + text)
 
     def _sharing(self, settings: TrainingSettings) -> TrainingSettings:
         """Without a shared gradient where the strategy takes the gradients of the weights in its own way."""
