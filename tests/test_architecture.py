@@ -20,7 +20,19 @@ from advmed.methods import METHODS
 ROOT = Path(__file__).parents[1]
 HOSTS = sorted(path.name for path in ROOT.glob("adv_*"))
 
-GROUND = {"distributed", "norms", "distances", "files", "guard", "clock", "objective", "margins", "thresholds", "lazy"}
+GROUND = {
+    "classification",
+    "distributed",
+    "norms",
+    "distances",
+    "files",
+    "guard",
+    "clock",
+    "objective",
+    "margins",
+    "thresholds",
+    "lazy",
+}
 LAYERS = [
     {"ground"},
     {"attacks"},

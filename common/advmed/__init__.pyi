@@ -14,6 +14,7 @@ from .attacks.pgd import pgd as pgd
 from .attacks.problem import AttackResult as AttackResult
 from .attacks.square import SquareAttack as SquareAttack
 from .attacks.square import square as square
+from .classification import ClassificationObjective as ClassificationObjective
 from .evaluation.auc import auc_robust as auc_robust
 from .evaluation.dice import adi as adi
 from .evaluation.dice import confusion_counts as confusion_counts

@@ -142,6 +142,12 @@ def inspecting(objective: Objective) -> Iterator[None]:
         yield
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: such a tensor takes no part in a backward pass."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
+
+
 def names_of(objective: Objective, count: int) -> tuple[str, ...]:
     """The names of the objective's K terms; ``loss`` or ``term_0, ...`` where it gives none."""
     names: Sequence[str] | None = getattr(objective, "names", None)

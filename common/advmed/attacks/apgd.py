@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack, check_fraction
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_radius, total
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_call, total
 from advmed.objective import Objective
 
 
@@ -166,7 +166,7 @@ def apgd(
         >>> round(found.terms.item(), 3)  # noise of L2 norm 1 raises a sum of 4 values by sqrt(4) at most
         2.0
     """
-    check_radius(radius)
+    check_call(images, radius, bounds)
     attack = APGD(steps, norm, random_start, restarts, loss=loss)
     return attack(objective, images, radius, bounds=bounds, generator=generator)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_radius
+from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_call
 from advmed.norms import norm
 from advmed.objective import Objective
 
@@ -238,7 +238,7 @@ def pgd(
         >>> found.terms.flatten().round(decimals=3)  # 4 values, the second time as high as the bounds let them
         tensor([2., 4.])
     """
-    check_radius(radius)
+    check_call(images, radius, bounds)
     attack = PGD(steps, step_scale, norm, random_start, restarts, keep, loss)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)
 
@@ -267,6 +267,6 @@ def ifgsm(
         >>> fgsm.images.flatten()
         tensor([0.7500, 0.7500, 0.7500, 0.7500])
     """
-    check_radius(radius)
+    check_call(images, radius, bounds)
     attack = PGD(steps, 1.0, norm, 0.0, 1, keep)
     return attack(objective, images, radius, bounds=bounds, thresholds=thresholds, generator=generator)

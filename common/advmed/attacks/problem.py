@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmed.guard import preserved
 from advmed.norms import norm, per_sample, project, random_in_ball, steepest
-from advmed.objective import Objective, check_terms, model_of
+from advmed.objective import Objective, check_terms, model_of, ordinary
 
 Bounds = tuple[float | Tensor, float | Tensor] | Literal["sample"] | None
 """The lowest and highest value an input may take: None (any), a pair of numbers or of (B,) tensors, or "sample" (every
@@ -114,9 +114,8 @@ class Problem:
         generator: torch.Generator | None = None,
     ) -> None:
         check_bounds(bounds)
-        images = images.detach()
-        if images.is_inference():
-            images = images.clone()  # inference tensors cannot take part in autograd
+        _check_problem(objective, images, radius, norm, bounds)
+        images = ordinary(images.detach())
         self.objective, self.norm, self.dtype = objective, norm, images.dtype
         self.images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         self.radius = per_sample(radius, self.images)
@@ -296,11 +295,61 @@ def check_bounds(bounds: Bounds) -> None:
         raise ValueError(f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}")
 
 
-def check_radius(radius: float | Tensor) -> None:
-    """Raises ValueError for a radius that is negative or not finite; waits for the device."""
+def check_call(images: Tensor, radius: float | Tensor, bounds: Bounds) -> None:
+    """What a training does not ask at every step, because it waits for the device.
+
+    Raises:
+        ValueError: for a radius that is negative or not finite, or images of another scale than the bounds.
+    """
     values = torch.as_tensor(radius)
     if not bool(((values >= 0) & values.isfinite()).all()):
         raise ValueError(f"radius must be >= 0 and finite, got {radius if values.ndim == 0 else values.min().item()}")
+    check_scale(images, bounds)
+
+
+def check_scale(images: Tensor, bounds: Bounds) -> None:
+    """Raises ValueError for images that leave the bounds by more than twice their width; waits for the device.
+
+    A little outside is meant: interpolation overshoots, and such an image keeps its values. Far outside is an image of
+    0 to 255 where 0 to 1 was promised, and every noise level is off by the same factor.
+    """
+    check_bounds(bounds)
+    ends = _numbers(bounds)
+    if ends is None or not images.numel():
+        return
+    (low, high), (least, most) = ends, (float(value) for value in images.detach().aminmax())
+    if least < low - 2 * (high - low) or most > high + 2 * (high - low):
+        raise ValueError(
+            f"images hold values from {least:.4g} to {most:.4g} where the bounds are {low:g} and {high:g}: scale the "
+            f"images, or set the bounds that they have"
+        )
+
+
+def _numbers(bounds: Bounds) -> tuple[float, float] | None:
+    """Bounds that are two numbers, else None."""
+    if bounds is None or isinstance(bounds, str) or any(isinstance(bound, Tensor) for bound in bounds):
+        return None
+    return float(bounds[0]), float(bounds[1])
+
+
+def _check_problem(objective: Objective, images: Tensor, radius: float | Tensor, norm: float, bounds: Bounds) -> None:
+    """Raises TypeError or ValueError for what no attack can be meant to do, as far as no device is waited for."""
+    if isinstance(objective, nn.Module) and not hasattr(objective, "names"):
+        raise TypeError(
+            f"an attack raises loss terms, and {type(objective).__name__} is a network: what it returns would be "
+            f"raised as if it were a loss. Give an objective, such as advmed.ClassificationObjective(model, labels) "
+            f"(a module that does return terms, (B, K), says so by an attribute 'names')"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point, got {images.dtype}; 8 bits are often meant as images / 255")
+    ends = _numbers(bounds)
+    if ends is not None and not isinstance(radius, Tensor):
+        width = (ends[1] - ends[0]) * (1.0 if norm == math.inf else math.sqrt(images[:1].numel()))
+        if radius > width:
+            raise ValueError(
+                f"a radius of {radius:g} is more than the whole range from {ends[0]:g} to {ends[1]:g} allows, "
+                f"{width:.4g} in L{norm:g}: it is in the units of the images"
+            )
 
 
 def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
@@ -314,8 +363,10 @@ def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
         return torch.where(low.isnan(), -math.inf, low), torch.where(high.isnan(), math.inf, high)
     low, high = (per_sample(bound, images) for bound in bounds)
     # Two numbers a sample are read faster than two images; on a CPU it costs no wait to see that they will do.
-    if images.device.type == "cpu" and bool(((images >= low) & (images <= high)).all()):
-        return low, high
+    if images.device.type == "cpu":
+        if bool(((images >= low) & (images <= high)).all()):
+            return low, high
+        check_scale(images, bounds)
     return torch.minimum(images, low), torch.maximum(images, high)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advmed.attacks.base import check_count, check_fraction
 from advmed.attacks.losses import AttackLoss, attack_by_loss
-from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_radius
+from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_call
 from advmed.norms import check_norm, steepest
 from advmed.objective import Objective
 
@@ -197,7 +197,7 @@ def square(
         >>> found.terms.item()
         2.0
     """
-    check_radius(radius)
+    check_call(images, radius, bounds)
     return SquareAttack(queries, norm, loss=loss)(objective, images, radius, bounds=bounds, generator=generator)
 
 
