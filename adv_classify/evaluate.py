@@ -111,7 +111,8 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
 
 def prepare(model: TrainedModel, images: Tensor, labels: Tensor, explained: Explained) -> LoadedBatch:
     """Images and labels as a batch ready to be attacked."""
-    return LoadedBatch(images, ClassificationObjective(model.network, labels), partial(score, model, labels, explained))
+    objective = ClassificationObjective(model.network, labels)
+    return LoadedBatch(images, objective, partial(score, model, labels, explained), [labels])
 
 
 class Explained:
@@ -231,6 +232,7 @@ class ClassifierEvaluation(LightningEvaluation):
     """See :class:`LightningEvaluation`; the command's own option is ``gradcam``."""
 
     bounds = BOUNDS
+    packages = ("timm", "torchvision")
     data: ClassificationData
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:

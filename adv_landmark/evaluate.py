@@ -71,7 +71,8 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
     """Images of the data set as a batch ready to be attacked."""
     batch = model.read(indices)
     objective = model.module.objective_of(batch["image"], batch["points"])
-    return LoadedBatch(batch["image"], objective, partial(score, model, batch))
+    targets = [batch[name] for name in sorted(batch) if name != "image"]
+    return LoadedBatch(batch["image"], objective, partial(score, model, batch), targets)
 
 
 def score(model: TrainedModel, batch: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
@@ -182,6 +183,7 @@ class LandmarkEvaluation(LightningEvaluation):
     """See :class:`LightningEvaluation`; the command's own option is ``radii``."""
 
     bounds = BOUNDS
+    packages = ("segmentation-models-pytorch", "timm", "torchvision")
     data: LandmarkData
 
     def default_levels(self, norm: float) -> list[float]:

@@ -327,7 +327,7 @@ def _load(model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample]
     def score(inputs: Tensor) -> dict[str, Tensor]:
         return segmentation_counts(model.labels, model.window(inputs), target, padding)._asdict()
 
-    return LoadedBatch(images, objective, score)
+    return LoadedBatch(images, objective, score, [truth])
 
 
 def _target(labels: Any, truth: Tensor) -> Tensor:
@@ -441,6 +441,8 @@ class SegmentationEvaluation(EvaluationHost):
         samples: how many are evaluated, None for all.
         raw: folders of images and labels as the user wrote them, in the place of the fold's validation cases.
     """
+
+    packages = ("nnunetv2",)
 
     folders: Mapping[str, Path]
     fold: int | str

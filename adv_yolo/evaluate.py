@@ -104,7 +104,8 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
     """Images of the data set as a batch ready to be attacked."""
     batch = read(model, indices)
     objective = DetectionObjective(model.network, ImageTerms(model.network), batch)
-    return LoadedBatch(batch["img"], objective, partial(score, model.network, model.validator, batch))
+    targets = [batch[name] for name in ("batch_idx", "cls", "bboxes")]
+    return LoadedBatch(batch["img"], objective, partial(score, model.network, model.validator, batch), targets)
 
 
 def read(model: TrainedModel, indices: Sequence[int]) -> dict[str, Any]:
@@ -228,6 +229,7 @@ class DetectionEvaluation(EvaluationHost):
     folder: Path
 
     bounds = BOUNDS
+    packages = ("ultralytics",)
 
     @cached_property
     def models(self) -> list[TrainedModel]:

@@ -127,6 +127,12 @@ def test_a_mistake_is_told_when_the_options_are_made(given: dict[str, Any], mess
         made(**given)
 
 
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../x", "a/b", "a\\b", "a\nb", "a\0", "n" * 101, "report.html"])
+def test_a_name_that_is_none_of_a_folder_is_told_before_anything_is_measured(name: str) -> None:
+    with pytest.raises(ValueError, match="a model's name"):
+        made(names=[name])
+
+
 def test_models_of_one_name_are_told_apart() -> None:
     with pytest.raises(ValueError, match=r"2 runs need 2 different names, got \['a', 'a'\]; set them with names=A,B"):
         EvaluationOptions.of(DEFAULTS, ["a", "a"], models="runs", option="names=A,B")
@@ -218,13 +224,26 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
 
 
 def test_options_and_what_the_host_says_reach_the_numbers(host: Linear, tmp_path: Path) -> None:
-    host.bounds, host.groups = (0.0, 0.1), lambda id_: "all"  # type: ignore[misc]  # bounds are of the class otherwise
+    host.bounds, host.groups = (-1.0, 0.1), lambda id_: "all"  # type: ignore[misc]  # bounds are of the class otherwise
     _, found = report(host, attacks=["ifgsm4"], checks=2, seed=5, out=tmp_path / "out")
     assert found["configuration"]["evaluation"]["seed"] == 5
     assert found["results"]["loss"]["models"]["a"]["attacks"]["ifgsm4"]["values"] == pytest.approx([0, 2, 2])
     assert [path.name for path in (tmp_path / "out" / "a").glob("checks_2_*")]
     assert found["checks"]["a"]
     assert found["bootstrap"]["groups"] == 1
+
+
+def test_a_report_is_written_even_if_its_pictures_fail(
+    host: Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*what: Any, **how: Any) -> list[Any]:
+        raise RuntimeError("no font for this")
+
+    monkeypatch.setattr(Linear, "examples", fail)
+    page, found = report(host, examples=1, out=tmp_path / "out")
+    assert found["results"]["loss"]["models"]["a"]["clean"] == 0
+    assert page.is_file()
+    assert "the report has no pictures of samples: RuntimeError: no font for this" in caplog.text
 
 
 @pytest.mark.parametrize(("apart", "place", "title"), [(False, "", "a on toys"), (True, "Linf", "a on toys in Linf")])

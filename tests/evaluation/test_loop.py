@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import advmed
 from advmed.attacks.names import parse_attacks
+from advmed.evaluation import loop
 from advmed.evaluation.loop import Evaluation, EvaluationBatch, LoadedBatch, at_levels, attack_batch, evaluate
 
 WEIGHT = torch.linspace(-1, 2, 12)
@@ -159,14 +164,13 @@ def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path, whole: Evalua
         run(tmp_path, killed)
     assert list(parts(tmp_path)) == ["batch_00000.npz", "batch_00001.npz"]
     resumed = run(tmp_path, loaded.append)
-    assert loaded == [0, 1, 2, 3]
-    finished = run(tmp_path, loaded.append)
-    assert loaded == [0, 1, 2, 3]
+    finished = run(tmp_path)
+    assert loaded == [0, 1, 0, 1, 2, 3], "what is finished is loaded to be compared"
     assert_identical(resumed, whole)
     assert_identical(finished, whole)
     assert finished.at("pgd3", 2).seconds == resumed.at("pgd3", 2).seconds
     # In another order the attacks are the same configuration.
-    turned = run(tmp_path, pytest.fail, attacks=dict(reversed(ATTACKS.items())))
+    turned = run(tmp_path, progress=pytest.fail, attacks=dict(reversed(ATTACKS.items())))
     for key, condition in whole.attacked.items():
         np.testing.assert_array_equal(condition.loss, turned.attacked[key].loss)
     seconds = 0.0
@@ -204,7 +208,7 @@ def test_a_damaged_part_is_measured_again(
     loaded: list[int] = []
     with caplog.at_level(logging.WARNING):
         assert_identical(run(tmp_path, loaded.append), whole)
-    assert loaded == [1]
+    assert sorted(loaded) == [0, 1, 2, 3]
     assert "batch_00001.npz is damaged" in caplog.text
 
 
@@ -217,6 +221,7 @@ def test_a_damaged_part_is_measured_again(
         ({"levels": (0, 1)}, r"levels \[0.0, 0.5, 2.0\], now \[0.0, 1.0\]"),
         ({"attacks": parse_attacks(["pgd3"])}, "attacks"),
         ({"batches": [EvaluationBatch(["a", "b", "c"], lambda: load(0))]}, "ids"),
+        ({"packages": ["numpy"]}, "versions numpy null, now"),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_touched(
@@ -229,6 +234,44 @@ def test_another_configuration_is_refused_and_nothing_is_touched(
     before = parts(tmp_path)
     with pytest.raises(ValueError, match=f"another configuration: {named}"):
         run(tmp_path, **change)
+    assert parts(tmp_path) == before
+
+
+def test_a_difference_is_named_inside_of_a_commands_fingerprint(tmp_path: Path) -> None:
+    before, now = ({"checkpoint": "c" * 64, "truth": {"labels": labels}} for labels in ("old", "new"))
+    run(tmp_path, fingerprint=json.dumps(before))
+    with pytest.raises(ValueError, match=r'configuration: fingerprint truth labels "old", now "new"\. Choose'):
+        run(tmp_path, fingerprint=json.dumps(now))
+
+
+def test_other_code_of_the_attacks_is_another_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path).configuration
+    assert re.fullmatch("[0-9a-f]{12}", first["attack_code"])
+    assert first["versions"] == {"advmed": advmed.__version__, "torch": str(torch.__version__)}
+    monkeypatch.setattr(loop, "_code", lambda: "0" * 12)
+    with pytest.raises(ValueError, match=r'attack_code "[0-9a-f]+", now "000000000000"'):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["images", "targets"])
+def test_other_images_or_targets_under_the_same_ids_are_refused(tmp_path: Path, what: str) -> None:
+    """One pixel and one label changed after the first run, in a batch that it had finished."""
+
+    def changed(number: int) -> LoadedBatch:
+        batch = replace(load(number), targets=[torch.tensor([0, 1, 2])])
+        if altered and number == 1:
+            batch = replace(batch, images=batch.images * 1.0) if what == "images" else batch
+            (batch.images[0, 0, 0] if what == "images" else batch.targets[0])[0] += 1
+        return batch
+
+    data = [EvaluationBatch([f"{n}/{k}" for k in range(3)], lambda n=n: changed(n)) for n in range(3)]
+    altered = False
+    run(tmp_path, batches=data)
+    (tmp_path / "parts" / "batch_00000.npz").unlink()  # it must not be filled before the other is looked at
+    before = parts(tmp_path)
+    altered = True
+    with pytest.raises(ValueError, match=rf"batch_00001\.npz was measured on other {what} than those of 1/0, 1/1, 1/2"):
+        run(tmp_path, batches=data)
     assert parts(tmp_path) == before
 
 

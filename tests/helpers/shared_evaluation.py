@@ -27,7 +27,7 @@ LOSS = mean_of("loss", higher_is_better=False)
 BATCHES = 5
 
 
-def subject(folder: Path, name: str, loaded: list[str]) -> Subject:
+def subject(folder: Path, name: str, loaded: list[str], measured: list[str] | None = None) -> Subject:
     """A small network of random weights, and five batches of two images."""
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
@@ -43,6 +43,8 @@ def subject(folder: Path, name: str, loaded: list[str]) -> Subject:
             return nn.functional.cross_entropy(model(images), labels, reduction="none")[:, None]
 
         def score(images: Tensor) -> dict[str, Tensor]:
+            if measured is not None:
+                measured.append(name)
             return {"right": (model(images).argmax(1) == labels).double(), "loss": objective(images)[:, 0]}
 
         return LoadedBatch(images, objective, score)
@@ -54,11 +56,12 @@ def subject(folder: Path, name: str, loaded: list[str]) -> Subject:
 def run(folder: Path, report: str) -> dict[str, Any]:
     """A comparison of two models; what this process loaded, said and warned of."""
     loaded: list[str] = []
+    measured: list[str] = []
     said: list[str] = []
     with listening(logging.getLogger("advmed.evaluation.loop")) as warned:
         page = compare(
             folder / report,
-            [subject(folder, "one", loaded), subject(folder, "other", loaded)],
+            [subject(folder, name, loaded, measured) for name in ("one", "other")],
             ATTACKS,
             LEVELS,
             [SHARE, LOSS],
@@ -71,7 +74,8 @@ def run(folder: Path, report: str) -> dict[str, Any]:
             title="Shared",
             level_unit="L2 norm of the noise",
         )
-    return {"loaded": loaded, "said": said, "warned": warned, "page": str(page), "exists": page.exists()}
+    found = {"loaded": loaded, "measured": len(measured), "said": said, "warned": warned}
+    return {**found, "page": str(page), "exists": page.exists()}
 
 
 def main(folder: Path) -> None:

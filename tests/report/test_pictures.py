@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from advmed.report import Example, View
-from advmed.report.figures import CLASS_COLOURS, FOUND_POINT, TRUE_POINT, ExamplePictures
+from advmed.report.figures import CLASS_COLOURS, FOUND_POINT, TRUE_POINT, ExamplePictures, verbatim
 from helpers.examples import POINTS, landmarks, segmented
 
 
@@ -159,3 +159,18 @@ def test_examples_that_do_not_fit() -> None:
         ExamplePictures(replace(segmented(), truth=np.zeros((5, 8), int)), [1])
     with pytest.raises(ValueError, match="case_a must be finite and of one shape"):
         ExamplePictures(replace(segmented(), image=np.full((6, 8), np.nan)), [1])
+
+
+@pytest.mark.parametrize("name", ["_std", "__", "a$b^$", "$"])
+def test_every_name_is_in_the_legend_as_it_is(name: str) -> None:
+    """A line that begins with an underscore has no entry by default, and dollars make a formula, or an error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], label=verbatim(name))
+    (text,) = axes.legend().get_texts()
+    figure.savefig(io.BytesIO())
+    assert text.get_text().replace(r"\$", "$").strip() == name
+    axes.set_title(verbatim(name))
+    figure.savefig(io.BytesIO())

@@ -163,7 +163,7 @@ def test_the_tables(folder: Path) -> None:
 
 def paths(value: Any, path: str = "") -> Iterator[str]:
     """All keys of a record as the documentation writes them, with names replaced by what they are names of."""
-    given = ("configuration.settings", "configuration.evaluation.attacks.<attack>")
+    given = ("configuration.settings", "configuration.evaluation.attacks.<attack>", "configuration.evaluation.versions")
     if path in given or path.endswith((".figures", ".quantiles", "smallest_level.<model>")):
         yield path  # its keys are whatever they are
     elif isinstance(value, dict):

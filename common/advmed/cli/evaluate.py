@@ -5,6 +5,7 @@ A host gives an :class:`EvaluationHost` and reads :data:`advmed.cli.options.EVAL
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,9 @@ from advmed.norms import check_norm
 from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
 from advmed.report.summary import verdict
-from advmed.report.writer import configure, refuse_another
+from advmed.report.writer import FILES, configure, refuse_another
+
+logger = logging.getLogger(__name__)
 
 Examples = Callable[[tuple[str, Any], Sequence[float], Sequence[str]], Sequence[Example]]
 """Makes the pictures: from an attack with its name, the levels above 0, and the ids of the samples to show."""
@@ -64,6 +67,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"a report needs one or more models of different names, got {list(self.names)}")
+        for name in self.names:
+            _check_name(name)
         for name, given in (("norms", self.norms), ("attacks", self.attacks)):
             if not given:
                 raise ValueError(f"evaluate needs one or more {name}, got none")
@@ -123,6 +128,8 @@ class EvaluationHost(ABC):
     """Whether a report in a single norm has a folder named after the norm, too."""
     bounds: ClassVar[tuple[float, float] | None] = None
     """Lowest and highest value of an input."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose versions the numbers depend on, beside ours and PyTorch."""
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
         """Attacks by their names.
@@ -215,6 +222,7 @@ def evaluate_models(
             examples=partial(host.examples, seed=options.seed),
             shown=options.examples,
             fingerprint=host.fingerprint,
+            packages=host.packages,
             checks=options.checks,
             bounds=host.bounds,
             seed=options.seed,
@@ -239,6 +247,7 @@ def compare(
     examples: Examples,
     shown: int = 4,
     fingerprint: Mapping[str, Any],
+    packages: Sequence[str] = (),
     checks: int = 0,
     bounds: tuple[float, float] | None = None,
     seed: int = 0,
@@ -263,6 +272,7 @@ def compare(
         examples: makes the pictures.
         shown: number of samples in them: of those that fail first and of those that fail last.
         fingerprint: what the numbers depend on beside the checkpoint, JSON-ready.
+        packages: see :func:`advmed.evaluation.loop.evaluate`.
         checks: number of samples that the attack is checked on, see :mod:`advmed.evaluation.checks`; 0 for no checks.
         bounds: lowest and highest value of an input.
         seed: of the random starts.
@@ -289,6 +299,7 @@ def compare(
         levels,
         metrics,
         fingerprint=fingerprint,
+        packages=packages,
         checks=checks,
         bounds=bounds,
         seed=seed,
@@ -307,7 +318,7 @@ def compare(
             metrics,
             title=title,
             level_unit=level_unit,
-            examples=examples(next(iter(attacks.items())), levels[1:], ids) if shown else [],
+            examples=_made(examples, next(iter(attacks.items())), levels[1:], ids) if shown else [],
             class_names=class_names,
             settings=settings,
             groups=None if groups is None else [groups(id_) for id_ in samples],
@@ -318,6 +329,15 @@ def compare(
         say(f"\n{verdict(entries)[1]}\n\nReport: {page}")
     processes.wait()
     return page
+
+
+def _made(examples: Examples, *what: Any) -> Sequence[Example]:
+    """The pictures; none where they cannot be made, because what was measured is worth more than they are."""
+    try:
+        return examples(*what)
+    except Exception as error:  # whatever a host's pictures raise
+        logger.warning("the report has no pictures of samples: %s: %s", type(error).__name__, error, exc_info=True)
+        return []
 
 
 def refuse_other_report(
@@ -334,6 +354,18 @@ def refuse_other_report(
     """
     planned = {subject.name: {"fingerprint": ""} for subject in subjects}
     refuse_another(folder, configure(planned, [], metrics, level_unit, settings), before=True)
+
+
+_LONGEST_NAME = 100
+"""Bytes: what a model's name may have, which is that of a folder, a line of a table and an entry of a legend."""
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a model's name that cannot be that of a folder inside of the report's."""
+    if not name.strip() or name in (".", "..", *FILES) or any(sign in name for sign in "/\\\0\n"):
+        raise ValueError(f"a model's name is that of a folder in the report's, got {name!r}: choose another")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"a model's name may be {_LONGEST_NAME} bytes long, got {len(name.encode())}: {name[:40]}...")
 
 
 def _norm(value: Any) -> float:

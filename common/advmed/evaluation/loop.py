@@ -3,7 +3,8 @@
 The loop knows no task. A host gives batches, each with an objective to attack and a ``score`` that turns images into
 the per-sample ingredients of its metric (Dice: TP, FP, FN), and computes the metric afterwards from the
 :class:`Evaluation`. Every finished batch is one file, so a killed run goes on where it was and ends with the same
-numbers: random starts depend on (seed, attack, level, batch number) and on nothing that ran before.
+numbers: random starts depend on (seed, attack, level, batch number) and on nothing that ran before. A file says what it
+was made of (settings, versions, the code of the attacks, hashes of images and targets), and counts for nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+import advmed
 from advmed.attacks import Attack, AttackResult
-from advmed.attacks.problem import total
+from advmed.attacks.problem import check_scale, total
 from advmed.distributed import Processes
 from advmed.evaluation.auc import check_levels
 from advmed.files import replacing
@@ -34,7 +38,7 @@ from advmed.objective import Objective, check_terms, inspecting
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "advmed.evaluation/1"
+FORMAT = "advmed.evaluation/2"
 ALONE = Processes()
 _CLEAN = ("clean", 0.0)
 
@@ -54,6 +58,8 @@ class LoadedBatch:
         objective: images -> loss terms (B, K), closed over the model and the targets of this batch.
         score: images -> the ingredients of the metric, a dict of tensors whose first dimension is B and whose other
             dimensions are the same in every batch. Called without gradients.
+        targets: what objective and score are closed over beside the model: labels, boxes, landmarks. A resumed
+            evaluation compares them, and the images, with those that its finished batches were measured on.
 
     Example:
         >>> import torch
@@ -67,15 +73,16 @@ class LoadedBatch:
     images: Tensor
     objective: Objective
     score: Callable[[Tensor], Mapping[str, Tensor]]
+    targets: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """A batch that may never have to be loaded: its sample ids, and a function that loads it.
+    """A batch that is loaded when it is its turn: its sample ids, and a function that loads it.
 
     Attributes:
         ids: B sample ids, unique in the whole evaluation.
-        load: makes the :class:`LoadedBatch`; not called for batches that an earlier run has finished.
+        load: makes the :class:`LoadedBatch`.
 
     Example:
         >>> import torch
@@ -101,6 +108,7 @@ class Condition:
         nonfinite: attack steps lost to a non-finite gradient, (N,), int64.
         scores: the ingredients of the metric, each of shape (N, ...).
         seconds: time of the attack on all N samples, without loading and scoring; clean: of one forward pass.
+        device: on which it was measured, such as "cpu"; the devices, where different batches were on different ones.
     """
 
     norm: NDArray[Any]
@@ -108,6 +116,7 @@ class Condition:
     nonfinite: NDArray[Any]
     scores: Scores
     seconds: float
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,8 @@ class Evaluation:
     """What :func:`evaluate` measured; samples are in the order of the batches.
 
     Attributes:
-        configuration: everything the numbers depend on, JSON-ready: format, attacks, levels, seed, bounds, fingerprint.
+        configuration: everything the numbers depend on, JSON-ready: format, attacks, levels, seed, bounds, fingerprint,
+            versions of packages and a hash of the attacks' code.
         attacks: the attacks by name.
         levels: the noise levels, 0 first.
         ids: the N sample ids.
@@ -170,14 +180,16 @@ def evaluate(
     seed: int = 0,
     folder: Path | None = None,
     fingerprint: str = "",
+    packages: Sequence[str] = (),
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
     """Measures every batch clean and under every attack at every level.
 
     One batch at a time is loaded; of it only per-sample numbers are kept. With a ``folder`` each finished batch is
-    written to ``folder/parts`` at once, and batches found there are not computed again. Resumed or not, the scores
-    are the same bit for bit on the same machine; seconds are those of the run that measured them.
+    written to ``folder/parts`` at once, and batches found there are not computed again, if they hold the images and
+    targets that they held then. Resumed or not, the scores are the same bit for bit on the same machine; seconds are
+    those of the run that measured them.
 
     Args:
         batches: the batches, in a fixed order.
@@ -188,12 +200,13 @@ def evaluate(
         folder: where finished batches are kept, None for nowhere.
         fingerprint: what else the numbers depend on, such as the hash of the model file; required with a folder, so
             that a resumed run cannot mix the numbers of two models.
+        packages: distributions whose versions the numbers depend on, beside ours and PyTorch.
         progress: called after every pass of this process.
         processes: the processes that share the work; more than one need a folder.
 
     Raises:
         ValueError: for levels, ids, images, terms or scores that are not as described, or a folder that holds the
-            numbers of another configuration; nothing is written in that last case.
+            numbers of another configuration, other images or other targets; nothing is written in these last cases.
 
     Example:
         >>> import torch
@@ -208,7 +221,7 @@ def evaluate(
     if not attacks:
         raise ValueError("evaluate needs one or more attacks, got none")
     _check_ids(batches)
-    configuration = describe(attacks, levels, bounds=bounds, seed=seed, fingerprint=fingerprint)
+    configuration = describe(attacks, levels, bounds=bounds, seed=seed, fingerprint=fingerprint, packages=packages)
     passes = [_CLEAN, *((name, level) for name in attacks for level in levels[1:])]
     finished: dict[int, list[Condition]] = {}
     if folder is not None:
@@ -232,14 +245,19 @@ def evaluate(
         if progress is not None:
             progress(done, len(mine) * len(passes), f"{name} at {level:g}")
 
+    for number in finished.keys() & mine:
+        _check_content(_part(parts, number), batches[number])
     processes.wait()  # all have read what was there before the first writes
     for number in mine:
         if number in finished:
             continue
         batch = batches[number]
-        finished[number] = _measure(number, batch, attacks, passes, bounds, seed, report)
+        loaded = batch.load()
+        finished[number] = _measure(number, batch.ids, loaded, attacks, passes, bounds, seed, report)
         if folder is not None:
-            _write_part(_part(parts, number), _for_batch(configuration, number, batch), passes, finished[number])
+            whole = _for_batch(configuration, number, batch)
+            _write_part(_part(parts, number), whole, content(loaded), passes, finished[number])
+        del loaded  # before the next one is loaded
     processes.wait()
     for number, batch in enumerate(batches):
         if number not in finished:
@@ -263,6 +281,7 @@ def describe(
     bounds: tuple[float, float] | None = None,
     seed: int = 0,
     fingerprint: str = "",
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The configuration of :func:`evaluate` called with these arguments, JSON-ready."""
     plain: dict[str, Any] = json.loads(
@@ -274,6 +293,12 @@ def describe(
                 "seed": seed,
                 "bounds": bounds,
                 "fingerprint": fingerprint,
+                "versions": {
+                    "advmed": advmed.__version__,
+                    "torch": str(torch.__version__),
+                    **{name: version(name) for name in packages},
+                },
+                "attack_code": _code(),
             }
         )
     )
@@ -301,7 +326,7 @@ def evaluate_with_bar(
         folder: of the report.
         overwrite: forget the batches that an earlier run has finished.
         processes: the processes that share the work; only the first shows a bar.
-        **how: ``bounds``, ``seed`` and ``fingerprint`` of :func:`evaluate`.
+        **how: ``bounds``, ``seed``, ``fingerprint`` and ``packages`` of :func:`evaluate`.
     """
     if overwrite and processes.rank == 0:
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
@@ -361,17 +386,18 @@ def at_levels(
 
 def _measure(
     number: int,
-    batch: EvaluationBatch,
+    ids: Sequence[str],
+    loaded: LoadedBatch,
     attacks: Mapping[str, Attack],
     passes: Sequence[tuple[str, float]],
     bounds: tuple[float, float] | None,
     seed: int,
     report: Callable[[str, float], None],
 ) -> list[Condition]:
-    """All passes over one batch; whatever it holds on the device is let go with the return."""
-    loaded = batch.load()
-    _check_images(loaded.images, batch.ids)
-    conditions = []
+    """All passes over one batch."""
+    _check_images(loaded.images, ids)
+    check_scale(loaded.images, bounds)
+    conditions, device = [], device_name(loaded.images.device)
     for name, level in passes:
         start = time.perf_counter()
         result = (
@@ -383,10 +409,16 @@ def _measure(
         loss = _array(total(result.terms))  # waits for the device: the attack has really ended
         seconds = time.perf_counter() - start
         with inspecting(loaded.objective):
-            scores = _check_scores(loaded.score(result.images), batch.ids)
-        conditions.append(Condition(_array(result.norms), loss, _array(result.nonfinite), scores, seconds))
+            scores = _check_scores(loaded.score(result.images), ids)
+        noise = _array(result.norms), loss, _array(result.nonfinite)
+        conditions.append(Condition(*noise, scores, seconds, device))
         report(name, level)
     return conditions
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader calls it: the name of the card, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _not_attacked(batch: LoadedBatch) -> AttackResult:
@@ -459,7 +491,29 @@ def _join(parts: Sequence[Condition]) -> Condition:
         nonfinite=np.concatenate([part.nonfinite for part in parts]),
         scores={name: np.concatenate([part.scores[name] for part in parts]) for name in names},
         seconds=sum(part.seconds for part in parts),
+        device=", ".join(dict.fromkeys(part.device for part in parts)),
     )
+
+
+def content(batch: LoadedBatch) -> dict[str, str]:
+    """Tells images, and targets, from others: SHA-256 of their values, shapes and types."""
+    return {"images": _hash([batch.images]), "targets": _hash(batch.targets)}
+
+
+def _hash(tensors: Sequence[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Tells the code that attacks from an earlier one of the same version: a hash of its source, 12 hex digits."""
+    folder = Path(__file__).parents[1]
+    files = [*sorted((folder / "attacks").glob("*.py")), folder / "norms.py", folder / "guard.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 # Parts: one .npz file per batch, with its whole configuration in it. Arrays are named <attack>@<level>/<quantity>.
@@ -476,13 +530,17 @@ def _for_batch(configuration: Mapping[str, Any], number: int, batch: EvaluationB
 def _write_part(
     path: Path,
     configuration: Mapping[str, Any],
+    measured_on: Mapping[str, str],
     passes: Sequence[tuple[str, float]],
     conditions: Sequence[Condition],
 ) -> None:
     """Writes a finished batch, or nothing: a kill in the middle leaves no half file under the final name."""
-    arrays: dict[str, Any] = {"configuration": np.array(json.dumps(configuration))}
+    arrays: dict[str, Any] = {
+        "configuration": np.array(json.dumps(configuration)),
+        "content": np.array(json.dumps(measured_on)),
+    }
     for (name, level), condition in zip(passes, conditions, strict=True):
-        for quantity in ("norm", "loss", "nonfinite", "seconds"):
+        for quantity in ("norm", "loss", "nonfinite", "seconds", "device"):
             arrays[f"{name}@{level}/{quantity}"] = getattr(condition, quantity)
         for score, value in condition.scores.items():
             arrays[f"{name}@{level}/score/{score}"] = value
@@ -504,19 +562,28 @@ def _read_part(
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         found: dict[str, Any] = json.loads(str(arrays["configuration"]))
+        json.loads(str(arrays["content"]))
     except Exception as error:  # a damaged archive makes its readers raise almost anything
         logger.warning("%s is damaged (%s: %s); its batch is measured again", path, type(error).__name__, error)
         return None
     if found != configuration:
-        names = [name for name in configuration if found.get(name) != configuration[name]]
-        differences = "; ".join(
-            f"{name} {_short(found.get(name))}, now {_short(configuration[name])}" for name in names
-        )
         raise ValueError(
-            f"{path} was measured with another configuration: {differences}. "
+            f"{path} was measured with another configuration: {'; '.join(_differences(found, configuration))}. "
             "Choose another folder, or delete this one to start anew"
         )
     return [_condition(arrays, f"{name}@{level}/") for name, level in passes]
+
+
+def _check_content(path: Path, batch: EvaluationBatch) -> None:
+    """Raises ValueError if a finished batch, which has been read, was measured on other images or targets."""
+    with np.load(path, allow_pickle=False) as archive:
+        then: dict[str, str] = json.loads(str(archive["content"]))
+    now = content(batch.load())
+    if differ := [name for name in now if now[name] != then.get(name)]:
+        raise ValueError(
+            f"{path} was measured on other {' and '.join(differ)} than those of {_listed(batch.ids)} now: the data "
+            f"have changed since. Choose another folder, or delete this one to start anew"
+        )
 
 
 def _theirs(path: Path, configuration: Mapping[str, Any], passes: Sequence[tuple[str, float]]) -> list[Condition]:
@@ -528,10 +595,30 @@ def _theirs(path: Path, configuration: Mapping[str, Any], passes: Sequence[tuple
 
 
 def _condition(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Condition:
-    norm, loss, nonfinite, seconds = (arrays[prefix + name] for name in ("norm", "loss", "nonfinite", "seconds"))
+    norm, loss, nonfinite, seconds, device = (
+        arrays[prefix + name] for name in ("norm", "loss", "nonfinite", "seconds", "device")
+    )
     start = prefix + "score/"
     scores = {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
-    return Condition(norm, loss, nonfinite, scores, float(seconds))
+    return Condition(norm, loss, nonfinite, scores, float(seconds), str(device))
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each difference of two configurations in words; inside of what both have as a mapping, by its name there."""
+    for name in now:
+        old, new = (_unpacked(values.get(name)) for values in (then, now))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, {**dict.fromkeys(old), **new}, f"{prefix}{name} ")
+        elif old != new:
+            yield f"{prefix}{name} {_short(old)}, now {_short(new)}"
+
+
+def _unpacked(value: Any) -> Any:
+    """A fingerprint is JSON as a string, where a command made it."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    except ValueError:
+        return value
 
 
 def _short(value: Any) -> str:

@@ -76,6 +76,7 @@ def measure_subjects(
     metrics: Sequence[Metric],
     *,
     fingerprint: Mapping[str, Any],
+    packages: Sequence[str] = (),
     checks: int = 0,
     bounds: tuple[float, float] | None = None,
     seed: int = 0,
@@ -91,6 +92,7 @@ def measure_subjects(
         levels: noise levels, 0 first.
         metrics: the metrics; the first that knows failures judges the attack.
         fingerprint: what the numbers depend on beside the checkpoint, JSON-ready.
+        packages: see :func:`advmed.evaluation.loop.evaluate`.
         checks: number of samples that the attack is checked on, see :mod:`advmed.evaluation.checks`; 0 for no checks.
         bounds: lowest and highest value of an input.
         seed: of the random starts.
@@ -113,6 +115,7 @@ def measure_subjects(
             overwrite=overwrite,
             processes=processes,
             fingerprint=marks[subject.name],
+            packages=packages,
             bounds=bounds,
             seed=seed,
         )

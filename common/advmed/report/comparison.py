@@ -408,5 +408,5 @@ def draw(sections: Sequence[Section]) -> bytes:
             low, high = section.intervals(row)[:, : len(section.levels)]
             figures.draw_line(axes, section.levels, row.curve, low, high, m, _mark(row), figures.LIGHT)
         figures.finish(axes, section.levels, section.label, section.higher_is_better, figures.LIGHT)
-        axes.set_title(section.attack, loc="left", fontsize=11, color=figures.LIGHT.ink)
+        axes.set_title(figures.verbatim(section.attack), loc="left", fontsize=11, color=figures.LIGHT.ink)
     return figures.png(figure)

@@ -106,7 +106,7 @@ def curves(tables: Sequence[Table]) -> bytes:
     for row, table in zip(grid, tables, strict=True):
         for axes, attack in zip(row, aimed(table), strict=True):
             _draw_curve(axes, table, attack, LIGHT)
-            axes.set_title(attack, loc="left", fontsize=11, color=LIGHT.ink)
+            axes.set_title(verbatim(attack), loc="left", fontsize=11, color=LIGHT.ink)
     return png(figure)
 
 
@@ -144,16 +144,20 @@ def draw_line(
     axes: Axes, levels: Sequence[float], curve: Array, low: Array, high: Array, m: int, label: str, theme: Theme
 ) -> None:
     """The line of the m-th model over the noise level, in a band from ``low`` to ``high``."""
+    axes.fill_between(levels, low, high, color=theme.lines[m % len(theme.lines)], alpha=0.15, linewidth=0)
+    _line(axes, levels, curve, m, label, theme)
+
+
+def _line(axes: Axes, levels: Sequence[float], curve: Array, m: int, label: str, theme: Theme) -> None:
     colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
-    axes.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(levels, curve, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
+    axes.plot(levels, curve, color=colour, marker=marker, markersize=5, linewidth=2, label=verbatim(label))
 
 
 def finish(axes: Axes, levels: Sequence[float], label: str, higher_is_better: bool, theme: Theme) -> None:
     """Axes of a metric over the noise level."""
     axes.set_xticks(levels)
     axes.set_xlabel("noise level")
-    axes.set_ylabel(f"{label}, {'higher' if higher_is_better else 'lower'} is better")
+    axes.set_ylabel(f"{verbatim(label)}, {'higher' if higher_is_better else 'lower'} is better")
     _style(axes, theme)
 
 
@@ -164,8 +168,7 @@ def failure_curves(failures: Failures, theme: Theme) -> bytes:
     figure = Figure(figsize=(5.6, 3.0), layout="constrained", facecolor=theme.background)
     axes = figure.subplots()
     for m, (model, share) in enumerate(zip(failures.models, failures.share, strict=True)):
-        colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
-        axes.plot(failures.levels, 100 * share, color=colour, marker=marker, markersize=5, linewidth=2, label=model)
+        _line(axes, failures.levels, 100 * share, m, model, theme)
     axes.set_ylim(0, 103)
     axes.set_xticks(failures.levels)
     axes.set_xlabel("noise level")
@@ -186,7 +189,8 @@ def margin_histogram(entries: Sequence[Entry], levels: Sequence[float], theme: T
         if entry.margins is not None:
             colour = theme.lines[m % len(theme.lines)]  # the colour of its curve
             axes.hist(entry.margins, bins=bins, color=colour, alpha=0.3)
-            axes.hist(entry.margins, bins=bins, color=colour, histtype="step", linewidth=1.6, label=entry.name)
+            name = verbatim(entry.name)
+            axes.hist(entry.margins, bins=bins, color=colour, histtype="step", linewidth=1.6, label=name)
     for level in levels[1:]:
         axes.axvline(level, color=theme.ink, linewidth=1, linestyle=(0, (2, 3)))
     axes.set_xlabel("margin at the end of training (dotted: evaluated noise levels)")
@@ -377,3 +381,9 @@ def _encode(pixels: Array) -> bytes:
     buffer = io.BytesIO()
     imsave(buffer, pixels, format="png")
     return buffer.getvalue()
+
+
+def verbatim(text: str) -> str:
+    """A name as Matplotlib shows it as it is: a dollar sign would begin a formula, an underscore hides from legends."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

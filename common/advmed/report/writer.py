@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import advmed
 from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
 from advmed.evaluation.loop import Condition
@@ -182,11 +180,11 @@ def _record(
         "title": title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "advmed": advmed.__version__,
+            **entries[0].evaluation.configuration["versions"],
             "python": platform.python_version(),
-            "torch": str(torch.__version__),
             "numpy": np.__version__,
         },
+        "devices": {entry.name: entry.evaluation.clean.device for entry in entries},
         "configuration": dict(configuration),
         "verdict": {"trusted": trusted, "text": sentence},
         "findings": findings(tables[0]),
