@@ -679,6 +679,38 @@ def test_storages_that_will_not_do(toy: Toy, told: Told, tmp_path: Path) -> None
         assert "secret" not in error
 
 
+def test_the_lock_of_a_killed_process_holds_nobody_up(toy: Toy) -> None:
+    """Optuna's lock was a link to ``runs/search.log`` from the folder ``runs``: it led nowhere, for ever."""
+    path = toy(space={"delta": [1]}, storage="runs/search.log")
+    Path("runs").mkdir()
+    os.symlink("runs/search.log", "runs/search.log.lock")
+    assert search(path) == 0
+    assert not os.path.lexists("runs/search.log.lock")
+
+
+def test_a_journal_with_a_broken_line_is_named(toy: Toy, told: Told) -> None:
+    path = toy(space={"delta": [1]}, storage="runs/search.log")
+    assert search(path) == 0
+    with Path("runs/search.log").open("a") as journal:
+        journal.write("half a li\n")
+    assert "cannot use the storage runs/search.log" in told(path, status=1)
+
+
+def test_a_second_signal_ends_what_does_not_look() -> None:
+    """As a storage that waits for a lock."""
+    code = "import time\nfrom advmed.search import command\ncommand.SECONDS_AT_ONCE = 0.1\nstop = command.Stop()\n"
+    code += "with stop.listening():\n    print('ready', flush=True)\n    while True:\n        time.sleep(0.01)\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "common")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as deaf:
+        assert deaf.stdout is not None
+        deaf.stdout.readline()
+        deaf.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            deaf.wait(0.5)
+        deaf.terminate()
+        assert deaf.wait(30) == 128 + signal.SIGTERM
+
+
 def test_a_locked_database(toy: Toy, told: Told) -> None:
     path = toy(storage="sqlite:///busy.db?timeout=0.1", space={"delta": [1]})
     assert search(path) == 0

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from advmed.search.plan import program
 
 TAIL = 12
 """Lines of a log that are shown when its command fails."""
+SECONDS_AT_ONCE = 5.0
+"""What is left of a search that was told a second time to stop."""
 
 
 class Interrupted(Exception):
@@ -26,15 +29,21 @@ class Interrupted(Exception):
 class Stop:
     """Ctrl-C and SIGTERM, as a number that a loop looks at.
 
-    A handler that raised could strike in the middle of a write to the storage.
+    A handler that raised could strike in the middle of a write to the storage. Where nothing looks, as in a storage
+    that waits for a lock, a second signal ends the process some seconds later.
     """
 
     def __init__(self) -> None:
         self.asked = 0
+        self._last: threading.Timer | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         self.asked += 1
+        if self.asked == 2:
+            self._last = threading.Timer(SECONDS_AT_ONCE, os._exit, [128 + number])
+            self._last.daemon = True
+            self._last.start()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -46,6 +55,8 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self._last is not None:
+                self._last.cancel()
 
     def sleep(self, seconds: float) -> None:
         """Sleeps.

@@ -24,7 +24,7 @@ DEFINITION = "advmed.search"
 
 
 def optuna_package() -> Any:
-    """Optuna, without its log.
+    """Optuna, of whose log warnings are left, such as that of a lock that another process does not give back.
 
     Raises:
         ImportError: if it is not installed.
@@ -33,7 +33,7 @@ def optuna_package() -> Any:
         optuna = import_module("optuna")
     except ImportError as error:
         raise ImportError(f"the search needs Optuna: pip install 'advmed[search]' ({error})") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 
@@ -71,9 +71,14 @@ def open_study(plan: Plan, create: bool = True) -> Any:
 def _storage(name: str, optuna: Any) -> Any:
     """Optuna's storage in a file or a database."""
     if "://" not in name:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        # Absolute: Optuna's lock is a symbolic link to the file, and a relative one leads nowhere from another folder.
+        path = Path(name).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{path}.lock")
+        if lock.is_symlink() and not lock.exists():
+            lock.unlink(missing_ok=True)  # left behind by a killed process, and Optuna would wait for it for ever
         journal = import_module("optuna.storages.journal")
-        return optuna.storages.JournalStorage(journal.JournalFileBackend(name))
+        return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
     for _ in range(3):
         try:
             return optuna.storages.RDBStorage(name)
