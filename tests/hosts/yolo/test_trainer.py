@@ -463,7 +463,7 @@ def test_self_calibrated_thresholds_begin_after_the_warm_up(run: Any, data: Any,
     assert trainer.run.thresholds.names == TERMS
     assert trainer.run.method.margins.visits().tolist() == [2] * 8
     assert sorted(trainer.run.method.margins.ids()) == data.ids("train")
-    for words in ("Warm-up done. Thresholds: box_loss < ", "margins can reach about 1.00", "self-calibrated"):
+    for words in ("Warm-up done. Thresholds: box_loss < ", "margins can reach about 1.00", "are self-calibrated"):
         assert sum(words in line for line in said) == 1, words
 
 
@@ -765,19 +765,49 @@ def test_the_best_epoch_is_the_best_under_attack_and_no_clean_one(
     assert not any("under attack, that in best.pt neither" in line for line in said)
 
 
-def test_a_run_that_ends_before_it_attacks_says_so_and_what_is_not_judged_is_the_hosts(
-    run: Any, said: list[str]
-) -> None:
-    def stop(trainer: Any) -> None:
-        trainer.stop = True
+def stop(trainer: Any) -> None:
+    """The user's own end of a run."""
+    trainer.stop = True
 
-    trainer = run("amat", "short", {"on_fit_epoch_end": stop}, epochs=4, clean_epochs=2)
+
+def test_a_run_that_ends_before_it_attacks_fails_and_can_go_on(make: Any, tmp_path: Path) -> None:
+    trainer = make("amat", tmp_path, epochs=4, clean_epochs=2)
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(RuntimeError, match=r"ended within its 2 clean epochs.*train resume model=.*last\.pt"):
+        trainer.train()
     assert epochs(trainer.save_dir) == [1]
-    assert sum("ended within its 2 clean epochs" in line and line.startswith("WARNING") for line in said) == 1
-    given = {"epochs": 1, "eps": 1.0, "robust_batches": 0}
-    trainer = run("sat", "off", **given)
+    again = resume("amat", trainer.last)
+    assert epochs(trainer.save_dir) == [1, 2, 3, 4]
+    assert again.run.method.steps_done == 4
+
+
+def test_where_epochs_are_not_judged_they_have_the_hosts_fitness(run: Any) -> None:
+    trainer = run("sat", "off", epochs=1, eps=1.0, robust_batches=0)
     assert trainer.best_fitness == trainer.fitness == pytest.approx(trainer.metrics["metrics/mAP50-95(B)"], abs=1e-4)
     assert ROBUST not in table(trainer.save_dir / "results.csv")[0]
+
+
+@pytest.mark.parametrize(("own", "clean"), [({}, 2), ({"clean_epochs": 4}, 4)], ids=str)
+def test_a_time_is_shared_among_clean_and_attacked_epochs(run: Any, own: dict[str, int], clean: int) -> None:
+    """The host estimates the epochs anew after each: a tenth of them is clean, where that was left open."""
+    seen: list[bool] = []
+
+    def estimated(trainer: Any) -> None:  # called after the host's estimate, before ours is read
+        trainer.epochs = trainer.args.epochs = {0: 24, 1: 21}.get(trainer.epoch, 6)
+
+    def look(trainer: Any) -> None:
+        seen.append(trainer.run.warming_up)
+        trainer.stop = len(seen) == 6
+
+    class Timed(AMATDetectionTrainer):
+        def run_callbacks(self, event: str) -> None:
+            if event == "on_fit_epoch_end":
+                estimated(self)
+            super().run_callbacks(event)
+
+    trainer = run(Timed, on={"on_fit_epoch_end": look}, time=1.0, epochs=100, val=False, **own)
+    assert seen[:6] == [True] * clean + [False] * (6 - clean)
+    assert set(trainer.run.method.margins.visits().tolist()) == {6 - clean}
 
 
 @pytest.mark.parametrize(
