@@ -313,6 +313,43 @@ def test_a_model_of_a_single_class_is_measured_as_it_was_trained_and_not_if_it_w
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("own", [{"classes": 0}, {"single_cls": True}, {"imgsz": 70}], ids=str)
+def test_thresholds_are_of_the_labels_and_the_size_that_the_model_was_trained_with(
+    trained: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    """Not of all classes, where it has learnt some; and of the size that the host's training rounds its own to."""
+    if "single_cls" in own:
+        monkeypatch.setattr(calibration, "UNTRAINED", 0.0)
+    checkpoint = torch.load(trained, weights_only=False)
+    if "single_cls" in own:
+        model = DetectionModel(ONE_HEAD, nc=1, verbose=False)
+        model.names = {0: "item"}
+        checkpoint["model"] = model.half()
+    checkpoint["train_args"] |= own
+    torch.save(checkpoint, tmp_path / "own.pt")
+    words = ["thresholds", "model=own.pt", f"data={data.yaml}", "split=val", "batch=3", "device=cpu", "seed=5"]
+    assert main([*words, "rule=mean"]) == 0
+    found = Thresholds.load(tmp_path / "thresholds.json")
+    wanted = {"imgsz": 96, **own} | ({"classes": [0]} if "classes" in own else {})
+    assert {name: found.notes[name] for name in own} == {name: 96 if name == "imgsz" else wanted[name] for name in own}
+    terms = terms_in_training(tmp_path / "own.pt", data, {**own, "imgsz": 96})
+    assert found.values == pytest.approx(terms.mean(0).tolist(), rel=1e-4)
+    if "classes" in own:  # what is typed wins
+        assert main([*words, "rule=mean", "classes=0,1,2"]) == 0
+        assert Thresholds.load(tmp_path / "thresholds.json").notes["classes"] == [0, 1, 2]
+
+
+def test_models_that_were_trained_alike_are_compared(
+    capsys: pytest.CaptureFixture[str], data: Any, tmp_path: Path
+) -> None:
+    for name, size in (("a", 64), ("b", 96)):
+        save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), tmp_path / f"{name}.pt", size)
+    message = mistake_of(main, capsys, "evaluate", "model=a.pt,b.pt", f"data={data.yaml}", "device=cpu")
+    assert "different values of imgsz (a.pt: imgsz=64, b.pt: imgsz=96); say imgsz=" in message
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
 def test_other_commands_are_the_hosts(trained: Path, data: Any, said: list[str]) -> None:
     common = [f"model={trained}", "imgsz=96", "device=cpu", f"project={Path.cwd()}"]
     assert main(["detect", "val", *common, f"data={data.yaml}", "plots=False", "workers=0", "name=v"]) == 0
