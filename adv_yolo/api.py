@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
-from ultralytics.nn.tasks import load_checkpoint
 
+from adv_yolo.checkpoint import read_checkpoint
 from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_model, head_of
 from advmed.attacks import AttackResult, pgd
 from advmed.attacks.problem import Bounds
@@ -40,8 +40,8 @@ def attack(
 
     Args:
         model: a ``YOLO``, its ``.model``, or the path of a trained ``.pt``.
-        images: the host's batch (a dict with ``img``, ``batch_idx``, ``cls``, ``bboxes``), or images (B, 3, H, W) in
-            [0, 1], with sides that are multiples of 32.
+        images: the host's batch (a dict with ``img``, ``batch_idx``, ``cls``, ``bboxes``), or images (B, C, H, W) in
+            [0, 1], with sides that are multiples of the model's largest stride (32; P6 models: 64).
         labels: with images: B tensors (n_i, 5), class and normalised x, y, width, height; n_i may be 0.
         radius: noise level, one number or (B,), in the given norm over all values of an image.
         steps: number of gradient steps.
@@ -57,7 +57,7 @@ def attack(
         ``.images`` (B, 3, H, W), ``.terms`` (B, K), ``.norms`` (B,), ``.nonfinite`` (B,).
 
     Raises:
-        TypeError: for a model of another task, or images that are no float tensor.
+        TypeError: for a model of another task, or images that are no tensor of the type of its weights.
         ValueError: for images out of [0, 1], labels that do not fit, or attack settings out of range.
         FileNotFoundError: for a path that does not exist.
 
@@ -108,9 +108,7 @@ def network_of(model: YOLO | nn.Module | str | Path) -> nn.Module:
         FileNotFoundError: for a path that does not exist.
     """
     if isinstance(model, (str, Path)):
-        if not Path(model).is_file():
-            raise FileNotFoundError(f"there is no model file {model}; name a trained .pt")
-        model, _ = load_checkpoint(model)
+        model, _ = read_checkpoint(model)
     elif isinstance(model, YOLO):
         model = model.model
     return check_model(model)
@@ -128,21 +126,35 @@ def make_batch(images: Tensor, labels: Sequence[Tensor] | None) -> dict[str, Any
     if wrong:
         raise ValueError(f"label tensors must be (n, 5): class, x, y, width and height; got {wrong[0]}")
     rows = [row.reshape(-1, 5) for row in rows]
-    index = torch.cat([torch.full((len(row),), float(i)) for i, row in enumerate(rows)])
-    joined = torch.cat(rows)
+    none = torch.zeros(0, 5)  # of an empty batch, which is told later
+    index = torch.cat([none[:, 0], *(torch.full((len(row),), float(i)) for i, row in enumerate(rows))])
+    joined = torch.cat([none, *rows])
     return {"img": images, "batch_idx": index, "cls": joined[:, :1], "bboxes": joined[:, 1:]}
 
 
-def check_batch(batch: Batch, network: nn.Module) -> None:
+def check_batch(batch: Batch, network: Any) -> None:
     """Raises for a batch that the loss cannot be computed of."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"images must be a tensor (B, C, H, W) or a batch of Ultralytics, got {type(batch).__name__}")
     missing = [key for key in ("img", "batch_idx", "cls", "bboxes") if key not in batch]
     if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; it needs img, batch_idx, cls and bboxes")
     images = batch["img"]
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255 first")
-    if images.ndim != 4 or any(side % 32 for side in images.shape[2:]):
-        raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of 32, got {tuple(images.shape)}")
+    weights = next(network.parameters()).dtype
+    if images.dtype != weights:
+        raise TypeError(f"images are {images.dtype}, the model's weights {weights}; give them the same type")
+    stride, channels = max(32, int(network.stride.max())), int(network.yaml.get("channels", 3))
+    if images.ndim != 4 or any(side % stride for side in images.shape[2:]):
+        raise ValueError(
+            f"images must be (B, {channels}, H, W) with H and W multiples of {stride}, got {tuple(images.shape)}"
+        )
+    if images.shape[1] != channels or not len(images):
+        raise ValueError(
+            f"images must be (B, {channels}, H, W) with B of 1 or more and the model's {channels} channel(s), got "
+            f"{tuple(images.shape)}"
+        )
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")

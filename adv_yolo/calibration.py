@@ -6,6 +6,7 @@ of their batch. Plain images in evaluation mode have lower losses, and threshold
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,16 @@ import numpy as np
 import torch
 from ultralytics.data import build_dataloader, build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT, TQDM
+from ultralytics.utils.checks import check_imgsz
 
+from adv_yolo.checkpoint import read_checkpoint
 from adv_yolo.objective import ImageTerms, check_model
 from adv_yolo.scores import joined, make_validator, mean_average_precision, score
 from advmed.evaluation.subjects import spread
 from advmed.guard import preserved
 from advmed.thresholds import TermStatistics, Thresholds, sha256
+from advmed.training.run import fingerprint
 
 SPLITS = ("train", "val", "test")
 FILE = "thresholds.json"
@@ -37,6 +40,8 @@ AUGMENTATION = (
 """The host's arguments that decide which images a training sees."""
 GAINS = ("box", "cls", "dfl")
 """The host's weights of the loss terms."""
+LABELS = ("classes", "single_cls")
+"""The host's arguments that change the labels."""
 UNTRAINED = 0.05
 """A network whose mAP50 on plain training images is below this has not learnt them: its losses say nothing."""
 MEDIOCRE = 0.3
@@ -65,6 +70,8 @@ def measure(
     """
     path = Path(path)
     network = load_network(path, data, device)
+    args = copy(args)
+    args.imgsz = image_size(args.imgsz, network)
     found = quality(network, data, args, device, path.parent, split)
     check_quality(found, path)
     return measure_network(network.train(), data, args, rule=rule, device=device, split=split, source=path, found=found)
@@ -100,12 +107,14 @@ def measure_network(
     terms = ImageTerms(network, one_to_one=args.nms is False)
     statistics = TermStatistics(terms.names, keep=True)
     with seeded(int(args.seed)), preserved(network), torch.no_grad():
-        for batch in TQDM(TrainingBatches(network, data, args, device, split), desc="thresholds"):
+        batches = TrainingBatches(network, data, args, device, split)
+        for batch in TQDM(batches, desc="thresholds"):
             statistics.update(terms(network(batch["img"]), batch))
     notes = {
-        "data": str(data.get("yaml_file", "")),
+        "data": Path(data.get("yaml_file", "")).name,
         "split": split,
-        "imgsz": int(args.imgsz),
+        **demands(args, data),
+        "samples": fingerprint(set(relative_names(batches.files, data.get("path")))),
         "batch": int(args.batch),
         "images": round(statistics.n),
         "measured": "under augmentation, with batch statistics",
@@ -116,16 +125,32 @@ def measure_network(
 
 
 def conditions(args: Any) -> dict[str, Any]:
-    """Under what arguments of the host losses are measured, in plain values."""
-    values = {name: getattr(args, name) for name in (*AUGMENTATION, *GAINS)}
+    """Under what augmentation losses are measured, in plain values."""
+    values = {name: getattr(args, name) for name in AUGMENTATION}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def demands(args: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """What thresholds and the run that takes them must have in common: other values make other losses.
+
+    Args:
+        args: of the host, with the image size as it rounds it.
+        data: see :func:`measure`.
+    """
+    classes = args.classes
+    return {
+        "imgsz": int(args.imgsz),
+        "names": [str(name) for name in data["names"].values()],
+        "classes": None if classes is None else sorted({int(k) for k in np.atleast_1d(classes)}),
+        "single_cls": bool(args.single_cls),
+        **{name: float(getattr(args, name)) for name in GAINS},
+    }
+
+
 def other_conditions(notes: Any, args: Any) -> list[str]:
-    """In what the conditions of thresholds differ from those of a run: ``scale 0.5 -> 0.9``."""
-    measured, now = dict(notes.get("augmentation", {})), conditions(args)
-    if "imgsz" in notes:
-        measured["imgsz"], now["imgsz"] = notes["imgsz"], int(args.imgsz)
+    """In what the augmentation of thresholds differs from that of a run: ``scale 0.5 -> 0.9``."""
+    measured = dict(notes.get("augmentation", {}))  # with the weights of the loss terms in files of earlier releases
+    now = conditions(args) | {name: getattr(args, name) for name in GAINS}
     return [f"{name} {was} -> {now[name]}" for name, was in measured.items() if name in now and now[name] != was]
 
 
@@ -187,6 +212,7 @@ class TrainingBatches:
         settings = copy(self._host.args)  # which the host writes into
         size = max(1, int(args.batch))
         dataset = build_yolo_dataset(settings, _images(data, split), size, data, mode="train", stride=_stride(model))
+        self.files: list[str] = dataset.im_files
         workers = 0 if device.type in {"cpu", "mps"} else int(args.workers)
         shuffle = not getattr(dataset, "rect", False)
         self._loader = build_dataloader(dataset, batch=size, workers=workers, shuffle=shuffle, rank=-1, device=device)
@@ -219,6 +245,38 @@ def _images(data: dict[str, Any], split: str) -> Any:
 
 def _stride(model: Any) -> int:
     return max(int(model.stride.max()), 32)
+
+
+def image_size(size: Any, model: Any) -> int:
+    """The side that the host makes of its argument ``imgsz``: a multiple of the model's stride.
+
+    Raises:
+        TypeError, ValueError: if it is no size.
+    """
+    stride = _stride(model)
+    return int(check_imgsz(size, stride=stride, floor=stride, max_dim=1))
+
+
+def relative_names(files: Sequence[str], root: Any) -> list[str]:
+    """Sample ids: image files relative to the data set's folder, so that a moved data set keeps its margins.
+
+    The host follows symbolic links in some of its paths and not in others; either way is the same file. Images outside
+    of the folder are named from the folder that all of those have in common, with ``../`` before it: no id says where
+    on a machine an image lies.
+    """
+    given = [os.path.abspath(file) for file in files]
+    roots = [] if root is None else list(dict.fromkeys([os.path.abspath(root), os.path.realpath(root)]))
+    inside = [next((os.path.relpath(file, r) for r in roots if _within(file, r)), None) for file in given]
+    outside = [os.path.dirname(file) for file, name in zip(given, inside, strict=True) if name is None]
+    common = os.path.commonpath(outside) if outside else ""
+    return [
+        Path(os.path.join("..", os.path.relpath(file, common)) if name is None else name).as_posix()
+        for file, name in zip(given, inside, strict=True)
+    ]
+
+
+def _within(file: str, folder: str) -> bool:
+    return file.startswith(os.path.join(folder, ""))
 
 
 class CleanBatches:
@@ -263,9 +321,7 @@ def load_network(path: Path, data: dict[str, Any], device: torch.device) -> Any:
         TypeError: for a model of another task.
         ValueError: if it does not predict the classes of the data set.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model {path}")
-    model, _ = load_checkpoint(path)
+    model, _ = read_checkpoint(path)
     check_classes(check_model(model), data, path)
     return model.to(device).eval()
 

@@ -6,8 +6,9 @@ handed to the host as it is.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,18 @@ EVALUATE = (
     *options.with_defaults(options.EVALUATE, out="runs/evaluate"),
 )
 OWN = {"thresholds": THRESHOLDS, "evaluate": EVALUATE}
-HOST = ("imgsz", "batch", "device", "conf", "iou", "max_det", "nms", "workers", "single_cls")
+HOST = ("imgsz", "batch", "device", "conf", "iou", "max_det", "nms", "workers", "single_cls", "classes")
 """The host's arguments that our own commands take, too."""
 _ASKED = {"help", "-h", "--help", "-help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command, see :func:`advmed.cli.runner.run`."""
+    """Runs the command, see :func:`advmed.cli.runner.run`.
+
+    The host's telemetry and its look for updates are off unless ``YOLO_OFFLINE`` says otherwise; what a user names and
+    does not have (``model=yolov8n.pt``) is downloaded by the host all the same.
+    """
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # before anything imports the host
     return runner.run("adv-yolo", _dispatch, arguments, extra="yolo")
 
 
@@ -89,10 +95,16 @@ def _help_of(command: str) -> str:
 
 
 def _host(argv: Sequence[str]) -> None:
-    """The host's own command; from a text it would lose arguments with spaces, so it reads sys.argv where it can."""
+    """The host's own command, which reads the words of this process: from a text it would lose those with spaces."""
     from ultralytics.cfg import entrypoint
+    from ultralytics.utils import ARGV
 
-    entrypoint("" if list(argv) == sys.argv[1:] else " ".join(["yolo", *argv]))
+    typed = ARGV[1:]
+    ARGV[1:] = argv
+    try:
+        entrypoint()
+    finally:
+        ARGV[1:] = typed
 
 
 def _parse(argv: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
@@ -148,16 +160,19 @@ def _train(argv: Sequence[str]) -> bool:
     from ultralytics import YOLO
     from ultralytics.utils import DEFAULT_CFG_DICT
 
+    from adv_yolo.checkpoint import read_checkpoint
     from adv_yolo.settings import argument_names, split_arguments
     from adv_yolo.trainer import TRAINERS
 
     special = {"method": None, "task": None, "mode": None}
     found = _parse(argv, {**DEFAULT_CFG_DICT, **dict.fromkeys(argument_names()), **special})
     method = str(found.pop("method", "") or "").lower()
-    resumed = _method_of(found)
-    if resumed:
+    if found.get("resume"):
+        resumed = _method_of(found)
         if method and method != resumed:
-            raise ValueError(f"the checkpoint is a run of method={resumed}, it cannot be resumed with method={method}")
+            raise ValueError(
+                f"the checkpoint is a run of method={resumed or 'std'}, it cannot be resumed with method={method}"
+            )
         method = resumed
     if method in {"", "std"}:
         _, own = split_arguments(found)
@@ -178,22 +193,37 @@ def _train(argv: Sequence[str]) -> bool:
         raise SyntaxError("train needs model=..., for example model=yolov8n.yaml or a .pt file")
     if not found.get("data") and not found.get("resume"):
         raise SyntaxError("train needs data=..., the YAML file of your data set")
+    if Path(str(model)).suffix == ".pt" and Path(str(model)).is_file():
+        read_checkpoint(model)  # says what is wrong with it
     YOLO(model, task=task).train(trainer=TRAINERS[method], **found)
     return True
 
 
-def _method_of(found: dict[str, Any]) -> str | None:
-    """The method of the checkpoint that is to be resumed, if it is one of ours."""
-    from ultralytics.nn.tasks import load_checkpoint
+def _method_of(found: dict[str, Any]) -> str:
+    """The method of the unfinished training that is to be resumed; nothing for the host's own.
 
-    from adv_yolo.trainer import STATE
+    Raises:
+        ValueError: if the training is finished: the host would begin a new one, and a standard one.
+    """
+    from adv_yolo.checkpoint import MARKED, STATE, is_finished, read_checkpoint
 
-    resume = found.get("resume")
-    path = resume if isinstance(resume, str) else found.get("model") if resume else None
-    if path is None or not Path(path).is_file():
-        return None
-    state = getattr(load_checkpoint(path)[0], STATE, None)
-    return None if state is None else str(state["method"]["method"]).lower()
+    resume = found["resume"]
+    path = resume if isinstance(resume, (str, Path)) else found.get("model")
+    if path is None:
+        raise SyntaxError(
+            "train resume needs model=..., the last.pt of the run: train resume model=RUN/weights/last.pt"
+        )
+    network, checkpoint = read_checkpoint(path)
+    state, summary = getattr(network, STATE, None), checkpoint.get(STATE)
+    if is_finished(checkpoint):
+        what = f"a finished {summary['method']} training" if summary else "a finished training"
+        raise ValueError(
+            f"{path} is {what}, there is nothing to resume. To train on from its weights, leave out resume: "
+            f"adv-yolo detect train model={path} data=... method=..."
+        )
+    if state is None and isinstance(mark := network.args.get(MARKED), str):
+        raise ValueError(f"{path}: {mark}")
+    return "" if state is None else str(state["method"]["method"]).lower()
 
 
 # Thresholds and evaluation
@@ -213,10 +243,27 @@ def _data(name: str, split: str, single_class: bool = False) -> dict[str, Any]:
     return data
 
 
-def _arguments(found: dict[str, Any], network_arguments: dict[str, Any]) -> dict[str, Any]:
-    """The host's arguments of a command; the image size is the one that the model was trained with."""
+def _arguments(found: dict[str, Any], networks: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's arguments of a command; image size and classes are those that the models were trained with.
+
+    Args:
+        found: the command line.
+        networks: in the checkpoints, by their paths.
+
+    Raises:
+        ValueError: if the models were trained with different ones, and the command line does not say which.
+    """
+    from adv_yolo.calibration import LABELS, image_size
+
     given = {name: found[name] for name in HOST if found.get(name) is not None}
-    given.setdefault("imgsz", network_arguments.get("imgsz", 640))
+    for name in ("imgsz", *LABELS):
+        trained = {path: network.args.get(name) for path, network in networks.items()}
+        if name not in given and len(set(map(repr, trained.values()))) > 1:
+            values = ", ".join(f"{path}: {name}={value}" for path, value in trained.items())
+            raise ValueError(f"the models were trained with different values of {name} ({values}); say {name}=...")
+        if (value := next(iter(trained.values()))) is not None:
+            given.setdefault(name, value)
+    given["imgsz"] = max(image_size(given.get("imgsz", 640), network) for network in networks.values())
     return given
 
 
@@ -227,17 +274,18 @@ def _device(found: dict[str, Any], arguments: dict[str, Any]) -> Any:
     from advmed.distributed import device_of_rank
 
     arguments.pop("device", None)
-    device = select_device(found.get("device") or "", verbose=False)
+    asked = found.get("device")  # 0 is one
+    device = select_device("" if asked is None else asked, verbose=False)
     mine = device_of_rank(device.type)
     return device if mine == device.type else torch.device(mine)
 
 
-def _network_arguments(path: str) -> dict[str, Any]:
-    from ultralytics.nn.tasks import load_checkpoint
+def _networks(paths: Sequence[str]) -> dict[str, Any]:
+    """The networks in checkpoints, by their paths, with the arguments that they were trained with."""
+    from adv_yolo.checkpoint import read_checkpoint
+    from adv_yolo.objective import check_model
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no model {path}")
-    return dict(load_checkpoint(path)[0].args)
+    return {path: check_model(read_checkpoint(path)[0]) for path in paths}
 
 
 def _thresholds(found: dict[str, Any]) -> None:
@@ -249,18 +297,19 @@ def _thresholds(found: dict[str, Any]) -> None:
     from advmed.cli.thresholds import Quality, ThresholdsOptions, write_thresholds
 
     chosen = ThresholdsOptions.of(found)
-    own = _network_arguments(found["model"])
+    networks = _networks([found["model"]])
+    path = chosen.destination(Path(found["model"]).with_name(standard.FILE))
+    own = networks[found["model"]].args
     names = (*standard.AUGMENTATION, *standard.GAINS, "seed", "batch")
     # AMAT trains without mosaic, unless told otherwise.
     as_trained = {**{name: own[name] for name in names if own.get(name) is not None}, "mosaic": 0.0}
     given = {name: found[name] for name in names if found.get(name) is not None}
-    arguments = {**as_trained, **given, **_arguments(found, own)}
+    arguments = {**as_trained, **given, **_arguments(found, networks)}
     device = _device(found, arguments)
-    data = _data(found["data"], found["split"], bool(found.get("single_cls")))
+    data = _data(found["data"], found["split"], bool(arguments.get("single_cls")))
     args = get_cfg(DEFAULT_CFG_DICT, arguments)
     rule = chosen.rule or RULE
     measured = standard.measure(found["model"], data, args, rule=rule, device=device, split=found["split"])
-    path = chosen.out or Path(found["model"]).with_name(standard.FILE)
     write_thresholds(
         measured,
         path,
@@ -279,10 +328,14 @@ def _evaluate(found: dict[str, Any]) -> None:
 
     paths = options.listed(found["model"]) or []
     chosen = EvaluationOptions.of(found, [_name(path) for path in paths], models="models", option="names=A,B")
-    arguments = _arguments(found, _network_arguments(paths[0])) | {"split": found["split"]}
+    if not paths:
+        raise SyntaxError("evaluate needs model=..., one or more trained models: model=a.pt,b.pt")
+    if chosen.out.is_file():
+        raise NotADirectoryError(f"reports are written to a folder, and {chosen.out} is a file; name another with out=")
+    arguments = _arguments(found, _networks(paths)) | {"split": found["split"]}
     host = DetectionEvaluation(
         paths=dict(zip(chosen.names, map(Path, paths), strict=True)),
-        data=_data(found["data"], found["split"], bool(found.get("single_cls"))),
+        data=_data(found["data"], found["split"], bool(arguments.get("single_cls"))),
         data_file=Path(found["data"]),
         device=_device(found, arguments),
         arguments=arguments,

@@ -7,6 +7,7 @@ the head that predicts. The host's validator does the rest: non-maximum suppress
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,10 +20,9 @@ from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from adv_yolo.calibration import CleanBatches, batch_of, load_network
+from adv_yolo.calibration import CleanBatches, batch_of, image_size, load_network, relative_names
 from adv_yolo.objective import DetectionObjective, ImageTerms
 from adv_yolo.scores import CONFIDENCE, best_overlaps, make_validator, mean_average_precision, score
-from adv_yolo.trainer import relative_names
 from advmed.attacks import Attack
 from advmed.cli.evaluate import EvaluationHost
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
@@ -80,10 +80,16 @@ def load_model(
     """
     path = Path(path)
     network = load_network(path, data, device)
-    args = get_cfg(DEFAULT_CFG_DICT, arguments)
+    args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "imgsz": image_size(arguments["imgsz"], network)})
     source = CleanBatches(network, data, args, device, args.split)
     if not any(len(label["cls"]) for label in source.dataset.labels):
         raise ValueError(f"none of the {len(source.dataset)} images of the split {args.split!r} has an object")
+    twice = [file for file, times in Counter(source.dataset.im_files).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"the split {args.split!r} names {len(twice)} image(s) more than once, such as {twice[0]}; in an "
+            f"evaluation each counts once: remove the other lines from the list of the split"
+        )
     validator = make_validator(network, data, args, device, source.loader, folder)
     return TrainedModel(name, path, network, source, validator, read_margins(path.parent.parent / "margins.csv"))
 
@@ -198,7 +204,9 @@ def make_examples(
 
 
 def _picture(images: Tensor) -> np.ndarray:
-    return images[0].permute(1, 2, 0).cpu().numpy()
+    """The first image in colours, (H, W, 3); of other than three channels their mean, (H, W)."""
+    image = images[0].cpu()
+    return (image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)).numpy()
 
 
 def _rows(classes: Tensor, boxes: Tensor) -> np.ndarray:

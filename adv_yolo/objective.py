@@ -419,6 +419,20 @@ def make_criterion(model: Any) -> Any:
         model.args = arguments
 
 
+def check_head(description: Mapping[str, Any]) -> None:
+    """Raises TypeError if a YAML file describes a model of another kind, whose making may fail for other reasons."""
+    head = str(description["head"][-1][2]) if description.get("head") else "none"
+    if head not in HEADS:
+        raise TypeError(_UNKNOWN.format(kind="a description", head=head))
+
+
+_UNKNOWN = (
+    "adv_yolo works on detection models (ultralytics DetectionModel with a Detect head, YOLOv5u and newer), got {kind} "
+    "with the head {head}. Oriented boxes, pose, segmentation, classification and open vocabularies (YOLO-World, "
+    "YOLOE) are not supported; of a YOLO object pass its .model"
+)
+
+
 def check_model(model: Any) -> DetectionModel:
     """Returns ``model`` if it is a detection model.
 
@@ -430,8 +444,4 @@ def check_model(model: Any) -> DetectionModel:
         if getattr(head_of(model), "cv2", None) is None:
             raise TypeError("this model was fused, which removed the head that its loss needs; load the .pt file again")
         return model
-    raise TypeError(
-        f"adv_yolo works on detection models (ultralytics DetectionModel with a Detect head, YOLOv5u and newer), got "
-        f"{type(model).__name__} with the head {head}. Oriented boxes, pose, segmentation and classification models "
-        f"are not supported; of a YOLO object pass its .model"
-    )
+    raise TypeError(_UNKNOWN.format(kind=type(model).__name__, head=head))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,30 +23,44 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.cfg import check_dict_alignment
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
-from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from adv_yolo import calibration as standard
-from adv_yolo.objective import DetectionObjective, ImageTerms, check_model
+from adv_yolo.checkpoint import (
+    MARKED,
+    STATE,
+    read_checkpoint,
+    strip_state,
+    to_resume,
+    unfinished_mark,
+    without_mark,
+)
+from adv_yolo.objective import DetectionObjective, ImageTerms, check_head, check_model
 from adv_yolo.scores import host_results, joined, score
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from advmed.attacks import PGD
 from advmed.distributed import from_first_rank
 from advmed.evaluation.subjects import spread
-from advmed.files import replacing, write_whole
+from advmed.files import write_whole
 from advmed.guard import frozen_statistics
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.objective import inspecting
 from advmed.thresholds import RunningThresholds, Thresholds
-from advmed.training.run import LOG_KEYS, MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.run import (
+    LOG_KEYS,
+    MethodRun,
+    differing_notes,
+    fingerprint,
+    load_thresholds,
+    saved_thresholds,
+    self_calibrated,
+)
 
-STATE = "advmed"
-"""Attribute of the network in ``last.pt`` that holds our state, in plain types; the stock host ignores it."""
 FILE = "adversarial.yaml"
 """The resolved settings, in the run's folder."""
 MARGINS = "margins.csv"
@@ -90,6 +104,7 @@ class AdversarialTraining(_Host):
 
     method_name: ClassVar[str]
     best_fitness: float | None
+    args: Any
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -132,12 +147,31 @@ class AdversarialTraining(_Host):
         """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
         if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
             self.args.__dict__.update(arguments_of(self.settings))
-        super().train()
+        try:
+            super().train()
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(
+                f"one of the processes of the training failed (status {error.returncode}); what it said is above"
+            ) from error
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """The host's check, which reads the arguments of the run that goes on; see :mod:`adv_yolo.checkpoint`."""
+        path = to_resume(self.args.resume) if self.args.resume else None
+        if path is None:  # nothing to resume, or nothing found, which the host says
+            super().check_resume(overrides)
+            return
+        with without_mark(path) as file:
+            self.args.resume = str(file)
+            super().check_resume(overrides)
+        self.args.model = self.args.resume = str(path)
 
     # Before training: everything that can go wrong goes wrong here.
 
     def get_model(self, *arguments: Any, **named: Any) -> Any:
         """The host's model, if it is one for detection; notes whether it begins with weights that know the classes."""
+        cfg = named["cfg"] if "cfg" in named else arguments[0] if arguments else None
+        if cfg is not None:  # another kind of model may fail while it is made, and not say why
+            check_head(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
         model = check_model(super().get_model(*arguments, **named))
         weights = named["weights"] if "weights" in named else arguments[1] if len(arguments) > 1 else None
         self._knows_classes = weights is not None and has_learnt(weights, model, self.data["names"])
@@ -151,7 +185,9 @@ class AdversarialTraining(_Host):
                 f"none of the {len(dataset.labels)} training images has an object in its labels. Check that the "
                 f"labels lie beside the images (images/a.jpg, labels/a.txt) and are not empty."
             )
-        self._ids = dict(zip(dataset.im_files, relative_names(dataset.im_files, self.data.get("path")), strict=True))
+        self._ids = dict(
+            zip(dataset.im_files, standard.relative_names(dataset.im_files, self.data.get("path")), strict=True)
+        )
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resumes as the host does, and sets the method up: the last thing before the first epoch."""
@@ -172,6 +208,7 @@ class AdversarialTraining(_Host):
         channels = int(self.data.get("channels", 3))
         settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
         self.settings = self._follow_head(settings.for_method(self.method_name))
+        visits = len(self.train_loader.dataset)  # an image that a list names twice is met twice in an epoch
         thresholds = self._thresholds(state)
         with our_names():
             self.run = MethodRun(
@@ -186,15 +223,19 @@ class AdversarialTraining(_Host):
             self._check_images(state)
             for line in self.run.load_state_dict(state):
                 _log(line)
-            if self.run.thresholds is not None:
-                _log(f"thresholds from the checkpoint: {self.run.thresholds}")
+            _log(f"goes on as {_sentence(self.run.summary(self.start_epoch))}")
         model.criterion = MethodCriterion(self)
-        for line in self.run.outlook(len(self._ids), len(self._ids), "images"):
+        for line in self.run.outlook(len(set(self._ids.values())), visits, "images"):
             _log(line)
+        self._write_down(self.start_epoch)
+
+    def _write_down(self, epochs: int) -> None:
+        """What the run is after so many epochs, and its settings, in its folder."""
+        assert self.run is not None
         if RANK in {-1, 0}:
-            notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
+            notes = [f"# {key}: {value}\n" for key, value in self.run.summary(epochs).items() if value is not None]
             text = yaml.safe_dump(arguments_of(self.settings), sort_keys=False)
-            write_whole(self.save_dir / FILE, notes + text)
+            write_whole(self.save_dir / FILE, "".join(notes) + text)
 
     def _follow_head(self, settings: Settings) -> Settings:
         """Without a shared gradient where it is that of another head than the one that is attacked."""
@@ -213,7 +254,7 @@ class AdversarialTraining(_Host):
             return None
         assert self.terms is not None
         names, settings = self.terms.names, self.settings
-        running = partial(self_calibrated, names, settings, len(self._ids), RULE)
+        running = partial(self_calibrated, names, settings, len(self.train_loader.dataset), RULE)
         if state is not None:
             return saved_thresholds(state, names, running)
         path = settings.thresholds
@@ -247,12 +288,22 @@ class AdversarialTraining(_Host):
             return measured
         taken, remark = load_thresholds(settings, path, names)
         _log(f"thresholds from the file {path}{remark}: {taken}")
+        if wrong := differing_notes(taken, self._of_this_run(taken)):
+            raise ValueError(f"thresholds={path} are not those of this training: {', '.join(wrong)}. {_AGAIN}")
         self._warn_of_quality(taken.notes.get("mAP50"))
         if taken.notes and "augmentation" not in taken.notes:
             _log(f"WARNING: {path} was measured on plain images, not on those of a training. {_AGAIN}")
         if other := standard.other_conditions(taken.notes, self.args):
             _log(f"WARNING: this run's losses are not those of {path}: {', '.join(other)}. {_AGAIN}")
         return taken
+
+    def _of_this_run(self, thresholds: Thresholds) -> dict[str, Any]:
+        """What the notes of thresholds must say to be those of this run."""
+        run = standard.demands(self.args, self.data) | {"samples": fingerprint(self._ids.values())}
+        others = thresholds.notes.get("split") != "train"
+        if others or dict(thresholds.notes.get("augmentation", {})).get("fraction") != self.args.fraction:
+            del run["samples"]  # measured on other images of the data, as the user asked for
+        return run
 
     def _measured_on_itself(self) -> tuple[Thresholds | None, float | None]:
         """Thresholds of the network as it is, and its mAP50 on training images; None where it was not trained."""
@@ -331,6 +382,8 @@ class AdversarialTraining(_Host):
                     f"WARNING: {int(self._epoch_values['nonfinite'])} attack step(s) were skipped because a gradient "
                     f"was not finite. A few are harmless; if they persist, train with amp=False."
                 )
+        if self.run is not None and event == "on_fit_epoch_end" and self.args.time:  # the host has estimated them anew
+            self.run.set_epochs(from_first_rank(self.epochs) if self.run.warming_up else self.epochs)
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -456,28 +509,41 @@ class AdversarialTraining(_Host):
         state = self.run.state_dict() | {
             "arguments": arguments_of(self.settings),
             "images": fingerprint(self._ids.values()),
+            "epochs": self.epoch + 1,
+            "host": {MARKED: getattr(self.args, MARKED)},
         }
+        args, marked = self.args, copy.copy(self.args)
+        setattr(marked, MARKED, unfinished_mark(self.method_name, type(self).__name__))
         setattr(self.ema.ema, STATE, state)
+        self.args = marked
         try:
             return bool(super().save_model())
         finally:
+            self.args = args
             delattr(self.ema.ema, STATE)
             if isinstance(self.run.method, AdaptiveRadiusMethod):
                 self.run.method.store.to_csv(self.save_dir / MARGINS)
 
     def final_eval(self) -> None:
-        """The host's final evaluation; then our state leaves the finished checkpoints, as the optimizer has."""
+        """The host's final evaluation; then our state leaves all checkpoints, as the optimizer has left the last one.
+
+        Raises:
+            RuntimeError: if no epoch was attacked. Such a run is not over: it can be resumed.
+        """
         assert self.run is not None
         if isinstance(self.run.method, AdversarialMethod) and self.epoch < self.run.warmup_epochs:
-            _log(
-                f"WARNING: the run ended within its {self.run.warmup_epochs} clean epochs: no network of it was "
-                f"trained under attack, that in best.pt neither. Train for longer, or with fewer clean epochs"
+            raise RuntimeError(
+                f"the run ended within its {self.run.warmup_epochs} clean epochs: no network of it was trained under "
+                f"attack, that in best.pt neither. Go on for longer (adv-yolo detect train resume model={self.last}, "
+                f"with a larger time= if it was that), or train anew with fewer clean epochs"
             )
         super().final_eval()
+        self._write_down(self.epoch + 1)
+        _log(f"this was {_sentence(self.run.summary(self.epoch + 1))}")
         if RANK in {-1, 0}:
-            for path in (self.last, self.best):
+            for path in (self.last, self.best, *sorted(self.wdir.glob("epoch*.pt"))):
                 if path.exists():
-                    strip_state(path)
+                    strip_state(path, self.run.summary)
 
 
 class MethodCriterion:
@@ -643,7 +709,7 @@ def epochs_of(model: Any, data: Any, single: bool) -> int | None:
     path, described = Path(str(model)), Path(str(data))
     if path.suffix != ".pt" or not path.is_file() or not described.is_file():
         return None
-    network, checkpoint = load_checkpoint(path)
+    network, checkpoint = read_checkpoint(path)
     epochs = (checkpoint.get("train_args") or {}).get("epochs")
     names = YAML.load(described).get("names") or {}
     wanted = ["item"] if single else list(names.values() if isinstance(names, dict) else names)
@@ -673,23 +739,12 @@ def on_first_rank(look: Callable[[], T]) -> T:
     return result
 
 
-def relative_names(files: Sequence[str], root: Any) -> list[str]:
-    """Sample ids: image files relative to the data set's folder, so that a moved data set keeps its margins."""
-    if root is None:
-        return list(files)
-    start = os.path.join(os.path.abspath(root), "")
-    return [Path(os.path.abspath(f)).as_posix().removeprefix(Path(start).as_posix() + "/") for f in files]
-
-
-def strip_state(path: Path) -> None:
-    """Takes our state, with the names of the training images in it, out of a finished checkpoint."""
-    checkpoint = torch_load(path, map_location="cpu")
-    networks = [m for m in (checkpoint.get("model"), checkpoint.get("ema")) if isinstance(m, nn.Module)]
-    if any(hasattr(network, STATE) for network in networks):
-        for network in networks:
-            vars(network).pop(STATE, None)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+def _sentence(summary: Mapping[str, Any]) -> str:
+    """What a run is, for the log."""
+    text = f"{summary['method']}, {summary['attacked_epochs']} of {summary['epochs']} epochs under attack"
+    if summary["thresholds_from"] is None:
+        return text
+    return f"{text}; thresholds {summary['thresholds'] or 'to come'}, {summary['thresholds_from']}"
 
 
 def _log(line: str) -> None:

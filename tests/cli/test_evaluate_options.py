@@ -92,6 +92,11 @@ def test_a_value_alone_is_a_list_of_one(word: str) -> None:
     assert [str(value) for value in found] == [str(value) for value in wanted]
 
 
+def test_a_number_where_a_text_is_asked_for_is_a_text() -> None:
+    found = by_key_values(["names=1,2", "out=2024", "samples=3"])
+    assert (found["names"], found["out"], found["samples"]) == (["1", "2"], "2024", 3)
+
+
 def test_an_option_without_a_default_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     options.add_options(parser, options.with_defaults(options.EVALUATE, out=None), out="-o")
@@ -287,6 +292,21 @@ def test_a_rule_is_checked() -> None:
     assert ThresholdsOptions.of({"rule": "mean+2std", "out": "x.json"}).out == Path("x.json")
     with pytest.raises(ValueError, match="must be 'mean' or"):
         ThresholdsOptions.of({"rule": "mode", "out": None})
+
+
+def test_where_thresholds_go_is_looked_at_before_they_are_measured(tmp_path: Path) -> None:
+    beside = tmp_path / "thresholds.json"
+
+    def destination(out: Any, default: Path = beside) -> Path:
+        return ThresholdsOptions.of({"rule": None, "out": out}).destination(default)
+
+    assert destination(None) == beside
+    assert destination(str(tmp_path / "own.json")) == tmp_path / "own.json"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file with 'out'"):
+        destination(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"t.json cannot be written to .*none \(No such file"):
+        destination(None, tmp_path / "none" / "t.json")
 
 
 @pytest.mark.parametrize(("dice", "poor"), [(0.59, True), (0.6, False), (None, False)])

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from advmed.clock import Pace, duration
 from advmed.thresholds import RunningThresholds, Thresholds
-from advmed.training.run import LOG_KEYS, MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.run import (
+    LOG_KEYS,
+    MethodRun,
+    differing_notes,
+    load_thresholds,
+    saved_thresholds,
+    self_calibrated,
+)
 from advmed.training.settings import PRESETS, TrainingSettings
 from helpers.models import Classifier, Compared, cnn
 from helpers.tensors import uniform
@@ -290,6 +297,59 @@ def test_the_length_of_the_warm_up_is_that_of_the_saved_run() -> None:
     first, second = (MethodRun("AMAT", settings(), running(), epochs=epochs) for epochs in (40, 10))
     second.load_state_dict(first.state_dict())
     assert second.warmup_epochs == 4
+
+
+def test_a_warm_up_that_was_left_open_follows_the_estimate_of_a_hosts_epochs(objective: Any) -> None:
+    """Not one that is over, and none that was asked for."""
+    for given, wanted in ((None, [4, 3, 3, 3]), (5, [5, 5, 5, 5])):
+        own = settings(warmup_epochs=given)
+        run = MethodRun("AMAT", own, self_calibrated(NAMES, own, 4), epochs=40)
+        seen = []
+        for number, epochs in enumerate((40, 30, 10, 90)):
+            epoch(run, number, objective)
+            run.set_epochs(epochs)
+            seen.append(run.warmup_epochs)
+        assert seen == wanted
+        assert run.warming_up == (given is not None)
+
+
+def test_a_run_sums_itself_up(objective: Any) -> None:
+    measured = Thresholds((5.0,), NAMES, source="/home/somebody/best.pt", source_sha256="0123456789abcdef")
+    calibrated = MethodRun("AMAT", settings(), running(), epochs=20)
+    for number in range(3):
+        epoch(calibrated, number, objective)
+    runs = [
+        (MethodRun("STD", settings(), epochs=4), 2, (0, None, None)),
+        (MethodRun("SAT", settings(), epochs=4), 2, (2, None, None)),
+        (MethodRun("AMAT", settings(), fixed(), epochs=4), 3, (3, "ce < 5", "given")),
+        (
+            MethodRun("AMAT", settings(), measured, epochs=4),
+            1,
+            (1, "ce < 5", "measured on best.pt (SHA-256 0123456789"),
+        ),
+        (calibrated, 1, (0, None, "self-calibrated in 2 clean epoch(s)")),
+        (calibrated, 3, (1, str(calibrated.thresholds), "self-calibrated in 2 clean epoch(s)")),
+    ]
+    for run, epochs, (attacked, thresholds, origin) in runs:
+        found = run.summary(epochs)
+        assert (found["method"], found["epochs"], found["attacked_epochs"]) == (run.name, epochs, attacked)
+        assert found["thresholds"] == thresholds
+        assert found["thresholds_from"] == origin or found["thresholds_from"].startswith(origin)
+
+
+def test_notes_of_thresholds_are_compared_with_the_run(tmp_path: Path) -> None:
+    """As they are in a file; what only one of them has says nothing."""
+    notes = {"imgsz": 320, "classes": None, "sizes": (1, 2), "part": {"a": 1}, "quality": 0.5}
+    Thresholds((1.0,), NAMES, notes=notes).save(tmp_path / "t.json")
+    for thresholds in (Thresholds((1.0,), NAMES, notes=notes), Thresholds.load(tmp_path / "t.json")):
+        same = {"imgsz": 320, "classes": None, "sizes": (1, 2), "part": {"a": 1}, "data": "x"}
+        assert differing_notes(thresholds, same) == []
+        other = {"imgsz": 640, "classes": [0], "sizes": [1, 2, 3], "part": {"a": 2}}
+        assert differing_notes(thresholds, other) == [
+            *("imgsz 320 -> 640", "classes None -> [0]"),
+            *("sizes [1, 2] -> [1, 2, 3]", "part {'a': 1} -> {'a': 2}"),
+        ]
+    assert differing_notes(fixed(), {"imgsz": 1}) == []
 
 
 def test_changed_settings_are_told_and_other_methods_and_models_refused() -> None:

@@ -108,9 +108,18 @@ def add_typed_options(parser: Any, options: Sequence[Option]) -> None:
 
 
 def key_values(options: Sequence[Option], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a command line ``levels=0,1,2``, as far as its host has read it; the others have their defaults."""
-    values = {option.name: found.get(option.name, option.default) for option in options}
-    return {o.name: listed(values[o.name]) if o.is_list else values[o.name] for o in options}
+    """Options of a command line ``levels=0,1,2``, as far as its host has read it; the others have their defaults.
+
+    A host reads ``out=2024`` and ``names=1,2`` as numbers; where a text is asked for, it is the text again.
+    """
+    return {option.name: _typed(option, found.get(option.name, option.default)) for option in options}
+
+
+def _typed(option: Option, value: Any) -> Any:
+    if option.is_list:
+        values = listed(value)
+        return [str(item) for item in values] if values is not None and option.kind == list[str] else values
+    return str(value) if option.kind is str and value is not None else value
 
 
 def key_value_help(options: Sequence[Option]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,27 @@ class ThresholdsOptions:
     def of(cls, given: Mapping[str, Any]) -> Self:
         """From the values of a command line."""
         return cls(given["rule"], given["out"])
+
+    def destination(self, default: Path) -> Path:
+        """The file that will be written, looked at before anything is measured.
+
+        Args:
+            default: the file beside the checkpoint.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        path = self.out or default
+        if path.is_dir():
+            raise IsADirectoryError(f"thresholds are written to a file, and {path} is a folder; name a file with 'out'")
+        folder = path.absolute().parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise type(error)(
+                f"{path.name} cannot be written to {folder} ({error.strerror}); name a file with 'out'"
+            ) from error
+        return path
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,10 @@ def test_an_attack_needs_no_mode_and_no_gradients_to_be_on(networks: Any, batch:
         (lambda b: {**b, "img": b["img"] * math.nan}, "finite"),
         (lambda b: {**b, "img": b["img"][..., :50]}, r"multiples of 32, got \(4, 3, 96, 50\)"),
         (lambda b: {**b, "img": b["img"][0]}, r"must be \(B, 3, H, W\)"),
+        (lambda b: {**b, "img": b["img"][:, :1]}, r"the model's 3 channel\(s\), got \(4, 1, 96, 96\)"),
+        (lambda b: {**b, "img": b["img"][:0]}, r"B of 1 or more .* got \(0, 3, 96, 96\)"),
+        (lambda b: {**b, "img": b["img"].half()}, r"images are torch.float16, the model's weights torch.float32"),
+        (lambda b: b["img"].numpy(), r"images must be a tensor \(B, C, H, W\) or a batch .*, got ndarray"),
         (lambda b: {k: v for k, v in b.items() if k != "cls"}, "the batch has no cls; it needs img"),
         (lambda b: {"img": b["img"]}, "the batch has no batch_idx, cls, bboxes"),
         ([torch.zeros(1, 5)] * 3, "4 images need 4 label tensors.*got 3"),
@@ -184,6 +188,11 @@ def test_what_cannot_be_right_is_refused(network: Any, batch: dict[str, Any], ch
             attack(network, change(batch), radius=1.0, **SHORT)
         else:
             attack(network, batch["img"], change, radius=1.0, **SHORT)
+
+
+def test_sides_fit_the_largest_stride(batch: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"H and W multiples of 64, got \(4, 3, 96, 96\)"):
+        attack(YOLO("yolov8n-p6.yaml"), batch, radius=1.0)
 
 
 def test_images_and_labels_are_as_good_as_a_batch(network: Any, batch: dict[str, Any]) -> None:

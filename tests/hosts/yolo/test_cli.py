@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -95,11 +98,65 @@ def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
 
 
 @pytest.mark.parametrize("method", [[], ["method=std"]])
-def test_without_a_method_the_host_trains(train: list[str], method: list[str]) -> None:
-    assert main(["detect", *train, "epochs=1", *method]) == 0
-    assert Path("x/weights/best.pt").is_file()
-    assert not Path("x/adversarial.yaml").exists()
-    assert "adv_" not in Path("x/results.csv").read_text()
+def test_without_a_method_the_host_trains(train: list[str], data: Any, method: list[str]) -> None:
+    """Also where a path has a space."""
+    shutil.copytree(data.folder, "my data")
+    assert main(["detect", *train, f"data=my data/{data.yaml.name}", "name=an x", "epochs=1", *method]) == 0
+    assert Path("an x/weights/best.pt").is_file()
+    assert not Path("an x/adversarial.yaml").exists()
+    assert "adv_" not in Path("an x/results.csv").read_text()
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "text", "list", "weights only"])
+def test_a_damaged_checkpoint_is_named(capsys: pytest.CaptureFixture[str], data: Any, kind: str) -> None:
+    model = save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), Path("best.pt"))
+    whole, bad = model.read_bytes(), Path("bad.pt")
+    bad.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello " * 99}.get(kind, b""))
+    if kind in {"list", "weights only"}:
+        torch.save([1, 2] if kind == "list" else {"layer": torch.zeros(2)}, bad)
+    for words in (
+        *(["evaluate", f"data={data.yaml}"], ["thresholds", f"data={data.yaml}"]),
+        *(["train", "resume"], ["train", "method=sat", f"data={data.yaml}", f"project={Path.cwd()}"]),
+    ):
+        message = mistake_of(main, capsys, *words, "model=bad.pt", "device=cpu")
+        assert re.search("bad.pt (is|references) .*(checkpoint|Ultralytics)", message, re.DOTALL), message
+
+
+WITHOUT_A_NET = """
+import socket, sys, threading
+tried = []
+
+def blocked(*given, **named):
+    tried.append(repr(given))
+    raise OSError("blocked")
+
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = blocked
+from adv_yolo.cli import main
+
+data, model, *train = sys.argv[1:]
+assert main(["detect", *train, "method=sat", "steps=1", "epochs=1", "plots=True"]) == 0
+given = [f"model={model}", f"data={data}", "device=cpu"]
+assert main(["thresholds", *given, "split=val", "out=t.json"]) == 0
+assert main(["evaluate", *given, "levels=0,1", "attacks=pgd1", "checks=0", "examples=1"]) == 0
+assert main(["detect", "val", *given, "workers=0", "imgsz=96"]) == 0
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join(1)
+print("tried:", tried)
+"""
+
+
+@pytest.mark.slow
+def test_no_connection_is_tried(train: list[str], data: Any, trained: Path, tmp_path: Path) -> None:
+    """By a user who has not forbidden any: no telemetry, no look for updates. (A font, once, unless there is one.)"""
+    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    (tmp_path / "c" / "Ultralytics").mkdir(parents=True)
+    shutil.copy(font, tmp_path / "c" / "Ultralytics" / "Arial.ttf")
+    own = {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")} | {"YOLO_CONFIG_DIR": str(tmp_path / "c")}
+    command = [sys.executable, "-c", WITHOUT_A_NET, str(data.yaml), str(trained), *train]
+    done = subprocess.run(command, capture_output=True, text=True, env=own, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tried: []" in done.stdout
 
 
 def test_arguments_may_come_from_the_hosts_file(train: list[str]) -> None:
@@ -146,6 +203,16 @@ THRESHOLDS, EVALUATE = ([name, "model={model}", "data={data}", "device=cpu"] for
         ([*EVALUATE, "model={model},{model}"], "2 models need 2 different names.* names=A,B"),
         ([*EVALUATE, "split=test"], "has no split 'test'"),
         ([*EVALUATE, "lvels=0,1"], r"Similar arguments are i.e. \['levels'"),
+        ([*EVALUATE, "out=best.pt"], "reports are written to a folder, and best.pt is a file"),
+        ([*EVALUATE, "imgsz=abc"], "'imgsz=abc' is not a valid image size"),
+        ([*EVALUATE, "device=0"], "Invalid CUDA 'device=0' requested"),
+        ([*THRESHOLDS, "out={here}"], "is a folder; name a file with 'out'"),
+        ([*THRESHOLDS, "out=no/such/t.json"], r"t.json cannot be written to .*/no/such \(No such file.*'out'"),
+        ([*TRAIN, "method=sat", "model=yolov8s-worldv2.yaml"], "with the head WorldDetect.*YOLO-World"),
+        ([*TRAIN, "method=sat", "model=yoloe-11s.yaml"], "with the head YOLOEDetect"),
+        (["train", "resume"], r"train resume needs model=\.\.\., the last.pt of the run"),
+        (["train", "resume", "model=no/last.pt"], "there is no model file no/last.pt"),
+        (["train", "resume", "model={model}"], "best.pt is a finished training, there is nothing to resume"),
     ],
     ids=str,
 )
@@ -243,6 +310,43 @@ def test_a_model_of_a_single_class_is_measured_as_it_was_trained_and_not_if_it_w
     assert main(["thresholds", *given]) == 0
     assert any("WARNING: this network is poorly trained" in line for line in said)
     assert main(["evaluate", *given, "levels=0,1", "attacks=pgd1", "checks=0", "examples=1", "out=r"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [{"classes": 0}, {"single_cls": True}, {"imgsz": 70}], ids=str)
+def test_thresholds_are_of_the_labels_and_the_size_that_the_model_was_trained_with(
+    trained: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    """Not of all classes, where it has learnt some; and of the size that the host's training rounds its own to."""
+    if "single_cls" in own:
+        monkeypatch.setattr(calibration, "UNTRAINED", 0.0)
+    checkpoint = torch.load(trained, weights_only=False)
+    if "single_cls" in own:
+        model = DetectionModel(ONE_HEAD, nc=1, verbose=False)
+        model.names = {0: "item"}
+        checkpoint["model"] = model.half()
+    checkpoint["train_args"] |= own
+    torch.save(checkpoint, tmp_path / "own.pt")
+    words = ["thresholds", "model=own.pt", f"data={data.yaml}", "split=val", "batch=3", "device=cpu", "seed=5"]
+    assert main([*words, "rule=mean"]) == 0
+    found = Thresholds.load(tmp_path / "thresholds.json")
+    wanted = {"imgsz": 96, **own} | ({"classes": [0]} if "classes" in own else {})
+    assert {name: found.notes[name] for name in own} == {name: 96 if name == "imgsz" else wanted[name] for name in own}
+    terms = terms_in_training(tmp_path / "own.pt", data, {**own, "imgsz": 96})
+    assert found.values == pytest.approx(terms.mean(0).tolist(), rel=1e-4)
+    if "classes" in own:  # what is typed wins
+        assert main([*words, "rule=mean", "classes=0,1,2"]) == 0
+        assert Thresholds.load(tmp_path / "thresholds.json").notes["classes"] == [0, 1, 2]
+
+
+def test_models_that_were_trained_alike_are_compared(
+    capsys: pytest.CaptureFixture[str], data: Any, tmp_path: Path
+) -> None:
+    for name, size in (("a", 64), ("b", 96)):
+        save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), tmp_path / f"{name}.pt", size)
+    message = mistake_of(main, capsys, "evaluate", "model=a.pt,b.pt", f"data={data.yaml}", "device=cpu")
+    assert "different values of imgsz (a.pt: imgsz=64, b.pt: imgsz=96); say imgsz=" in message
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

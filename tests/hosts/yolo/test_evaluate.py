@@ -6,18 +6,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from adv_yolo import evaluate as host
 from adv_yolo.cli import main
 from adv_yolo.scores import best_overlaps
 from advmed.attacks import PGD
 from advmed.evaluation.loop import evaluate
-from helpers.detection import CLASSES, save
+from helpers.detection import CLASSES, ONE_HEAD, save
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +133,11 @@ def test_what_cannot_be_evaluated_is_said(trained: Path, networks: Any, make_dat
         load(tmp_path / "nothing.pt", own, tmp_path)
     with pytest.raises(ValueError, match="no split 'test'; there are train, val"):
         load(trained, own, tmp_path, split="test")
+    names = own.names("val")
+    own.list("val", [*names, names[0]])
+    with pytest.raises(ValueError, match=rf"names 1 image\(s\) more than once, such as .*{names[0]}"):
+        load(trained, own, tmp_path)
+    own.list("val", names)
     for name in own.names("val"):
         own.write_labels(name, [])
     with pytest.raises(ValueError, match="none of the 4 images of the split 'val' has an object"):
@@ -171,6 +178,29 @@ def test_a_report_of_two_equal_models_says_whether_to_believe_it(
         one, two = (np.load(path, allow_pickle=False) for path in (first, out / "AMAT" / "parts" / first.name))
         for name in (n for n in one.files if one[n].dtype.kind in "bif" and not n.endswith("seconds")):
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_than_three_channels_have_pictures(make_data: Any, tmp_path: Path, channels: int) -> None:
+    own = make_data()
+    for name in own.names("val"):
+        path = own.folder / f"images/{name}.jpg"
+        picture = cv2.imread(str(path))
+        path.write_bytes(cv2.imencode(".png", np.dstack([picture, picture[..., 0]])[..., :channels])[1].tobytes())
+    own.yaml.write_text(own.yaml.read_text() + f"channels: {channels}\n")
+    model = DetectionModel({**yaml_model_load(ONE_HEAD), "channels": channels}, ch=channels, nc=3, verbose=False)
+    path = save(model, tmp_path / "run" / "weights" / "best.pt")
+    words = ["levels=0,1", "attacks=pgd1", "checks=0", "examples=1", f"out={tmp_path / 'out'}", "device=cpu"]
+    assert main(["evaluate", f"model={path}", f"data={own.yaml}", *words]) == 0
+    assert "boxes, IoU" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_size_that_is_no_multiple_of_the_stride_is_rounded_as_the_host_rounds_it(
+    trained: Path, data: Any, tmp_path: Path
+) -> None:
+    model = load(trained, data, tmp_path, imgsz=70)
+    assert host.make_batches(model, None)[0].load().images.shape[2:] == (96, 96)
 
 
 def test_margins_beside_a_checkpoint_are_read(trained: Path, data: Any, tmp_path: Path) -> None:

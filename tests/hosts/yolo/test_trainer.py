@@ -18,6 +18,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
@@ -330,7 +332,7 @@ def finished(request: pytest.FixtureRequest, make: Any, tmp_path_factory: pytest
     """A run of three epochs; ``saved`` are copies of last.pt as it was during the training."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
-    trainer = make(request.param, folder, epochs=3, **FINISHED[request.param])
+    trainer = make(request.param, folder, epochs=3, save_period=1, **FINISHED[request.param])
     trainer.saved, trainer.measured, trainer.weights_of_heads, trainer.criteria = [], [], [], []
 
     def keep(trainer: Any) -> None:
@@ -380,8 +382,38 @@ def test_checkpoints_hold_plain_values_while_training_and_nothing_afterwards(fin
         assert checkpoint["optimizer"] is checkpoint["ema"] is checkpoint["model"].criterion is None
         assert not hasattr(checkpoint["model"], STATE)
         assert not set(checkpoint["train_args"]) & set(argument_names())
+        assert checkpoint["train_args"]["time"] is None
         assert len(YOLO(path).predict(image, imgsz=64, device="cpu", verbose=False)) == 1
     assert not hasattr(finished.ema.ema, STATE)
+    assert finished.args.time is None
+
+
+def test_no_finished_file_names_an_image_and_all_tell_what_they_are(finished: Any, data: Any, said: list[str]) -> None:
+    """Those of single epochs, too, which have kept their optimizer: none of them can be resumed any more."""
+    folder, clean = finished.save_dir / "weights", int(finished.method_name == "AMAT")
+    files = {path.name: path for path in folder.iterdir()}
+    assert set(files) == {"last.pt", "best.pt", "epoch0.pt", "epoch1.pt", "epoch2.pt"}
+    for name, path in files.items():
+        content = path.read_bytes()
+        assert not any(Path(id_).stem.encode() in content for id_ in data.ids("train")), name
+        checkpoint = torch.load(path, weights_only=False)
+        summary = checkpoint[STATE]
+        assert plain(summary)
+        assert summary["method"] == finished.method_name
+        assert summary["attacked_epochs"] == summary["epochs"] - clean
+        if name.startswith("epoch"):
+            assert summary["epochs"] == int(name[5]) + 1
+            for train in (YOLO(path).train, partial(YOLO(path).train, trainer=type(finished))):
+                with pytest.raises((TypeError, ValueError), match=f"{finished.method_name} training .* has ended"):
+                    train(resume=True, device="cpu")
+    summary = torch.load(files["last.pt"], weights_only=False)[STATE]
+    assert summary["epochs"] == 3
+    if clean:
+        assert summary["thresholds"] == str(finished.run.thresholds)
+        assert summary["thresholds_from"] == "self-calibrated in 1 clean epoch(s)"
+    text = (finished.save_dir / "adversarial.yaml").read_text()
+    for key, value in summary.items():
+        assert (f"# {key}: {value}" in text.splitlines()) == (value is not None)
 
 
 @of_amat
@@ -435,6 +467,13 @@ for path in (middle, *paths):
     model = YOLO(path)
     assert len(model.predict(image, **quiet)) == 1
     assert model.val(data=data, plots=False, workers=0, **quiet).box.map >= 0
+try:
+    YOLO(middle).train(resume=True, device="cpu")
+except TypeError as error:
+    assert "unfinished AMAT training" in str(error) and "adv-yolo detect train resume model=FILE" in str(error), error
+else:
+    raise AssertionError("it went on without attacks")
+YOLO(middle).train(data=data, epochs=1, batch=4, workers=0, plots=False, val=False, amp=False, **quiet)
 exported = YOLO(paths[-1]).export(format="torchscript", imgsz=64, device="cpu")
 assert YOLO(exported, task="detect").predict(image, **quiet)[0].orig_shape
 try:
@@ -463,7 +502,7 @@ def test_self_calibrated_thresholds_begin_after_the_warm_up(run: Any, data: Any,
     assert trainer.run.thresholds.names == TERMS
     assert trainer.run.method.margins.visits().tolist() == [2] * 8
     assert sorted(trainer.run.method.margins.ids()) == data.ids("train")
-    for words in ("Warm-up done. Thresholds: box_loss < ", "margins can reach about 1.00", "self-calibrated"):
+    for words in ("Warm-up done. Thresholds: box_loss < ", "margins can reach about 1.00", "are self-calibrated"):
         assert sum(words in line for line in said) == 1, words
 
 
@@ -504,6 +543,40 @@ def test_thresholds_are_measured_on_a_trained_model_named_or_trained_on(
         line.startswith("WARNING") and "are not those of" in line and "scale 0.2 -> 0.4." in line for line in said
     )
     assert not any("plain images, not on those" in line for line in said)
+
+
+DIFFERENT: list[tuple[dict[str, Any], str]] = [
+    ({"imgsz": 64}, "imgsz 96 -> 64"),
+    ({"cls": 2.0}, r"cls 0\.5 -> 2\.0"),
+    ({"classes": [1, 0]}, r"classes None -> \[0, 1\]"),
+    ({"single_cls": True}, r"names \[.*\] -> \['item'\].*single_cls False -> True"),
+    ({"source": "other images"}, "samples .*'count': 4.* -> .*'count': 3"),
+    ({"source": "other names"}, r"names \['RBC'.* -> \['red'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DIFFERENT, ids=str)
+def test_a_thresholds_file_of_another_training_is_refused(
+    make: Any, known: Any, trained: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """Before the first epoch; an augmentation that differs is told."""
+    info = check_det_dataset(str(known.yaml))
+    args = get_cfg(overrides={"imgsz": 96, "batch": 4, "workers": 0, "mosaic": 0.0})
+    found = calibration.measure(trained, info, args, rule="mean", device=torch.device("cpu"))
+    found.save(tmp_path / "t.json")
+    assert str(tmp_path) not in str(dict(found.notes))
+    given = {"source": known, "imgsz": 96, "epochs": 1, "val": False, **change}
+    match given["source"]:
+        case "other images":
+            known.list("train", known.names("train")[:3])
+            given["source"] = known
+        case "other names":
+            known.describe(["red", "white", "small"])
+            given["source"] = known
+    trainer = make("amat", tmp_path, thresholds=str(tmp_path / "t.json"), **given)
+    trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
+    with pytest.raises(ValueError, match=f"t.json are not those of this training: .*{message}.* Measure again"):
+        trainer.train()
 
 
 def stop_here(_: Any) -> None:
@@ -638,6 +711,82 @@ def test_a_run_of_an_earlier_release_goes_on_without_what_it_did_not_know(broken
     assert (settings.steps, settings.eps) == (2, 0.5)
 
 
+@pytest.mark.parametrize("own", [{}, {"time": 0.5}], ids=str)
+def test_the_hosts_own_way_to_resume_goes_on_with_attacks_or_not_at_all(
+    broken: Any, said: list[str], own: dict[str, float]
+) -> None:
+    """The stock trainer is kept from it; ours has the host's arguments as they were."""
+    last = broken("sat", eps=0.5, **own)
+    before = torch.load(last, weights_only=False)
+    assert before["ema"].args.time == own.get("time")
+    with pytest.raises(TypeError, match=r"unfinished SAT training.*trainer=SATDetectionTrainer, resume=True"):
+        YOLO(last).train(resume=True)
+    assert epochs(last.parents[1]) == [1, 2], "it left something behind"
+    model, begun = YOLO(last), []
+    model.add_callback("on_train_epoch_start", lambda t: begun.append((t.args.time, t.run.warming_up)))
+    model.add_callback("on_train_epoch_end", stop)
+    model.train(trainer=TRAINERS["sat"], resume=True)
+    assert begun == [(own.get("time"), False)]
+    assert epochs(last.parents[1]) == [1, 2, 3]
+    assert sum("goes on as SAT, 2 of 2 epochs under attack" in line for line in said) == 1
+
+
+def test_a_run_is_resumed_where_its_images_lie_behind_a_link_that_moved(
+    make_data: Any, broken: Any, tmp_path: Path
+) -> None:
+    """No id says where an image lies, whatever links the host follows."""
+    source = make_data("disk1")
+    (tmp_path / "set").symlink_to("disk1")
+    ids = sorted(source.ids("train"))
+    last = broken("amat", data=str(tmp_path / "set" / source.yaml.name), delta=0.25)
+    shutil.move(tmp_path / "disk1", tmp_path / "disk2")
+    (tmp_path / "set").unlink()
+    (tmp_path / "set").symlink_to("disk2")
+    trainer = resume("amat", last)
+    assert sorted(margins_of(trainer.save_dir / "margins.csv")) == ids
+
+
+def test_ids_are_relative_and_unlike(tmp_path: Path) -> None:
+    for folder in ("data/images", "site_a/images", "site_b/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+
+    def names(root: Any, *files: str) -> list[str]:
+        return calibration.relative_names([str(tmp_path / file) for file in files], root)
+
+    for root in (tmp_path / "data", tmp_path / "link"):
+        assert names(root, "data/images/a.png", "data/b.png") == ["images/a.png", "b.png"]
+    assert names(tmp_path / "link", "link/images/a.png") == ["images/a.png"]
+    both = ["site_a/images/a.png", "site_b/images/a.png"]
+    assert names(tmp_path / "conf", *both) == ["../site_a/images/a.png", "../site_b/images/a.png"]
+    assert names(tmp_path / "data", "data/a.png", both[0]) == ["a.png", "../a.png"]
+    assert names(tmp_path / "dat", "data/a.png") == ["../a.png"]
+    assert names(None, both[0]) == ["../a.png"]
+
+
+def test_an_image_that_a_list_names_twice_is_met_twice_and_has_one_margin(
+    run: Any, make_data: Any, thresholds: Any, said: list[str]
+) -> None:
+    own = make_data()
+    names = own.names("train")
+    own.list("train", [*names, *names[:4]])
+    trainer = run("amat", source=own, epochs=1, delta=0.25, thresholds=thresholds(3.0), val=False)
+    visits = dict(zip(trainer.run.method.store.ids(), trainer.run.method.store.visits().tolist(), strict=True))
+    assert visits == dict(zip(own.ids("train")[:8], [2] * 4 + [1] * 4, strict=True))
+    assert any("8 images, each met about 1.5 times" in line for line in said)
+
+
+def test_a_failed_process_of_several_is_a_mistake_that_says_where_to_look(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise subprocess.CalledProcessError(3, "torchrun")
+
+    monkeypatch.setattr(BaseTrainer, "train", fail)
+    with pytest.raises(RuntimeError, match=r"one of the processes of the training failed \(status 3\)"):
+        make("sat", tmp_path, eps=1.0).train()
+
+
 @of_amat
 def test_what_is_no_unfinished_run_of_the_method_is_not_resumed(broken: Any, finished: Any, run: Any) -> None:
     stock, sat = broken("stock"), broken("sat", eps=0.5)
@@ -765,19 +914,49 @@ def test_the_best_epoch_is_the_best_under_attack_and_no_clean_one(
     assert not any("under attack, that in best.pt neither" in line for line in said)
 
 
-def test_a_run_that_ends_before_it_attacks_says_so_and_what_is_not_judged_is_the_hosts(
-    run: Any, said: list[str]
-) -> None:
-    def stop(trainer: Any) -> None:
-        trainer.stop = True
+def stop(trainer: Any) -> None:
+    """The user's own end of a run."""
+    trainer.stop = True
 
-    trainer = run("amat", "short", {"on_fit_epoch_end": stop}, epochs=4, clean_epochs=2)
+
+def test_a_run_that_ends_before_it_attacks_fails_and_can_go_on(make: Any, tmp_path: Path) -> None:
+    trainer = make("amat", tmp_path, epochs=4, clean_epochs=2)
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(RuntimeError, match=r"ended within its 2 clean epochs.*train resume model=.*last\.pt"):
+        trainer.train()
     assert epochs(trainer.save_dir) == [1]
-    assert sum("ended within its 2 clean epochs" in line and line.startswith("WARNING") for line in said) == 1
-    given = {"epochs": 1, "eps": 1.0, "robust_batches": 0}
-    trainer = run("sat", "off", **given)
+    again = resume("amat", trainer.last)
+    assert epochs(trainer.save_dir) == [1, 2, 3, 4]
+    assert again.run.method.steps_done == 4
+
+
+def test_where_epochs_are_not_judged_they_have_the_hosts_fitness(run: Any) -> None:
+    trainer = run("sat", "off", epochs=1, eps=1.0, robust_batches=0)
     assert trainer.best_fitness == trainer.fitness == pytest.approx(trainer.metrics["metrics/mAP50-95(B)"], abs=1e-4)
     assert ROBUST not in table(trainer.save_dir / "results.csv")[0]
+
+
+@pytest.mark.parametrize(("own", "clean"), [({}, 2), ({"clean_epochs": 4}, 4)], ids=str)
+def test_a_time_is_shared_among_clean_and_attacked_epochs(run: Any, own: dict[str, int], clean: int) -> None:
+    """The host estimates the epochs anew after each: a tenth of them is clean, where that was left open."""
+    seen: list[bool] = []
+
+    def estimated(trainer: Any) -> None:  # called after the host's estimate, before ours is read
+        trainer.epochs = trainer.args.epochs = {0: 24, 1: 21}.get(trainer.epoch, 6)
+
+    def look(trainer: Any) -> None:
+        seen.append(trainer.run.warming_up)
+        trainer.stop = len(seen) == 6
+
+    class Timed(AMATDetectionTrainer):
+        def run_callbacks(self, event: str) -> None:
+            if event == "on_fit_epoch_end":
+                estimated(self)
+            super().run_callbacks(event)
+
+    trainer = run(Timed, on={"on_fit_epoch_end": look}, time=1.0, epochs=100, val=False, **own)
+    assert seen[:6] == [True] * clean + [False] * (6 - clean)
+    assert set(trainer.run.method.margins.visits().tolist()) == {6 - clean}
 
 
 @pytest.mark.parametrize(
