@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor
@@ -101,6 +103,29 @@ class MethodRun:
     def thresholds(self) -> Thresholds | RunningThresholds | None:
         """The method's thresholds, if it has any."""
         return getattr(self.method, "thresholds", None)
+
+    def summary(self, epochs: int) -> dict[str, Any]:
+        """What a run is after so many epochs, for whoever gets its network: plain values, no samples and no folders.
+
+        Args:
+            epochs: that are done, clean ones among them.
+        """
+        attacked = max(0, epochs - self.warmup_epochs) if isinstance(self.method, AdversarialMethod) else 0
+        thresholds, origin = self.thresholds, None
+        if isinstance(thresholds, RunningThresholds):
+            origin = f"self-calibrated in {self.warmup_epochs} clean epoch(s)"
+        elif thresholds is not None:
+            source = thresholds.source
+            origin = "given" if source is None else f"measured on {PurePath(source).name}"
+            if thresholds.source_sha256 is not None:
+                origin += f" (SHA-256 {thresholds.source_sha256[:12]}...)"
+        return {
+            "method": self.name,
+            "epochs": epochs,
+            "attacked_epochs": attacked,
+            "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
+            "thresholds_from": origin,
+        }
 
     def begin_epoch(self, epoch: int) -> list[str]:
         """To be called before the first batch of every epoch.
@@ -284,6 +309,18 @@ def load_thresholds(settings: TrainingSettings, path: str, names: Sequence[str])
     found.require(names, origin)
     taken = found.by_rule(settings.rule, origin)
     return taken, "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
+
+
+def differing_notes(notes: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """In what thresholds were measured on another thing than a run trains on: ``["imgsz 320 -> 640"]``.
+
+    Args:
+        notes: of the thresholds (:attr:`advmed.thresholds.Thresholds.notes`).
+        run: what the run has, by the names of the notes, JSON-ready. A name that is in one of the two only says
+            nothing: files of earlier releases have fewer notes.
+    """
+    then, now = (json.loads(json.dumps(dict(values))) for values in (notes, run))  # as in a file: tuples are lists
+    return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
 
 
 def strength_check(method: Method) -> StrengthCheck | None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adv_nnunet import cli, evaluate
+from adv_nnunet.checkpoints import with_names
 from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
 from helpers.hosts import mistake_of, overflow
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.slow
 NO_STANDARD = r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"
 
 
-@pytest.mark.parametrize("missing", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+@pytest.mark.parametrize("missing", ["nnUNet_preprocessed", "nnUNet_results"])
 def test_no_variables_of_nnunet(bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.delenv("nnUNet_raw")  # the host trains without it, too
     trainer = type(bench.make())
     monkeypatch.delenv(missing)
     with pytest.raises(RuntimeError, match=rf"{missing} are not set\. Set them to folders \(export NAME=FOLDER\)"):
@@ -77,9 +79,11 @@ def test_a_training_that_cannot_be_continued(bench: Any, with_stock: Path) -> No
     with pytest.raises(ValueError, match="the saved state is of the method 'AMAT', this run trains 'SAT'"):
         bench.started("SAT", resume=first)
     # Of another data set.
-    checkpoint = bench.saved(first)
-    ids = checkpoint[STATE]["method"]["margins"]["ids"]
-    checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
+    checkpoint, table = bench.saved(first), Path(first.output_folder) / "margins.csv"
+    checkpoint[STATE] = with_names(checkpoint[STATE], table.parent, first.settings)
+    margins = checkpoint[STATE]["method"]["margins"]
+    del margins["ids_sha256"]
+    margins["ids"][0] = "stranger:3"
     torch.save(checkpoint, Path(first.output_folder) / "checkpoint_final.pth")
     with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
         bench.started("AMAT", resume=first, **given)
@@ -90,6 +94,8 @@ def test_a_training_that_cannot_be_continued(bench: Any, with_stock: Path) -> No
 
 def test_nan_in_an_image(bench: Any) -> None:
     trainer = bench.make()
+    for path in Path(trainer.preprocessed_dataset_folder_base).glob("advmed_checked_*"):
+        path.unlink()
     training, _ = trainer.get_tr_and_val_datasets()
     load_case, case = training.load_case, training.identifiers[1]
     training.load_case = lambda name: with_nan(*load_case(name)) if name == case else load_case(name)
@@ -120,7 +126,9 @@ def test_the_second_stage_of_a_cascade(bench: Any, world: Any) -> None:
     configurations[second] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     configurations["3d_lowres"] = {**configurations["3d_fullres"], "next_stage": second}
     (folder / "cascade.json").write_text(json.dumps(plans))
-    with pytest.raises(RuntimeError, match=r"does not train the second stage of a cascade.*Train 3d_lowres"):
+    with pytest.raises(
+        RuntimeError, match=r"does not train the second stage of a cascade.*both of its stages with the stock one"
+    ):
         bench.make(configuration=second, plans="cascade")
 
 
@@ -230,8 +238,11 @@ def test_evaluate_models_that_do_not_go_together(
 ) -> None:
     volume, regions = finished(configuration="3d_fullres"), finished("regions_ignore")
     message = mistake(*EVALUATE, "-m", f"flat={stock}", f"volume={volume}")
-    assert "volume and flat do not predict the same: other labels, or 2D against 3D" in message
+    assert "the model 'volume' is of the configuration 3d_fullres, not of -c 2d" in message
     message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}")
+    assert "the model 'regions' was trained on Dataset" in message
+    assert "not those of -d 4" in message
+    message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}", "-i", "images", "-l", "labels")
     assert "regions and flat do not predict the same: other labels, or 2D against 3D" in message
 
 

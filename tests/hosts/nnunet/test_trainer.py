@@ -259,7 +259,7 @@ def test_resuming_or_validating_a_finished_training_changes_nothing(bench: Any) 
     given = {"thresholds": bench.thresholds(math.inf)}
     first = bench.train("AMAT", **given)
     before = bench.saved(first)
-    assert len(before[STATE]["method"]["margins"]["ids"]) > 0
+    assert len(before[STATE]["method"]["margins"]["values"]) > 0
     bench.make("AMAT", resume=first, **given).run_training()
     after = bench.saved(first)
     assert after[STATE] == before[STATE]
