@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,17 @@ def require_environment(*names: str) -> None:
         )
 
 
-def strip_debug_file(path: Path) -> None:
-    """Replaces the user's folders in the host's ``debug.json``, which its model export packs, by their variables."""
-    content = json.loads(path.read_text())
+def strip_debug_file(path: Path, names: Collection[str]) -> None:
+    """Replaces the user's folders in the host's ``debug.json``, which its model export packs, by their variables.
+
+    Args:
+        path: of the file.
+        names: attributes of the trainer that are left out.
+    """
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in names}
     folders = {os.environ.get(name): name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     folders[str(Path.home())] = "HOME"
-    text = json.dumps({key: value for key, value in content.items() if key != "hostname"}, indent=4)
+    text = json.dumps(content, indent=4)
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(json.dumps(folder.rstrip("/"))[1:-1], f"${folders[folder]}")
     path.write_text(text)

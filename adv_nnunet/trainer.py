@@ -629,7 +629,8 @@ class AdversarialTraining(_Host):
         """The host's file, without the user's folders."""
         super()._save_debug_information()
         if self.local_rank == 0:
-            host.strip_debug_file(Path(self.output_folder) / "debug.json")
+            paths = ("settings", "settings_origin", "_standard", "hostname")
+            host.strip_debug_file(Path(self.output_folder) / "debug.json", paths)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """The host's checkpoint, and our state in it; to be continued, the one that went furthest."""
