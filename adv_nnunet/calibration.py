@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.objective import SampleTerms
+from advmed.distributed import gathered, place
 from advmed.thresholds import DEFAULT_RULE, TermStatistics, Thresholds, sha256
+from advmed.training.run import differing_notes, load_thresholds
 
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""
@@ -24,11 +28,21 @@ CHECKPOINT = "checkpoint_final.pth"
 
 
 def standard_folders(trainer: Any) -> list[Path]:
-    """Where a finished standard training of the same data set, plans, configuration and fold would be."""
-    names = [trainer.settings.std_trainer] if trainer.settings.std_trainer else [trainer.stock_name, "nnUNetTrainerSTD"]
+    """Where a finished standard training of the same data set, plans, configuration and fold would be.
+
+    By the trainer that the settings name; else by the stock trainer (or base) whose network ours trains, and
+    nnUNetTrainerSTD, if that is the same network. None for a class of ours that changes the network itself.
+    """
+    names = [trainer.settings.std_trainer] if trainer.settings.std_trainer else trainer.standard_names
     dataset = Path(trainer.output_folder_base).parent
     suffix = f"__{trainer.plans_manager.plans_name}__{trainer.configuration_name}"
     return [dataset / (name + suffix) / f"fold_{trainer.fold}" for name in names]
+
+
+def searched(trainer: Any) -> str:
+    """Those folders, as a message names them."""
+    folders = " or ".join(map(str, standard_folders(trainer)))
+    return folders or "a folder that is known: name the trainer of the standard training with 'std_trainer'"
 
 
 def find_file(trainer: Any) -> Path | None:
@@ -41,10 +55,67 @@ def find_checkpoint(trainer: Any) -> Path | None:
     return next((f / CHECKPOINT for f in standard_folders(trainer) if (f / CHECKPOINT).is_file()), None)
 
 
-def is_outdated(found: Thresholds, path: Path) -> bool:
-    """Whether the checkpoint beside a thresholds file is not the one that was measured."""
+def conditions(trainer: Any) -> dict[str, Any]:
+    """What thresholds depend on beside the checkpoint: their notes, and what a run compares with them."""
+    terms = SampleTerms(trainer.loss, trainer.settings.terms, trainer.settings.absent_classes)
+    return {
+        "dataset": trainer.plans_manager.dataset_name,
+        "plans": trainer.plans_manager.plans_name,
+        "configuration": trainer.configuration_name,
+        "fold": trainer.fold,
+        "absent_classes": "skip" if terms.skip_absent else "count",
+        "measured_on": "training batches with their augmentation, statistics of the batch",
+    }
+
+
+def load_named(trainer: Any, path: Path) -> tuple[Thresholds, str]:
+    """Thresholds from a file that the user named, and a remark for the log.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no thresholds file, or one of something else than this run.
+    """
+    found, changed = load_thresholds(trainer.settings, str(path), trainer.terms.names)
+    if differing := differing_notes(found.notes, conditions(trainer)):
+        raise ValueError(
+            f"the thresholds in {path} are of something else than this run: {'; '.join(differing)}. Make them for this "
+            f"run (adv-nnunet thresholds); or, if they are meant for it, take these entries out of the file's 'notes'."
+        )
+    return found, changed
+
+
+def load_found(trainer: Any, path: Path, say: Callable[[str], object]) -> tuple[Thresholds, str] | None:
+    """Thresholds from the file beside the standard training; None, and a word why, if they are not of this run."""
+    try:
+        found, changed = load_named(trainer, path)
+    except (ValueError, OSError) as error:
+        say(f"WARNING: {path} is not taken: {error}")
+        return None
     checkpoint = path.with_name(CHECKPOINT)
-    return bool(found.source_sha256) and checkpoint.is_file() and sha256(checkpoint) != found.source_sha256
+    if found.source_sha256 and checkpoint.is_file() and sha256(checkpoint) != found.source_sha256:
+        say(f"WARNING: {path} is not taken: it was made of another checkpoint than the {CHECKPOINT} beside it")
+        return None
+    return found, changed
+
+
+def keep(measured: Thresholds, checkpoint: Path, folder: Path) -> Path:
+    """Writes thresholds beside the checkpoint that was measured, for later runs; else beside the run.
+
+    A file that is there stays, unless it is no use to anybody: damaged, or of another checkpoint. Returns the path.
+    """
+    shared = checkpoint.with_name(FILE)
+    try:
+        of_this = shared.is_file() and Thresholds.load(shared).source_sha256 == measured.source_sha256
+    except ValueError:
+        of_this = False
+    if not of_this:
+        try:
+            measured.save(shared)
+            return shared
+        except OSError:  # another user's, a share that is only read
+            pass
+    measured.save(folder / FILE)
+    return folder / FILE
 
 
 USELESS, POOR = 0.1, 0.5
@@ -87,8 +158,20 @@ def standard_network(trainer: Any, checkpoint: Path) -> nn.Module:
         trainer.label_manager.num_segmentation_heads,
         trainer.enable_deep_supervision,
     ).to(trainer.device)
-    network.load_state_dict(torch.load(checkpoint, map_location=trainer.device, weights_only=False)["network_weights"])
+    network.load_state_dict(read_checkpoint(checkpoint)["network_weights"])
     return network
+
+
+@contextmanager
+def _whole_batches(trainer: Any) -> Iterator[int]:
+    """Batches as one process alone draws them: under DDP a rank has a part of a batch, and foreground of its own."""
+    part = trainer.batch_size, trainer.oversample_foreground_percent
+    trainer.batch_size = trainer.configuration_manager.batch_size
+    trainer.oversample_foreground_percent = trainer.oversampling
+    try:
+        yield trainer.batch_size
+    finally:
+        trainer.batch_size, trainer.oversample_foreground_percent = part
 
 
 def training_batches(trainer: Any) -> Iterator[dict[str, Any]]:
@@ -109,7 +192,8 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
     """Measures the network of ``checkpoint`` on clean training samples, and applies the rule of the settings.
 
     Samples are those that the training sees: from the host's own loader, with its crops, oversampling and augmentation,
-    from a fixed seed; the network is in training mode, with the statistics of the batch.
+    each batch from a fixed seed; the network is in training mode, with the statistics of the batch. Processes that
+    train together share the batches, and what comes out does not depend on how many they are.
 
     Args:
         trainer: an initialised trainer of ours; gives data, loss and settings.
@@ -126,6 +210,7 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
     training, _ = trainer.get_tr_and_val_datasets()
     rule = settings.rule or DEFAULT_RULE
     samples = settings.threshold_samples or min(10_000, max(500, len(trainer.sample_ids() or training.identifiers)))
+    rank, ranks = place()
     dice: list[float] = []
     # The host's loader and augmentation draw from global generators.
     states = np.random.get_state(), random.getstate()
@@ -133,14 +218,14 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
         with (
             torch.random.fork_rng(),
             torch.no_grad(),
-            tqdm(total=samples, desc="thresholds", unit="sample", disable=None) as bar,
+            _whole_batches(trainer) as size,
+            tqdm(total=samples, desc="thresholds", unit="sample", disable=None if rank == 0 else True) as bar,
         ):
-            np.random.seed(seed)
-            random.seed(seed)
-            torch.manual_seed(seed)
             network = standard_network(trainer, checkpoint).train()
+            _seed(seed)
             loader = training_batches(trainer)
-            for _ in range(math.ceil(samples / trainer.batch_size)):  # (a bar that is not shown does not count)
+            for number in range(rank, math.ceil(samples / size), ranks):
+                _seed((seed + 1) * 1_000_003 + number)
                 batch = next(loader)
                 images, targets = trainer.to_device(batch)
                 with trainer.autocast():
@@ -148,17 +233,17 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
                 values = terms(outputs, targets)
                 statistics.update(values)
                 dice.append(trainer.hard_dice(outputs, targets))
-                bar.update(len(values))
+                bar.update(len(values) * ranks)
     finally:
         np.random.set_state(states[0])
         random.setstate(states[1])
-    quality = round(float(np.nanmean(dice)), 4)
-    notes: dict[str, Any] = {
-        "dataset": trainer.plans_manager.dataset_name,
-        "configuration": trainer.configuration_name,
-        "fold": trainer.fold,
-        "absent_classes": "skip" if terms.skip_absent else "count",
-        "measured_on": "training batches with their augmentation, statistics of the batch",
-        "training_dice": quality,
-    }
+    statistics.merge()
+    quality = round(float(np.nanmean([value for part in gathered(dice) for value in part])), 4)
+    notes = {**conditions(trainer), "training_dice": quality}
     return statistics.thresholds(rule, source=str(checkpoint), source_sha256=sha256(checkpoint), notes=notes)
+
+
+def _seed(seed: int) -> None:
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    torch.manual_seed(seed)

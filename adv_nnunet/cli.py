@@ -93,7 +93,7 @@ def _thresholds(args: argparse.Namespace) -> None:
     from advmed.cli.thresholds import Quality, ThresholdsOptions, write_thresholds
 
     chosen = ThresholdsOptions.of(vars(args))
-    _require_environment()
+    _require_environment("nnUNet_preprocessed", "nnUNet_results")
     device = _device(args.device)
     overrides = {"rule": chosen.rule, "terms": args.terms, "threshold_samples": args.samples, "std_trainer": args.tr}
     real_results = os.environ["nnUNet_results"]
@@ -107,10 +107,9 @@ def _thresholds(args: argparse.Namespace) -> None:
         trainer.output_folder_base = str(Path(real_results) / trainer.plans_manager.dataset_name / "-")
         checkpoint = standard.find_checkpoint(trainer)
         if checkpoint is None:
-            folders = " or ".join(str(folder) for folder in standard.standard_folders(trainer))
             raise FileNotFoundError(
-                f"there is no finished standard training ({standard.CHECKPOINT}) in {folders}. Train it with "
-                f"nnUNetv2_train {args.d} {args.c} {args.f} -p {args.p}, or name its trainer with -tr."
+                f"there is no finished standard training ({standard.CHECKPOINT}) in {standard.searched(trainer)}. "
+                f"Train it with nnUNetv2_train {args.d} {args.c} {args.f} -p {args.p}, or name its trainer with -tr."
             )
         trainer.initialize()
         measured = standard.measure(trainer, checkpoint)
@@ -151,7 +150,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     chosen = EvaluationOptions.of(
         vars(args), [name for name, _ in folders], models="models", option="--names, or with -m NAME=FOLDER"
     )
-    _require_environment(raw=False)
+    if chosen.out.is_file():
+        raise FileExistsError(f"-o names the folder of the report, and {chosen.out} is a file")
+    _require_environment(*([] if args.i else ["nnUNet_preprocessed"]))
     host = SegmentationEvaluation(
         folders={name: folder for name, (_, folder) in zip(chosen.names, folders, strict=True)},
         fold=_fold(args.f),
@@ -161,6 +162,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         samples=chosen.samples,
         raw=None if args.i is None else (args.i, args.l),
+        dataset=args.d,
+        configuration=args.c,
     )
     evaluate_models(host, chosen)
 
@@ -174,8 +177,7 @@ def _model_folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
     if args.m:
         pairs = [text.rpartition("=") for text in args.m]
         return [(name or Path(folder).name.split("__")[0], Path(folder)) for name, _, folder in pairs]
-    if not os.environ.get("nnUNet_results"):
-        raise RuntimeError("the environment variable nnUNet_results is not set; set it, or name folders with -m")
+    _require_environment("nnUNet_results")
     results = Path(os.environ["nnUNet_results"]) / maybe_convert_to_dataset_name(args.d)
     return [
         (trainer.removeprefix("nnUNetTrainer") or "STD", results / f"{trainer}__{args.p}__{args.c}")
@@ -185,6 +187,8 @@ def _model_folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
 def _fold(text: str) -> Any:
     """A number, or "all"."""
+    if text != "all" and not text.isdigit():
+        raise ValueError(f"-f must be the number of a fold, from 0 on, or 'all', got {text!r}")
     return text if text == "all" else int(text)
 
 
@@ -198,10 +202,10 @@ def _device(name: str) -> Any:
     return torch.device(device_of_rank(name))
 
 
-def _require_environment(raw: bool = True) -> None:
-    from adv_nnunet.trainer import require_environment
+def _require_environment(*names: str) -> None:
+    from adv_nnunet.host import require_environment
 
-    require_environment(raw)
+    require_environment(*names)
 
 
 COMMANDS = {"thresholds": _thresholds, "evaluate": _evaluate, "settings": _settings}

@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from adv_nnunet.objective import SampleTerms, inference_loss
+from adv_nnunet.checkpoints import read_checkpoint
+from adv_nnunet.data import declaration, undeclared
+from adv_nnunet.objective import SampleTerms, inference_loss, training_target
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import STATE
 from advmed.attacks import Attack
@@ -129,6 +131,7 @@ class TrainedModel:
         checkpoint: the file it was loaded from.
         window: its network as a whole-image predictor, in evaluation mode, on the device.
         predictor: the host's predictor, for plans and labels.
+        configuration: its name in the plans.
         margins: the margins that its training ended with, or None.
     """
 
@@ -136,6 +139,7 @@ class TrainedModel:
     checkpoint: Path
     window: SlidingWindow
     predictor: Any
+    configuration: str
     margins: np.ndarray | None
 
     @property
@@ -161,6 +165,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: naming what is missing.
+        ValueError: for a damaged checkpoint.
     """
     path = folder / f"fold_{fold}" / file
     for needed in (folder, folder / "plans.json", folder / "dataset.json", path):
@@ -169,15 +174,17 @@ def load_model(
                 f"model {name!r}: there is no {needed}. Expected a folder that nnUNetv2_train wrote, with fold {fold} "
                 f"finished; -chk names another checkpoint file."
             )
+    content = read_checkpoint(path)  # before the host, which runs what a checkpoint holds
     with redirect_stdout(io.StringIO()):  # what it prints of devices and of where it looked for the trainer
         on_device = device.type == "cuda"
         predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(folder), (fold,), file)
     network = predictor.network.to(device).eval()
     window = SlidingWindow(network, predictor.configuration_manager.patch_size, tile_step_size).eval()
-    state = torch.load(path, map_location="cpu", weights_only=False).get(STATE)
+    state = content.get(STATE)
     margins = state["method"].get("margins", {}).get("values") if state else None
-    return TrainedModel(name, path, window, predictor, np.asarray(margins) if margins else None)
+    configuration = content["init_args"]["configuration"]
+    return TrainedModel(name, path, window, predictor, configuration, np.asarray(margins) if margins else None)
 
 
 def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
@@ -185,7 +192,7 @@ def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
 
     Raises:
         FileNotFoundError: if they are not preprocessed, or the split is unknown.
-        ValueError: if the split has no such fold.
+        ValueError: if the split has no such fold, or none of its cases to validate on.
     """
     base = Path(os.environ["nnUNet_preprocessed"]) / model.predictor.plans_manager.dataset_name
     folder = base / model.predictor.configuration_manager.data_identifier
@@ -205,6 +212,14 @@ def validation_cases(model: TrainedModel, fold: int | str) -> dict[str, Case]:
         if int(fold) >= len(folds):
             raise ValueError(f"{splits} has {len(folds)} fold(s), there is no fold {fold}")
         names = list(folds[int(fold)]["val"])
+        if not names:
+            raise ValueError(f"{splits}: fold {fold} has no case to validate on; give raw files with -i and -l")
+    missing = sorted(set(names) - set(kind.get_identifiers(str(folder))))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} case(s) of fold {fold} are not in {folder}: {', '.join(missing[:10])}. Preprocess them "
+            f"(nnUNetv2_preprocess), or take them out of {base / 'splits_final.json'}"
+        )
     dataset = kind(str(folder), names)
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -239,11 +254,18 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
         if found != needed:
             raise ValueError(f"{name} in {images} has {found} channel(s), the model {model.name!r} takes {needed}")
     preprocessor = config.preprocessor_class(verbose=False)
+    reader = plans.image_reader_writer_class()
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray]:
-        data, segmentation, _ = preprocessor.run_case(
-            cases[name], str(labels / f"{name}{ending}"), plans, config, model.predictor.dataset_json
-        )
+        label = labels / f"{name}{ending}"
+        image, properties = reader.read_images(cases[name])
+        truth, _ = reader.read_seg(str(label))
+        if image.shape[1:] != truth.shape[1:]:
+            raise ValueError(
+                f"{label} has another shape than its image, {tuple(truth.shape[1:])} for {tuple(image.shape[1:])}"
+            )
+        given = (image, truth, properties, plans, config, model.predictor.dataset_json)
+        data, segmentation, _ = preprocessor.run_case_npy(*given)
         return _padded(model, data, segmentation)
 
     return {name: partial(load, name) for name in cases}
@@ -277,8 +299,20 @@ class Sample:
 
 
 def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None = None) -> list[Sample]:
-    """The samples of the cases, or ``limit`` of them at even distances."""
-    sizes = {name: load()[0].shape[1:] for name, load in cases.items()}
+    """The samples of the cases, or ``limit`` of them at even distances.
+
+    Raises:
+        ValueError: for a case with labels that the model's data set does not declare; they would count as background.
+    """
+    sizes = {}
+    for name, load in cases.items():
+        image, segmentation = load()
+        if strange := undeclared({*np.unique(segmentation).tolist()} - {PADDING}, model.labels):
+            raise ValueError(
+                f"the segmentation of {name} holds the label(s) {', '.join(map(str, strange))}, which dataset.json "
+                f"does not declare; declared are {declaration(model.labels)}. Mend it"
+            )
+        sizes[name] = image.shape[1:]
     samples = [
         Sample(name, index, size[1:] if model.planar else size)
         for name, size in sizes.items()
@@ -321,24 +355,13 @@ def _load(model: TrainedModel, cases: dict[str, Case], samples: Sequence[Sample]
             pieces.append((image[:, part], segmentation[:, part]))
     images, truth = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*pieces, strict=True))
     images, padding = images.float(), (truth == PADDING)[:, 0]
-    target = _target(model.labels, truth.long().clamp_min(0))  # the training reads -1 as background, too
+    target = training_target(model.labels, truth.long().clamp_min(0))  # the training reads -1 as background, too
     objective = InferenceObjective(model.window, model.terms, target)
 
     def score(inputs: Tensor) -> dict[str, Tensor]:
         return segmentation_counts(model.labels, model.window(inputs), target, padding)._asdict()
 
     return LoadedBatch(images, objective, score, [truth])
-
-
-def _target(labels: Any, truth: Tensor) -> Tensor:
-    """The target in the form of the training: the label map, or regions with the ignore mask last."""
-    if not labels.has_regions:
-        return truth
-    regions = [r if isinstance(r, tuple) else (r,) for r in labels.foreground_regions]
-    masks = [torch.isin(truth, torch.tensor(region, device=truth.device)) for region in regions]
-    if labels.has_ignore_label:
-        masks.append(truth == labels.ignore_label)
-    return torch.cat(masks, 1)
 
 
 def metrics(planar: bool) -> list[Metric]:
@@ -427,6 +450,20 @@ def _plane(images: Tensor, middle: int | None) -> np.ndarray:
     return image if middle is None else image[middle]
 
 
+def _id(dataset: str) -> int | None:
+    """Of a data set's name, Dataset004_Hippocampus."""
+    digits = dataset.removeprefix("Dataset")[:3]
+    return int(digits) if digits.isdigit() else None
+
+
+def _units(model: TrainedModel) -> tuple[Any, ...]:
+    """What the intensities of a model's input are measured in, and its voxels."""
+    configuration, plans = model.predictor.configuration_manager, model.predictor.plans_manager
+    schemes = list(configuration.normalization_schemes)
+    fixed = plans.foreground_intensity_properties_per_channel if "CTNormalization" in schemes else None
+    return list(configuration.spacing), schemes, list(configuration.use_mask_for_norm), fixed
+
+
 @dataclass
 class SegmentationEvaluation(EvaluationHost):
     """What nnU-Net's models give to an evaluation.
@@ -440,6 +477,8 @@ class SegmentationEvaluation(EvaluationHost):
         batch_size: slices at a time, in 2D.
         samples: how many are evaluated, None for all.
         raw: folders of images and labels as the user wrote them, in the place of the fold's validation cases.
+        dataset: id or name of the data set that the user named.
+        configuration: that the user named.
     """
 
     packages = ("nnunetv2",)
@@ -452,13 +491,15 @@ class SegmentationEvaluation(EvaluationHost):
     batch_size: int
     samples: int | None
     raw: tuple[str, str] | None
+    dataset: str
+    configuration: str
 
     @cached_property
     def models(self) -> list[TrainedModel]:
-        """The models, loaded; they predict the same labels.
+        """The models, loaded; they predict the same labels, and are what the user named.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if they do not, or are not.
         """
         models = [
             load_model(name, folder, self.fold, self.device, file=self.checkpoint, tile_step_size=self.step_size)
@@ -466,11 +507,26 @@ class SegmentationEvaluation(EvaluationHost):
         ]
         first = models[0]
         for model in models:
+            self._require_named(model)
             if (model.planar, model.labels.label_dict) != (first.planar, first.labels.label_dict):
                 raise ValueError(
                     f"{model.name} and {first.name} do not predict the same: other labels, or 2D against 3D"
                 )
         return models
+
+    def _require_named(self, model: TrainedModel) -> None:
+        of = str(model.predictor.plans_manager.dataset_name)
+        # Raw files may be of anywhere.
+        if self.raw is None and not (of == self.dataset or (self.dataset.isdigit() and int(self.dataset) == _id(of))):
+            raise ValueError(
+                f"the model {model.name!r} was trained on {of}, and its validation cases would be measured, not those "
+                f"of -d {self.dataset}. Name its data set, or give raw files with -i and -l"
+            )
+        if model.configuration != self.configuration:
+            raise ValueError(
+                f"the model {model.name!r} is of the configuration {model.configuration}, not of -c "
+                f"{self.configuration}. Name its own"
+            )
 
     @property
     def first(self) -> TrainedModel:
@@ -486,8 +542,27 @@ class SegmentationEvaluation(EvaluationHost):
 
     @cached_property
     def listed(self) -> dict[str, list[Sample]]:
-        """The samples of each model, by the model's name."""
-        return {model.name: list_samples(model, self.cases[model.name], self.samples) for model in self.models}
+        """The samples of each model, by the model's name.
+
+        Raises:
+            ValueError: if one noise level is not the same for all models: inputs of other sizes or units.
+        """
+        listed = {model.name: list_samples(model, self.cases[model.name], self.samples) for model in self.models}
+        first = self.first
+        for model in self.models:
+            if listed[model.name] != listed[first.name]:
+                pairs = zip(listed[model.name], listed[first.name], strict=False)
+                example = next((f", {a.id}: {a.size} and {b.size}" for a, b in pairs if a != b), "")
+                raise ValueError(
+                    f"{model.name} and {first.name} see inputs of other sizes{example}: a noise level is a norm over "
+                    f"the whole input, and not the same for both. Evaluate them apart"
+                )
+            if _units(model) != _units(first):
+                raise ValueError(
+                    f"the plans of {model.name} and {first.name} resample or normalise images in other ways, so that a "
+                    f"noise level is not the same for both. Evaluate them apart"
+                )
+        return listed
 
     @cached_property
     def subjects(self) -> list[Subject]:

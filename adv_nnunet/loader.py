@@ -14,7 +14,7 @@ The random crop within a slice and the augmentation share their sample's margin.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -22,6 +22,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from adv_nnunet.data import OUTSIDE
 
 _HOST_NAME = "nnUNetDataLoader"
 _WORKERS = "NonDetMultiThreadedAugmenter"
@@ -139,6 +141,24 @@ def without_measuring(transforms: Any) -> Any:
 def slice_ids(cases: Iterable[tuple[str, int]]) -> list[str]:
     """Every id that :class:`SliceLoader` can give, from (case, number of slices) pairs."""
     return [f"{case}:{index}" for case, slices in cases for index in range(slices)]
+
+
+def drawn_slices(cases: Mapping[str, Sequence[Any]], label_manager: Any) -> list[str]:
+    """The ids of slices that the host draws where there is an ignore label: those with a voxel it can centre on.
+
+    Args:
+        cases: as the host's data set loads them, the properties last.
+        label_manager: the host's.
+    """
+    annotated = tuple([OUTSIDE, *label_manager.all_labels])
+    drawn = []
+    for case, (image, *_, properties) in cases.items():
+        places = properties["class_locations"]
+        slices = {int(voxel[1]) for kind in places if len(places[kind]) for voxel in places[kind]}
+        if not len(places.get(annotated, ())):  # the host draws any then
+            slices = set(range(image.shape[1]))
+        drawn += [f"{case}:{index}" for index in sorted(slices)]
+    return drawn
 
 
 def case_of(sample: str) -> str:

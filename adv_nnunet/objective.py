@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -159,6 +159,64 @@ class SampleTerms:
         number = present.sum(1)
         mean = torch.where(present, dice, 0.0).sum(1) / number.clamp_min(1)
         return torch.where(number > 0, mean, 1.0)
+
+
+def check_terms(loss: nn.Module, labels: Any, dimensions: int, device: torch.device) -> None:
+    """Compares the terms with the loss itself, on random outputs: what derives from a stock loss may be another one.
+
+    Args:
+        loss: of a trainer, with or without deep supervision.
+        labels: the host's label manager.
+        dimensions: 2 or 3, of the patches.
+        device: of the loss.
+
+    Raises:
+        TypeError: as :class:`SampleTerms`; or if a sample's terms do not add up to the loss of that sample.
+    """
+    terms = SampleTerms(loss, "sum", "count")
+    generator = torch.Generator().manual_seed(0)
+    scales = 1 if terms.weights is None else len(terms.weights)
+    outputs, targets = [], []
+    for _ in range(scales):
+        shape = (2, 1) + (6,) * dimensions
+        values = torch.tensor([*labels.all_labels, *([] if labels.ignore_label is None else [labels.ignore_label])])
+        truth = values[torch.randint(len(values), shape, generator=generator)]
+        heads = torch.randn((2, labels.num_segmentation_heads, *shape[2:]), generator=generator)
+        outputs.append(2 * heads.to(device))
+        targets.append(training_target(labels, truth).to(device))
+    with torch.no_grad(), _uncompiled(terms):
+        for index in range(2):
+            one = [[tensor[index : index + 1] for tensor in tensors] for tensors in (outputs, targets)]
+            given = one if terms.weights is not None else [tensors[0] for tensors in one]
+            found, wanted = float(terms(*given)), float(loss(*given))
+            if not abs(found - wanted) <= 1e-3 * max(1.0, abs(wanted)):
+                raise TypeError(
+                    f"adversarial training needs the loss of each sample, and what it knows of nnU-Net's losses does "
+                    f"not fit this trainer's ({type(terms.loss).__name__} of {type(terms.loss).__module__}): "
+                    f"{found:.4f} for {wanted:.4f} on random outputs. Train with a base that keeps nnU-Net's loss."
+                )
+
+
+@contextmanager
+def _uncompiled(terms: SampleTerms) -> Iterator[None]:
+    """The loss without torch.compile, which must not see other shapes than those of the training."""
+    before = terms.loss.dc
+    terms.loss.dc = terms.dice
+    try:
+        yield
+    finally:
+        terms.loss.dc = before
+
+
+def training_target(labels: Any, truth: Tensor) -> Tensor:
+    """A label map, (B, 1, *spatial), in the form of the training: as it is, or regions with the ignore mask last."""
+    if not labels.has_regions:
+        return truth
+    regions = [r if isinstance(r, tuple) else (r,) for r in labels.foreground_regions]
+    masks = [torch.isin(truth, torch.tensor(region, device=truth.device)) for region in regions]
+    if labels.has_ignore_label:
+        masks.append(truth == labels.ignore_label)
+    return torch.cat(masks, 1)
 
 
 def inference_loss(labels: Any) -> nn.Module:

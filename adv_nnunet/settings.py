@@ -60,7 +60,8 @@ class Settings(TrainingSettings):
             by; 0: none, and clean Dice decides; None: a tenth, at least one.
         initial_lr: initial learning rate; None: the host's.
         save_every: epochs between two checkpoints; None: the host's.
-        compile: let the host compile the network.
+        compile: let the host compile the network, where it does so; None: for STD as the host, for other methods where
+            the host's variable nnUNet_compile asks for it.
         check_data: read all training and validation cases before training, and stop at one that is not finite.
         overwrite: train anew in a folder that holds checkpoints of an earlier training.
         tag: appended to the trainer's name in the name of the output folder, to keep runs with other settings apart.
@@ -86,7 +87,7 @@ class Settings(TrainingSettings):
     robust_val_iterations: int | None = None
     initial_lr: float | None = None
     save_every: int | None = None
-    compile: bool = False
+    compile: bool | None = None
     check_data: bool = True
     overwrite: bool = False
     tag: str = ""

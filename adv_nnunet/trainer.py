@@ -19,30 +19,33 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from adv_nnunet import calibration as standard
+from adv_nnunet import host
+from adv_nnunet.checkpoints import TABLE, read_checkpoint, with_names, without_names
+from adv_nnunet.data import check_cases
 from adv_nnunet.loader import (
     BACKGROUND,
     CellLoader,
     PartLoader,
     SliceLoader,
     case_of,
+    drawn_slices,
     slice_ids,
     with_loader,
     without_measuring,
 )
-from adv_nnunet.objective import SampleTerms, SegmentationObjective
+from adv_nnunet.objective import SampleTerms, SegmentationObjective, check_terms
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import FILE, STATE, find_settings
 from advmed.attacks.pgd import PGD
-from advmed.distributed import from_first_rank, gathered
+from advmed.distributed import from_first_rank, gathered, patient
 from advmed.evaluation.dice import dice_per_sample
 from advmed.files import replacing, write_whole
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, method_class
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS as RUN_KEYS
-from advmed.training.run import MethodRun, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.run import MethodRun, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
 
 LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), "adv_robust_dice", "adv_ema_robust_dice")
@@ -62,8 +65,8 @@ class AdversarialTraining(_Host):
     """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
-    clipping, validation, logs, checkpoints, distributed training. Checkpoints name the stock trainer, so they predict
-    where this package is not installed.
+    clipping, validation, logs, checkpoints, distributed training. Checkpoints name the trainer that builds the same
+    network, a stock one as a rule, so they predict where this package is not installed.
 
     Example:
         >>> from adv_nnunet import AdversarialTraining
@@ -88,26 +91,31 @@ class AdversarialTraining(_Host):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 - the host's signature
     ) -> None:
-        require_environment()
+        host.require_environment("nnUNet_preprocessed", "nnUNet_results")
         dataset_folder = Path(os.environ["nnUNet_preprocessed"]) / plans["dataset_name"]
         settings, self.settings_origin = find_settings(dataset_folder)
         self._resuming = bool(plans.get("continue_training"))
-        stock = stock_class(type(self))
-        self.stock_name = stock.__name__
+        named = host.standard_class(type(self), AdversarialTraining)
+        self.stock_name = named.__name__
+        self.standard_names = [] if named is type(self) else [named.__name__]
+        if host.owner_of(type(self), "build_network_architecture") is nnUNetTrainer:
+            self.standard_names.append(nnUNetTrainerSTD.__name__)
+        self._steps_as_its_base = self._leaves_its_step()
         if settings.tag:  # the host names its output folder after the class
             self.__class__ = type(f"{type(self).__name__}_{settings.tag}", (type(self),), {})
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_cascaded:
             raise RuntimeError(
                 f"{type(self).__name__} does not train the second stage of a cascade ({configuration}): the first "
-                f"stage's segmentation is part of the input and no image noise. Train 3d_lowres or 3d_fullres with it, "
-                f"and the cascade with the stock trainer."
+                f"stage's segmentation is part of the input and no image noise. Train 3d_fullres or 3d_lowres with it, "
+                f"alone; a cascade takes its first stage from a 3d_lowres training of the same trainer, so train both "
+                f"of its stages with the stock one."
             )
-        settings = settings.resolved(_channels(self), self.configuration_manager.patch_size)
+        settings = settings.resolved(host.channels(self), self.configuration_manager.patch_size)
         self.settings = settings.for_method(self.method_name)
         if self.settings.sample_id == "slice" and len(self.configuration_manager.patch_size) != 2:
             raise ValueError(f"sample_id: slice is for 2d; {configuration} is 3D, use 'case' or 'cell'")
-        for ours, host in (
+        for ours, theirs in (
             ("epochs", "num_epochs"),
             ("iterations_per_epoch", "num_iterations_per_epoch"),
             ("val_iterations_per_epoch", "num_val_iterations_per_epoch"),
@@ -115,11 +123,13 @@ class AdversarialTraining(_Host):
             ("save_every", "save_every"),
         ):
             if (value := getattr(self.settings, ours)) is not None:
-                setattr(self, host, value)
+                setattr(self, theirs, value)
         self.run = MethodRun("STD", self.settings, epochs=self.num_epochs)  # until on_train_start
         self.terms: SampleTerms | None = None
+        self.oversampling = self.oversample_foreground_percent  # of a whole batch, before ranks have their parts
         self._saved_state: dict[str, Any] | None = None
         self._standard: Path | None = None  # whose weights training starts with
+        self._ended = False
         self._best_robust = -math.inf
         self._robust_counts: list[Any] = []
         self._datasets: tuple[Any, Any] | None = None
@@ -131,6 +141,24 @@ class AdversarialTraining(_Host):
 
     # Before training: everything that can go wrong goes wrong here.
 
+    def _leaves_its_step(self) -> bool:
+        """Whether standard training is the training step of a base that has one of its own.
+
+        Raises:
+            TypeError: for a method whose step would take the place of that one, and of all that it does differently.
+        """
+        base = host.class_below(type(self), AdversarialTraining, "train_step")
+        if base is nnUNetTrainer:
+            return False
+        if self.method_name != "STD" and type(self).train_step is AdversarialTraining.train_step:
+            raise TypeError(
+                f"{base.__name__} has a training step of its own (other clipping or precision, for example), which "
+                f"{self.method_name} would take the place of. Define train_step in {type(self).__name__}, after "
+                f"AdversarialTraining.train_step and with what {base.__name__} does differently; or train with a base "
+                f"that keeps nnUNetTrainer's."
+            )
+        return self.method_name == "STD"
+
     def initialize(self) -> None:
         """Builds network, optimizer and loss, and the per-sample form of the loss."""
         if self.settings.seed is not None:
@@ -138,6 +166,29 @@ class AdversarialTraining(_Host):
         self._choose_start()
         super().initialize()
         self.terms = SampleTerms(self.loss, self.settings.terms, self.settings.absent_classes)
+        check_terms(self.loss, self.label_manager, len(self.configuration_manager.patch_size), self.device)
+        self._tell_about_the_host()
+
+    def _tell_about_the_host(self) -> None:
+        """What is not as a user of the host expects it, or not as it was when this was written."""
+        if self._host_compiles() != self._do_i_compile():
+            self.print_to_log_file(
+                f"{self.method_name} is trained without torch.compile, where nnU-Net compiles by default, because its "
+                f"attack and its training are compiled apart. To compile set 'compile: true' or "
+                f"{host.COMPILE}=true; for times that can be compared, the same for all trainers."
+                if self.settings.compile is None
+                else f"'compile: false' goes before nnU-Net's own choice ({host.COMPILE})"
+            )
+        elif self.settings.compile and not self._do_i_compile():
+            self.print_to_log_file(
+                f"'compile: true' does nothing: nnU-Net does not compile on this device, or not with "
+                f"{host.COMPILE}={os.environ.get(host.COMPILE, '')}"
+            )
+        if host.fingerprint_of_step() not in (None, host.READ_STEP) and not self._steps_as_its_base:
+            self.print_to_log_file(
+                "WARNING: this release of nnU-Net has another training step than the one that ours was written after. "
+                "What it does differently is not done here; look for a newer release of Advmed."
+            )
 
     def on_train_start(self) -> None:
         """Checks output folder, data and thresholds, sets the method up, and starts as the host does."""
@@ -150,9 +201,10 @@ class AdversarialTraining(_Host):
                 self._load_weights(str(self.settings.start_from))
             elif self._standard is not None and not given:
                 self._load_weights("standard")
-        if self.settings.check_data:
+        with patient():  # one rank may take longer than others, for data or thresholds
             self._check_data()
-        self._set_up_method()
+            self._set_up_method()
+        self._remove_old_checkpoints()
         super().on_train_start()
         if self.local_rank == 0:
             resolved = settings_text(
@@ -171,6 +223,12 @@ class AdversarialTraining(_Host):
                 f"move it away, give this run a 'tag' in the settings, or set 'overwrite: true' to lose it."
             )
 
+    def _remove_old_checkpoints(self) -> None:
+        """With ``overwrite: true``: --c would go on with those of the earlier training, which went further."""
+        if self.local_rank == 0 and not self._resuming and self.settings.overwrite and not self.disable_checkpointing:
+            for path in Path(self.output_folder).glob("checkpoint_*.pth"):
+                path.unlink()
+
     def _choose_start(self) -> None:
         """Whether the preset starts from the standard training, and for how long it then trains."""
         settings = self.settings
@@ -181,12 +239,12 @@ class AdversarialTraining(_Host):
         self._standard = from_first_rank(standard.find_checkpoint(self))
         if self._standard is None:
             self.print_to_log_file(
-                f"There is no finished standard training in {' or '.join(map(str, standard.standard_folders(self)))}: "
+                f"There is no finished standard training in {standard.searched(self)}: "
                 f"{self.method_name} trains from scratch, {self.num_epochs} epochs. With one (the stock trainer, same "
                 f"fold) a quarter of its epochs is enough."
             )
         elif settings.epochs is None:
-            epochs = torch.load(self._standard, map_location="cpu", weights_only=False)["current_epoch"]
+            epochs = read_checkpoint(self._standard)["current_epoch"]
             self.num_epochs = max(1, math.ceil(epochs / _SHARE_OF_STANDARD))
             self.print_to_log_file(
                 f"Preset fast: a quarter of the {epochs} epochs of the standard training, {self.num_epochs} "
@@ -196,45 +254,38 @@ class AdversarialTraining(_Host):
     def _load_weights(self, source: str) -> None:
         path = standard.find_checkpoint(self) if source == "standard" else Path(source)
         if path is None or not path.is_file():
-            searched = " or ".join(str(folder) for folder in standard.standard_folders(self))
             raise FileNotFoundError(
                 f"'start_from: {source}' found no checkpoint: there is no "
                 + (
-                    f"{standard.CHECKPOINT} in {searched}. Train the fold with the stock trainer first"
+                    f"{standard.CHECKPOINT} in {standard.searched(self)}. Train the fold with the stock trainer first"
                     if source == "standard"
                     else f"{path}. Name a checkpoint file"
                 )
                 + ", or remove 'start_from'."
             )
-        weights = torch.load(path, map_location=self.device, weights_only=False)["network_weights"]
-        network = _bare(self.network)
+        weights = read_checkpoint(path)["network_weights"]
+        network = host.bare(self.network)
         getattr(network, "_orig_mod", network).load_state_dict(weights)
         self.print_to_log_file(f"Starting from the weights of {path}")
 
     def _check_data(self) -> None:
-        """Stops at an image that is not finite, and says which cases have no foreground."""
-        broken, empty = [], []
-        if self.local_rank == 0:
-            # With fold "all", a case is in both data sets.
-            cases = {case: dataset for dataset in self.get_tr_and_val_datasets() for case in dataset.identifiers}
-            for case, dataset in cases.items():
-                image, segmentation, _, _ = dataset.load_case(case)
-                if not np.isfinite(image[:]).all():
-                    broken.append(case)
-                labels = np.unique(segmentation[:])
-                if not np.any((labels > 0) & (labels != self.label_manager.ignore_label)):
-                    empty.append(case)
-        broken = from_first_rank(broken)
-        if broken:
-            raise ValueError(
-                f"{len(broken)} preprocessed case(s) hold NaN or infinite values: {', '.join(broken[:10])}. Mend the "
-                f"raw images and preprocess them again (nnUNetv2_plan_and_preprocess), or take the cases out of "
-                f"splits_final.json."
-            )
-        if empty:
-            self.print_to_log_file(
-                f"{len(empty)} case(s) have no foreground: {', '.join(empty[:10])}. They are trained on as the stock "
-                f"trainer does; check their labels if this is not meant."
+        """Stops at a split or a case that cannot be trained on, and says which cases have no foreground."""
+        training, validation = self.get_tr_and_val_datasets()
+        for dataset, name in ((training, "train"), (validation, "validate")):
+            if not dataset.identifiers:
+                raise ValueError(
+                    f"fold {self.fold} has no case to {name} on. Give it some in splits_final.json in "
+                    f"{self.preprocessed_dataset_folder_base}, or train fold 'all'."
+                )
+        if self.settings.check_data:
+            name = f"advmed_checked_{self.configuration_manager.data_identifier}.json"
+            memory = [Path(folder) / name for folder in (self.preprocessed_dataset_folder_base, self.output_folder)]
+            check_cases(
+                (training, validation),
+                self.label_manager,
+                Path(self.preprocessed_dataset_folder),
+                memory,
+                self.print_to_log_file,
             )
 
     def _set_up_method(self) -> None:
@@ -256,69 +307,84 @@ class AdversarialTraining(_Host):
             shown=lambda sample: not sample.endswith(BACKGROUND),
         )
         if state is not None:
+            if state["method"]["method"] == self.method_name:
+                state = with_names(state, Path(self.output_folder), settings)
             self._load_method(state)
-        self._announce()
+        self._saved_state = None  # the host writes all that a trainer has into debug.json
+        self._announce(resumed=state is not None)
 
     def _resolve_thresholds(self) -> Thresholds | RunningThresholds:
         """From a file, from a finished standard training, or by self-calibration; and says which."""
         assert self.terms is not None
         settings = self.settings
         if settings.thresholds != "auto":
-            return self._load_thresholds(Path(settings.thresholds))
-        # The first rank looks for all: another could look later, and find what the first has just written.
-        path, checkpoint = from_first_rank((standard.find_file(self), standard.find_checkpoint(self)))
-        if path is not None:
-            found = self._load_thresholds(path, " (found beside the standard training)")
-            if standard.is_outdated(found, path):
-                self.print_to_log_file(
-                    f"WARNING: {path} was made of another checkpoint than the {standard.CHECKPOINT} beside it. Delete "
-                    f"the file to have it made anew."
-                )
+            path = Path(settings.thresholds)
+            found, changed = standard.load_named(self, path)
+            self.print_to_log_file(f"Thresholds from the file {path}{changed}: {found}")
             return found
+        # The first rank looks for all: another could look later, and find what the first has just written.
+        found_for_all, checkpoint = from_first_rank(self._find_thresholds() if self.local_rank == 0 else (None, None))
+        if found_for_all is not None:
+            return found_for_all
         if checkpoint is not None:
-            measured = None
+            self.print_to_log_file(f"Thresholds are measured on the standard training {checkpoint} ...")
+            measured = standard.measure(self, checkpoint)
             if self.local_rank == 0:
-                self.print_to_log_file(f"Thresholds are measured on the standard training {checkpoint} ...")
-                measured = standard.measure(self, checkpoint)
-                measured.save(checkpoint.parent / standard.FILE)
+                written = standard.keep(measured, checkpoint, Path(self.output_folder))
                 self.print_to_log_file(
                     f"... {measured}; mean Dice of that network on clean training samples "
-                    f"{measured.notes['training_dice']}; written to {checkpoint.parent / standard.FILE}"
+                    f"{measured.notes['training_dice']}; written to {written}"
                 )
-            return from_first_rank(measured)
+            return measured
         if settings.warmup_epochs == 0:
-            searched = " or ".join(str(folder) for folder in standard.standard_folders(self))
             raise ValueError(
                 f"{self.method_name} has no thresholds. There is no {standard.FILE} and no finished standard training "
-                f"({standard.CHECKPOINT}) in {searched}, and 'warmup_epochs: 0' rules out self-calibration. Train the "
-                f"fold with the stock trainer first, name a file with 'thresholds: PATH' in the settings, or remove "
-                f"'warmup_epochs'."
+                f"({standard.CHECKPOINT}) in {standard.searched(self)}, and 'warmup_epochs: 0' rules out "
+                f"self-calibration. Train the fold with the stock trainer first, name a file with 'thresholds: PATH' "
+                f"in the settings, or remove 'warmup_epochs'."
             )
         self.print_to_log_file(
             "Thresholds are self-calibrated: a clean warm-up first, then the statistics of the clean training loss."
         )
         return self._self_calibrated()
 
-    def _load_thresholds(self, path: Path, remark: str = "") -> Thresholds:
-        assert self.terms is not None
-        taken, changed = load_thresholds(self.settings, str(path), self.terms.names)
-        self.print_to_log_file(f"Thresholds from the file {path}{remark}{changed}: {taken}")
-        return taken
+    def _find_thresholds(self) -> tuple[Thresholds | None, Path | None]:
+        """Those beside the standard training, and the checkpoint to measure where there are none of this run."""
+        path, checkpoint = standard.find_file(self), standard.find_checkpoint(self)
+        found = None if path is None else standard.load_found(self, path, self.print_to_log_file)
+        if found is None:
+            return None, checkpoint
+        self.print_to_log_file(
+            f"Thresholds from the file {path} (found beside the standard training){found[1]}: {found[0]}"
+        )
+        return found[0], None
 
     def _self_calibrated(self) -> RunningThresholds:
         assert self.terms is not None
         return self_calibrated(self.terms.names, self.settings, self._samples_per_epoch())
 
-    def _announce(self) -> None:
+    def _announce(self, resumed: bool) -> None:
+        if resumed:
+            self.print_to_log_file(f"Continued: {self._summary()}")
         self.print_to_log_file(
             f"Adversarial training: {self.method_name}, settings from {self.settings_origin}; "
             f"{self.run.warmup_epochs} epoch(s) of clean warm-up"
         )
-        samples = self.sample_ids() if method_class(self.method_name).keeps_sizes else None
+        samples = self._drawn_ids() if method_class(self.method_name).keeps_sizes else None
         if samples is not None:
             what = f"samples ({self.settings.sample_id})"
             for line in self.run.outlook(len(samples), self._samples_per_epoch(), what):
                 self.print_to_log_file(line)
+
+    def _summary(self) -> str:
+        """What the network is by now."""
+        summary, thresholds = self.run.summary(self.current_epoch), self.run.thresholds
+        told = f"{self.method_name}, {summary['attacked_epochs']} of {self.current_epoch} epoch(s) under attack"
+        if summary["thresholds"] is not None:
+            told += f"; thresholds {summary['thresholds']}, {summary['thresholds_from']}"
+            if isinstance(thresholds, Thresholds) and thresholds.source is not None:
+                told += f" ({thresholds.source})"
+        return told
 
     # Data
 
@@ -355,6 +421,13 @@ class AdversarialTraining(_Host):
             return [f"{case}:{part}" for case in training.identifiers for part in ("foreground", "background")]
         return slice_ids((case, training.load_case(case)[0].shape[1]) for case in training.identifiers)
 
+    def _drawn_ids(self) -> list[str] | None:
+        """Those of :meth:`sample_ids` that the host draws: where there is an ignore label, no slice without others."""
+        if self.settings.sample_id != "slice" or not self.label_manager.has_ignore_label:
+            return self.sample_ids()
+        training, _ = self.get_tr_and_val_datasets()
+        return drawn_slices({case: training.load_case(case) for case in training.identifiers}, self.label_manager)
+
     def _samples_per_epoch(self) -> int:
         return int(self.configuration_manager.batch_size * self.num_iterations_per_epoch)
 
@@ -368,9 +441,13 @@ class AdversarialTraining(_Host):
     # Training
 
     def _do_i_compile(self) -> bool:
-        if self.settings.compile:
-            return bool(super()._do_i_compile())
-        return False
+        chosen = self.settings.compile
+        if chosen is None:  # standard training is the host's; the others only where the user asks the host for it
+            chosen = self.method_name == "STD" or host.COMPILE in os.environ
+        return chosen and self._host_compiles()
+
+    def _host_compiles(self) -> bool:
+        return bool(super()._do_i_compile())
 
     def autocast(self) -> AbstractContextManager[object]:
         """The host's precision: float16 autocast on CUDA, none elsewhere."""
@@ -391,11 +468,13 @@ class AdversarialTraining(_Host):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's training step with the method's loss."""
+        if self._steps_as_its_base:
+            return dict(super().train_step(batch))
         images, target = self.to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         assert self.terms is not None
         objective = SegmentationObjective(
-            self.network, _bare(self.network), self.loss, self.terms, target, self._attack_precision
+            self.network, host.bare(self.network), self.loss, self.terms, target, self._attack_precision
         )
         # A shared first gradient needs the clean pass's own backward pass: with the host's scaler, and through its
         # distributed wrapper, which knows no other.
@@ -406,7 +485,7 @@ class AdversarialTraining(_Host):
         if scaled is None:
             self._backward(step.loss)
 
-        # From here on as in nnUNetTrainer.train_step.
+        # From here on as in nnUNetTrainer.train_step, see host.READ_STEP.
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
@@ -464,7 +543,7 @@ class AdversarialTraining(_Host):
         target = target.clone() if isinstance(target, Tensor) else [t.clone() for t in target]  # the host writes there
         assert self.terms is not None
         assert self.settings.eps is not None
-        network = _bare(self.network)
+        network = host.bare(self.network)
         objective = SegmentationObjective(network, network, self.loss, self.terms, target, self._attack_precision)
         attack = PGD(_ROBUST_STEPS, 2.3, self.settings.p, schedule="decreasing")
         with self.autocast():
@@ -494,7 +573,7 @@ class AdversarialTraining(_Host):
             self.logger.log(key, value, self.current_epoch)
 
     def _logged(self, key: str) -> list[float]:
-        return list(self.logger.local_logger.my_fantastic_logging.get(key, []))
+        return list(host.logged(self.logger).get(key, []))
 
     def on_epoch_end(self) -> None:
         """As the host; but the best epoch is that of the best robust Dice, and never one of the clean warm-up."""
@@ -522,22 +601,43 @@ class AdversarialTraining(_Host):
         buffer = io.BytesIO()
         super().save_checkpoint(buffer)
         buffer.seek(0)
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # what was written just now
         # Prediction looks the class up by this name; ours may not be installed there, and the network is the same.
         checkpoint["trainer_name"] = self.stock_name
         if checkpoint["_best_ema"] == math.inf:  # on_epoch_end is at work
             checkpoint["_best_ema"] = max(self._logged("ema_fg_dice"))
         own = {"epochs": self.num_epochs, "best_robust": self._best_robust}
-        checkpoint[STATE] = self.run.state_dict() | {"nnunet": own}
-        with replacing(filename) as temporary:
-            torch.save(checkpoint, temporary)
+        summary = self.run.summary(checkpoint["current_epoch"])
+        checkpoint[STATE] = self.run.state_dict() | {"nnunet": own, "summary": summary}
         if isinstance(self.method, AdaptiveRadiusMethod):
-            self.method.store.to_csv(Path(self.output_folder) / "margins.csv")
+            self.method.store.to_csv(Path(self.output_folder) / TABLE)
+        with replacing(filename) as temporary:
+            torch.save(without_names(checkpoint) if self._ended else checkpoint, temporary)
+
+    def on_train_end(self) -> None:
+        """As the host; says what was trained, and takes the ids of samples out of the checkpoints that stay."""
+        self.print_to_log_file(f"Trained: {self._summary()}")
+        self._ended = True
+        best = Path(self.output_folder) / "checkpoint_best.pth"
+        if self.local_rank == 0 and not self.disable_checkpointing and best.is_file():
+            stripped = without_names(read_checkpoint(best))
+            with replacing(best) as temporary:
+                torch.save(stripped, temporary)
+        super().on_train_end()
+
+    def _save_debug_information(self) -> None:
+        """The host's file, without the user's folders."""
+        super()._save_debug_information()
+        if self.local_rank == 0:
+            paths = ("settings", "settings_origin", "_standard", "hostname")
+            host.strip_debug_file(Path(self.output_folder) / "debug.json", paths)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """The host's checkpoint, and our state in it."""
+        """The host's checkpoint, and our state in it; to be continued, the one that went furthest."""
+        if self._resuming and Path(filename_or_checkpoint).name == standard.CHECKPOINT:
+            filename_or_checkpoint = self._furthest(Path(filename_or_checkpoint))
+        checkpoint = read_checkpoint(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         self._saved_state = checkpoint.get(STATE)
         if self._saved_state is None and self._resuming:
             raise ValueError(
@@ -552,6 +652,17 @@ class AdversarialTraining(_Host):
         if self._saved_state is not None:
             self._best_robust = self._saved_state["nnunet"]["best_robust"]
 
+    def _furthest(self, final: Path) -> str:
+        """The host prefers checkpoint_final, even where a training went on after it and was interrupted."""
+        epochs = {}
+        for path in (final, final.with_name("checkpoint_latest.pth"), final.with_name("checkpoint_best.pth")):
+            if path.is_file():
+                epochs[path] = read_checkpoint(path)["current_epoch"]
+        chosen = max(epochs, key=lambda path: epochs[path])
+        if chosen != final:
+            self.print_to_log_file(f"{chosen.name} went further than {final.name}: the training is continued from it")
+        return str(chosen)
+
     def _thresholds_of(self, state: dict[str, Any]) -> Thresholds | RunningThresholds:
         assert self.terms is not None
         saved = saved_thresholds(state, self.terms.names, self._self_calibrated)
@@ -562,6 +673,11 @@ class AdversarialTraining(_Host):
     def _load_method(self, state: dict[str, Any]) -> None:
         for line in self.run.load_state_dict(state):
             self.print_to_log_file(line)
+        if isinstance(self.method, AdversarialMethod) and self.run.warmup_epochs >= self.num_epochs:
+            raise ValueError(
+                f"the training that is continued has {self.run.warmup_epochs} epoch(s) of clean warm-up, which leaves "
+                f"no adversarial epoch of {self.num_epochs}; raise 'epochs', or start a new training without --c"
+            )
         if isinstance(self.method, AdaptiveRadiusMethod):
             training, _ = self.get_tr_and_val_datasets()
             cases = set(training.identifiers)
@@ -701,42 +817,11 @@ _ROBUST_STEPS = 5
 """Of the attack on validation batches."""
 
 
-def stock_class(kind: type) -> type:
-    """The stock trainer that a class of ours derives from: the first base that lives in nnunetv2."""
-    return next(base for base in kind.__mro__ if base.__module__.startswith("nnunetv2."))
-
-
-def _bare(network: torch.nn.Module) -> torch.nn.Module:
-    """The network without DistributedDataParallel, compiled or not."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def _channels(trainer: Any) -> int:
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-
-    return int(determine_num_input_channels(trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json))
-
-
 def _open_log(logger: Any, epoch: int) -> None:
     """Gives the host's log our keys; epochs before ours began (a stock checkpoint continued) are NaN."""
-    lists = logger.local_logger.my_fantastic_logging
+    lists = host.logged(logger)
     for key in LOG_KEYS:
         lists.setdefault(key, [float("nan")] * epoch)
-
-
-def require_environment(raw: bool = True) -> None:
-    """Raises RuntimeError if a variable that nnU-Net needs is not set.
-
-    Args:
-        raw: whether nnUNet_raw and nnUNet_preprocessed and nnUNet_results are needed, or only the last two.
-    """
-    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")[0 if raw else 1 :]
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise RuntimeError(
-            f"nnU-Net does not know where its data is: the environment variable(s) {', '.join(missing)} are not set. "
-            f"Set them to folders (export NAME=FOLDER), as nnU-Net's installation asks."
-        )
 
 
 TRAINERS = {kind.method_name: kind for kind in AdversarialTraining.__subclasses__()}

@@ -288,7 +288,7 @@ class AdversarialTraining(_Host):
             return measured
         taken, remark = load_thresholds(settings, path, names)
         _log(f"thresholds from the file {path}{remark}: {taken}")
-        if wrong := differing_notes(taken, self._of_this_run(taken)):
+        if wrong := differing_notes(taken.notes, self._of_this_run(taken)):
             raise ValueError(f"thresholds={path} are not those of this training: {', '.join(wrong)}. {_AGAIN}")
         self._warn_of_quality(taken.notes.get("mAP50"))
         if taken.notes and "augmentation" not in taken.notes:

@@ -8,6 +8,8 @@ a batch's numbers are does not depend on who measured it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 _PATIENCE = timedelta(days=7)  # a process may have to wait for the others as long as their batches take
+_group: Any = None  # the group of processes that exchange values; None: that of the training
 
 
 def is_distributed() -> bool:
@@ -27,7 +30,7 @@ def gathered(value: Any) -> list[Any]:
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_group)
     return values
 
 
@@ -36,8 +39,33 @@ def from_first_rank(value: Any) -> Any:
     if not is_distributed():
         return value
     values = [value]
-    torch.distributed.broadcast_object_list(values)
+    torch.distributed.broadcast_object_list(values, group=_group)
     return values[0]
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Inside, processes wait for each other's values for days, where NCCL would end the training after ten minutes.
+
+    For work before the first batch that one process may take long for. All processes enter it at about the same time.
+    """
+    global _group
+    if not is_distributed():
+        yield
+        return
+    _group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group(_group)
+        _group = None
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process among those that train together, and their number; (0, 1) alone."""
+    if not is_distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @dataclass(frozen=True)

@@ -343,13 +343,13 @@ def test_notes_of_thresholds_are_compared_with_the_run(tmp_path: Path) -> None:
     Thresholds((1.0,), NAMES, notes=notes).save(tmp_path / "t.json")
     for thresholds in (Thresholds((1.0,), NAMES, notes=notes), Thresholds.load(tmp_path / "t.json")):
         same = {"imgsz": 320, "classes": None, "sizes": (1, 2), "part": {"a": 1}, "data": "x"}
-        assert differing_notes(thresholds, same) == []
+        assert differing_notes(thresholds.notes, same) == []
         other = {"imgsz": 640, "classes": [0], "sizes": [1, 2, 3], "part": {"a": 2}}
-        assert differing_notes(thresholds, other) == [
+        assert differing_notes(thresholds.notes, other) == [
             *("imgsz 320 -> 640", "classes None -> [0]"),
             *("sizes [1, 2] -> [1, 2, 3]", "part {'a': 1} -> {'a': 2}"),
         ]
-    assert differing_notes(fixed(), {"imgsz": 1}) == []
+    assert differing_notes(fixed().notes, {"imgsz": 1}) == []
 
 
 def test_changed_settings_are_told_and_other_methods_and_models_refused() -> None:

@@ -324,17 +324,16 @@ def load_thresholds(settings: TrainingSettings, path: str, names: Sequence[str])
     return taken, "" if taken is found else f", by the rule {taken.rule} of the settings instead of the file's"
 
 
-def differing_notes(thresholds: Thresholds, run: Mapping[str, Any]) -> list[str]:
+def differing_notes(notes: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     """In what thresholds were measured on another thing than a run trains on: ``["imgsz 320 -> 640"]``.
 
     Args:
-        thresholds: with the notes of their file.
+        notes: of the thresholds (:attr:`advmed.thresholds.Thresholds.notes`).
         run: what the run has, by the names of the notes, JSON-ready. A name that is in one of the two only says
             nothing: files of earlier releases have fewer notes.
     """
-    notes = json.loads(json.dumps(dict(thresholds.notes)))  # as in a file: tuples are lists
-    now = json.loads(json.dumps(dict(run)))
-    return [f"{name} {notes[name]} -> {now[name]}" for name in now if name in notes and notes[name] != now[name]]
+    then, now = (json.loads(json.dumps(dict(values))) for values in (notes, run))  # as in a file: tuples are lists
+    return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
 
 
 def strength_check(method: Method) -> StrengthCheck | None:

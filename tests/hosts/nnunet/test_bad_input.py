@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from adv_nnunet import cli, evaluate
+from adv_nnunet import cli, data, evaluate
+from adv_nnunet.checkpoints import with_names
 from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
 from helpers.hosts import mistake_of, overflow
@@ -23,8 +26,9 @@ pytestmark = pytest.mark.slow
 NO_STANDARD = r"(?s)no thresholds\.json and no finished .*nnUNetTrainer__tiny__2d.*stock"
 
 
-@pytest.mark.parametrize("missing", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+@pytest.mark.parametrize("missing", ["nnUNet_preprocessed", "nnUNet_results"])
 def test_no_variables_of_nnunet(bench: Any, world: Any, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.delenv("nnUNet_raw")  # the host trains without it, too
     trainer = type(bench.make())
     monkeypatch.delenv(missing)
     with pytest.raises(RuntimeError, match=rf"{missing} are not set\. Set them to folders \(export NAME=FOLDER\)"):
@@ -77,9 +81,11 @@ def test_a_training_that_cannot_be_continued(bench: Any, with_stock: Path) -> No
     with pytest.raises(ValueError, match="the saved state is of the method 'AMAT', this run trains 'SAT'"):
         bench.started("SAT", resume=first)
     # Of another data set.
-    checkpoint = bench.saved(first)
-    ids = checkpoint[STATE]["method"]["margins"]["ids"]
-    checkpoint[STATE]["method"]["margins"]["ids"] = ["stranger:3", *ids[1:]]
+    checkpoint, table = bench.saved(first), Path(first.output_folder) / "margins.csv"
+    checkpoint[STATE] = with_names(checkpoint[STATE], table.parent, first.settings)
+    margins = checkpoint[STATE]["method"]["margins"]
+    del margins["ids_sha256"]
+    margins["ids"][0] = "stranger:3"
     torch.save(checkpoint, Path(first.output_folder) / "checkpoint_final.pth")
     with pytest.raises(ValueError, match=r"1 of \d+ margins .* for example stranger:3\. .* start a new training"):
         bench.started("AMAT", resume=first, **given)
@@ -88,6 +94,7 @@ def test_a_training_that_cannot_be_continued(bench: Any, with_stock: Path) -> No
         bench.make(resume=True).load_checkpoint(str(with_stock / "checkpoint_final.pth"))
 
 
+@pytest.mark.usefixtures("unremembered")
 def test_nan_in_an_image(bench: Any) -> None:
     trainer = bench.make()
     training, _ = trainer.get_tr_and_val_datasets()
@@ -120,7 +127,9 @@ def test_the_second_stage_of_a_cascade(bench: Any, world: Any) -> None:
     configurations[second] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     configurations["3d_lowres"] = {**configurations["3d_fullres"], "next_stage": second}
     (folder / "cascade.json").write_text(json.dumps(plans))
-    with pytest.raises(RuntimeError, match=r"does not train the second stage of a cascade.*Train 3d_lowres"):
+    with pytest.raises(
+        RuntimeError, match=r"does not train the second stage of a cascade.*both of its stages with the stock one"
+    ):
         bench.make(configuration=second, plans="cascade")
 
 
@@ -153,6 +162,159 @@ def test_a_loss_that_is_never_finite_stops_the_training(bench: Any) -> None:
         trainer.on_train_epoch_end([{"loss": np.float32("nan")}, {"loss": np.float32("inf")}])
 
 
+def relabelled(trainer: Any, changed: str, value: int) -> None:
+    """Puts a value into the sixth slice of a case's segmentation."""
+    for dataset in trainer.get_tr_and_val_datasets():
+        load_case = dataset.load_case
+
+        def load(case: str, load_case: Any = load_case) -> Any:
+            image, segmentation, *rest = load_case(case)
+            if case == changed:
+                segmentation = segmentation[:].copy()
+                segmentation[0, 5, 20, 20] = value
+            return image, segmentation, *rest
+
+        dataset.load_case = load
+
+
+@pytest.fixture
+def unremembered(world: Any) -> Iterator[Callable[[], list[Path]]]:
+    """Nothing is known of the cases; returns what is remembered now. Afterwards it is forgotten again."""
+
+    def files() -> list[Path]:
+        return list(world.preprocessed.glob("*/advmed_checked_*"))
+
+    for path in files():
+        path.unlink()
+    yield files
+    for path in files():
+        path.unlink()
+
+
+@pytest.mark.usefixtures("unremembered")
+@pytest.mark.parametrize("dataset", ["main", "regions", "ignore"])
+def test_labels_that_are_not_declared(bench: Any, world: Any, dataset: str) -> None:
+    """Label maps would fail deep inside, and regions would take them for background."""
+    trainer = bench.make("SAT", dataset=dataset)
+    relabelled(trainer, world.cases[3], 9)
+    declared = r"0, 1, 2, ignore 3" if dataset == "ignore" else "0, 1, 2"
+    with pytest.raises(ValueError, match=rf"{world.cases[3]} \(9\)\. Declared are {declared}\. Declare them"):
+        trainer.on_train_start()
+
+
+def cropped(image: Any, segmentation: Any, *rest: Any) -> Any:
+    return image, segmentation[:][:, 1:], *rest
+
+
+def unreadable(*given: Any) -> Any:
+    raise RuntimeError("no such block")
+
+
+@pytest.mark.usefixtures("unremembered")
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (cropped, r"have a segmentation of another shape than the image: {} \(\["),
+        (unreadable, r"the preprocessed case {} cannot be read \(RuntimeError: no such block\)\. Preprocess it again"),
+    ],
+)
+def test_a_case_that_is_damaged(bench: Any, world: Any, spoil: Callable[..., Any], told: str) -> None:
+    trainer, case = bench.make("SAT"), world.cases[1]
+    training, _ = trainer.get_tr_and_val_datasets()
+    load_case = training.load_case
+    training.load_case = lambda name: spoil(*load_case(name)) if name == case else load_case(name)
+    with pytest.raises(ValueError, match=told.format(case)):
+        trainer.on_train_start()
+
+
+def test_a_split_without_cases_and_with_unknown_ones(bench: Any) -> None:
+    for change, error, told in (
+        ([], ValueError, "fold 0 has no case to validate on. Give it some in splits_final.json"),
+        (["nobody"], FileNotFoundError, r"1 case\(s\) of splits_final\.json are not in .*nnUNetPlans_2d: nobody\."),
+    ):
+        trainer = bench.make("SAT")
+        trainer.get_tr_and_val_datasets()[1].identifiers = change
+        with pytest.raises(error, match=told):
+            trainer.on_train_start()
+
+
+def test_a_case_is_read_once(bench: Any, unremembered: Callable[[], list[Path]], monkeypatch: Any) -> None:
+    """Until one of its files changes; by every training that has it. What cannot be written is read again."""
+
+    def read_by(trainer: Any) -> list[str]:
+        read = []
+        for dataset in trainer.get_tr_and_val_datasets():
+            load_case = dataset.load_case
+            dataset.load_case = lambda case, load_case=load_case: (read.append(case), load_case(case))[1]
+        trainer._check_data()
+        return sorted(set(read))
+
+    first = bench.make("SAT")
+    cases = sorted({case for dataset in first.get_tr_and_val_datasets() for case in dataset.identifiers})
+    assert read_by(first) == cases
+    assert f"Data check: {len(cases)} of {len(cases)} case(s) are read" in bench.log(first)
+    assert read_by(bench.make("AT", fold=1)) == []
+    (memory,) = unremembered()
+    folder = Path(first.preprocessed_dataset_folder)
+    os.utime(folder / f"{cases[2]}_seg.b2nd", (1, 1))
+    assert read_by(bench.make("SAT")) == [cases[2]]
+    memory.write_text(memory.read_text()[:100])
+    assert read_by(bench.make("SAT")) == cases
+    # A share that is only read: each run remembers for itself.
+    memory.unlink()
+    write_whole = data.write_whole
+
+    def refused(path: Path, content: str) -> None:
+        if path == memory:
+            raise PermissionError(13, "Permission denied")
+        write_whole(path, content)
+
+    monkeypatch.setattr(data, "write_whole", refused)
+    assert [read_by(bench.make("SAT")) for _ in range(2)] == [cases, []]
+
+
+def test_several_processes_share_the_cases(
+    bench: Any, unremembered: Callable[[], list[Path]], monkeypatch: Any
+) -> None:
+    trainer = bench.make("SAT")
+    shares = []
+
+    def told(read: Any) -> list[Any]:
+        shares.append(set(read))
+        return [read]
+
+    monkeypatch.setattr(data, "gathered", told)
+    cases = {case for dataset in trainer.get_tr_and_val_datasets() for case in dataset.identifiers}
+    for rank in range(2):
+        monkeypatch.setattr(data, "place", lambda rank=rank: (rank, 2))
+        with contextlib.suppress(KeyError):  # what the other one would have told
+            trainer._check_data()
+        for path in unremembered():
+            path.unlink()
+    assert shares[0] | shares[1] == cases
+    assert not shares[0] & shares[1]
+
+
+@pytest.mark.parametrize("spoil", ["half", "code", "other"])
+def test_a_checkpoint_that_cannot_be_read(bench: Any, spoil: str) -> None:
+    """And code in it is not run."""
+    first = bench.train("SAT", epochs=1)
+    path = Path(first.output_folder) / "checkpoint_final.pth"
+    if spoil == "half":
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        torch.save({"network_weights": Path("x"), "y": os.system} if spoil == "code" else {"model": 1}, path)
+    told = {
+        "half": r"checkpoint_final\.pth cannot be read as a checkpoint .*: it is damaged, or was written in part only",
+        "code": r"checkpoint_final\.pth holds more than weights and plain values, which could run code",
+        "other": r"checkpoint_final\.pth is not a checkpoint of nnU-Net: it holds no 'network_weights'",
+    }[spoil]
+    with pytest.raises(ValueError, match=told):
+        bench.make("SAT", epochs=1, resume=first)
+    with pytest.raises(ValueError, match=told):
+        bench.started("SAT", epochs=1, start_from=str(path), tag="x")
+
+
 # The command
 
 SAME = ["-d", "4", "-c", "2d", "-device", "cpu", "-p", "tiny"]
@@ -180,6 +342,9 @@ def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         ([*EVALUATE, "-m", "a=b", "-tr", "nnUNetTrainer"], "-m and -tr both name the models"),
         (STOCK, "there is no .*nnUNetTrainer__tiny__2d. Expected a folder that nnUNetv2_train"),
         ([*EVALUATE, "-m", "a=x", "a=y"], "2 models need 2 different names"),
+        ([*STOCK, "-f", "zero"], "-f must be the number of a fold, from 0 on, or 'all', got 'zero'"),
+        ([*STOCK, "-f", "-1"], "-f must be the number of a fold, from 0 on, or 'all', got '-1'"),
+        (["evaluate", *SAME, "-o", __file__], "-o names the folder of the report, and .*test_bad_input.py is a file"),
         ([*EVALUATE, "--samples", "0"], "samples must be a whole number >= 1, got 0"),
         (
             ["thresholds", *SAME],
@@ -230,9 +395,74 @@ def test_evaluate_models_that_do_not_go_together(
 ) -> None:
     volume, regions = finished(configuration="3d_fullres"), finished("regions_ignore")
     message = mistake(*EVALUATE, "-m", f"flat={stock}", f"volume={volume}")
-    assert "volume and flat do not predict the same: other labels, or 2D against 3D" in message
+    assert "the model 'volume' is of the configuration 3d_fullres, not of -c 2d" in message
     message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}")
+    assert "the model 'regions' was trained on Dataset" in message
+    assert "not those of -d 4" in message
+    message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}", "-i", "images", "-l", "labels")
     assert "regions and flat do not predict the same: other labels, or 2D against 3D" in message
+
+
+def test_evaluate_a_damaged_checkpoint(mistake: Callable[..., str], with_stock: Path) -> None:
+    path = with_stock / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "checkpoint_final.pth cannot be read as a checkpoint" in mistake(*STOCK)
+
+
+def test_evaluate_labels_that_are_not_declared(
+    mistake: Callable[..., str], stock: Path, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions would take them for background, and the numbers would be others."""
+    case, validation_cases = world.cases[7], evaluate.validation_cases
+
+    def relabel(image: Any, segmentation: Any) -> Any:
+        segmentation[0, 5, 20, 20] = 255
+        return image, segmentation
+
+    def spoilt(*given: Any) -> dict[str, Any]:
+        cases = validation_cases(*given)
+        return cases | {case: lambda: relabel(*cases[case]())}
+
+    monkeypatch.setattr(evaluate, "validation_cases", spoilt)
+    message = mistake(*EVALUATE, "-m", stock)
+    assert f"the segmentation of {case} holds the label(s) 255, which dataset.json does not declare" in message
+    assert "declared are 0, 1, 2" in message
+
+
+def test_evaluate_a_label_of_another_shape(mistake: Callable[..., str], stock: Path, world: Any) -> None:
+    raw, (one, other) = world.raw / world.dataset("main"), world.cases[:2]
+    for folder in ("images", "labels"):
+        Path(folder).mkdir()
+    shutil.copy(raw / "imagesTr" / f"{one}_0000.nii.gz", Path("images"))
+    shutil.copy(raw / "labelsTr" / f"{other}.nii.gz", Path("labels") / f"{one}.nii.gz")
+    message = mistake(*EVALUATE, "-m", stock, "-i", "images", "-l", "labels")
+    assert re.search(rf"labels/{one}\.nii\.gz has another shape than its image, \(\d+, \d+, \d+\) for \(", message)
+
+
+def test_evaluate_a_fold_that_validates_on_nothing(mistake: Callable[..., str], stock: Path, world: Any) -> None:
+    path = world.preprocessed / world.dataset("main") / "splits_final.json"
+    before = path.read_text()
+    path.write_text(json.dumps([{"train": world.cases, "val": []}]))
+    try:
+        assert "fold 0 has no case to validate on; give raw files" in mistake(*EVALUATE, "-m", stock)
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("change", [{"patch_size": [64, 64]}, {"normalization_schemes": ["RescaleTo01Normalization"]}])
+def test_evaluate_models_whose_noise_is_not_the_same(
+    mistake: Callable[..., str], stock: Path, change: dict[str, Any]
+) -> None:
+    """One level would be compared that is another noise for each."""
+    other = Path("nnUNetTrainer__other__2d")
+    shutil.copytree(stock, other)
+    plans = json.loads((other / "plans.json").read_text())
+    plans["configurations"]["2d"] |= change
+    (other / "plans.json").write_text(json.dumps(plans))
+    message = mistake(*EVALUATE, "-m", f"a={stock}", f"b={other}")
+    told = "see inputs of other sizes" if "patch_size" in change else "resample or normalise images in other ways"
+    assert told in message
+    assert "Evaluate them apart" in message
 
 
 def test_evaluate_an_image_with_nan(

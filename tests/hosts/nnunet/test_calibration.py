@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adv_nnunet import calibration as standard
-from advmed.thresholds import RunningThresholds, Thresholds, sha256
+from advmed.thresholds import RunningThresholds, TermStatistics, Thresholds, sha256
 from helpers.hosts import different
 
 FOUND = Thresholds((0.6,), ("ce+dice",), "mean+1std", (0.5,), (0.1,), 10)
@@ -51,12 +51,8 @@ def test_made_from_the_finished_standard_training(bench: Any, with_stock: Path) 
     # The next training finds the file.
     again = bench.started("AMAT", tag="again")
     assert "found beside the standard training" in bench.log(again)
-    assert "Delete the file" not in bench.log(again)
+    assert "is not taken" not in bench.log(again)
     assert again.method.thresholds == found
-    # One that speaks of the network before the fold was trained anew is not taken silently.
-    Thresholds((0.5,), ("ce+dice",), "mean", (0.5,), (0.1,), 10, "checkpoint", "0" * 64).save(path)
-    last = bench.started("AMAT", tag="last")
-    assert "was made of another checkpoint than the checkpoint_final.pth beside it. Delete" in bench.log(last)
 
 
 @pytest.mark.parametrize("dataset", ["main", "regions_ignore", "two_channels"])
@@ -122,8 +118,9 @@ def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monke
     assert not different(trainer.network.state_dict(), weights)
     np.random.seed(99)
     assert standard.measure(trainer, checkpoint) == found
-    object.__setattr__(trainer.settings, "seed", 1)
-    assert standard.measure(trainer, checkpoint) != found
+    object.__setattr__(trainer.settings, "seed", 1)  # of a run, for which thresholds are no other
+    assert standard.measure(trainer, checkpoint) == found
+    assert standard.measure(trainer, checkpoint, seed=1) != found
 
 
 @pytest.mark.parametrize("how", ["standard", "path", "nothing to continue"])
@@ -140,3 +137,92 @@ def test_start_from_the_standard_training(bench: Any, with_stock: Path, how: str
         again = bench.started("AMAT", resume=trainer, **given)
         assert not different(again.network.state_dict(), bench.saved(trainer)["network_weights"])
         assert different(again.network.state_dict(), weights)
+
+
+def damaged(path: Path) -> None:
+    path.write_text(path.read_text()[:40])
+
+
+def of_another_network(path: Path) -> None:
+    Thresholds((0.5,), ("ce+dice",), "mean", (0.5,), (0.1,), 10, "checkpoint", "0" * 64).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept", "why"),
+    [
+        (damaged, False, "is not a thresholds file"),
+        (of_another_network, False, "it was made of another checkpoint than the checkpoint_final.pth beside it"),
+        ({"absent_classes": "count"}, True, "of something else than this run: absent_classes skip -> count"),
+        ({"terms": "separate"}, True, "K = 1 loss terms"),
+    ],
+    ids=["damaged", "of_another_network", "absent_classes", "terms"],
+)
+def test_thresholds_of_another_thing_are_measured_anew(
+    bench: Any, with_stock: Path, spoil: Any, kept: bool, why: str
+) -> None:
+    """What the file says of itself is compared with the run. One that is right for other runs stays as it is."""
+    bench.started("AMAT", threshold_samples=4)
+    path, settings = with_stock / standard.FILE, spoil if isinstance(spoil, dict) else {}
+    if not settings:
+        spoil(path)
+    before = path.read_bytes()
+    trainer = bench.started("AMAT", threshold_samples=4, tag="second", **settings)
+    log, own = bench.log(trainer), Path(trainer.output_folder) / standard.FILE
+    assert "is not taken" in log
+    assert why in log
+    assert "Thresholds are measured on the standard training" in log
+    assert (path.read_bytes() == before) == kept == own.is_file()
+    assert Thresholds.load(own if kept else path) == trainer.method.thresholds
+
+
+def test_a_named_file_of_another_thing_is_refused(bench: Any, with_stock: Path) -> None:
+    trainer = bench.started("AMAT", threshold_samples=4)
+    named = bench.folder / "named.json"
+    shutil.copy(with_stock / standard.FILE, named)
+    with pytest.raises(ValueError, match=r"named\.json are of something else than this run: fold 0 -> 1\. Make them"):
+        bench.started("AMAT", fold=1, thresholds=str(named))
+    assert bench.started("AMAT", tag="x", thresholds=str(named)).method.thresholds == trainer.method.thresholds
+
+
+def test_a_standard_training_in_a_folder_that_cannot_be_written(
+    bench: Any, with_stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Thresholds.save
+
+    def refused(thresholds: Thresholds, path: Path) -> None:
+        if Path(path).parent == with_stock:
+            raise PermissionError(13, "Permission denied")
+        save(thresholds, path)
+
+    monkeypatch.setattr(Thresholds, "save", refused)
+    trainer = bench.started("AMAT", threshold_samples=4)
+    own = Path(trainer.output_folder) / standard.FILE
+    assert Thresholds.load(own) == trainer.method.thresholds
+    assert f"written to {own}" in bench.log(trainer)
+
+
+def test_several_processes_measure_what_one_measures(
+    bench: Any, with_stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each a part of the batches, of the size and with the foreground that one process draws."""
+    checkpoint = with_stock / standard.CHECKPOINT
+    trainer = bench.make("AMAT", threshold_samples=16)
+    trainer.initialize()
+    alone = standard.measure(trainer, checkpoint)
+    states: list[Any] = []
+
+    def one_of_two(rank: int) -> Any:
+        trainer.batch_size, trainer.oversample_foreground_percent = 2, float(rank)  # as the host shares them
+        monkeypatch.setattr(standard, "place", lambda: (rank, 2))
+        monkeypatch.setattr(TermStatistics, "merge", lambda statistics: states.append(statistics.state_dict()))
+        standard.measure(trainer, checkpoint)
+        assert (trainer.batch_size, trainer.oversample_foreground_percent) == (2, float(rank))
+
+    for rank in (0, 1):
+        one_of_two(rank)
+    monkeypatch.undo()
+    assert [state["n"] for state in states] == [8, 8]
+    together = TermStatistics(alone.names, keep=True)
+    together.merge(states)
+    assert together.thresholds("mean").mean == pytest.approx(alone.mean, rel=1e-6)
+    assert together.thresholds("mean").std == pytest.approx(alone.std, rel=1e-6)

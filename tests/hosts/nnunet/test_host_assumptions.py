@@ -21,6 +21,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from adv_nnunet import host
 from adv_nnunet.trainer import AdversarialTraining
 
 
@@ -146,3 +147,20 @@ def test_a_preprocessed_case_is_image_and_segmentation(bench: Any) -> None:
     assert previous is None
     assert isinstance(image[:], np.ndarray)
     assert not set(training.identifiers) & set(validation.identifiers)
+
+
+def test_the_training_step_is_the_one_that_ours_repeats(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments do not count. A release with another one is told."""
+    assert host.fingerprint_of_step() == host.READ_STEP
+    trainer = bench.make("SAT")
+    trainer.initialize()
+    assert "another training step" not in bench.log(trainer)
+
+    def train_step(self: Any, batch: Any) -> Any:
+        return batch
+
+    monkeypatch.setattr(nnUNetTrainer, "train_step", train_step)
+    assert host.fingerprint_of_step() != host.READ_STEP
+    trainer = bench.make("SAT", tag="x")
+    trainer.initialize()
+    assert "WARNING: this release of nnU-Net has another training step" in bench.log(trainer)

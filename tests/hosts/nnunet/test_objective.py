@@ -13,9 +13,10 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from adv_nnunet.objective import SampleTerms, SegmentationObjective, inference_loss
+from adv_nnunet.objective import SampleTerms, SegmentationObjective, check_terms, inference_loss
 from helpers.hosts import binary_divergence, class_divergence
 
 SPACES = [(12, 10), (6, 8, 4)]
@@ -178,6 +179,67 @@ def test_a_loss_that_cannot_be_split_is_refused() -> None:
         SampleTerms(topk)
     with pytest.raises(TypeError, match="this trainer's loss is CrossEntropyLoss"):
         SampleTerms(DeepSupervisionWrapper(nn.CrossEntropyLoss(), [1.0]))
+
+
+class Focal(DC_and_CE_loss):
+    """A stock loss by its class, and another by what it computes."""
+
+    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = super().forward(net_output, target)
+        return 1.5 * loss
+
+
+class Renamed(DC_and_CE_loss):
+    """The stock loss, by another name."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_the_terms_are_compared_with_the_loss_of_a_trainer(kind: str, deep: bool, batch_dice: bool) -> None:
+    labels = label_manager(kind)
+    check_terms(stock(kind, batch_dice, deep), labels, 3, torch.device("cpu"))
+    if not kind.startswith("labels"):
+        return
+    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    for own in (Renamed, Focal):
+        loss: nn.Module = own(dice, {}, ignore_label=labels.ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
+        loss = DeepSupervisionWrapper(loss, np.array(SCALES) / sum(SCALES)) if deep else loss
+        if own is Renamed:
+            check_terms(loss, labels, 2, torch.device("cpu"))
+            continue
+        with pytest.raises(TypeError, match=r"does not fit this trainer's \(Focal of .*on random outputs"):
+            check_terms(loss, labels, 2, torch.device("cpu"))
+
+
+def test_the_comparison_does_not_touch_a_compiled_loss() -> None:
+    """Other shapes than those of the training would have it compiled for any shape."""
+    loss = stock("labels")
+    eager = loss.dc
+    calls: list[int] = []
+
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._orig_mod = eager
+
+        def forward(self, *given: Any, **named: Any) -> Tensor:
+            calls.append(1)
+            result: Tensor = eager(*given, **named)
+            return result
+
+    loss.dc = Compiled()
+    check_terms(loss, label_manager("labels"), 2, torch.device("cpu"))
+    assert isinstance(loss.dc, Compiled)
+    assert not calls
+
+
+def label_manager(kind: str) -> LabelManager:
+    """The host's, of three classes or two regions."""
+    ignore = {"ignore": IGNORE} if kind.endswith("ignore") else {}
+    if kind.startswith("labels"):
+        return LabelManager({"background": 0, "a": 1, "b": 2, **ignore}, None)
+    return LabelManager({"background": 0, "all": [1, 2], "b": 2, **ignore}, [1, 2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,13 +15,16 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
     nnUNetTrainerNoDeepSupervision,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from adv_nnunet import calibration as standard
+from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.settings import FILE, Settings, find_settings
-from adv_nnunet.trainer import LOG_KEYS, STATE, AdversarialTraining, _open_log, nnUNetTrainerAMAT
+from adv_nnunet.trainer import LOG_KEYS, STATE, AdversarialTraining, _open_log, nnUNetTrainerAMAT, nnUNetTrainerSAT
 from advmed.methods import AdaptiveRadiusMethod
 from advmed.training.run import MethodRun
 from advmed.training.settings import read_settings
@@ -38,6 +41,51 @@ class NoDeepSupervisionTRADES(AdversarialTraining, nnUNetTrainerNoDeepSupervisio
 
 class NoMirroringAMAT(AdversarialTraining, nnUNetTrainerNoMirroring):
     method_name = "AMAT"
+
+
+class Softer(nnUNetTrainer):
+    """Another network with the same weights."""
+
+    @staticmethod
+    def build_network_architecture(plans_manager: Any, *given: Any, **named: Any) -> nn.Module:
+        network: nn.Module = nnUNetTrainer.build_network_architecture(plans_manager, *given, **named)
+        for module in list(network.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.LeakyReLU):
+                    setattr(module, name, nn.Softsign())
+        return network
+
+
+class SofterSAT(AdversarialTraining, Softer):
+    method_name = "SAT"
+
+
+class NoMirroringBatchNormSAT(AdversarialTraining, nnUNetTrainerNoMirroring, nnUNetTrainerBN):
+    method_name = "SAT"
+
+
+class SofterInItselfSAT(nnUNetTrainerSAT):
+    build_network_architecture = staticmethod(Softer.build_network_architecture)
+
+
+class Clipped(nnUNetTrainer):
+    """A training step of its own."""
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"loss": np.float32(7)}
+
+
+class ClippedSTD(AdversarialTraining, Clipped):
+    method_name = "STD"
+
+
+class ClippedSAT(AdversarialTraining, Clipped):
+    method_name = "SAT"
+
+
+class WrittenAfterItSAT(ClippedSAT):
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return AdversarialTraining.train_step(self, batch)
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -259,7 +307,7 @@ def test_resuming_or_validating_a_finished_training_changes_nothing(bench: Any) 
     given = {"thresholds": bench.thresholds(math.inf)}
     first = bench.train("AMAT", **given)
     before = bench.saved(first)
-    assert len(before[STATE]["method"]["margins"]["ids"]) > 0
+    assert len(before[STATE]["method"]["margins"]["values"]) > 0
     bench.make("AMAT", resume=first, **given).run_training()
     after = bench.saved(first)
     assert after[STATE] == before[STATE]
@@ -428,3 +476,157 @@ def test_what_a_run_says_of_its_noise_levels(bench: Any) -> None:
     assert trainer.method.eps_0 == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
     assert "12 samples (part), each met about 4.0 times in this run: perturbation sizes begin at" in bench.log(trainer)
     assert "each met about" not in bench.log(bench.started("TRADES", "3d_fullres"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "searched"),
+    [
+        (nnUNetTrainerSAT, "nnUNetTrainer", ["nnUNetTrainer", "nnUNetTrainerSTD"]),
+        (NoMirroringAMAT, "nnUNetTrainerNoMirroring", ["nnUNetTrainerNoMirroring", "nnUNetTrainerSTD"]),
+        (SofterSAT, "Softer", ["Softer"]),
+        (NoMirroringBatchNormSAT, "nnUNetTrainerBN", ["nnUNetTrainerBN"]),
+        (SofterInItselfSAT, "SofterInItselfSAT", []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_checkpoint_names_a_trainer_of_the_same_network(
+    bench: Any, kind: Any, named: str, searched: list[str]
+) -> None:
+    """Which is the one that thresholds and first weights are taken from, too."""
+    trainer = bench.ready(kind, tag="x")
+    trainer.save_checkpoint(str(bench.folder / "x.pth"))
+    assert read_checkpoint(bench.folder / "x.pth")["trainer_name"] == named
+    found = [folder.parent.name for folder in standard.standard_folders(trainer)]
+    assert found == [f"{name}__tiny__2d" for name in searched]
+    bases = {base.__name__: base for base in kind.__mro__}
+    built = bases[named].build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, trainer.label_manager.num_segmentation_heads, True
+    )
+    assert list(map(type, built.modules())) == list(map(type, trainer.network.modules()))
+
+
+def test_a_training_step_of_a_base_is_not_dropped(bench: Any) -> None:
+    """Standard training is that step; a method says that it would take its place, unless its class has one."""
+    with pytest.raises(TypeError, match=r"Clipped has a training step of its own .* which SAT would take the place of"):
+        bench.make(ClippedSAT)
+    trainer = bench.ready(ClippedSTD)
+    (batch,) = bench.batches(trainer, 1)
+    assert trainer.train_step(batch) == {"loss": 7}
+    assert bench.ready(WrittenAfterItSAT).train_step(batch)["loss"] < 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "variable", "compiled", "said"),
+    [
+        ("STD", None, None, True, ""),
+        ("STD", None, "f", False, ""),
+        ("STD", False, None, False, "'compile: false' goes before nnU-Net's own choice"),
+        ("SAT", None, None, False, "SAT is trained without torch.compile, where nnU-Net compiles by default"),
+        ("SAT", None, "true", True, ""),
+        ("SAT", True, None, True, ""),
+        ("SAT", True, "f", False, "'compile: true' does nothing"),
+    ],
+)
+def test_who_compiles_the_network(
+    bench: Any, kind: str, setting: bool | None, variable: str | None, compiled: bool, said: str
+) -> None:
+    """Standard training as the host does by default; what does not happen as there is told."""
+    bench.patch.delenv("nnUNet_compile")
+    if variable is not None:
+        bench.patch.setenv("nnUNet_compile", variable)
+    trainer = bench.make(kind, compile=setting)
+    trainer.device = torch.device("cuda")
+    assert trainer._do_i_compile() == compiled
+    trainer._tell_about_the_host()
+    log = bench.log(trainer)
+    assert said in log
+    assert ("compile" in log) == bool(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["AMAT", "TRADES"])
+def test_a_compiled_network_learns_the_same(bench: Any, kind: str) -> None:
+    ends = []
+    for compiled in (False, True):
+        compile_ = partial(torch.compile, backend="eager")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nnUNetTrainer, "_do_i_compile", lambda self, compiled=compiled: compiled)
+            patch.setattr(torch, "compile", compile_)
+            trainer = bench.ready(kind, compile=True, thresholds=bench.thresholds(1.0), tag=str(compiled))
+            (batch,) = bench.batches(trainer, 1)
+            trainer.train_step(batch)
+        assert hasattr(trainer.network, "_orig_mod") == compiled
+        ends.append({name.removeprefix("_orig_mod."): value for name, value in trainer.network.state_dict().items()})
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_longer_training_that_was_interrupted_is_continued_where_it_was(bench: Any) -> None:
+    """The host goes back to the final checkpoint of the shorter one, and to its margins."""
+    given = {"thresholds": bench.thresholds(math.inf), "save_every": 1}
+    first = bench.train("AMAT", epochs=2, **given)
+    longer = bench.make("AMAT", epochs=4, resume=first, **given)
+    bench.feed(longer, stopped(bench.batches(longer, 3)))
+    with pytest.raises(Interrupted):
+        longer.run_training()
+    assert bench.saved(longer)["current_epoch"] == 2
+    again = bench.make("AMAT", epochs=4, resume=longer, **given)  # asks for the final one, as the host does
+    assert again.current_epoch == 3
+    assert "checkpoint_latest.pth went further than checkpoint_final.pth" in bench.log(again)
+    again.on_train_start()
+    assert again.method.margins.state_dict() == longer.run._snapshot[1]["margins"]
+    # A training anew loses the old checkpoints, or it would be continued from them.
+    anew = bench.started("AMAT", epochs=1, overwrite=True, **given)
+    assert not list(Path(anew.output_folder).glob("checkpoint_*"))
+
+
+def stopped(batches: list[Any]) -> Any:
+    yield from batches
+    raise Interrupted
+
+
+@pytest.mark.parametrize("kind", ["AMAT", "DPAAT"])
+def test_a_finished_training_tells_what_it_is_and_no_names(bench: Any, world: Any, kind: str) -> None:
+    """Neither patients nor folders are in what the host packs to be passed on; a longer training finds them again."""
+    given = {"epochs": 3, "warmup_epochs": 1, "save_every": 1}
+    if kind == "AMAT":
+        given["thresholds"] = bench.thresholds(math.inf)
+    trainer = bench.train(kind, **given)
+    folder = Path(trainer.output_folder)
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "debug.json"):
+        content = (folder / name).read_bytes()
+        for word in (*world.cases, str(bench.folder), str(world.root)):
+            assert word.encode() not in content, (name, word)
+    summary = bench.saved(trainer)[STATE]["summary"]
+    assert (summary["method"], summary["epochs"], summary["attacked_epochs"]) == (kind, 3, 2)
+    told = f"{kind}, 2 of 3 epoch(s) under attack"
+    assert f"Trained: {told}" in bench.log(trainer)
+    again = bench.started(kind, resume=trainer, **given)
+    assert f"Continued: {told}" in bench.log(again)
+    assert "settings changed" not in bench.log(again)
+    assert again.method.store.state_dict() == trainer.method.store.state_dict()
+    (folder / "margins.csv").write_text("id,margin,visits\nsomebody:1,1.0,1\n")
+    with pytest.raises(ValueError, match=r"margins\.csv, where these are kept, belongs to another training"):
+        bench.started(kind, resume=trainer, **given)
+    (folder / "margins.csv").unlink()
+    with pytest.raises(ValueError, match=r"margins\.csv, where these are kept, is missing\. Put it back"):
+        bench.started(kind, resume=trainer, **given)
+
+
+def test_slices_that_are_never_drawn_do_not_count_in_the_outlook(bench: Any) -> None:
+    """Where there is an ignore label, the host draws slices of which something is annotated."""
+    trainer = bench.make("AMAT", dataset="ignore")
+    training, _ = trainer.get_tr_and_val_datasets()
+    load_case, every = training.load_case, trainer.sample_ids()
+
+    def sparse(case: str) -> Any:
+        image, segmentation, previous, properties = load_case(case)
+        places = {k: [v for v in voxels if v[1] in (3, 4)] for k, voxels in properties["class_locations"].items()}
+        return image, segmentation, previous, {**properties, "class_locations": places}
+
+    training.load_case = sparse
+    assert trainer._drawn_ids() == [f"{case}:{index}" for case in training.identifiers for index in (3, 4)]
+    assert len(every) > 50
+    assert {sample for batch in bench.batches(trainer, 6) for sample in batch["ids"]} <= set(trainer._drawn_ids())
+    trainer = bench.make("AMAT")
+    assert trainer._drawn_ids() == trainer.sample_ids()
