@@ -7,7 +7,7 @@ when they are needed. A batch is a dict of ``image`` (B, C, H, W) in [0, 1], ``l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 from torch.utils.data import Dataset, WeightedRandomSampler
@@ -22,9 +23,25 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from advmed.integrations.lightning import SampleData
-from advmed.integrations.lightning.data import SPLITS
-from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning.data import SPLITS, check_distinct
+from advmed.integrations.lightning.images import (
+    Header,
+    common_bits,
+    common_channels,
+    files_of,
+    header,
+    hidden,
+    image_files,
+    read_image,
+)
 from advmed.integrations.lightning.tables import read_table
+
+MISSING = ("nan", "-nan", "na", "n/a", "#n/a", "<na>", "null")
+"""What programs write into the cell of a label that is not known."""
+_TRIED = 8
+"""Training images that a transform of the user's is tried with."""
+_LEFT = 0.25
+"""Of their pixels, the share outside [0, 1] from which on a transform is taken for a normalisation."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         channels: 1 or 3; images are converted.
         size: (height, width) that images are resized to, or None.
         transform: of an image (C, H, W) in [0, 1], or None.
+        bits: that images stored with 16 bits use.
     """
 
     def __init__(
@@ -61,8 +79,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         channels: int,
         size: tuple[int, int] | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        bits: int = 16,
     ) -> None:
-        self.samples, self.channels, self.size, self.transform = samples, channels, size, transform
+        self.samples, self.channels, self.size, self.transform, self.bits = samples, channels, size, transform, bits
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,7 +98,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _image(self, index: int) -> Tensor:
         image = self.samples.images[index]
         if isinstance(image, Path):
-            return read_image(image, self.channels)
+            return read_image(image, self.channels, self.bits)
         tensor = torch.from_numpy(np.array(image, copy=True))
         tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
         if len(tensor) > self.channels:
@@ -94,12 +113,13 @@ class ClassificationData(SampleData):
         batch_size: per process.
         size: side, or (height, width), that images are resized to; None: as they are, all alike.
         channels: 1 or 3; None: as the images are.
+        bits: that images stored with 16 bits use, such as 12; None: all.
         flip: probability of a horizontal and of a vertical flip in training.
         rotate: degrees; training images are rotated by up to as many.
         zoom: training images are scaled by up to this fraction, up or down.
         color: strength of the changes of brightness and contrast (and saturation) in training.
         transform: augmentation of training images instead of the four above: any transform of an image (C, H, W) in
-            [0, 1], such as those of torchvision.transforms.v2.
+            [0, 1], such as those of torchvision.transforms.v2. No normalisation: the network has its own.
         sampler: "shuffle" draws every image once an epoch; "balanced" draws every class equally often.
         workers: processes that read images.
         seed: of the order of images.
@@ -110,8 +130,9 @@ class ClassificationData(SampleData):
         >>> from adv_classify.data import Samples
         >>> class Blank(ClassificationData):
         ...     def read(self):
-        ...         split = Samples(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 1, 1]), ["a", "b", "c", "d"])
-        ...         return ["benign", "malignant"], {"train": split, "val": split}
+        ...         train = Samples(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 1, 1]), ["a", "b", "c", "d"])
+        ...         val = Samples(np.zeros((1, 8, 8), np.uint8), np.array([1]), ["e"])
+        ...         return ["benign", "malignant"], {"train": train, "val": val}
         >>> data = Blank(batch_size=2)
         >>> data.class_counts, data.dataset("val")[0]["image"].shape
         ([1, 3], torch.Size([1, 8, 8]))
@@ -123,6 +144,7 @@ class ClassificationData(SampleData):
         batch_size: int = 32,
         size: int | tuple[int, int] | None = None,
         channels: int | None = None,
+        bits: int | None = None,
         flip: float = 0.5,
         rotate: float = 0.0,
         zoom: float = 0.0,
@@ -142,8 +164,11 @@ class ClassificationData(SampleData):
         self.transform = transform or augmentation(flip, rotate, zoom, color)
         self.splits: dict[str, Samples]
         self.class_names, self.splits = self.read()
-        check_samples(self.splits, self.class_names, self.size)
-        self.channels = channels or channels_of(self.splits["train"])
+        headers = check_samples(self.splits, self.class_names, self.size)
+        self.channels = channels or channels_of(self.splits, headers)
+        self.bits = common_bits(headers, bits)
+        if transform is not None:
+            check_transform(transform, self.dataset("train"))
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """The names of the classes and the samples of each split; called once, before anything else."""
@@ -166,12 +191,13 @@ class ClassificationData(SampleData):
             ValueError: if there is no such split.
         """
         self.require(split)
-        return ImageDataset(self.splits[split], self.channels, self.size, self.transform if augment else None)
+        transform = self.transform if augment else None
+        return ImageDataset(self.splits[split], self.channels, self.size, transform, self.bits)
 
     def truth(self, split: str) -> list[Any]:
         """See :meth:`SampleData.truth`."""
         self.require(split)
-        return [self.splits[split].labels, self.size, self.channels]
+        return [self.splits[split].labels, self.size, self.channels, *([] if self.bits == 16 else [self.bits])]
 
     def order(self, generator: torch.Generator) -> WeightedRandomSampler | None:
         """See :meth:`SampleData.order`."""
@@ -187,8 +213,8 @@ class ImageTable(ClassificationData):
     Args:
         root: folder with ``labels.csv``.
         images: folder of the images, relative to root; files are found with and without the suffix in the table.
-        table: name of the table. ``label`` holds numbers from 0, or names; a column ``dx`` or ``name`` beside numbers
-            names the classes.
+        table: name of the table. ``label`` holds whole numbers from 0, or names, in every line; a column ``dx`` or
+            ``name`` beside numbers names the classes.
         classes: the names of the classes in their order, where ``label`` holds names; None: sorted.
         **options: see :class:`ClassificationData`.
 
@@ -224,11 +250,22 @@ class ImageTable(ClassificationData):
         """See :meth:`ClassificationData.read`."""
         path = self.root / self.table
         rows = read_table(path, ("image", "label", "split"))
-        short = [i for i, row in enumerate(rows, 2) if not (row["image"] and row["label"])]
+        known = self.classes or ()
+        short = [
+            line
+            for line, row in enumerate(rows, 2)
+            if not (row["image"] and row["label"]) or (row["label"].lower() in MISSING and row["label"] not in known)
+        ]
         if short:
             raise ValueError(f"{path} has no image or label in line(s) {', '.join(map(str, short))}")
+        strangers = sorted({row["split"] for row in rows} - set(SPLITS))
+        if strangers:
+            raise ValueError(
+                f"{path} has the split(s) {', '.join(map(repr, strangers))}; they must be train, val, test"
+            )
         names, labels = self._labels(path, rows)
         files = self._files([row["image"] for row in rows])
+        _check_rows(path, rows, files)
         splits = {}
         for split in SPLITS:
             chosen = [i for i, row in enumerate(rows) if row["split"] == split]
@@ -236,45 +273,72 @@ class ImageTable(ClassificationData):
                 paths = [files[i] for i in chosen]
                 ids = [rows[i]["image"] for i in chosen]
                 splits[split] = Samples(paths, np.array([labels[i] for i in chosen], dtype=np.int64), ids)
-        strangers = sorted({row["split"] for row in rows} - set(SPLITS))
-        if strangers:
-            raise ValueError(
-                f"{path} has the split(s) {', '.join(map(repr, strangers))}; they must be train, val, test"
-            )
         return names, splits
 
     def _labels(self, path: Path, rows: list[dict[str, str]]) -> tuple[list[str], list[int]]:
         texts = [row["label"] for row in rows]
-        if not all(text.lstrip("-").isdigit() for text in texts):
-            names = list(self.classes or sorted(set(texts)))
-            unknown = sorted(set(texts) - set(names))
-            if unknown:
-                raise ValueError(f"{path} has label(s) {', '.join(unknown)} that are not among classes {names}")
-            return names, [names.index(text) for text in texts]
-        labels = [int(text) for text in texts]
+        numbers = [_number(text) for text in texts]
+        if not all(number is not None and number.is_integer() for number in numbers):
+            return self._named(path, texts, numbers)
+        labels = [int(number) for number in numbers if number is not None]
         if self.classes:
             return list(self.classes), labels
-        count = max(labels) + 1
-        names = [str(k) for k in range(count)]
-        if naming := next((name for name in ("name", "dx") if name in rows[0]), None):
-            for row, label in zip(rows, labels, strict=True):
-                if 0 <= label < count:
-                    names[label] = row[naming]
+        names = [str(k) for k in range(max(labels) + 1)]
+        naming = next((name for name in ("name", "dx") if name in rows[0]), None)
+        given: dict[int, str] = {}
+        for line, (row, label) in enumerate(zip(rows, labels, strict=True), 2):
+            if naming is None or label < 0:
+                continue
+            names[label] = given.setdefault(label, row[naming])
+            if row[naming] != given[label]:
+                raise ValueError(
+                    f"{path} calls class {label} {row[naming]!r} in line {line}, and {given[label]!r} before that"
+                )
         return names, labels
+
+    def _named(self, path: Path, texts: list[str], numbers: list[float | None]) -> tuple[list[str], list[int]]:
+        names = list(self.classes or sorted(set(texts)))
+        unknown = sorted(set(texts) - set(names))
+        if unknown:
+            raise ValueError(f"{path} has label(s) {', '.join(unknown)} that are not among classes {names}")
+        if not self.classes and any(number is not None for number in numbers):
+            whole = [number is not None and number.is_integer() for number in numbers]
+            line = whole.index(0 < sum(whole) <= len(whole) / 2)  # of the fewer
+            raise ValueError(
+                f"{path} has the label {texts[line]!r} in line {line + 2}, beside others of another kind: labels are "
+                f"whole numbers, or names, in every line. To have all as names, list them as classes"
+            )
+        return names, [names.index(text) for text in texts]
 
     def _files(self, names: Sequence[str]) -> list[Path]:
         folder = self.root / self.images
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder of images {folder}")
-        found = {path.name: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
-        stems = {path.stem: path for path in found.values()}
-        files = [found.get(name) or stems.get(name) for name in names]
-        missing = [name for name, file in zip(names, files, strict=True) if file is None]
+        found = files_of(names, folder)
+        missing = [name for name in names if name not in found]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(names)} images of the table are not in {folder}: {', '.join(missing)}"
             )
-        return [file for file in files if file is not None]
+        return [found[name] for name in names]
+
+
+def _number(text: str) -> float | None:
+    """A number, None for text that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _check_rows(path: Path, rows: Sequence[Mapping[str, str]], files: Sequence[Path]) -> None:
+    """Raises ValueError for an image of two lines with other labels, or of the same split."""
+    first: dict[Path, tuple[int, Mapping[str, str]]] = {}
+    for line, (row, file) in enumerate(zip(rows, files, strict=True), 2):
+        before, other = first.setdefault(file, (line, row))
+        if before != line and (row["split"] == other["split"] or row["label"] != other["label"]):
+            raise ValueError(
+                f"{path} has {file.name} more than once: in line {before} ({other['split']}, label {other['label']}) "
+                f"and in line {line} ({row['split']}, label {row['label']})"
+            )
 
 
 class MedMNIST(ClassificationData):
@@ -327,7 +391,9 @@ class MedMNIST(ClassificationData):
                         raise ValueError(
                             f"{self.file} is a multi-label set ({labels.shape[1]} labels an image); one label is needed"
                         )
-                    if images.ndim not in (3, 4) or images.dtype != np.uint8:
+                    if images.dtype != np.uint8 or not (
+                        images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+                    ):
                         raise ValueError(
                             f"{split}_images of {self.file} must be uint8 of shape (N, H, W) or (N, H, W, 3), got "
                             f"{images.dtype} of shape {images.shape} (volumes are not supported)"
@@ -335,7 +401,7 @@ class MedMNIST(ClassificationData):
                     if len(images) != len(labels):
                         raise ValueError(f"{self.file} has {len(images)} {split}_images and {len(labels)} labels")
                     ids = [f"{split}/{i:06d}" for i in range(len(images))]
-                    splits[split] = Samples(images, labels.reshape(-1).astype(np.int64), ids)
+                    splits[split] = Samples(images, whole(labels.reshape(-1), f"{split}_labels of {self.file}"), ids)
         count = max((int(part.labels.max()) for part in splits.values() if len(part)), default=-1) + 1
         return list(self.classes or map(str, range(count))), splits
 
@@ -373,24 +439,29 @@ class ImageFolder(ClassificationData):
                     f"there is no folder {self.root / split}; images are expected in {self.root}/train/CLASS and "
                     f"{self.root}/val/CLASS"
                 )
-        names = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
+        names = _folders(self.root / "train")
         splits = {}
         for split in SPLITS:
             if not (self.root / split).is_dir():
                 continue
-            strangers = sorted(p.name for p in (self.root / split).iterdir() if p.is_dir() and p.name not in names)
+            strangers = [name for name in _folders(self.root / split) if name not in names]
             if strangers:
                 raise ValueError(f"{self.root / split} has class(es) that train has not: {', '.join(strangers)}")
             files = [
                 (path, label)
                 for label, name in enumerate(names)
-                for path in sorted((self.root / split / name).rglob("*"))
-                if path.suffix.lower() in SUFFIXES
+                if (self.root / split / name).is_dir()
+                for path in image_files(self.root / split / name, deep=True)
             ]
             ids = [path.relative_to(self.root).as_posix() for path, _ in files]
             labels = np.array([label for _, label in files], dtype=np.int64)
             splits[split] = Samples([path for path, _ in files], labels, ids)
         return names, splits
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the folders in one, but for hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not hidden(Path(path.name)))
 
 
 def augmentation(flip: float, rotate: float, zoom: float, color: float) -> Callable[[Tensor], Tensor] | None:
@@ -413,39 +484,107 @@ def augmentation(flip: float, rotate: float, zoom: float, color: float) -> Calla
     return v2.Compose(steps) if steps else None
 
 
-def check_samples(splits: dict[str, Samples], names: Sequence[str], size: tuple[int, int] | None) -> None:
-    """Raises ValueError for a split without images, labels out of range, a class that is never seen in training, ids
-    that occur twice, or images of several sizes without a size to resize them to.
+def whole(labels: np.ndarray, what: str) -> np.ndarray:
+    """Labels as int64.
+
+    Raises:
+        ValueError: for one that is no whole number.
+    """
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"{what} must be whole numbers from 0, got {labels.dtype}, such as {labels.flat[0]!r}")
+    wrong = np.flatnonzero(~np.isfinite(labels) | (labels != np.floor(labels)))
+    if len(wrong):
+        raise ValueError(f"{what} must be whole numbers from 0, got {labels[wrong[0]]} for image {wrong[0]}")
+    return labels.astype(np.int64)
+
+
+def check_samples(
+    splits: dict[str, Samples], names: Sequence[str], size: tuple[int, int] | None
+) -> list[tuple[Path, Header]]:
+    """The headers of all images that are files.
+
+    Raises:
+        ValueError: for a split without images, labels out of range, a class that is never seen in training, images that
+            occur twice or cannot be read, or images of several sizes without a size to resize them to.
     """
     for split in ("train", "val"):
         if not len(splits.get(split, ())):
             raise ValueError(f"the data has no {split} images")
     for split, samples in splits.items():
-        wrong = sorted({int(label) for label in samples.labels if not 0 <= label < len(names)})
+        if not len(samples.images) == len(samples.labels) == len(samples):
+            raise ValueError(
+                f"{split} has {len(samples)} ids, {len(samples.images)} images and {len(samples.labels)} labels"
+            )
+        if isinstance(samples.images, np.ndarray) and samples.images.dtype != np.uint8:
+            raise ValueError(f"the images of {split} must be uint8, 0 to 255, got {samples.images.dtype}")
+        labels = whole(samples.labels, f"the labels of {split}")
+        wrong = sorted({int(label) for label in labels if not 0 <= label < len(names)})
         if wrong:
             raise ValueError(f"{split} has label(s) {wrong}, but there are {len(names)} classes, 0 to {len(names) - 1}")
-        if len(set(samples.ids)) < len(samples):
-            twice = sorted({i for i in samples.ids if samples.ids.count(i) > 1})[:3]
-            raise ValueError(f"{split} has the same image more than once, such as {', '.join(twice)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two classes have one name: {', '.join(names)}")
     absent = [names[k] for k in range(len(names)) if not (splits["train"].labels == k).any()]
     if absent:
         raise ValueError(f"no training image of class(es) {', '.join(absent)}")
-    if size is None:
-        sizes = {size_of(samples, i) for samples in splits.values() for i in range(len(samples))}
-        if len(sizes) > 1:
-            shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:5])
-            raise ValueError(f"the images have {len(sizes)} sizes ({shown}); set size to resize them to one")
+    headers = [(i, header(i)) for part in splits.values() for i in part.images if isinstance(i, Path)]
+    check_distinct(splits, lambda split, index: f"label {names[splits[split].labels[index]]}")
+    arrays = [part.images for part in splits.values() if isinstance(part.images, np.ndarray)]
+    sizes = {head.size for _, head in headers} | {images.shape[1:3] for images in arrays}
+    if size is None and len(sizes) > 1:
+        shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:5])
+        raise ValueError(f"the images have {len(sizes)} sizes ({shown}); set size to resize them to one")
+    return headers
 
 
-def size_of(samples: Samples, index: int) -> tuple[int, int]:
-    """(height, width) of an image; of a file only its header is read."""
-    image = samples.images[index]
-    return image_size(image) if isinstance(image, Path) else (int(image.shape[0]), int(image.shape[1]))
+def channels_of(splits: Mapping[str, Samples], headers: Sequence[tuple[Path, Header]]) -> int:
+    """1 for grey images, 3 for colour.
+
+    Raises:
+        ValueError: if there are both.
+    """
+    if headers:
+        return common_channels(headers)
+    grey = {split: np.asarray(part.images[0]).ndim == 2 for split, part in splits.items() if len(part)}
+    if len(set(grey.values())) > 1:
+        shown = ", ".join(f"{split} in {'grey' if is_grey else 'colour'}" for split, is_grey in grey.items())
+        raise ValueError(f"the images are not alike ({shown}): set channels to 1 or 3, which all are converted to")
+    return 1 if grey["train"] else 3
 
 
-def channels_of(samples: Samples) -> int:
-    """1 for grey images, 3 for colour, by the first image."""
-    image = samples.images[0]
-    if isinstance(image, Path):
-        return count_channels(image)
-    return 1 if image.ndim == 2 else 3
+def check_transform(transform: Callable[[Tensor], Any], dataset: ImageDataset) -> None:
+    """Tries a user's transform; the random state is afterwards what it was.
+
+    Raises:
+        ValueError: if it normalises, which the network does itself, or what it makes is no image of its channels.
+    """
+    if _normalises(transform):
+        outside = 1.0
+    else:
+        shares = []
+        with isolate_rng(include_cuda=False):
+            for index in range(min(_TRIED, len(dataset))):
+                image = dataset[index]["image"]
+                made = transform(image)
+                if not (isinstance(made, Tensor) and made.is_floating_point() and made.shape[:-2] == image.shape[:1]):
+                    got = (
+                        f"{made.dtype} of shape {tuple(made.shape)}"
+                        if isinstance(made, Tensor)
+                        else type(made).__name__
+                    )
+                    raise ValueError(
+                        f"transform must make a tensor of floating-point numbers, (C, H, W), of an image of shape "
+                        f"{tuple(image.shape)}, got {got}"
+                    )
+                shares.append(((made < -0.01) | (made > 1.01)).float().mean().item())
+        outside = float(np.mean(shares))
+    if outside > _LEFT:
+        raise ValueError(
+            "transform takes images out of [0, 1], as a normalisation does: leave it out, the network normalises its "
+            "images itself (model.network.mean and std), so that noise has their own units"
+        )
+
+
+def _normalises(transform: Any) -> bool:
+    """Whether a transform of torchvision is a normalisation, or has one in it."""
+    parts = getattr(transform, "transforms", None) or ()
+    return type(transform).__name__ == "Normalize" or any(map(_normalises, parts))

@@ -63,6 +63,7 @@ class RobustClassifier(RobustModule):
         num_classes: from the data.
         channels: from the data.
         class_counts: from the data.
+        class_names: from the data.
 
     Example:
         ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`MedMNIST`:
@@ -77,6 +78,7 @@ class RobustClassifier(RobustModule):
     command = "adv-classify"
     objective_class = ClassificationObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
+    better: ClassVar = {"accuracy": "max", "mAP": "max"}
 
     class_weight: Tensor | None
 
@@ -94,6 +96,7 @@ class RobustClassifier(RobustModule):
         num_classes: int,
         channels: int = 3,
         class_counts: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             method,
@@ -112,7 +115,8 @@ class RobustClassifier(RobustModule):
         given = {"network": begun, "method": method, "attack": attack, "class_weights": class_weights}
         given |= {"label_smoothing": label_smoothing, "lr": lr, "weight_decay": weight_decay}
         given |= {"validation_steps": validation_steps, "num_classes": num_classes, "channels": channels}
-        self.save_hyperparameters(plain({**given, "class_counts": None if class_counts is None else [*class_counts]}))
+        given |= {"class_counts": class_counts and [*class_counts], "class_names": class_names and [*class_names]}
+        self.save_hyperparameters(plain(given))
         self.network = make_network(network, num_classes, channels)
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
@@ -143,6 +147,7 @@ class RobustClassifier(RobustModule):
             raise ValueError(
                 f"{path} predicts {model.num_classes} classes, the data has {data.num_classes} ({data.class_names})"
             )
+        check_classes(model.hparams["class_names"], data.class_names, path)
         if like is not None and like.class_weight is not None:
             model.class_weight = like.class_weight
         return model
@@ -180,6 +185,12 @@ class RobustClassifier(RobustModule):
         name = values["network"]["name"]
         return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`RobustModule.on_load_checkpoint`; the classes must be those of the data, in their order."""
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get("hyper_parameters", {}).get("class_names")
+        check_classes(found, self.hparams["class_names"], "the checkpoint")
+
     # Validation, test, prediction
 
     def scores(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -202,6 +213,21 @@ class RobustClassifier(RobustModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Probabilities and ids."""
         return {"id": batch["id"], "probability": self(batch["image"]).float().softmax(1)}
+
+
+def check_classes(found: Sequence[str] | None, wanted: Sequence[str] | None, path: str | Path) -> None:
+    """Compares the classes of a checkpoint with those of the data; names that are mere numbers name nothing.
+
+    Raises:
+        ValueError: if they are others, or in another order.
+    """
+    named = [list(names) for names in (found, wanted) if names and list(names) != [str(k) for k in range(len(names))]]
+    if len(named) == 2 and named[0] != named[1]:
+        ours, theirs = (", ".join(names[:20]) for names in named)
+        raise ValueError(
+            f"{path} knows the classes {ours}, in this order, and the data has {theirs}: set the data's classes to the "
+            f"checkpoint's"
+        )
 
 
 def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,10 +24,22 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from advmed.integrations.lightning import SampleData
-from advmed.integrations.lightning.data import SPLITS
-from advmed.integrations.lightning.images import SUFFIXES, count_channels, image_size, read_image
+from advmed.integrations.lightning.data import SPLITS, check_distinct
+from advmed.integrations.lightning.images import (
+    SUFFIXES,
+    Header,
+    common_bits,
+    common_channels,
+    files_of,
+    header,
+    hidden,
+    image_files,
+    read_image,
+)
 from advmed.integrations.lightning.tables import read_table
 
+_FEW = 4
+"""Pixels; in images of no more, points can all lie between 0 and 1."""
 BOUNDS = (-1.0, 1.0)
 """Lowest and highest value of an image."""
 Spacing = float | tuple[float, float] | None
@@ -38,7 +50,7 @@ class Samples:
     """The samples of one split.
 
     Attributes:
-        images: N files.
+        images: N files, turned as their headers (EXIF) ask, which is how viewers show them.
         points: landmarks, (N, L, 2), each (x, y) in pixels of the file; NaN where one is not known.
         ids: N stable ids.
         spacing: mm per pixel of the file in x and y, (N, 2); None where they are not known.
@@ -65,18 +77,24 @@ class LandmarkDataset(Dataset[dict[str, Any]]):
         channels: 1 or 3; images are converted.
         size: (height, width) that images are resized to.
         augment: changes images and points of the training, or None.
+        bits: that images stored with 16 bits use.
     """
 
     def __init__(
-        self, samples: Samples, channels: int, size: tuple[int, int], augment: Augmentation | None = None
+        self,
+        samples: Samples,
+        channels: int,
+        size: tuple[int, int],
+        augment: Augmentation | None = None,
+        bits: int = 16,
     ) -> None:
-        self.samples, self.channels, self.size, self.augment = samples, channels, size, augment
+        self.samples, self.channels, self.size, self.augment, self.bits = samples, channels, size, augment, bits
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.samples.images[index], self.channels)
+        image = read_image(self.samples.images[index], self.channels, self.bits)
         file_size = torch.tensor((image.shape[2], image.shape[1]), dtype=torch.float32)
         image = functional.to_dtype(image, torch.float32, scale=True)
         if tuple(image.shape[1:]) != self.size:
@@ -176,6 +194,7 @@ class LandmarkData(SampleData):
         batch_size: per process.
         size: side, or (height, width), that images are resized to; None: as they are, all alike.
         channels: 1 or 3; None: as the images are.
+        bits: that images stored with 16 bits use, such as 12; None: all.
         spacing: mm per pixel of the files, one number, or one for x and one for y; None: not known.
         unit: of errors: "mm" needs a spacing; "px" are pixels of the files; None: mm where there is a spacing.
         rotate: degrees; training images are rotated by up to as many.
@@ -194,11 +213,14 @@ class LandmarkData(SampleData):
         >>> from adv_landmark.data import Samples
         >>> class Blank(LandmarkData):
         ...     def read(self):
-        ...         split = Samples([path], np.array([[[3.0, 2.0]]]), ["a"], self.spacings(1))
-        ...         return ["tip"], {"train": split, "val": split}
+        ...         paths = [Path(folder, f"{name}.png") for name in "ab"]
+        ...         train, val = (
+        ...             Samples([path], np.array([[[3.0, 2.0]]]), [path.name], self.spacings(1)) for path in paths
+        ...         )
+        ...         return ["tip"], {"train": train, "val": val}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "a.png")
-        ...     Image.new("L", (8, 6)).save(path)
+        ...     for name in "ab":
+        ...         Image.new("L", (8, 6)).save(Path(folder, f"{name}.png"))
         ...     data = Blank(spacing=0.1)
         >>> data.size, data.unit, data.landmark_names
         ((6, 8), 'mm', ['tip'])
@@ -210,6 +232,7 @@ class LandmarkData(SampleData):
         batch_size: int = 8,
         size: int | tuple[int, int] | None = None,
         channels: int | None = None,
+        bits: int | None = None,
         spacing: Spacing = None,
         unit: Literal["mm", "px"] | None = None,
         rotate: float = 0.0,
@@ -235,8 +258,24 @@ class LandmarkData(SampleData):
         if unit == "mm" and not measured:
             raise ValueError("errors in mm need the pixel spacing: set spacing, mm per pixel, or take unit px")
         self.unit: Literal["mm", "px"] = unit or ("mm" if measured else "px")
-        self.size: tuple[int, int] = self._size(size)
-        self.channels = channels or count_channels(next(iter(self.splits.values())).images[0])
+        headers = [(path, header(path)) for part in self.splits.values() for path in part.images]
+        self.size: tuple[int, int] = _one_size(size, {head.size for _, head in headers})
+        self.channels = channels or common_channels(headers)
+        self.bits = common_bits(headers, bits)
+
+    def setup(self, stage: str) -> None:
+        """See :meth:`SampleData.setup`; what is measured on a split without landmarks is no number.
+
+        Raises:
+            ValueError: for such a split that is to be measured on.
+        """
+        super().setup(stage)
+        split = "test" if stage == "test" else "val"
+        validates = self.trainer is None or self.trainer.limit_val_batches
+        if stage in ("validate", "test") or (stage == "fit" and validates):
+            self.require(split)
+            if self.splits[split].without_points() == len(self.splits[split]):
+                raise ValueError(f"no {split} image has a known landmark to compare with")
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
         """The names of the landmarks and the samples of each split; called once, before anything else."""
@@ -249,26 +288,28 @@ class LandmarkData(SampleData):
             ValueError: if there is no such split.
         """
         self.require(split)
-        return LandmarkDataset(self.splits[split], self.channels, self.size, self.augmentation if augment else None)
+        augmentation = self.augmentation if augment else None
+        return LandmarkDataset(self.splits[split], self.channels, self.size, augmentation, self.bits)
 
     def truth(self, split: str) -> list[Any]:
         """See :meth:`SampleData.truth`."""
         self.require(split)
         samples = self.splits[split]
-        return [samples.points, samples.spacing, self.unit, self.size, self.channels]
+        bits = [] if self.bits == 16 else [self.bits]
+        return [samples.points, samples.spacing, self.unit, self.size, self.channels, *bits]
 
     def spacings(self, count: int) -> np.ndarray | None:
         """The spacing of the settings for that many images."""
         return None if self.spacing is None else np.tile(np.array(self.spacing), (count, 1))
 
-    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        if size is not None:
-            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        sizes = {image_size(path) for part in self.splits.values() for path in part.images}
-        if len(sizes) > 1:
-            shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:5])
-            raise ValueError(f"the images have {len(sizes)} sizes ({shown}); set size to resize them to one")
-        return sizes.pop()
+
+def _one_size(size: int | tuple[int, int] | None, found: set[tuple[int, int]]) -> tuple[int, int]:
+    if size is not None:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if len(found) > 1:
+        shown = ", ".join(f"{h} x {w}" for h, w in sorted(found)[:5])
+        raise ValueError(f"the images have {len(found)} sizes ({shown}); set size to resize them to one")
+    return next(iter(found))
 
 
 class LandmarkTable(LandmarkData):
@@ -377,14 +418,10 @@ class LandmarkTable(LandmarkData):
 
     def _files(self, found: dict[str, Any], split_of: dict[str, str]) -> dict[str, Path]:
         folder = self.root / self.images
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder of images {folder}")
-        files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
-        stems = {path.stem: path for path in files.values()}
-        of = {image: files.get(image) or stems.get(image) for image in {*found, *split_of}}
+        of = files_of({*found, *split_of}, folder)
         table, split_table = self.root / self.table, self.root / self.split_table
         used = [image for image in found if split_of.get(image) != "none"]
-        missing = [image for image in used if of[image] is None]
+        missing = [image for image in used if image not in of]
         if missing:
             raise FileNotFoundError(f"{len(missing)} image(s) of {table} are not in {folder}: {', '.join(missing)}")
         unsplit = [image for image in used if image not in split_of]
@@ -393,21 +430,21 @@ class LandmarkTable(LandmarkData):
         bare = [image for image, split in split_of.items() if split != "none" and image not in found]
         if bare:
             raise ValueError(f"{len(bare)} image(s) of {split_table} have no landmarks in {table}: {', '.join(bare)}")
-        extra = sorted({path.name for path in files.values()} - {path.name for path in of.values() if path})
+        extra = sorted({path.name for path in image_files(folder)} - {path.name for path in of.values()})
         if extra:
             raise ValueError(
                 f"{len(extra)} image(s) in {folder} have no landmarks in {table}: {', '.join(extra)}. To leave them "
                 f"out, give them the split none in {split_table}"
             )
-        return {image: path for image, path in of.items() if path is not None}
+        return of
 
 
 class ISBI2015(LandmarkData):
     """The layout of the ISBI 2015 challenge on cephalometric radiographs (Wang et al. 2016).
 
     One text file for each image and annotator, a line ``x,y`` for each landmark; lines without a comma are left
-    out. A landmark is the mean of the annotators. TrainingData is the training split, Test1Data validates, Test2Data
-    is the test split.
+    out. A landmark is the mean of the annotators who mark it; negative coordinates, such as -1,-1, mark none.
+    TrainingData is the training split, Test1Data validates, Test2Data is the test split.
 
     Args:
         root: folder in which the three folders of images lie, and the annotators', at any depth.
@@ -450,10 +487,11 @@ class ISBI2015(LandmarkData):
             raise ValueError("annotators must name one folder or more")
         annotated = [self._folder(name) for name in self.annotators]
         splits, counts = {}, {}
+        doubtful: list[str] = []
         for split, name in self.FOLDERS.items():
             if split == "test" and not any(self.root.rglob(name)):
                 continue
-            images = sorted(p for p in self._folder(name).iterdir() if p.suffix.lower() in SUFFIXES)
+            images = image_files(self._folder(name))
             points = []
             for image in images:
                 each = [self._points(folder / f"{image.stem}.txt") for folder in annotated]
@@ -463,13 +501,19 @@ class ISBI2015(LandmarkData):
                         f"the annotators of {image.stem} have different numbers of landmarks: "
                         + ", ".join(f"{n} {len(p)}" for n, p in zip(self.annotators, each, strict=True))
                     )
-                points.append(np.mean(each, 0))
+                points.append(_mean_of_marked(each))
+                doubtful += _doubtful(image.stem, each)
                 counts[image.stem] = len(points[-1])
             splits[split] = (images, points)
         if len(set(counts.values())) > 1:
             usual = Counter(counts.values()).most_common(1)[0][0]
             others = [f"{image} ({count})" for image, count in counts.items() if count != usual]
             raise ValueError(f"most images have {usual} landmarks, but not all: {', '.join(others[:5])}")
+        if doubtful:
+            rank_zero_warn(
+                f"{len(doubtful)} landmark(s) are marked by some annotators only, and taken from those: "
+                f"{'; '.join(doubtful[:5])}{'; ...' if len(doubtful) > 5 else ''}"
+            )
         samples = {
             split: Samples(images, np.array(points), [p.stem for p in images], self.spacings(len(images)))
             for split, (images, points) in splits.items()
@@ -478,7 +522,8 @@ class ISBI2015(LandmarkData):
         return [str(k + 1) for k in range(max(counts.values(), default=0))], samples
 
     def _folder(self, name: str) -> Path:
-        folder = next((path for path in sorted(self.root.rglob(name)) if path.is_dir()), None)
+        found = (path for path in sorted(self.root.rglob(name)) if not hidden(path.relative_to(self.root)))
+        folder = next((path for path in found if path.is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"there is no folder {name} in {self.root}")
         return folder
@@ -486,11 +531,29 @@ class ISBI2015(LandmarkData):
     def _points(self, path: Path) -> np.ndarray:
         if not path.is_file():
             raise FileNotFoundError(f"there are no landmarks {path}")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         found = [[_number(part, path, n) for part in line.split(",")] for n, line in enumerate(lines, 1) if "," in line]
         if any(len(point) != 2 for point in found):
             raise ValueError(f"{path} must have two numbers in each line with a comma, x,y")
         return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+def _marked(points: np.ndarray) -> Any:
+    return np.all(points >= -0.5, axis=-1)  # False for NaN
+
+
+def _mean_of_marked(each: Sequence[np.ndarray]) -> np.ndarray:
+    """The points (L, 2) of several annotators as one; NaN where none marks the landmark."""
+    points = np.array(each)
+    marked = _marked(points)[..., None]
+    count = marked.sum(0)
+    return np.where(count > 0, np.where(marked, points, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
+def _doubtful(image: str, each: Sequence[np.ndarray]) -> list[str]:
+    """The landmarks that some annotators mark and some do not."""
+    marked = _marked(np.array(each)).sum(0)
+    return [f"{image} {k + 1}" for k in np.flatnonzero((marked > 0) & (marked < len(each)))]
 
 
 class Images(LandmarkData):
@@ -521,7 +584,7 @@ class Images(LandmarkData):
         """See :meth:`LandmarkData.read`."""
         if not self.root.is_dir():
             raise FileNotFoundError(f"there is no folder of images {self.root}")
-        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = image_files(self.root, deep=True)
         if not files:
             raise FileNotFoundError(f"there are no images ({', '.join(SUFFIXES)}) in {self.root}")
         given = self.landmarks
@@ -545,20 +608,20 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
     """The samples, landmarks outside their image made unknown, which is said.
 
     Raises:
-        ValueError: for data without landmarks, a split without images, ids that occur twice, or images none of whose
-            landmarks lies inside.
+        ValueError: for data without landmarks, a split without images, images that occur twice or cannot be read,
+            points that are in no pixels, or images none of whose landmarks lies inside.
     """
     if not names:
         raise ValueError("the data has no landmarks")
     for split in () if set(splits) == {"test"} else ("train", "val"):
         if not len(splits.get(split, ())):
             raise ValueError(f"the data has no {split} images")
+    headers = {split: [header(path) for path in samples.images] for split, samples in splits.items()}
+    check_distinct(splits, lambda split, index: splits[split].points[index].tolist())
+    check_units(splits, names, headers)
     checked, outside, lost, bare = {}, [], [], 0
     for split, samples in splits.items():
-        if len(set(samples.ids)) < len(samples):
-            twice = sorted({i for i in samples.ids if samples.ids.count(i) > 1})[:3]
-            raise ValueError(f"{split} has the same image more than once, such as {', '.join(twice)}")
-        sizes = np.array([image_size(path)[::-1] for path in samples.images], dtype=np.float64)
+        sizes = np.array([head.size[::-1] for head in headers[split]], dtype=np.float64)
         limits = sizes[:, None] - 0.5
         off = ((samples.points < -0.5) | (samples.points > limits)).any(2)  # False for NaN
         outside += [
@@ -593,6 +656,49 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
             f"{'; ...' if len(outside) > 5 else ''}"
         )
     return checked
+
+
+def check_units(splits: Mapping[str, Samples], names: Sequence[str], headers: Mapping[str, Sequence[Header]]) -> None:
+    """Says where images are turned, and where points may stand for landmarks that are not known.
+
+    Raises:
+        ValueError: for points in fractions of the image, or images all of whose landmarks are at (0, 0).
+    """
+    points = np.concatenate([part.points.reshape(-1, 2) for part in splits.values()])
+    known = points[~np.isnan(points).any(1)]
+    side = min((min(head.size) for part in headers.values() for head in part), default=0)
+    if side > _FEW and len(np.unique(known, axis=0)) > 1 and known.min() >= -0.5 and known.max() <= 1:
+        low, high = known.min(0), known.max(0)
+        raise ValueError(
+            f"all points lie between ({low[0]:g}, {low[1]:g}) and ({high[0]:g}, {high[1]:g}): are they fractions of "
+            f"the image? They must be in pixels of the file"
+        )
+    zero, blank = [], []
+    for part in splits.values():
+        for sample, own in zip(part.ids, part.points, strict=True):
+            at_zero = (own == 0).all(1) | (own == -0.5).all(1)  # by the centre, or the corner, of the first pixel
+            if len(own) > 1 and (at_zero | np.isnan(own).any(1)).all() and at_zero.sum() > 1:
+                blank.append(sample)
+            zero += [f"{sample} {name}" for name, is_zero in zip(names, at_zero, strict=True) if is_zero]
+    if blank or (len(zero) > 1 and len(zero) == len(known)):
+        found = blank or zero
+        raise ValueError(
+            f"{len(found)} image(s) have all their landmarks at (0, 0), such as {found[0]}: leave x and y empty for a "
+            f"landmark that is not known"
+        )
+    if len(zero) > 1:
+        rank_zero_warn(
+            f"{len(zero)} landmark(s) lie at (0, 0), such as {zero[0]}: if that stands for one that is not known, "
+            f"leave x and y empty"
+        )
+    turned = [
+        p for split, part in splits.items() for p, head in zip(part.images, headers[split], strict=True) if head.turned
+    ]
+    if turned and len(known):
+        rank_zero_warn(
+            f"{len(turned)} image(s) are turned as their headers (EXIF) ask, such as {turned[0]}: their points must be "
+            f"in pixels of the image as viewers show it"
+        )
 
 
 def _number(text: str, path: Path, line: int) -> float:

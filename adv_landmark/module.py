@@ -92,6 +92,7 @@ class RobustLandmarks(RobustModule):
     command = "adv-landmark"
     objective_class = LandmarkObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": LandmarkAttack}
+    better: ClassVar = {"MRE": "min", "SDR": "max"}
 
     def __init__(
         self,

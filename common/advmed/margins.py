@@ -22,6 +22,22 @@ from advmed.distributed import gathered, is_distributed
 from advmed.files import replacing
 
 
+def names_of_samples(ids: Sequence[Any] | Tensor) -> list[str]:
+    """Sample ids as strings, whatever a loader has made of them.
+
+    A tensor's elements would each be another key, and a sample's margin never be found again.
+
+    Example:
+        >>> from advmed.margins import names_of_samples
+        >>> names_of_samples(torch.tensor([3, 5])), names_of_samples(["a", 5])
+        (['3', '5'], ['a', '5'])
+    """
+    plain = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids
+    return [
+        sample if isinstance(sample, str) else str(getattr(sample, "item", lambda s=sample: s)()) for sample in plain
+    ]
+
+
 class MarginStore:
     """One number per sample id; an id never set has the initial value.
 
@@ -82,12 +98,12 @@ class MarginStore:
 
     def get(self, ids: Sequence[str]) -> Tensor:
         """The values of the samples, shape (B,), float32, on the store's device."""
-        rows = [self._rows.get(sample, 0) for sample in ids]
+        rows = [self._rows.get(sample, 0) for sample in names_of_samples(ids)]
         return self._values[self._on_device(rows)]
 
     def met(self, ids: Sequence[str]) -> Tensor:
         """How often each of the samples has been set, shape (B,), int64, on the store's device."""
-        rows = [self._rows.get(sample, 0) for sample in ids]
+        rows = [self._rows.get(sample, 0) for sample in names_of_samples(ids)]
         return self._visits[self._on_device(rows)]
 
     def set(self, ids: Sequence[str], values: Tensor | Sequence[float]) -> None:
@@ -97,7 +113,7 @@ class MarginStore:
         sample keeps what it has.
 
         Args:
-            ids: B sample ids.
+            ids: B sample ids, strings; others are taken by their names (:func:`names_of_samples`).
             values: shape (B,).
 
         Raises:
@@ -108,8 +124,9 @@ class MarginStore:
             raise ValueError(f"expected one value for each of {len(ids)} ids, got shape {tuple(values.shape)}")
         if not len(ids):
             return
-        self._register(ids)
-        rows = [self._rows[sample] for sample in ids]
+        names = names_of_samples(ids)
+        self._register(names)
+        rows = [self._rows[name] for name in names]
         every = self._on_device(rows)
         self._visits.index_add_(0, every, torch.ones_like(every))
         last = {row: position for position, row in enumerate(rows)}

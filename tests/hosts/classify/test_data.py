@@ -45,7 +45,7 @@ def test_three_layouts(tmp_path: Path) -> None:
     npz = str(write_npz(tmp_path / "own.npz"))
     table, folders = write_table(tmp_path / "table"), write_folders(tmp_path / "folders")
     (folders / "train" / "bee" / "deeper").mkdir()
-    Image.new("L", (16, 16), 51).save(folders / "train" / "bee" / "deeper" / "9.JPG")
+    Image.new("RGB", (16, 16), (51, 51, 51)).save(folders / "train" / "bee" / "deeper" / "9.JPG")
     (folders / "train" / "bee" / "notes.txt").write_text("not an image")
     inside = [f"train/{c}/{i}.png" for c in ("ant", "bee", "cat") for i in range(2)]
     inside.insert(4, "train/bee/deeper/9.JPG")
@@ -80,6 +80,9 @@ def test_three_layouts(tmp_path: Path) -> None:
         (("nv", "mel", "nv", "mel"), ["nv", "mel"], ["nv", "mel"], [0, 1]),
         ((1, 0, 1, 0), None, ["0", "1"], [1, 0]),
         ((1, 0, 1, 0), ["no", "yes"], ["no", "yes"], [1, 0]),
+        (("1.0", "0.0", "1", "0"), None, ["0", "1"], [1, 0]),  # as pandas writes them
+        (("nan", "1+", "1+", "nan"), ["1+", "nan"], ["1+", "nan"], [1, 0]),
+        (("0.5", "1.5", "0.5", "1.5"), ["0.5", "1.5"], ["0.5", "1.5"], [0, 1]),
     ],
 )
 def test_labels_of_a_table(tmp_path: Path, labels: Any, classes: Any, names: list[str], numbers: list[int]) -> None:
@@ -99,15 +102,36 @@ def test_a_flip_is_horizontal_and_vertical_and_a_transform_of_the_users_takes_it
     for data, wanted in (
         (medmnist(flip=1.0), clean.flip(1, 2)),
         (medmnist(flip=1.0, transform=v2.RandomHorizontalFlip(1.0)), clean.flip(2)),
-        (medmnist(transform=lambda image: image * 5 - 2), (clean * 5 - 2).clamp(0, 1)),
+        (medmnist(transform=lambda image: image * 1.5 - 0.1), (clean * 1.5 - 0.1).clamp(0, 1)),
     ):
         assert torch.equal(data.dataset("train", augment=True)[0]["image"], wanted)
-    assert ((clean * 5 - 2).clamp(0, 1).min(), (clean * 5 - 2).clamp(0, 1).max()) == (0, 1)
+    assert ((clean * 1.5 - 0.1) < 0).any()
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (v2.Normalize([0.5] * 3, [0.5] * 3), "as a normalisation does: leave it out, the network normalises"),
+        (v2.Compose([v2.RandomApply([v2.Normalize([0.0] * 3, [1.0] * 3)])]), "as a normalisation does"),
+        (lambda image: (image - image.mean()) / image.std(), "transform takes images out of [0, 1]"),
+        (lambda image: image * 255, "transform takes images out of [0, 1]"),
+        (v2.ToDtype(torch.uint8, scale=True), "must make a tensor of floating-point numbers, (C, H, W), of an image"),
+        (v2.ToPILImage(), "got Image"),
+        (v2.Grayscale(), "of shape (3, 16, 16), got torch.float32 of shape (1, 16, 16)"),
+    ],
+)
+def test_transforms_that_are_no_augmentation(medmnist: Any, transform: Any, message: str) -> None:
+    """A network that normalises its images itself was trained on black and white ones, and judged on others."""
+    state = torch.get_rng_state()
+    told(ValueError, lambda: medmnist(transform=transform), message)
+    medmnist(transform=v2.Compose([v2.RandomRotation(20), v2.ColorJitter(0.5, 0.5), v2.GaussianNoise()]))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_balanced_sampler_draws_every_class_equally_often(medmnist: Any) -> None:
     labels = np.repeat([0, 1, 2], [160, 30, 10])[:, None]
     arrays = {"train_images": np.zeros((200, 16, 16), np.uint8), "train_labels": labels}
+    medmnist = partial(medmnist, channels=1)
     loader = medmnist(arrays, sampler="balanced", batch_size=50).train_dataloader()
     batches = [batch for _ in range(6) for batch in loader]
     counts = Counter(int(label) for batch in batches for label in batch["label"])
@@ -131,6 +155,19 @@ NO_VAL = {"val_images": GREY[:0], "val_labels": np.zeros((0, 1), np.int64)}
         ({"train_images": None, "val_labels": None}, {}, "is no MedMNIST file: it has no train_images, val_labels"),
         ({"train_labels": np.zeros((24, 14), np.int64)}, {}, "is a multi-label set (14 labels an image)"),
         ({"train_images": np.zeros((24, 8, 8, 8, 1), np.uint8)}, {}, "(volumes are not supported)"),
+        ({"train_images": np.zeros((24, 8, 8, 8), np.uint8)}, {}, "of shape (24, 8, 8, 8) (volumes are not supported)"),
+        (
+            {"train_images": GREY},
+            {},
+            "the images are not alike (train in grey, val in colour, test in colour): set chan",
+        ),
+        ({"train_labels": np.array([*"abc"] * 8)}, {}, "train_labels of * must be whole numbers from 0, got <U1"),
+        (
+            {"val_labels": np.array([0, 1, 0.7] * 4)},
+            {},
+            "val_labels of * must be whole numbers from 0, got 0.7 for image 2",
+        ),
+        ({"val_labels": np.array([0, 1, np.nan] * 4)}, {}, "val_labels of * got nan for image 2"),
         ({"val_images": GREY.astype(np.float32)}, {}, "must be uint8 of shape (N, H, W) or (N, H, W, 3), got float32"),
         ({"train_labels": np.zeros((20, 1), np.int64)}, {}, "24 train_images and 20 labels"),
         ({"val_labels": np.full((12, 1), -1)}, {}, "val has label(s) [-1], but there are 3 classes, 0 to 2"),
@@ -143,7 +180,13 @@ NO_VAL = {"val_images": GREY[:0], "val_labels": np.zeros((0, 1), np.int64)}
     ],
 )
 def test_mistakes_in_a_medmnist_file(medmnist: Any, arrays: dict[str, Any], options: Any, message: str) -> None:
-    told(ValueError, lambda: medmnist(arrays, **options), message)
+    told(ValueError, lambda: medmnist(arrays, **options), *message.split("*"))
+
+
+def test_labels_are_whole_numbers_of_whatever_type(medmnist: Any) -> None:
+    labels = np.arange(24) % 3
+    for kind in (np.float64, np.uint8, np.int16):
+        assert medmnist({"train_labels": labels.astype(kind)}).splits["train"].labels.tolist() == labels.tolist()
 
 
 def test_a_file_that_is_no_npz(tmp_path: Path) -> None:
@@ -164,6 +207,12 @@ def test_a_file_that_is_no_npz(tmp_path: Path) -> None:
         ([*FOUR, ("e.png", 3, "test")], None, "no training image of class(es) 2, 3"),
         ([*FOUR, ("e.png", 2, "val")], ["nv", "mel"], "val has label(s) [2], but there are 2 classes"),
         ([*FOUR, ("e.png", "bkl", "val")], ["0", "1"], "has label(s) bkl that are not among classes ['0', '1']"),
+        ([*FOUR, ("e.png", "nan", "train")], None, "has no image or label in line(s) 6"),
+        ([*FOUR, ("e.png", "NA", "train")], ["0", "1"], "has no image or label in line(s) 6"),
+        ([*FOUR, ("e.png", "a", "train")], None, "has the label 'a' in line 6, beside others of another"),
+        ([*FOUR, ("e.png", 0.7, "val")], None, "has the label '0.7' in line 6, beside others of another"),
+        ([(f"{k}.png", k / 2, "train") for k in range(1, 8, 2)], None, "has the label '0.5' in line 2"),
+        ([("a.png", "1", "train"), *((f"{k}.png", f"c{k}", "train") for k in range(3))], None, "label '1' in line 2"),
     ],
 )
 def test_mistakes_in_a_table(tmp_path: Path, rows: Rows, classes: Any, message: str) -> None:
@@ -171,12 +220,22 @@ def test_mistakes_in_a_table(tmp_path: Path, rows: Rows, classes: Any, message: 
     told(ValueError, lambda: ImageTable(str(root), classes=classes, **STILL), message)
 
 
+def test_a_class_has_one_name(tmp_path: Path) -> None:
+    root = write_rows(tmp_path / "own", FOUR)
+    (root / "labels.csv").write_text("image,label,dx,split\na,0,nv,train\nb,1,mel,train\nc,0,mel,val\nd,1,mel,val\n")
+    said = "calls class 0 'mel' in line 4, and 'nv' before that"
+    told(ValueError, lambda: ImageTable(str(root), **STILL), said)
+
+
 def test_what_else_a_table_and_its_images_lack(tmp_path: Path) -> None:
     root = write_table(tmp_path / "own")
     make = partial(ImageTable, str(root), **STILL)
-    (root / "images" / "test2.png").write_bytes(b"no picture")
-    sized = make(size=8, channels=3)  # with a size, images are not looked at before
-    told(ValueError, lambda: sized.dataset("test")[2], "test2.png cannot be read as an image")
+    picture = root / "images" / "test2.png"
+    content = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    for options in ({}, {"size": 8, "channels": 3}):
+        told(ValueError, lambda options=options: make(**options), "test2.png cannot be read as an image")
+    picture.write_bytes(content)
     lost = [f"train{i}.png" for i in range(3, 20)] + ["val0.png", "test1.png"]
     for name in lost:
         (root / "images" / name).unlink()
@@ -197,6 +256,14 @@ def test_folders_that_are_spoilt_or_missing(tmp_path: Path) -> None:
     write_folders(tmp_path, ("val",))
     for path in (tmp_path / "train" / "bee").iterdir():
         path.unlink()
+    told(ValueError, make, "no training image of class(es) bee")
+    for name in (
+        "bee/.ipynb_checkpoints/0.png",
+        "bee/._0.png",
+        ".ipynb_checkpoints/0.png",
+    ):  # are no images, nor classes
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "train" / name)
     told(ValueError, make, "no training image of class(es) bee")
     Image.new("RGB", (30, 20)).save(tmp_path / "train" / "bee" / "0.png")
     told(ValueError, make, "the images have 2 sizes (16 x 16, 20 x 30)")

@@ -296,7 +296,7 @@ def test_landmarks_outside_are_not_known_which_is_said(table: Any) -> None:
     assert torch.stack(known).tolist() == [[False] * 3 + [True]] * 2 + [[True] * 4] + [[False] * 3 + [True]]
     with pytest.warns(UserWarning, match=r"3 landmark\(s\) .*\(-0.6, 3\)$"):
         table({"a": bad, "b": edge, "c": edge, "d": edge})
-    points = {**POINTS, "a": {"1": (16.0, 12.0), "2": (0.0, 0.0)}}
+    points = {**POINTS, "a": {"1": (16.0, 12.0), "2": (0.0, 0.0)}, "c": POINTS["d"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = table(points, origin="corner")
@@ -318,10 +318,34 @@ def test_training_images_without_a_landmark_are_left_out_which_is_said(table: An
     assert data.splits["val"].ids == ["c"]
 
 
+def test_points_at_zero_may_be_none_which_is_said(table: Any) -> None:
+    points = {**POINTS, "a": {**POINTS["a"], "2": (0, 0)}}
+    with pytest.warns(UserWarning, match=r"^2 landmark\(s\) lie at \(0, 0\), such as a 2: if that stands for one"):
+        data = table(points)
+    assert data.dataset("train")[0]["points"][1].tolist() == [0, 0]
+
+
+def test_what_is_measured_on_has_landmarks(table: Any) -> None:
+    """What is only predicted needs none."""
+    data = table({**POINTS, "c": EMPTY, "d": EMPTY}, batch_size=2)
+    data.setup("predict")
+    for stage, split in (("fit", "val"), ("validate", "val"), ("test", "test")):
+        told(
+            ValueError, lambda stage=stage: data.setup(stage), f"no {split} image has a known landmark to compare with"
+        )
+    data = table({**POINTS, "d": EMPTY})
+    data.setup("fit")
+    data.setup("validate")
+    told(ValueError, lambda: data.setup("test"), "no test image has a known landmark")
+
+
 # Mistakes
 
 
 SPACING = "spacing must be mm per pixel, > 0, one number or two (x, y), got "
+SINGLE = {"1": (0, 0)}
+ZERO = {"1": (0, 0), "2": (0, 0)}
+PARTS = {name: {"1": (0.125 * k, 0.25), "2": (0.875, 0.25 * k)} for k, name in enumerate("abcd", 1)}
 FAR = {"1": (500.0, 3.0), "2": (3.0, 900.0)}
 SHORT = {f"i{k}": {"1": (1, 1), "2": (2, 2)} if k == 0 else {"1": (1, 1)} for k in range(8)}
 
@@ -345,6 +369,16 @@ SHORT = {f"i{k}": {"1": (1, 1), "2": (2, 2)} if k == 0 else {"1": (1, 1)} for k 
         ({"points": dict.fromkeys(POINTS, FAR)}, "are the points in pixels of these very files?"),
         ({"points": {**POINTS, "c": {**FAR, "2": ("", "")}}}, "1 image(s) have all their"),
         ({"points": {**POINTS, "a": EMPTY, "b": EMPTY}}, "no training image has a landmark"),
+        ({"points": PARTS}, "all points lie between (0.125, 0.25) and (0.875, 1): are they fractions of the image?"),
+        (
+            {"points": {**POINTS, "c": ZERO}},
+            "1 image(s) have all their landmarks at (0, 0), such as c: leave x and y em",
+        ),
+        ({"points": dict.fromkeys(POINTS, ZERO)}, "4 image(s) have all their landmarks at (0, 0), such as a: leave x"),
+        (
+            {"points": dict.fromkeys(POINTS, SINGLE)},
+            "4 image(s) have all their landmarks at (0, 0), such as a 1",
+        ),
         ({"points": SHORT, "split": dict.fromkeys(SHORT, "val")}, ": i1 (1), i2 (1), i3 (1), i4 (1), i5 (1), ...."),
     ],
 )
@@ -430,6 +464,22 @@ def test_the_isbi_challenge_and_the_mean_of_its_annotators(tmp_path: Path, deepe
     assert (resized.dataset("train")[1]["file_size"].tolist(), resized.unit) == ([40, 30], "px")
     folders = {name: images for name, images in FOLDERS.items() if name != "Test2Data"}
     assert list(ISBI2015(str(write_isbi(tmp_path / "few", deeper, folders)), **STILL).splits) == ["train", "val"]
+
+
+def test_a_landmark_that_some_annotators_do_not_mark_is_that_of_the_others(tmp_path: Path) -> None:
+    """Whose mean with -1,-1 would be half way to the corner."""
+    root = write_isbi(tmp_path / "isbi")
+    for hidden in ("__MACOSX", ".cache"):
+        (root / hidden / "400_senior").mkdir(parents=True)
+    for name, content in (("400_junior/001", "7,2\n-1,-1\n,\n"), ("400_senior/002", "\ufeff5,2\n-1,-1\n11,6\n")):
+        (root / "AnnotationsByMD" / f"{name}.txt").write_text(content, encoding="utf-8")
+    (root / "AnnotationsByMD" / "400_junior" / "002.txt").write_text("7,3\n-1,-1\n13,7\n")
+    with pytest.warns(UserWarning, match=r"^2 landmark\(s\) are marked by some .* from those: 001 2; 001 3$"):
+        data = ISBI2015(str(root), **STILL)
+    points = data.splits["train"].points
+    assert points[0].tolist() == [[6.0, 1.5], [8.0, 3.0], [11.0, 5.0]]
+    assert points[1, [0, 2]].tolist() == [[6.0, 2.5], [12.0, 6.5]]
+    assert np.isnan(points[1, 1]).all()
 
 
 @pytest.mark.parametrize(

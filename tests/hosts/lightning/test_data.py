@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from adv_classify.data import ImageTable, MedMNIST
+from adv_classify.data import ImageTable, MedMNIST, Samples
 from adv_landmark.data import LandmarkTable
 from advmed.integrations.lightning import SampleData
+from advmed.integrations.lightning.data import check_distinct
+from advmed.integrations.lightning.images import read_image
 from advmed.testing.lightning import LightningHost
 from helpers.mistakes import told
 
@@ -107,6 +111,150 @@ def test_training_images_alone_are_augmented_within_their_range(
             assert torch.equal(images, torch.stack([sample["image"] for sample in data.dataset(split)]))
 
 
+@pytest.mark.parametrize("layout", TABLES)
+def test_images_are_turned_as_viewers_turn_them(tmp_path: Path, layout: Any) -> None:
+    """Points are where an annotator saw them, and what is found is written down so."""
+    pictures = {k: np.full((40, 64), 60, np.uint8) for k in range(1, 9)}
+    for k, picture in pictures.items():
+        picture[4 + k : 12 + k, 40:56] = 250
+    make = write(tmp_path, layout)
+    for suffix in (".jpg", ".png", ".tif", ".webp"):
+        turned, how = layout is LandmarkTable, {"compression": "tiff_lzw"} if suffix == ".tif" else {}
+        for orientation, picture in pictures.items():
+            for name in FILES:
+                for old in (tmp_path / "images").glob(f"{name}.*"):
+                    old.unlink()
+                exif = Image.Exif()
+                exif[0x0112] = orientation
+                Image.fromarray(picture).save(tmp_path / "images" / f"{name}{suffix}", exif=exif, **how)
+            with Image.open(tmp_path / "images" / f"a{suffix}") as opened:
+                itself = suffix == ".tif"  # which Pillow turns when it reads it
+                opened.load()
+                shown = (opened if itself else ImageOps.exif_transpose(opened)).convert("L")
+            assert (shown.size == (40, 64)) == (orientation >= 5)
+            warns = turned and orientation > 1 and not itself
+            with pytest.warns(UserWarning, match="turned as their headers") if warns else nullcontext():
+                data = make(channels=1)
+            sample = data.dataset("train")[0]
+            lowest = LOWEST.get(layout, 0.0)
+            wanted = np.array(shown) / 255 * (1 - lowest) + lowest
+            np.testing.assert_allclose(sample["image"][0], wanted, atol=1e-6)
+            if turned:
+                assert sample["file_size"].tolist() == [*shown.size]
+
+
+def test_an_image_that_pillow_garbles_is_refused(tmp_path: Path) -> None:
+    """Pillow 13 does so with uncompressed TIFFs that are to be turned; others may not."""
+    picture, exif = PICTURES["L"][0], Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "own.tif", exif=exif)
+    try:
+        found = read_image(tmp_path / "own.tif", 1)
+    except ValueError as error:
+        assert "own.tif cannot be read as an image: Pillow garbles it" in str(error)
+    else:
+        np.testing.assert_array_equal(found[0], np.rot90(picture, -1))
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_grey_and_coloured_images_together_need_a_word(tmp_path: Path, layout: Any) -> None:
+    """The first image does not decide for the others, nor the training's for those of the test."""
+    make = write(tmp_path, layout, PICTURES["RGB"])
+    Image.fromarray(PICTURES["L"][4]).save(tmp_path / "images" / "e.png")
+    told(ValueError, make, "1 image(s) are grey, such as ", "images/e.png, and 4 in colour, such as ", "images/a.png: ")
+    for channels in (1, 3):
+        data = make(channels=channels)
+        assert {sample["image"].shape[0] for split in data.splits for sample in data.dataset(split)} == {channels}
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_images_of_12_bits_in_16_need_a_word(tmp_path: Path, layout: Any) -> None:
+    pictures, lowest = PICTURES["I;16"] // 16, LOWEST.get(layout, 0.0)
+    make = write(tmp_path, layout, pictures)
+    message = told(
+        ValueError, make, "5 image(s) are stored with 16 bits, such as ", "they would use 1/16 of their range"
+    )
+    assert "Set bits to what they have (12, say), or to 16 if they are meant to be so dark" in message
+    prints = set()
+    for bits, white in ((12, 4095), (16, 65535)):
+        data = make(bits=bits)
+        image = (data.dataset("train")[0]["image"][0] - lowest) / (1 - lowest)
+        np.testing.assert_allclose(image, pictures[0] / white, atol=1e-6)
+        prints.add(data.fingerprint("val"))
+    assert len(prints) == 2
+    told(ValueError, lambda: make(bits=10), "images/", "where 10 bits hold 0 to 1023")
+    told(ValueError, lambda: make(bits=7), "bits must be between 8 and 16, got 7")
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_pixels_whose_range_is_not_known(tmp_path: Path, layout: Any) -> None:
+    """Whole numbers of 32 bits beyond 16, and numbers that are not whole, with a size or without."""
+    make = write(tmp_path, layout)
+    (tmp_path / "images" / "c.png").unlink()
+    for pixels, message in (
+        (np.full((20, 24), 4095.0, np.float32), "c.tif has floating-point pixels, whose range is not known"),
+        (np.full((20, 24), 100_000, np.int32), "c.tif has pixels from 100000 to 100000, where 16 bits hold 0 to 65535"),
+        (np.full((20, 24), -1000, np.int32), "c.tif has pixels from -1000 to -1000, where 16 bits hold"),
+    ):
+        Image.fromarray(pixels).save(tmp_path / "images" / "c.tif")
+        for size in (None, 8):
+            told(ValueError, lambda size=size: make(size=size), message)
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_a_file_is_one_sample(tmp_path: Path, layout: Any) -> None:
+    """By whatever names it goes, in one split or in two; and the order of files has no part in what a name means."""
+    make = write(tmp_path, layout)
+    images = tmp_path / "images"
+    (images / "b.png").unlink()
+    (images / "b.png").symlink_to(images / "a.png")
+    told(ValueError, make, "train has the same image more than once: a and b are one file, ")
+    (images / "b.png").unlink()
+    Image.fromarray(PICTURES["L"][1]).save(images / "b.png")
+    (images / "c.png").unlink()
+    (images / "c.png").symlink_to(images / "a.png")
+    with pytest.warns(UserWarning, match="1 image.* in two splits, such as c of val, which is a of train: "):
+        make()
+    table = tmp_path / next(iter(TABLES[layout]))
+    text = table.read_text()
+    table.write_text(text.replace("c,0,val", "c,1,val").replace("c,tip,3,2", "c,tip,4,2"))
+    told(ValueError, make, "a of train and c of val are one image with two truths: ")
+    table.write_text(text)
+    (images / "c.png").unlink()
+    Image.fromarray(PICTURES["L"][2]).save(images / "c.png")
+    for other in (".c.png", "._c.png"):
+        (images / other).write_bytes(b"no picture")
+    make()
+    Image.fromarray(PICTURES["L"][2]).save(images / "c.tif")
+    told(ValueError, make, "c may be any of c.png, c.tif in ", "write its suffix in the table, too")
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_images_are_read_before_a_training(tmp_path: Path, layout: Any) -> None:
+    """All of them, resized or not; those of the test split are none of its business."""
+    make = write(tmp_path, layout)
+    for name in "acde":
+        path = tmp_path / "images" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[:-100])
+    for size in (None, 8):
+        data = make(size=size)
+        data.setup("validate")
+        told(
+            ValueError,
+            lambda data=data: data.setup("fit"),
+            "a.png cannot be read as an image: ",
+            " (and 2 more image(s))",
+        )
+
+
+def test_many_ids_are_compared_at_once() -> None:
+    ids = [f"img_{k:07d}" for k in range(100_000)]
+    split = Samples(np.zeros((len(ids) + 1, 1, 1), np.uint8), np.zeros(len(ids) + 1, np.int64), [*ids, ids[5]])
+    start = time.process_time()
+    told(ValueError, lambda: check_distinct({"train": split}, lambda *_: None), "than once, such as img_0000005")
+    assert time.process_time() - start < 2
+
+
 # Tables
 
 
@@ -190,6 +338,18 @@ def test_tables_that_are_empty_or_missing(tmp_path: Path, layout: Any) -> None:
         told(ValueError, make, f"{path} has no column image, ", "; there are no rows")
         path.unlink()
         told(FileNotFoundError, make, f"there is no table {path}")
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_tables_in_another_encoding(tmp_path: Path, layout: Any) -> None:
+    make = write(tmp_path, layout)
+    for table in TABLES[layout]:
+        path = tmp_path / table
+        text = path.read_text()
+        for encoding in ("utf-16", "latin-1"):
+            path.write_bytes(f"{text}f\xe4\xe4,x\n".encode(encoding))
+            told(ValueError, make, f"{path} is no table in UTF-8")
+        path.write_text(text)
 
 
 @pytest.mark.parametrize("layout", TABLES)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from advmed.integrations.lightning.evaluation import in_batches, picture
-from advmed.integrations.lightning.images import count_channels, image_size, read_image
+from advmed.integrations.lightning.images import header, read_image
 from advmed.integrations.lightning.weights import load_weights
 from helpers.mistakes import told
 
@@ -62,7 +62,7 @@ def test_an_image_of_every_kind_is_read(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("own.tif" if mode == "CMYK" else "own.png")
     grey = np.random.default_rng(0).integers(0, 256, (12, 16), dtype=np.uint8)
     Image.fromarray(grey).convert("L" if mode in ("LA", "P") else "RGB").convert(mode).save(path)
-    assert (image_size(path), count_channels(path)) == ((12, 16), 3)
+    assert (header(path).size, header(path).channels) == ((12, 16), 3)
     for channels in (1, 3):
         image = read_image(path, channels)
         assert (image.shape, image.dtype) == ((channels, 12, 16), torch.uint8)
@@ -86,9 +86,9 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         path.write_bytes(spoilt)
         told(ValueError, lambda: read_image(path, 1), f"{path} cannot be read as an image: ")
         if spoilt != b"no picture":
-            assert image_size(path) == (400, 400)
+            assert header(path).size == (400, 400)
         else:
-            told(ValueError, lambda: image_size(path), f"{path} cannot be read as an image: ")
+            told(ValueError, lambda: header(path), f"{path} cannot be read as an image: ")
 
 
 def test_a_picture_is_grey_or_colour() -> None:

@@ -6,10 +6,16 @@ it reaches must neither be kept as the best nor use up patience.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from advmed.files import replacing
+from advmed.integrations.lightning.weights import read_tensors
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class AfterWarmup(Callback):
@@ -41,16 +47,64 @@ class AfterWarmup(Callback):
 class BestCheckpoint(AfterWarmup, ModelCheckpoint):
     """Lightning's ModelCheckpoint; with a ``monitor``, no epoch of the clean warm-up is among the best.
 
+    A training that is resumed in another folder brings its best epochs along, and a later one must be better to take
+    their place.
+
     Example:
         >>> from advmed.integrations.lightning import BestCheckpoint
         >>> BestCheckpoint(monitor="val/robust_mAP", mode="max", filename="best").save_top_k
         1
     """
 
+    _resumed: tuple[Path, int, bool]
+
     @property
     def state_key(self) -> str:
         """Tells the best one from the best few, which have the same monitor."""
         return f"{super().state_key}{self.filename}"
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Notes where the checkpoint lies, and whether this process writes files."""
+        self._resumed = Path(trainer.ckpt_path).parent, int(checkpoint["epoch"]), bool(trainer.is_global_zero)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Lightning's; copies the best epochs from another folder."""
+        if self.monitor is not None and self.dirpath is not None and state_dict.get("dirpath") != self.dirpath:
+            state_dict = self._brought_along(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _brought_along(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        folder, epoch, writes = self._resumed
+        kept: dict[str, Any] = {}
+        for path, score in state.get("best_k_models", {}).items():
+            beside = folder / Path(path).name  # the run may have been moved
+            found = beside if beside.is_file() else Path(path)
+            if not found.is_file() or read_tensors(found)["epoch"] > epoch:
+                rank_zero_warn(
+                    f"{found}, the best epoch so far by {self.monitor}, is not there any more or of a later epoch: the "
+                    f"best ones will be among the epochs from here on"
+                )
+                continue
+            own = Path(str(self.dirpath), found.name)
+            if writes:
+                own.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(own) as temporary:
+                    shutil.copyfile(found, temporary)
+            kept[str(own)] = score
+        best, worst = (max, min) if self.mode == "max" else (min, max)
+        first = best(kept, key=lambda path: kept[path]) if kept else ""
+        full = bool(kept) and len(kept) == self.save_top_k
+        last = worst(kept, key=lambda path: kept[path]) if full else ""
+        return {
+            **state,
+            "dirpath": self.dirpath,
+            "best_k_models": kept,
+            "best_model_path": first,
+            "best_model_score": kept.get(first),
+            "kth_best_model_path": last,
+            "kth_value": kept[last] if full else self.kth_value,
+            "last_model_path": "",
+        }
 
 
 class BestStopping(AfterWarmup, EarlyStopping):

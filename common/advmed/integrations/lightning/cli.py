@@ -30,6 +30,8 @@ LIGHTNING = {
 }
 BEST = "best"
 """Name of the checkpoint of the best epoch."""
+AUTO = "auto"
+"""The mode that fits the monitor."""
 EACH = "{epoch}"
 """Name of those of the best epochs, where several are kept."""
 CONFIG = "config.yaml"
@@ -74,6 +76,18 @@ class LightningCommand(ABC):
     @abstractmethod
     def evaluation(self) -> type[LightningEvaluation]:
         """What the host's models are evaluated by."""
+
+    def mode_of(self, monitor: str) -> str:
+        """Whether the best checkpoint is that with the largest or the smallest value.
+
+        Raises:
+            ValueError: for a value of which that is not known.
+        """
+        ours = {self.monitor[0]: self.monitor[1], "epoch": "max", "step": "max"}
+        mode = self.classes()[0].mode_of(monitor) or ours.get(monitor)
+        if mode is None:
+            raise ValueError(f"whether {monitor} is better when larger or smaller is not known: set checkpoint.mode")
+        return mode
 
     # The command
 
@@ -148,7 +162,7 @@ class LightningCommand(ABC):
             def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
                 parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
                 # Without a monitor, one is chosen by the method, see below.
-                parser.set_defaults({"checkpoint.mode": host.monitor[1], "checkpoint.filename": BEST})
+                parser.set_defaults({"checkpoint.mode": AUTO, "checkpoint.filename": BEST})
                 # The attack of validation_steps needs gradients, which inference mode forbids.
                 parser.set_defaults({"trainer.inference_mode": False})
                 for name in host.links:
@@ -161,6 +175,8 @@ class LightningCommand(ABC):
                     robust = is_adversarial(method) and validation_steps_of(method, steps) > 0
                     metric = host.monitor[0]
                     given.checkpoint.monitor = metric.replace("val/", ROBUST) if robust else metric
+                if given.checkpoint.mode == AUTO:
+                    given.checkpoint.mode = host.mode_of(given.checkpoint.monitor)
                 self.best = None
                 if given.checkpoint.filename in (BEST, EACH) and given.checkpoint.save_top_k not in (0, 1):
                     # Of several, best.ckpt would be the first that was kept: they have their epochs for names.
@@ -168,6 +184,15 @@ class LightningCommand(ABC):
                         given.checkpoint.dirpath, BEST, given.checkpoint.monitor, mode=given.checkpoint.mode
                     )
                     given.checkpoint.filename = EACH
+
+            def instantiate_classes(self) -> None:
+                super().instantiate_classes()
+                # The settings of a trained network are those of its checkpoint, which only the Trainer can find.
+                given = self.config[self.config.subcommand]
+                if (word := given.get("ckpt_path")) in ("best", "last"):
+                    given.ckpt_path = newest(self.trainer, word)
+                    self._parse_ckpt_path()
+                    super().instantiate_classes()
 
             def after_instantiate_classes(self) -> None:
                 # The option save_last of a callback that monitors writes a file only when there is a new best.
@@ -292,6 +317,22 @@ class LightningCommand(ABC):
         chosen = EvaluationOptions.of(given, names, models="checkpoints", option="--names")
         models = dict(zip(chosen.names, map(Path, paths), strict=True))
         evaluate_models(self.evaluation()(given, models, data, _device(given.device)), chosen)
+
+
+def newest(trainer: Any, word: str) -> str:
+    """The checkpoint that Lightning means by ``last``: the one last written, of those in the folder of this run.
+
+    Raises:
+        FileNotFoundError: if there is none, as in a run's new folder; for ``best``, which no run knows at its start.
+    """
+    found: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        found += callback._find_last_checkpoints(trainer)
+    if word == "last" and found:
+        return max(found, key=lambda path: Path(path).stat().st_mtime)
+    others = sorted(Path(trainer.default_root_dir).rglob(f"{word}.ckpt"), key=lambda path: path.stat().st_mtime)
+    hint = f", such as {others[-1]}" if others else ""
+    raise FileNotFoundError(f"--ckpt_path {word} finds no checkpoint in the folder of this run: name the file{hint}")
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from advmed.integrations.lightning.images import check_files
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 SPLITS = ("train", "val", "test")
@@ -25,6 +29,11 @@ class Split(Protocol):
     @property
     def ids(self) -> list[str]:
         """Their stable ids."""
+        ...
+
+    @property
+    def images(self) -> Any:
+        """Their images, one after the other: arrays, or the files that they are read from."""
         ...
 
     def __len__(self) -> int: ...
@@ -49,7 +58,19 @@ class SampleData(LightningDataModule):
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self._generator = torch.Generator().manual_seed(seed)
-        self._resumed: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Before a training: the order begins anew, and every image is read once to see that it can be.
+
+        Raises:
+            ValueError: naming an image that cannot be read.
+        """
+        if stage == "fit":
+            self._generator = torch.Generator().manual_seed(self.seed)
+            images = [
+                image for split in ("train", "val") if split in self.splits for image in self.splits[split].images
+            ]
+            check_files([image for image in images if isinstance(image, Path)], self.workers)
 
     @abstractmethod
     def dataset(self, split: str, *, augment: bool = False) -> Dataset[dict[str, Any]]:
@@ -81,18 +102,17 @@ class SampleData(LightningDataModule):
         return self.splits["train"].ids
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Augmented training samples."""
-        self._generator = generator = torch.Generator().manual_seed(self.seed)
-        if self._resumed is not None:
-            generator.set_state(self._resumed)
-        sampler, count = self.order(generator), len(self.splits["train"])
+        """Augmented training samples; made anew in the course of a training, their order goes on."""
+        generator = self._generator
+        sampler = self.order(generator)
+        processes = self.trainer.world_size if self.trainer is not None else 1
         return DataLoader(
             self.dataset("train", augment=True),
             batch_size=self.batch_size,
             shuffle=sampler is None,
             sampler=sampler,
             generator=generator,
-            drop_last=self._drops_last(count),
+            drop_last=self._drops_last(math.ceil(len(self.splits["train"]) / processes)),
             **self._workers(),
         )
 
@@ -125,7 +145,7 @@ class SampleData(LightningDataModule):
         )
 
     def _drops_last(self, count: int) -> bool:
-        """Whether the last batch of so many samples would have one image; BatchNorm needs two."""
+        """Whether the last batch of so many samples of a process would have one image; BatchNorm needs two."""
         return count > self.batch_size > 1 == count % self.batch_size
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -150,11 +170,56 @@ class SampleData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of an earlier run."""
-        self._resumed = state_dict["order"]
+        self._generator.set_state(state_dict["order"])
         torch.set_rng_state(state_dict["augmentation"])
 
     def _workers(self) -> dict[str, Any]:
         return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+
+
+def check_distinct(splits: Mapping[str, Split], truth: Callable[[str, int], Any]) -> None:
+    """Looks for samples that are there more than once; a warning where two splits have one with the same truth.
+
+    Args:
+        splits: the samples.
+        truth: of a sample, by its split and index; of equal ones repr is the same.
+
+    Raises:
+        ValueError: for an id or a file that is twice in a split, or in two splits with another truth.
+    """
+    first: dict[Any, tuple[str, int]] = {}
+    shared: list[str] = []
+    for split, samples in splits.items():
+        twice = [sample for sample, count in Counter(samples.ids).items() if count > 1]
+        if twice:
+            raise ValueError(f"{split} has the same image more than once, such as {', '.join(sorted(twice)[:3])}")
+        for index, (sample, image) in enumerate(zip(samples.ids, samples.images, strict=True)):
+            other, k = first.setdefault(_identity(sample, image), (split, index))
+            if (other, k) == (split, index):
+                continue
+            name = splits[other].ids[k]
+            if other == split:
+                raise ValueError(
+                    f"{split} has the same image more than once: {name} and {sample} are one file, {image}"
+                )
+            ours, theirs = truth(split, index), truth(other, k)
+            if repr(ours) != repr(theirs):
+                raise ValueError(
+                    f"{name} of {other} and {sample} of {split} are one image with two truths: {theirs} and {ours}"
+                )
+            shared.append(f"{sample} of {split}, which is {name} of {other}")
+    if shared:
+        rank_zero_warn(
+            f"{len(shared)} image(s) are in two splits, such as {shared[0]}: what is measured on them is no test"
+        )
+
+
+def _identity(sample: str, image: Any) -> Any:
+    """What two samples have in common that are one: the file, by whatever name, or the id."""
+    if not isinstance(image, Path):
+        return sample
+    found = image.stat()
+    return found.st_dev, found.st_ino
 
 
 class Draws(Dataset[dict[str, Any]]):

@@ -1,69 +1,240 @@
-"""Files of images: what they are, and their pixels."""
+"""Files of images: where they are, what they are, and their pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
+
+from advmed.distributed import gathered, is_distributed
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _UNREADABLE = (OSError, ImportError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Pillow's plugins fail each in its own manner."""
-_GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "F")
+_GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L")
+_ORIENTATION = 0x0112
+"""The tag of EXIF that says how a camera was held."""
+_DEEP = 16
+_LOOKED_AT = 16
+"""Images whose pixels are looked at to tell how many bits they use."""
+
+
+# Folders
+
+
+def hidden(path: Path) -> bool:
+    """Whether a path in the folder of the data is some program's own: ``.ipynb_checkpoints``, ``._a.png``."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The images in a folder, or also in the folders in it, in the order of their names; hidden ones are none."""
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not hidden(p.relative_to(folder)))
+
+
+def files_of(names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """The images of a folder by the names that a table has for them, with or without suffix; those that there are.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: for a name without suffix that several images have.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of images {folder}")
+    files = {path.name: path for path in image_files(folder)}
+    stems: dict[str, list[Path]] = {}
+    for path in files.values():
+        stems.setdefault(path.stem, []).append(path)
+    found = {}
+    for name in names:
+        own = [files[name]] if name in files else stems.get(name, [])
+        if len(own) > 1:
+            shown = ", ".join(path.name for path in own)
+            raise ValueError(f"{name} may be any of {shown} in {folder}: write its suffix in the table, too")
+        if own:
+            found[name] = own[0]
+    return found
+
+
+# Headers
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image.
+
+    Attributes:
+        size: (height, width), turned as viewers show it.
+        channels: 1 for a grey image, 3 for colour.
+        deep: whether a pixel has more than 8 bits.
+        turned: whether the file asks viewers to turn it (EXIF).
+    """
+
+    size: tuple[int, int]
+    channels: int
+    deep: bool
+    turned: bool
+
+
+def header(path: Path) -> Header:
+    """Reads only the header of an image.
+
+    Raises:
+        ValueError: if it cannot be read as an image, or has pixels whose range is not known.
+    """
+    try:
+        with Image.open(path) as opened:
+            mode, (width, height), orientation = opened.mode, opened.size, _orientation(opened)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    _check_mode(path, mode)
+    size = (width, height) if orientation >= 5 else (height, width)
+    return Header(size, 1 if mode in _GREY else 3, mode.startswith("I"), orientation != 1)
+
+
+def common_channels(headers: Sequence[tuple[Path, Header]]) -> int:
+    """The channels that all images have.
+
+    Raises:
+        ValueError: if some are grey and some in colour.
+    """
+    first = {head.channels: path for path, head in reversed(headers)}
+    if len(first) > 1:
+        grey = sum(head.channels == 1 for _, head in headers)
+        raise ValueError(
+            f"{grey} image(s) are grey, such as {first[1]}, and {len(headers) - grey} in colour, such as {first[3]}: "
+            f"set channels to 1 or 3, which all are converted to"
+        )
+    return next(iter(first))
+
+
+def common_bits(headers: Sequence[tuple[Path, Header]], bits: int | None) -> int:
+    """Bits that the images of more than 8 bits use.
+
+    Args:
+        headers: of all images.
+        bits: as the user says; None: 16, as the files say.
+
+    Raises:
+        ValueError: if pixels are beyond them, or, where the user does not say, use no more than a quarter of the range.
+    """
+    if bits is not None and not 8 <= bits <= _DEEP:
+        raise ValueError(f"bits must be between 8 and {_DEEP}, got {bits}")
+    deep = [path for path, head in headers if head.deep]
+    looked_at = deep[:: -(-len(deep) // _LOOKED_AT) or 1]
+    highest = max((int(_deep_pixels(path, bits or _DEEP).max()) for path in looked_at), default=0)
+    used = max(8, highest.bit_length())
+    if bits is None and highest and used <= _DEEP - 2:
+        raise ValueError(
+            f"{len(deep)} image(s) are stored with {_DEEP} bits, such as {deep[0]}, but no pixel of the "
+            f"{len(looked_at)} that were looked at is above {highest}: they would use 1/{2 ** (_DEEP - used)} of their "
+            f"range. Set bits to what they have ({used + used % 2}, say), or to {_DEEP} if they are meant to be so dark"
+        )
+    return bits or _DEEP
+
+
+# Pixels
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded file.
+    """The decoded file, turned as its header (EXIF) asks.
 
     Raises:
         ValueError: if it cannot be read as an image.
     """
     try:
         opened = Image.open(path)
+        turned, size = _orientation(opened) != 1, opened.size
         opened.load()
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return opened
+    if opened.size != size:  # Pillow 13 reads the pixels of an uncompressed TIFF into rows of the turned image
+        raise ValueError(f"{path} cannot be read as an image: Pillow garbles it in turning it; save it as it is shown")
+    return ImageOps.exif_transpose(opened) if turned else opened
 
 
-def read_image(path: Path, channels: int) -> Tensor:
+def read_image(path: Path, channels: int, bits: int = _DEEP) -> Tensor:
     """The pixels, (C, H, W): uint8, or, of an image of 16 bits, float32 in [0, 1].
 
     Args:
         path: the file.
         channels: 1 or 3; others are converted.
+        bits: that an image of 16 bits uses.
 
     Raises:
-        ValueError: if it cannot be read as an image, or has pixels whose range is not known.
+        ValueError: if it cannot be read as an image, or has pixels whose range is not known or that are beyond it.
     """
     with open_image(path) as opened:
-        if opened.mode == "F":
-            raise ValueError(f"{path} has floating-point pixels, whose range is not known: save it with 8 or 16 bits")
-        if opened.mode.startswith("I"):
-            grey = torch.from_numpy(np.array(opened).astype(np.float32) / 65535).clamp(0, 1)
-            return grey[None].expand(channels, -1, -1)
-        array = np.array(opened.convert("L" if channels == 1 else "RGB"))
+        _check_mode(path, opened.mode)
+        deep = opened.mode.startswith("I")
+        array = np.array(opened if deep else opened.convert("L" if channels == 1 else "RGB"))
+    if deep:
+        grey = torch.from_numpy(_within(path, array, bits).astype(np.float32) / (2**bits - 1))
+        return grey[None].expand(channels, -1, -1)
     pixels = torch.from_numpy(array)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image; only its header is read.
+def check_files(paths: Sequence[Path], threads: int) -> None:
+    """Reads every image once, for a training must not be the first to find one that is cut off.
+
+    Several processes share the work, and all raise what one of them finds.
 
     Raises:
-        ValueError: if it cannot be read as an image.
+        ValueError: naming those that cannot be read.
     """
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
+    own = paths[rank::size]
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        said = tqdm(
+            pool.map(_mistake, own), total=len(own), desc="images", leave=False, disable=None if rank == 0 else True
+        )
+        found = [mistake for mistake in said if mistake is not None]
+    every = [mistake for part in gathered(found) for mistake in part]
+    if every:
+        more = f" (and {len(every) - 1} more image(s))" if len(every) > 1 else ""
+        raise ValueError(f"{every[0]}{more}")
+
+
+def _mistake(path: Path) -> str | None:
     try:
-        with Image.open(path) as opened:
-            return opened.height, opened.width
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        open_image(path).close()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def count_channels(path: Path) -> int:
-    """1 for a grey image, 3 for colour."""
-    with Image.open(path) as opened:
-        return 1 if opened.mode in _GREY else 3
+def _deep_pixels(path: Path, bits: int) -> NDArray[Any]:
+    with open_image(path) as opened:
+        return _within(path, np.array(opened), bits)
+
+
+def _within(path: Path, pixels: NDArray[Any], bits: int) -> NDArray[Any]:
+    if pixels.min() < 0 or pixels.max() >= 2**bits:
+        raise ValueError(
+            f"{path} has pixels from {pixels.min()} to {pixels.max()}, where {bits} bits hold 0 to {2**bits - 1}"
+        )
+    return pixels
+
+
+def _check_mode(path: Path, mode: str) -> None:
+    if mode == "F":
+        raise ValueError(f"{path} has floating-point pixels, whose range is not known: save it with 8 or 16 bits")
+
+
+def _orientation(opened: Image.Image) -> int:
+    """1: as it is. Pillow turns a TIFF itself; to ask a PNG without such a header would be to decode it."""
+    if opened.format == "TIFF" or (opened.format == "PNG" and "exif" not in opened.info):
+        return 1
+    found = opened.getexif().get(_ORIENTATION, 1)
+    return found if found in range(1, 9) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from advmed.files import write_whole
 from advmed.integrations.lightning.calibration import HOW, Judgement, measure, quality
 from advmed.integrations.lightning.callbacks import does_not_wait
 from advmed.integrations.lightning.weights import read_tensors
+from advmed.margins import names_of_samples
 from advmed.methods import (
     AdaptiveRadiusMethod,
     AdversarialMethod,
@@ -32,6 +34,7 @@ from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import RunSettings, TrainingSettings
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -101,6 +104,8 @@ class RobustModule(LightningModule):
     """The class of its objectives."""
     sections: ClassVar[Mapping[str, type]]
     """The arguments that are dataclasses, by name."""
+    better: ClassVar[Mapping[str, str]] = {}
+    """Whether a metric is better when it is larger, "max", or smaller, "min"; by what its name begins with."""
     run: MethodRun | None
 
     def __init__(
@@ -129,6 +134,11 @@ class RobustModule(LightningModule):
         self.run = None
         self._state: dict[str, Any] | None = None
         self._scored: list[dict[str, Tensor]] = []
+        self._scored_ids: list[str] = []
+        self._schedule: tuple[torch.optim.lr_scheduler.CosineAnnealingLR, int] | None = (
+            None  # of our own, and its steps
+        )
+        self._before_statistics: dict[str, Any] | None = None
 
     @abstractmethod
     def objective(self, batch: Any) -> tuple[Objective, Tensor, Sequence[str]]:
@@ -189,9 +199,29 @@ class RobustModule(LightningModule):
         if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
             return optimizer
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
+        self._schedule = schedule, schedule.T_max
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # The run
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would train before the method is set up.
+
+        Raises:
+            ValueError: for a callback that does.
+        """
+        for callback in self.trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # as below
+            if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+                raise ValueError(
+                    f"{type(callback).__name__} trains before the training has begun, which a method that attacks "
+                    f"cannot: leave it out, and set model.lr or data.batch_size"
+                )
+
+    @property
+    def _running(self) -> MethodRun:
+        if self.run is None:
+            raise RuntimeError("the training has not begun: on_fit_start, which sets its method up, was not called")
+        return self.run
 
     def on_fit_start(self) -> None:
         """Sets the method up: whatever is wrong with the settings is said before the first step."""
@@ -206,6 +236,7 @@ class RobustModule(LightningModule):
         self._check_monitors()
         thresholds = self._thresholds(state, len(ids))
         self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=epochs, steps_per_epoch=steps, say=say)
+        self._check_optimizers()
         lines = [] if state is None else self.run.load_state_dict(state)
         for line in [*lines, *self.run.outlook(len(ids), len(ids), "images"), *self._looking_at_warmup()]:
             say(line)
@@ -237,14 +268,43 @@ class RobustModule(LightningModule):
         epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
         if epochs is None or epochs < 1:
             raise ValueError(f"adversarial training needs to know its length in epochs: set max_epochs, got {epochs}")
+        epochs = min([epochs, *(callback.swa_end + 1 for callback in self._averaging())])
         if limit < 1 or steps is None:
             return epochs
         return min(epochs, math.ceil(limit / math.ceil(steps / self.trainer.accumulate_grad_batches)))
 
+    def _averaging(self) -> list[StochasticWeightAveraging]:
+        """What adds an epoch for the statistics of BatchNorm alone."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning declares it elsewhere
+        return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
+
+    def _check_optimizers(self) -> None:
+        """Raises ValueError for an optimizer that evaluates a batch several times a step."""
+        if self._running.method.keeps_sizes and any(isinstance(o, torch.optim.LBFGS) for o in self.trainer.optimizers):
+            raise ValueError(
+                f"LBFGS evaluates the loss of a batch several times a step, and {self.method_name} would move the "
+                f"noise levels of its images each time: use another optimizer, or a method with one level for all"
+            )
+
+    @classmethod
+    def mode_of(cls, monitor: str) -> str | None:
+        """Whether a logged value is better when it is larger, "max", or smaller, "min"; None: not known."""
+        name = monitor.rpartition("/")[2].removeprefix("robust_")
+        if "loss" in name:
+            return "min"
+        return next((mode for start, mode in cls.better.items() if name.startswith(start)), None)
+
     def _check_monitors(self) -> None:
-        """Raises ValueError where an epoch is to be judged under attack, and there will be none."""
+        """Raises ValueError where an epoch is to be judged under attack, and there will be none, or the wrong way."""
         watching = [*self.trainer.checkpoint_callbacks, *self.trainer.early_stopping_callbacks]
         watched = [str(getattr(callback, "monitor", None)) for callback in watching]
+        for callback, monitor in zip(watching, watched, strict=True):
+            mode, known = getattr(callback, "mode", None), self.mode_of(monitor)
+            if known is not None and mode != known:
+                raise ValueError(
+                    f"{type(callback).__name__} takes the worst epoch by {monitor} for the best: its mode is {mode}, "
+                    f"set {known}"
+                )
         robust = next((name for name in watched if name.startswith(ROBUST)), None)
         if robust is not None and not self.validation_steps:
             raise ValueError(
@@ -259,30 +319,76 @@ class RobustModule(LightningModule):
 
     def _looking_at_warmup(self) -> list[str]:
         """A warning for each callback that would keep, or count, an epoch of the clean warm-up."""
-        assert self.run is not None
-        if not self.run.warmup_epochs:
+        run = self._running
+        if not run.warmup_epochs:
             return []
         return [
-            f"WARNING: the {type(callback).__name__} of this Trainer also judges the {self.run.warmup_epochs} clean "
+            f"WARNING: the {type(callback).__name__} of this Trainer also judges the {run.warmup_epochs} clean "
             f"epoch(s) of the warm-up: use advmed.integrations.lightning.{kind.__name__} in its place"
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning declares it elsewhere
             if (kind := does_not_wait(callback)) is not None
         ]
 
+    def on_train_start(self) -> None:
+        """Gives our own schedule the length of this training, where a checkpoint has brought another."""
+        if self._schedule is None:
+            return
+        schedule, steps = self._schedule
+        if schedule.T_max == steps:
+            return
+        say(
+            f"the learning rate goes on as in a training of {steps} steps; the checkpoint's was one of {schedule.T_max}"
+        )
+        schedule.T_max = steps
+        share = (1 + math.cos(math.pi * min(1.0, schedule.last_epoch / steps))) / 2
+        for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = base * share
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
     def on_train_epoch_start(self) -> None:
         """Ends the clean warm-up when it is over."""
-        assert self.run is not None
-        for line in self.run.begin_epoch(self.current_epoch):
+        if any(self.current_epoch > callback.swa_end for callback in self._averaging()):
+            self._before_statistics = copy.deepcopy(self._running.method.state_dict())
+            return
+        for line in self._running.begin_epoch(self.current_epoch):
             say(line)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The method's loss."""
-        assert self.run is not None
+        run = self._running
         objective, images, ids = self.objective(batch)
+        if batch_idx == 0:
+            self._check_images(images)
         cast(Any, objective).loss_scale = self._loss_scale()
-        step = self.run.step(objective, images, ids)
+        take = run.step if self._before_statistics is None else run.method.step
+        try:
+            step = take(objective, images, names_of_samples(ids))
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    f"BatchNorm cannot train with a batch of {len(images)} image, whose last maps are one pixel: set "
+                    f"data.batch_size to 2 or more for each process, or take a network without BatchNorm"
+                ) from error
+            raise
         self.log("train/loss", step.loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
         return step.loss
+
+    def _check_images(self, images: Tensor) -> None:
+        """Raises ValueError for images that are not what the attack's bounds say."""
+        bounds = self.settings.bounds
+        low, high = bounds if isinstance(bounds, (tuple, list)) else (-math.inf, math.inf)
+        slack = 1e-3 * (high - low) if math.isfinite(high - low) else 0.0
+        found = images.min().item(), images.max().item()
+        if not images.is_floating_point() or not low - slack <= found[0] <= found[1] <= high + slack:
+            raise ValueError(
+                f"images must be floating-point numbers between {low:g} and {high:g}, the attack's bounds; the first "
+                f"batch has {str(images.dtype).removeprefix('torch.')} from {found[0]:g} to {found[1]:g}"
+            )
+
+    def _forget_statistics(self) -> None:
+        """Puts back what the epoch for the statistics of BatchNorm has changed: it is no visit of any image."""
+        if self._before_statistics is not None:
+            self._running.method.load_state_dict(self._before_statistics)
 
     def _loss_scale(self) -> Tensor | None:
         """What the loss will be multiplied by against underflow in float16; None: nothing will."""
@@ -292,12 +398,17 @@ class RobustModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Makes the ranks' noise levels equal before a checkpoint is written, which happens after validation."""
         if self.run is not None and not self.trainer.sanity_checking:
+            self._forget_statistics()
             self.run.method.merge()
 
     def on_train_epoch_end(self) -> None:
         """Logs what the epoch was; writes the noise levels down."""
-        assert self.run is not None
-        values = self.run.end_epoch()
+        if self._before_statistics is not None:
+            self._forget_statistics()
+            self._before_statistics = None
+            return
+        run = self._running
+        values = run.end_epoch()
         known = {f"adv/{key}": value for key, value in values.items() if value == value}
         self.log_dict(known, sync_dist=True)
         if values["nonfinite"] > 0:
@@ -305,16 +416,16 @@ class RobustModule(LightningModule):
                 f"WARNING: {int(values['nonfinite'])} attack step(s) were skipped because a gradient was not finite. "
                 f"A few are harmless; if they persist, train with precision 32."
             )
-        if isinstance(self.run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
-            self.run.method.store.to_csv(folder / MARGINS)
+        if isinstance(run.method, AdaptiveRadiusMethod) and (folder := self._folder()) is not None:
+            run.method.store.to_csv(folder / MARGINS)
 
     def on_train_end(self) -> None:
         """Says so where the training has ended before its first attack."""
-        assert self.run is not None
-        method = self.run.method
+        run = self._running
+        method = run.method
         if isinstance(method, AdversarialMethod) and not method.steps_done:
             say(
-                f"WARNING: this training ended within its clean warm-up of {self.run.warmup_epochs} epoch(s): nothing "
+                f"WARNING: this training ended within its clean warm-up of {run.warmup_epochs} epoch(s): nothing "
                 f"was attacked, and there is no best checkpoint. Go on from the last one, or lower warmup_epochs"
             )
 
@@ -324,9 +435,12 @@ class RobustModule(LightningModule):
         """Scores a batch, clean and, with ``validation_steps``, attacked."""
         # No gradient goes back to tensors of inference mode, in which a Trainer validates if nobody forbids it.
         with torch.inference_mode(False), torch.no_grad():
+            if batch_idx == 0:
+                self._check_images(batch["image"])
             if batch["image"].is_inference():
                 batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
             self._scored.append(self._validated(batch))
+            self._scored_ids += names_of_samples(batch["id"])
 
     def _validated(self, batch: Any) -> dict[str, Tensor]:
         images = batch["image"]
@@ -360,13 +474,18 @@ class RobustModule(LightningModule):
                 self.log_dict({f"{split}/{prefix}{name}": value for name, value in found.items()}, prog_bar=True)
 
     def _all_scores(self) -> dict[str, Tensor]:
-        """What was kept, of all batches and processes, and forgets it; empty if there was nothing."""
+        """What was kept, of all batches and processes, and forgets it; empty if there was nothing.
+
+        Lightning gives every process as many samples, some of them twice; each counts once.
+        """
         if not self._scored:
             return {}
         scores = {name: torch.cat([part[name] for part in self._scored]) for name in self._scored[0]}
-        self._scored = []
+        ids, self._scored, self._scored_ids = self._scored_ids, [], []
         if self.trainer.world_size > 1:
-            scores = {name: torch.cat(gathered(value.cpu())) for name, value in scores.items()}
+            every = [sample for part in gathered(ids) for sample in part]
+            first = dict(zip(reversed(every), range(len(every) - 1, -1, -1), strict=True))
+            scores = {name: torch.cat(gathered(value.cpu()))[sorted(first.values())] for name, value in scores.items()}
         return scores
 
     # Checkpoints
@@ -486,7 +605,7 @@ class RobustModule(LightningModule):
 
     def _sample_ids(self) -> list[str]:
         """The ids of all training samples, from the data module."""
-        return list(self.data.train_ids)
+        return names_of_samples(self.data.train_ids)
 
     def _folder(self) -> Path | None:
         """The run's folder, on the first rank."""

@@ -12,12 +12,16 @@ def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has no rows, or lacks a column.
+        ValueError: if it is no text in UTF-8, has no rows, or lacks a column.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path}")
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
+        reader = csv.DictReader(file, skipinitialspace=True)
+        try:
+            rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is no table in UTF-8, behind line {reader.line_num}: {error}") from error
     columns = list(rows[0]) if rows else []
     lacking = [name for name in needed if name not in columns]
     if lacking:
