@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from adv_landmark.maps import encode, split_maps
 from advmed.distances import bernoulli_divergence
+from advmed.objective import ordinary
 
 Heatmap = Literal["dice", "bce"]
 
@@ -52,9 +53,10 @@ class LandmarkObjective:
         heatmap_weight: float = 1.0,
     ) -> None:
         self.model, self.heatmap, self.heatmap_weight = model, heatmap, heatmap_weight
-        self.targets = encode(points, size, radius)
-        self._area = self.targets.disk.sum((2, 3))
-        self._count = self.targets.present.sum(1).clamp_min(1)
+        with torch.inference_mode(False):  # what a backward pass meets later
+            self.targets = encode(ordinary(points), size, radius)
+            self._area = self.targets.disk.sum((2, 3))
+            self._count = self.targets.present.sum(1).clamp_min(1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The terms, for an attack."""

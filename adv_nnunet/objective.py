@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advmed.distances import sigmoid_divergence, softmax_divergence
-from advmed.objective import ClassScores
+from advmed.objective import ClassScores, ordinary
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -268,7 +268,8 @@ class SegmentationObjective:
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.network, self.model = network, model
-        self.batch_loss, self.terms, self.target = batch_loss, terms, target
+        self.batch_loss, self.terms = batch_loss, terms
+        self.target = ordinary(target) if isinstance(target, Tensor) else [ordinary(scale) for scale in target]
         self.precision = precision
         self.names = terms.names
 

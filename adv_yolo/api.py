@@ -15,6 +15,7 @@ from adv_yolo.objective import Batch, DetectionObjective, ImageTerms, check_mode
 from advmed.attacks import AttackResult, pgd
 from advmed.attacks.problem import Bounds
 from advmed.guard import preserved
+from advmed.objective import ordinary
 
 
 def attack(
@@ -76,7 +77,7 @@ def attack(
         batch = images if not isinstance(images, Tensor) else make_batch(images, labels)
         check_batch(batch, network)
         device = next(network.parameters()).device
-        batch = {k: _usable(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = {k: ordinary(v).to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with preserved(network):  # training flags among what it restores
             network.eval()
             objective = DetectionObjective(network, ImageTerms(network), batch)
@@ -93,11 +94,6 @@ def attack(
                 keep=keep,
                 generator=generator,
             )
-
-
-def _usable(value: Tensor, device: torch.device) -> Tensor:
-    """On the device, and no inference tensor, which cannot take part in autograd."""
-    return (value.clone() if value.is_inference() else value).to(device)
 
 
 def network_of(model: YOLO | nn.Module | str | Path) -> nn.Module:
@@ -158,6 +154,12 @@ def check_batch(batch: Batch, network: Any) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; divide by 255")
+    boxes = batch["bboxes"]
+    if not bool(((boxes >= 0) & (boxes <= 1)).all()):  # NaN is neither
+        raise ValueError(
+            f"boxes must be x, y, width and height as fractions of the image, in [0, 1], got values from "
+            f"{float(boxes.min()):g} to {float(boxes.max()):g}; of pixels, divide by the sides"
+        )
     count = int(head_of(network).nc)
     classes = batch["cls"]
     if classes.numel() and not (classes.min() >= 0 and classes.max() < count):

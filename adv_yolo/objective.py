@@ -29,6 +29,7 @@ from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import bbox2dist
 
 from advmed.distances import bernoulli_divergence
+from advmed.objective import ordinary
 
 Normalizer = Literal["image", "batch"]
 HEADS = ("Detect", "v10Detect")
@@ -328,7 +329,8 @@ class DetectionObjective:
         hold: Any = nullcontext,
         loss_scale: Tensor | None = None,
     ) -> None:
-        self.model, self.terms, self.batch = model, terms, batch
+        self.model, self.terms = model, terms
+        self.batch = {key: ordinary(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
         self.names = terms.names
         self.loss_scale = loss_scale
         self._given, self._hold = given, hold

@@ -108,6 +108,15 @@ def test_an_image_without_landmarks_has_no_loss_and_no_gradient(kind: Any, value
 # Gradients
 
 
+def test_points_may_be_made_in_inference_mode() -> None:
+    """As a loader makes them inside of the block."""
+    maps = random_maps().requires_grad_()
+    expected = torch.autograd.grad(objective_of()(maps).sum(), maps)
+    with torch.inference_mode():
+        made = objective_of(POINTS * 1)
+    torch.testing.assert_close(torch.autograd.grad(made(maps).sum(), maps), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_the_terms_is_that_of_finite_differences(kind: Any) -> None:
     points = torch.tensor([[(2.3, 1.7), NAN], [(0.2, 3.1), (3.0, 0.6)]], dtype=torch.float64)

@@ -291,6 +291,23 @@ def test_the_objective_attacks_the_bare_network_and_trains_the_wrapped_one() -> 
     assert objective.model is network
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_targets_may_be_made_in_inference_mode(deep: bool) -> None:
+    """As a loader makes them inside of the block."""
+    loss = stock("labels", False, deep)
+    outputs, targets = batch("labels", SPACES[0], deep)
+    leaf = outputs[0] if deep else outputs
+
+    def gradient(targets: Any) -> Tensor:
+        objective = SegmentationObjective(nn.Identity(), nn.Identity(), loss, SampleTerms(loss, "sum"), targets)
+        found: Tensor = torch.autograd.grad(objective(outputs).sum(), leaf)[0]
+        return found
+
+    with torch.inference_mode():
+        made = [target * 1 for target in targets] if deep else targets * 1
+    torch.testing.assert_close(gradient(made), gradient(targets))
+
+
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("deep", [False, True])

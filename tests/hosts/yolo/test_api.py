@@ -173,6 +173,12 @@ def test_an_attack_needs_no_mode_and_no_gradients_to_be_on(networks: Any, batch:
         ([torch.zeros(1, 5)] * 3, "4 images need 4 label tensors.*got 3"),
         ([torch.rand(5, 4)] * 4, r"\(n, 5\)"),
         ([torch.rand(6)] * 4, r"\(n, 5\)"),
+        (
+            [torch.tensor([[0, 48.0, 48.0, 20.0, 20.0]])] * 4,
+            "fractions of the image.* from 20 to 48; of pixels",
+        ),
+        ([torch.tensor([[0, -0.1, 0.5, 0.2, 0.2]])] * 4, r"got values from -0\.1 to 0\.5"),
+        ([torch.tensor([[0, math.nan, 0.5, 0.2, 0.2]])] * 4, "fractions of the image"),
         ([torch.tensor([[3.0, 0.5, 0.5, 0.2, 0.2]])] * 4, "class"),  # there are the classes 0, 1 and 2
         (None, r"4 images need 4 label tensors \(n, 5\).*got none"),
         ({"radius": math.nan}, "radius"),
