@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -40,8 +40,6 @@ AUGMENTATION = (
 """The host's arguments that decide which images a training sees."""
 GAINS = ("box", "cls", "dfl")
 """The host's weights of the loss terms."""
-LABELS = ("classes", "single_cls")
-"""The host's arguments that change the labels."""
 UNTRAINED = 0.05
 """A network whose mAP50 on plain training images is below this has not learnt them: its losses say nothing."""
 MEDIOCRE = 0.3
@@ -66,10 +64,16 @@ def measure(
     Raises:
         FileNotFoundError: if there is no such file.
         TypeError: for a model of another task.
-        ValueError: if model and data do not have the same number of classes, or the model detects next to nothing.
+        ValueError: if model and data do not have the same number of classes, the model was trained with other
+            ``classes`` or ``single_cls``, or it detects next to nothing.
     """
     path = Path(path)
     network = load_network(path, data, device)
+    if (trained := labels(network.args)) != labels(vars(args)):
+        raise ValueError(
+            f"{path} was trained with {_words(trained)}, and is to be measured with {_words(labels(vars(args)))}: it "
+            f"has not learnt these labels, and its losses say nothing about them"
+        )
     args = copy(args)
     args.imgsz = image_size(args.imgsz, network)
     found = quality(network, data, args, device, path.parent, split)
@@ -137,14 +141,25 @@ def demands(args: Any, data: dict[str, Any]) -> dict[str, Any]:
         args: of the host, with the image size as it rounds it.
         data: see :func:`measure`.
     """
-    classes = args.classes
     return {
         "imgsz": int(args.imgsz),
         "names": [str(name) for name in data["names"].values()],
-        "classes": None if classes is None else sorted({int(k) for k in np.atleast_1d(classes)}),
-        "single_cls": bool(args.single_cls),
+        **labels(vars(args)),
         **{name: float(getattr(args, name)) for name in GAINS},
     }
+
+
+def labels(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What arguments of the host, of a run or in a checkpoint, make of the labels, in plain values."""
+    classes = arguments.get("classes")
+    return {
+        "classes": None if classes is None else sorted({int(k) for k in np.atleast_1d(classes)}),
+        "single_cls": bool(arguments.get("single_cls")),
+    }
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def other_conditions(notes: Any, args: Any) -> list[str]:

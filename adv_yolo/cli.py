@@ -253,17 +253,17 @@ def _arguments(found: dict[str, Any], networks: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: if the models were trained with different ones, and the command line does not say which.
     """
-    from adv_yolo.calibration import LABELS, image_size
+    from adv_yolo.calibration import image_size, labels
 
     given = {name: found[name] for name in HOST if found.get(name) is not None}
-    for name in ("imgsz", *LABELS):
-        trained = {path: network.args.get(name) for path, network in networks.items()}
-        if name not in given and len(set(map(repr, trained.values()))) > 1:
-            values = ", ".join(f"{path}: {name}={value}" for path, value in trained.items())
+    trained = {path: {"imgsz": net.args.get("imgsz", 640), **labels(net.args)} for path, net in networks.items()}
+    for name, value in next(iter(trained.values())).items():
+        if name not in given and any(other[name] != value for other in trained.values()):
+            values = ", ".join(f"{path}: {name}={other[name]}" for path, other in trained.items())
             raise ValueError(f"the models were trained with different values of {name} ({values}); say {name}=...")
-        if (value := next(iter(trained.values()))) is not None:
+        if value:
             given.setdefault(name, value)
-    given["imgsz"] = max(image_size(given.get("imgsz", 640), network) for network in networks.values())
+    given["imgsz"] = max(image_size(given["imgsz"], network) for network in networks.values())
     return given
 
 

@@ -174,7 +174,11 @@ class AdversarialTraining(_Host):
             check_head(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
         model = check_model(super().get_model(*arguments, **named))
         weights = named["weights"] if "weights" in named else arguments[1] if len(arguments) > 1 else None
-        self._knows_classes = weights is not None and has_learnt(weights, model, self.data["names"])
+        self._knows_classes = (
+            weights is not None
+            and has_learnt(weights, model, self.data["names"])
+            and standard.labels(dict(getattr(weights, "args", {}))) == standard.labels(vars(self.args))
+        )
         return model
 
     def _build_train_pipeline(self) -> None:

@@ -19,6 +19,7 @@ PAGE = (ROOT / "docs" / "yolo.md").read_text(encoding="utf-8")
 TRAINING = ["epochs=1", "imgsz=64", "batch=4", "device=cpu", "workers=0", "plots=False", "amp=False"]
 SHORTER = {
     # Later words win, so that these go behind what is documented.
+    "settings": [],
     "detect": TRAINING,
     "thresholds": ["imgsz=64", "device=cpu"],
     "evaluate": ["attacks=pgd1", "levels=0,5", "examples=1", "checks=0", "device=cpu"],
@@ -47,7 +48,7 @@ def test_the_commands_and_the_code_of_the_page_work(
     (tmp_path / "cells.yaml").rename(tmp_path / "data.yaml")
     monkeypatch.chdir(tmp_path)
     documented = commands(PAGE, "yolo", "adv-yolo")
-    assert [words[1] for words in documented] == ["detect", "detect", "evaluate"]
+    assert [words[1] for words in documented] == ["settings", "detect", "detect", "evaluate"]
 
     python = blocks(PAGE, "python")
     assert len(python) == 3
@@ -61,11 +62,9 @@ def test_the_commands_and_the_code_of_the_page_work(
     python.append("torch.save([losses.detach(), result.images - images, result.norms], 'found.pt')\n")
     Path("page.py").write_text("\n".join(python))
 
-    # As outside of a test: the host has a place of its own for the runs of tests. For those of users, its settings hold
-    # the repository that it is installed in, or the folder of its first start.
+    # As outside of a test: the host has a place of its own for the runs of tests.
     monkeypatch.delenv("PYTEST_CURRENT_TEST")
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path / "settings"))
-    run(tmp_path, "yolo", "settings", f"runs_dir={tmp_path / 'runs'}")
     run(tmp_path, sys.executable, "-c", TYPED, json.dumps([[*words, *SHORTER[words[1]]] for words in documented]))
     assert Path("runs/evaluate/report.html").is_file()
     assert Path("runs/detect/train/weights/best.pt").is_file()

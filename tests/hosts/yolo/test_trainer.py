@@ -26,8 +26,9 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from adv_yolo import AMATDetectionTrainer, attack, calibration
+from adv_yolo.checkpoint import STATE
 from adv_yolo.settings import argument_names
-from adv_yolo.trainer import COLUMNS, ROBUST, STATE, TRAINERS, MethodCriterion
+from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion
 from advmed.thresholds import RunningThresholds, Thresholds
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, divergence, epochs, save
 from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
@@ -532,6 +533,15 @@ def test_thresholds_are_measured_on_a_trained_model_named_or_trained_on(
     assert found[0] == found[1]
     assert not changed(begun[0], load_checkpoint(trained)[0]), "measuring leaves no trace in what is trained"
     assert sum("thresholds measured on the network that is trained on" in line for line in said) == 1
+    # A network that was trained on other labels is none to measure on.
+    other = {**given, "classes": [0, 1]}
+    with pytest.raises(ValueError, match=r"was trained with classes=None, .* measured with classes=\[0, 1\]"):
+        make("amat", tmp_path / "other", thresholds=str(trained), **other).train()
+    trainer = make("amat", tmp_path / "other", model=str(trained), **{**other, "epochs": 2})
+    trainer.add_callback("on_train_start", stop_here)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert isinstance(trainer.run.thresholds, RunningThresholds)
     # Under other arguments the file is not quite right, and says so.
     found[0].save(tmp_path / "t.json")
     said.clear()
