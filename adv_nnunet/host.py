@@ -9,16 +9,21 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import io
 import json
 import os
 import textwrap
 from collections.abc import Collection
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch.nn.parallel import DistributedDataParallel
+
+from advmed.files import write_whole
 
 READ_STEP = "e5ba754489b9d7d7405b3f2eb2a4432326ab6930b6fe6e3ce46a13a9c6ed34a7"
 """Of nnUNetTrainer.train_step as it was when ours was written after it (2.8.1), without comments."""
@@ -96,9 +101,21 @@ def strip_debug_file(path: Path, names: Collection[str]) -> None:
         names: attributes of the trainer that are left out.
     """
     content = {key: value for key, value in json.loads(path.read_text()).items() if key not in names}
-    folders = {os.environ.get(name): name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    folders[str(Path.home())] = "HOME"
+    variables = ("HOME", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    folders = {os.environ.get(name, "").rstrip("/"): name for name in variables}
     text = json.dumps(content, indent=4)
     for folder in sorted(filter(None, folders), key=len, reverse=True):
-        text = text.replace(json.dumps(folder.rstrip("/"))[1:-1], f"${folders[folder]}")
-    path.write_text(text)
+        text = text.replace(json.dumps(folder)[1:-1], f"${folders[folder]}")
+    write_whole(path, text)
+
+
+def is_found(kind: type) -> bool:
+    """Whether prediction finds a trainer by its name, in nnU-Net's own folder or in those of nnUNet_extTrainer."""
+    if kind.__module__.startswith("nnunetv2."):
+        return True
+    with redirect_stdout(io.StringIO()):
+        try:
+            found = recursive_find_trainer_class_by_name(kind.__name__)
+        except RuntimeError:
+            return False
+    return (found.__module__, found.__qualname__) == (kind.__module__, kind.__qualname__)

@@ -97,6 +97,7 @@ class AdversarialTraining(_Host):
         self._resuming = bool(plans.get("continue_training"))
         named = host.standard_class(type(self), AdversarialTraining)
         self.stock_name = named.__name__
+        self._prediction_works = named is type(self) or host.is_found(named)
         self.standard_names = [] if named is type(self) else [named.__name__]
         if host.owner_of(type(self), "build_network_architecture") is nnUNetTrainer:
             self.standard_names.append(nnUNetTrainerSTD.__name__)
@@ -139,6 +140,11 @@ class AdversarialTraining(_Host):
         """The training method."""
         return self.run.method
 
+    @property
+    def _attacks(self) -> bool:
+        """Whether it is no standard training."""
+        return issubclass(method_class(self.method_name), AdversarialMethod)
+
     # Before training: everything that can go wrong goes wrong here.
 
     def _leaves_its_step(self) -> bool:
@@ -150,14 +156,14 @@ class AdversarialTraining(_Host):
         base = host.class_below(type(self), AdversarialTraining, "train_step")
         if base is nnUNetTrainer:
             return False
-        if self.method_name != "STD" and type(self).train_step is AdversarialTraining.train_step:
+        if self._attacks and type(self).train_step is AdversarialTraining.train_step:
             raise TypeError(
                 f"{base.__name__} has a training step of its own (other clipping or precision, for example), which "
                 f"{self.method_name} would take the place of. Define train_step in {type(self).__name__}, after "
                 f"AdversarialTraining.train_step and with what {base.__name__} does differently; or train with a base "
                 f"that keeps nnUNetTrainer's."
             )
-        return self.method_name == "STD"
+        return not self._attacks
 
     def initialize(self) -> None:
         """Builds network, optimizer and loss, and the per-sample form of the loss."""
@@ -183,6 +189,11 @@ class AdversarialTraining(_Host):
             self.print_to_log_file(
                 f"'compile: true' does nothing: nnU-Net does not compile on this device, or not with "
                 f"{host.COMPILE}={os.environ.get(host.COMPILE, '')}"
+            )
+        if not self._prediction_works:
+            self.print_to_log_file(
+                f"WARNING: nnUNetv2_predict will not find {self.stock_name}, whose network this is and which the "
+                f"checkpoints name. Put its file into a folder that nnUNet_extTrainer names."
             )
         if host.fingerprint_of_step() not in (None, host.READ_STEP) and not self._steps_as_its_base:
             self.print_to_log_file(
@@ -232,7 +243,7 @@ class AdversarialTraining(_Host):
     def _choose_start(self) -> None:
         """Whether the preset starts from the standard training, and for how long it then trains."""
         settings = self.settings
-        if settings.preset != "fast" or not issubclass(method_class(self.method_name), AdversarialMethod):
+        if settings.preset != "fast" or not self._attacks:
             return
         if settings.start_from not in (None, "standard"):
             return
@@ -443,7 +454,7 @@ class AdversarialTraining(_Host):
     def _do_i_compile(self) -> bool:
         chosen = self.settings.compile
         if chosen is None:  # standard training is the host's; the others only where the user asks the host for it
-            chosen = self.method_name == "STD" or host.COMPILE in os.environ
+            chosen = not self._attacks or host.COMPILE in os.environ
         return chosen and self._host_compiles()
 
     def _host_compiles(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 
 import advmed
 from advmed.attacks.names import parse_attacks
-from advmed.distributed import Processes, device_of_rank
+from advmed.distributed import Processes, device_of_rank, from_first_rank, gathered, patient, place
 from advmed.evaluation.loop import evaluate
 from helpers import shared_evaluation
 from helpers.evaluations import leave_out_curves, record_of
@@ -152,3 +153,32 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [device_of_rank(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device_of_rank("cuda") == "cuda"
+
+
+def test_processes_that_train_together_wait_for_days_where_they_are_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a group of their own: NCCL would end the training after ten minutes."""
+    assert (place(), gathered(1), from_first_rank(2)) == ((0, 1), [1], 2)
+    with patient():  # alone, nobody waits
+        assert gathered(1) == [1]
+    waits: list[datetime.timedelta | None] = []
+    for name in ("all_gather_object", "broadcast_object_list"):
+        exchange = getattr(torch.distributed, name)
+
+        def watched(*given: Any, group: Any, exchange: Any = exchange) -> None:
+            backend = None if group is None else group._get_backend(torch.device("cpu"))
+            waits.append(None if backend is None else backend.options._timeout)
+            exchange(*given, group=group)
+
+        monkeypatch.setattr(torch.distributed, name, watched)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(KeyError), patient():
+            assert (gathered({"a": 1}), from_first_rank("b")) == ([{"a": 1}], "b")
+            raise KeyError
+        assert gathered(2) == [2]
+        assert place() == (0, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert waits == [datetime.timedelta(days=7)] * 2 + [None]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from adv_nnunet.calibration import FILE
+from adv_nnunet.calibration import FILE, measure
 from adv_nnunet.trainer import STATE
 from advmed.thresholds import Thresholds
-from helpers.hosts import check_levels, check_one_network, side_by_side
+from helpers.hosts import check_levels, check_one_network, margins_of, side_by_side
 
 pytestmark = pytest.mark.slow
 
@@ -58,13 +58,26 @@ def test_the_ranks_have_the_same_margins_and_thresholds(ranks: Ranks, run: str, 
     assert margins["ids"][shared].endswith(":7")
 
 
-def test_one_rank_measures_and_writes_what_both_have_learnt(ranks: Ranks) -> None:
+def test_two_ranks_measure_the_thresholds_of_one_process(ranks: Ranks, bench: Any, stock: Path) -> None:
+    """With batches of the whole size and its share of foreground, whatever part of a batch a rank trains with."""
+    trainer = bench.make("AMAT", threshold_samples=8)
+    trainer.initialize()
+    alone = measure(trainer, stock / "fold_0" / "checkpoint_final.pth")
+    found = Thresholds.load(Path(ranks[0]["measured"]["folder"]).parents[1] / stock.name / "fold_0" / FILE)
+    assert (found.n, found.notes) == (alone.n, alone.notes)
+    assert found.mean == pytest.approx(alone.mean, rel=1e-5)
+    assert found.std == pytest.approx(alone.std, rel=1e-5)
+
+
+def test_one_rank_writes_what_both_have_learnt(ranks: Ranks) -> None:
     first, second = (rank["measured"] for rank in ranks)
     fold = Path(first["folder"])
     assert str(fold) == second["folder"]
     assert str(Thresholds.load(fold.parents[1] / "nnUNetTrainer__tiny__2d" / "fold_0" / FILE)) == second["thresholds"]
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
-    assert checkpoint[STATE]["method"]["margins"] == second["method"]["margins"]
+    margins = checkpoint[STATE]["method"]["margins"]
+    assert all(margins[key] == second["method"]["margins"][key] for key in ("values", "visits"))
+    assert list(margins_of(fold / "margins.csv")) == second["method"]["margins"]["ids"]
     assert not any(name.startswith("module.") for name in checkpoint["network_weights"])
     assert len([*fold.glob("checkpoint_*")]) == 2  # best and final, from one rank
 

@@ -27,7 +27,7 @@ WRONG = [
     ({"sample_id": "patch"}, "sample_id must be 'auto' or 'case' or 'slice' or 'part' or 'cell', got 'patch'"),
     ({"terms": "both"}, "terms must be 'sum' or 'separate'"),
     ({"tag": "a/b"}, "tag may hold letters, digits"),
-    ({"compile": 1}, "compile must be true or false, got 1"),
+    ({"compile": 1}, "compile must be true or false or null, got 1"),
     ({"attack_precision": "float16"}, "attack_precision must be 'host' or 'float32' or 'bfloat16'"),
     ({"episodes": 3, "steps": "many", "eps": "big"}, "unknown setting 'episodes'.*steps must be.*eps must be"),
 ]

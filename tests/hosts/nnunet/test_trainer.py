@@ -496,6 +496,7 @@ def test_a_checkpoint_names_a_trainer_of_the_same_network(
     trainer = bench.ready(kind, tag="x")
     trainer.save_checkpoint(str(bench.folder / "x.pth"))
     assert read_checkpoint(bench.folder / "x.pth")["trainer_name"] == named
+    assert ("nnUNetv2_predict will not find" in bench.log(trainer)) == (kind is SofterSAT)  # it lies in no such folder
     found = [folder.parent.name for folder in standard.standard_folders(trainer)]
     assert found == [f"{name}__tiny__2d" for name in searched]
     bases = {base.__name__: base for base in kind.__mro__}
