@@ -50,7 +50,7 @@ CORE = {"jinja2", "jsonargparse", "lazy_loader", "matplotlib", "numpy", "torch",
 """What the core imports beside the standard library."""
 FRAMEWORKS = {
     "advmed.integrations": {"lightning", "PIL", "safetensors"},
-    "adv_classify": {"captum", "timm", "torchattacks", "torchmetrics", "torchvision"},
+    "adv_classify": {"lightning", "timm", "torchattacks", "torchmetrics", "torchvision"},
     "adv_landmark": {"lightning", "PIL", "segmentation_models_pytorch", "timm", "torchvision"},
     "adv_nnunet": {"nnunetv2"},
     "adv_yolo": {"ultralytics"},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adv_classify.gradcam import GradCam, agreement, last_feature_maps
+from adv_classify.gradcam import GradCam, agreement, feature_layer, last_feature_maps
 from helpers.classify import noise
 
 
@@ -78,6 +78,53 @@ def test_the_last_maps_of_networks_of_timm(name: str, size: int) -> None:
         assert torch.equal(seen[-1], features)  # what is pooled and classified
     assert seen[-1].shape[2:] == (2, 2)
     assert GradCam(network, images)(images, torch.tensor([1])).shape == (1, size, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "grid"),
+    [
+        ("test_vit", 160, 10),
+        ("test_vit2", 64, 4),
+        ("vit_tiny_patch16_224", 224, 14),
+        ("swin_tiny_patch4_window7_224", 224, 7),
+        ("mixer_s32_224", 224, 7),
+    ],
+)
+def test_maps_of_tokens_and_of_channels_that_come_last(name: str, size: int, grid: int) -> None:
+    """A patch that is all that matters to the network is where the heat is."""
+    network = timm.create_model(name, num_classes=3, **({} if size == 224 else {"img_size": size})).eval()
+    nn.init.normal_(network.get_classifier().weight)  # timm lets a mixer's begin with zeros
+    images = noise(2, 3, size, size)
+    layer, arrange = feature_layer(network, images[:1])
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        network(images)
+        moved = images.clone()
+        step = size // grid
+        moved[:, :, 2 * step : 3 * step, step : 2 * step] += 5
+        network(moved)
+    hook.remove()
+    first, second = (arrange(output) for output in seen)
+    assert first.shape[2:] == (grid, grid)
+    change = (second - first).square().sum(1)[0]
+    assert divmod(int(change.argmax()), grid) == (2, 1)
+    heat = GradCam(network, images)(images, torch.tensor([1, 2]))
+    assert heat.shape == (2, size, size)
+    assert heat.max() > 0
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "test_vit3"])
+def test_what_is_no_known_family_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention keys have the shape of maps, too."""
+    network = timm.create_model(name, num_classes=3, **({"img_size": 64} if "vit" in name else {})).eval()
+    if "vit" in name:
+        monkeypatch.setattr(type(network), "__module__", "timm.models.others")
+    with pytest.raises(
+        ValueError, match=r"convolutional networks, ViT, Swin and MLP-Mixer, and \w+ is none .*--gradcam"
+    ):
+        GradCam(network, noise(1, 3, 64, 64))
 
 
 def test_the_last_layer_is_the_last_to_run_and_not_the_last_to_be_named(images: Tensor) -> None:

@@ -1,0 +1,303 @@
+"""What a run is resumed with, what it keeps as its best, and what it refuses; small trainings of either host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from adv_classify import MedMNIST, Network, RobustClassifier
+from adv_classify.evaluate import load_model
+from advmed import DPAAT, MarginStore
+from advmed.integrations.lightning import RobustModule
+from advmed.testing.lightning import LightningHost, Run, in_words, listening, watched_steps
+from helpers.classify import Classify, Small, noise, write_npz
+from helpers.mistakes import told
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command leaves in its folder is looked for there."""
+    monkeypatch.chdir(tmp_path)
+
+
+def epochs(run: Run) -> dict[str, int]:
+    """The epochs of a run's checkpoints."""
+    return {path.name: int(torch.load(path, weights_only=True)["epoch"]) for path in run.last.parent.iterdir()}
+
+
+def resume(host: LightningHost, folder: Path, run: Run, **changes: Any) -> Run:
+    return host.fit(folder, ckpt_path=run.last, **changes)
+
+
+# The best epoch
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_best_epoch_of_the_first(host: LightningHost, tmp_path: Path) -> None:
+    """In its own folder, also where the run has been moved; unless the file is of an epoch that is done again."""
+    by_epoch: dict[str, Any] = {"checkpoint__monitor": "epoch", "checkpoint__mode": "min"}
+    first = host.fit(tmp_path / "first", trainer__max_epochs=2, **by_epoch)
+    assert epochs(resume(host, tmp_path / "second", first, trainer__max_epochs=3, **by_epoch)) == {
+        "best.ckpt": 0,
+        "last.ckpt": 2,
+    }
+    moved = first.folder.rename(tmp_path / "moved")
+    run = resume(host, tmp_path / "third", Run(moved), trainer__max_epochs=3, **by_epoch)
+    assert epochs(run) == {"best.ckpt": 0, "last.ckpt": 2}
+    assert all(torch.equal(v, Run(moved).weights("best")[k]) for k, v in run.weights("best").items())
+    few = host.fit(tmp_path / "few", trainer__max_epochs=3, checkpoint__save_top_k=2, **by_epoch)
+    assert epochs(resume(host, tmp_path / "few", few, trainer__max_epochs=4, checkpoint__save_top_k=2, **by_epoch)) == {
+        "best.ckpt": 0,
+        "epoch=0.ckpt": 0,
+        "epoch=1.ckpt": 1,
+        "last.ckpt": 3,
+    }
+    (moved / "checkpoints" / "best.ckpt").unlink()
+    with pytest.warns(UserWarning, match="is not there any more or of a later epoch: the best ones will be among"):
+        run = resume(host, tmp_path / "fourth", Run(moved), trainer__max_epochs=3, **by_epoch)
+    assert epochs(run) == {"best.ckpt": 2, "last.ckpt": 2}
+
+
+def test_the_mode_fits_what_is_watched(host: LightningHost) -> None:
+    """Where it is not named, and where it is named."""
+    metric, mode = host.monitor
+    other = {"max": "min", "min": "max"}[mode]
+    command = host.module.mode_of
+    assert [command(name) for name in (metric, host.robust, "adv/loss_clean", "train/loss", "val/other")] == [
+        mode,
+        mode,
+        "min",
+        "min",
+        None,
+    ]
+    said = f"BestCheckpoint takes the worst epoch by {metric} for the best: its mode is {other}, set {mode}"
+    assert host.refused(checkpoint__monitor=metric, checkpoint__mode=other) == said
+    said = f"BestStopping takes the worst epoch by {metric} for the best: its mode is {other}, set {mode}"
+    stop = {"class_path": "EarlyStopping", "init_args": {"monitor": metric, "mode": other}}
+    assert host.refused(trainer__callbacks=[stop]) == said
+    message = host.refused(checkpoint__monitor="val/other")
+    assert message == "whether val/other is better when larger or smaller is not known: set checkpoint.mode"
+
+
+@pytest.mark.slow
+def test_a_loss_is_best_when_it_is_least(host: LightningHost, tmp_path: Path) -> None:
+    run = host.fit(tmp_path, checkpoint__monitor="adv/loss_clean", trainer__max_epochs=3, model__lr=3e-3)
+    losses = run.logged("adv/loss_clean")
+    assert epochs(run)["best.ckpt"] == int(np.argmin(losses))
+    assert run.yaml()["checkpoint"]["mode"] == "min"
+
+
+# Checkpoints by name, and a longer run
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_by_name(host: LightningHost, tmp_path: Path) -> None:
+    """Where the folder is the same for every run, as Lightning has it; else the newest is named, and nothing begins."""
+    kept: dict[str, Any] = {"checkpoint__dirpath": tmp_path / "kept"}
+    host.fit(tmp_path, trainer__max_epochs=2, **kept)
+    host.fit(tmp_path, trainer__max_epochs=3, ckpt_path="last", **kept)
+    path = tmp_path / "kept" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    words = [
+        *host.reading(),
+        "--trainer.default_root_dir",
+        tmp_path,
+        *in_words(kept),
+    ]  # the network is the checkpoint's
+    shown = [host.ok("validate", *words, "--ckpt_path", name) for name in ("last", path)]
+    assert shown[0] == shown[1]
+    run = host.fit(tmp_path / "runs")
+    root = ["--trainer.default_root_dir", tmp_path / "runs"]
+    for command in ("validate", "test", "predict"):
+        message = host.fails(command, *host.reading(), *root, "--ckpt_path", "last")
+        assert (
+            message
+            == f"--ckpt_path last finds no checkpoint in the folder of this run: name the file, such as {run.last}"
+        )
+    for name, checkpoint in (("last", run.last), ("best", run.best)):
+        message = host.fails("fit", *host.words(tmp_path / "runs", ckpt_path=name))
+        assert message.endswith(f"name the file, such as {checkpoint}")
+
+
+@pytest.mark.slow
+def test_the_rate_of_a_longer_run_is_that_of_one_planned_so(
+    host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = host.module.training_step
+
+    def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(host.module, "training_step", noted)
+    host.fit(tmp_path, trainer__max_epochs=4)
+    planned = rates.copy()
+    first = host.fit(tmp_path, trainer__max_epochs=2)
+    rates.clear()
+    with listening() as said:
+        host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last)])
+    assert rates == pytest.approx(planned[2 * host.steps :], rel=1e-4)
+    assert f"the learning rate goes on as in a training of {4 * host.steps} steps" in "\n".join(said)
+
+
+# Orders, batches and processes
+
+
+@pytest.mark.slow
+def test_loaders_made_anew_go_on_with_the_order(
+    host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = watched_steps(monkeypatch, host.module)
+    host.fit(tmp_path, trainer__max_epochs=3, trainer__reload_dataloaders_every_n_epochs=1)
+    orders = [[i for batch in steps.ids[k * host.steps : (k + 1) * host.steps] for i in batch] for k in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == sorted(host.ids("train")) for order in orders)
+
+
+def test_a_last_batch_of_one_image_is_left_out_by_what_a_process_gets(tmp_path: Path) -> None:
+    """18 images for two processes are 9 each, of which 4, 4 and 1."""
+
+    class Two:
+        world_size = 2
+
+    for count, whole, shared in ((17, True, True), (18, False, True), (16, False, False), (10, False, True)):
+        data = Classify.data(str(write_npz(tmp_path / f"{count}.npz", {"train": count, "val": 3})), batch_size=4)
+        assert data.train_dataloader().drop_last == whole
+        data.trainer = Two()
+        assert data.train_dataloader().drop_last == shared
+
+
+def test_samples_that_two_processes_have_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Classify.module(num_classes=2)
+
+    class Two:
+        world_size = 2
+
+    parts: dict[str, list[Any]] = {"ids": [["a", "c", "e"], ["b", "d", "a"]], "x": [[0.0, 2.0, 4.0], [1.0, 3.0, 0.0]]}
+    monkeypatch.setattr(RobustModule, "trainer", Two())
+
+    def gathered(value: Any) -> list[Any]:
+        return parts["ids"] if isinstance(value, list) else [torch.tensor(x) for x in parts["x"]]
+
+    monkeypatch.setattr("advmed.integrations.lightning.module.gathered", gathered)
+    model._scored, model._scored_ids = [{"x": torch.tensor([0.0, 2.0, 4.0])}], ["a", "c", "e"]
+    assert sorted(model._all_scores()["x"].tolist()) == [0, 1, 2, 3, 4]
+    assert not model._scored_ids
+
+
+# What a loader gives
+
+
+def test_ids_that_a_loader_has_made_numbers_of() -> None:
+    """And each id is the same sample whatever it comes as."""
+    store = MarginStore(0.5)
+    for ids in (torch.arange(3), np.arange(3), [0, 1, 2], ["0", "1", "2"], list(torch.arange(3))):
+        store.set(ids, torch.full((3,), 2.0))
+        assert store.get(ids).tolist() == [2, 2, 2]
+    assert (store.ids(), store.visits().tolist(), store.met(torch.tensor([2, 7])).tolist()) == (
+        ["0", "1", "2"],
+        [5] * 3,
+        [5, 0],
+    )
+    network, method = Small(3, 3), DPAAT(eps_0=0.5, steps=2, bounds=(0.0, 1.0))
+    objective = Classify.module.objective_class(network, torch.tensor([0, 1, 2, 0]))
+    for _ in range(2):
+        method.step(objective, noise(4, 3, 8, 8), torch.arange(4))
+    assert method.store.visits().tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_images_that_the_bounds_do_not_fit_are_refused_at_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In training and in validation: attacks would move them by a 255th of what is meant."""
+    data = MedMNIST(str(write_npz(tmp_path / "own.npz")), batch_size=8, workers=0)
+    data.on_after_batch_transfer = lambda batch, _: {**batch, "image": (batch["image"] * 255).to(dtype)}
+    model = RobustClassifier(Network(name="test_efficientnet_gn"), num_classes=3)
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
+    trainer = Trainer(**quiet, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+    said = (
+        "images must be floating-point numbers between 0 and 1, the attack's bounds; the first batch has ",
+        "from 0",
+    )
+    told(ValueError, lambda: trainer.fit(model, datamodule=data), *said, str(dtype).removeprefix("torch."))
+    told(ValueError, lambda: trainer.validate(model, datamodule=data), *said)
+
+
+# What trains otherwise
+
+
+def test_a_batch_of_one_image_and_batch_norm(tmp_path: Path) -> None:
+    host = Classify(tmp_path / "host")
+    message = host.fails("fit", *host.words(tmp_path, data__batch_size=1, model__network__name="test_resnet"))
+    assert message.startswith(
+        "BatchNorm cannot train with a batch of 1 image, whose last maps are one pixel: set data."
+    )
+
+
+def test_what_would_train_before_the_training_is_refused(host: LightningHost) -> None:
+    for name in ("LearningRateFinder", "BatchSizeFinder"):
+        message = host.refused(trainer__callbacks=[{"class_path": name}])
+        assert message.startswith(f"{name} trains before the training has begun, which a method that attacks cannot")
+    model = RobustClassifier(Network(name="test_efficientnet_gn"), num_classes=3)
+    told(RuntimeError, lambda: model.training_step({}, 0), "the training has not begun: on_fit_start")
+
+
+@pytest.mark.slow
+def test_every_image_is_met_once_an_epoch_whatever_trains(tmp_path: Path) -> None:
+    """An optimizer that evaluates a batch several times would meet it as often; an epoch for BatchNorm is none."""
+    host = Classify(tmp_path / "host")
+    closure = {"optimizer": "torch.optim.LBFGS", "optimizer__max_iter": 3}
+    message = host.fails("fit", *host.words(tmp_path, model__method__name="DPAAT", **closure))
+    assert message.startswith(
+        "LBFGS evaluates the loss of a batch several times a step, and DPAAT would move the noise "
+    )
+    host.fit(tmp_path / "sat", model__method__name="SAT", **closure)
+    average = [{"class_path": "StochasticWeightAveraging", "init_args": {"swa_lrs": 1e-3}}]
+    run = host.fit(
+        tmp_path / "swa",
+        model__method__name="DPAAT",
+        trainer__max_epochs=2,
+        trainer__callbacks=average,
+        model__network__name="test_resnet",
+    )
+    assert {visits for _, visits in run.margins.values()} == {2}
+    assert set(run.state()["advmed"]["method"]["margins"]["visits"]) == {2}
+    assert run.state()["epoch"] == 2  # that of the statistics, and its network is the averaged one
+    assert len(run.logged("adv/margin_q50")) == 2
+
+
+# Classes
+
+
+@pytest.mark.slow
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    """By every command that takes a checkpoint; numbers alone name nothing."""
+    host = Classify(tmp_path / "host")
+    run = host.fit(tmp_path / "run", data__classes="[ant,bee,cat]")
+    said = (
+        "knows the classes ant, bee, cat, in this order, and the data has cat, bee, ant: set the data's classes to the"
+    )
+    for classes, fits in (("[ant,bee,cat]", True), ("[cat,bee,ant]", False), (None, True)):
+        for command in ("validate", "test", "predict", "fit"):
+            own = host.words(tmp_path / "other", data__classes=classes, ckpt_path=run.last, trainer__max_epochs=2)
+            words = (
+                own
+                if command == "fit"
+                else [*host.reading({**host.images, "classes": classes}), "--ckpt_path", run.last]
+            )
+            if fits:
+                host.ok(command, *words)
+            else:
+                assert said in host.fails(command, *words)
+        data = host.read(classes=classes and classes.strip("[]").split(","))
+        for check in (
+            lambda data=data: host.module.standard(run.last, data),
+            lambda data=data: load_model("own", run.last, data, "val", torch.device("cpu"), gradcam=False),
+        ):
+            check() if fits else told(ValueError, check, f"{run.last} {said}")
