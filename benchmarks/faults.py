@@ -86,7 +86,7 @@ FOUND = {1: "test failed", 2: "not collected"}
 """Exit status of pytest: how a fault was found."""
 PRELOADED = (
     *("pytest", "numpy", "yaml", "jinja2", "tqdm", "matplotlib.figure", "torch", "torch._dynamo", "scipy.ndimage"),
-    *("torchvision", "torchmetrics", "lightning.pytorch", "timm", "segmentation_models_pytorch", "captum.attr"),
+    *("torchvision", "torchmetrics", "lightning.pytorch", "timm", "segmentation_models_pytorch"),
     *("pandas", "sklearn.metrics", "skimage.transform", "SimpleITK", "batchgenerators", "cv2", "polars", "optuna"),
 )
 """What takes long to import and is no part of the product; no host that reads variables when it is imported."""

@@ -56,7 +56,8 @@ class BestCheckpoint(AfterWarmup, ModelCheckpoint):
         1
     """
 
-    _resumed: tuple[Path, int, bool]
+    _resumed: tuple[Path, int]
+    _to_copy: Mapping[Path, Path] = {}
 
     @property
     def state_key(self) -> str:
@@ -64,18 +65,28 @@ class BestCheckpoint(AfterWarmup, ModelCheckpoint):
         return f"{super().state_key}{self.filename}"
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Notes where the checkpoint lies, and whether this process writes files."""
-        self._resumed = Path(trainer.ckpt_path).parent, int(checkpoint["epoch"]), bool(trainer.is_global_zero)
+        """Notes where the checkpoint lies."""
+        self._resumed = Path(trainer.ckpt_path).parent, int(checkpoint["epoch"])
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Copies the best epochs from another folder; a training that is refused has not come here."""
+        super().on_train_start(trainer, pl_module)
+        for found, own in self._to_copy.items() if trainer.is_global_zero else ():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(own) as temporary:
+                shutil.copyfile(found, temporary)
+        self._to_copy = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's; copies the best epochs from another folder."""
+        """As Lightning's; takes the best epochs of another folder, too."""
         if self.monitor is not None and self.dirpath is not None and state_dict.get("dirpath") != self.dirpath:
             state_dict = self._brought_along(state_dict)
         super().load_state_dict(state_dict)
 
     def _brought_along(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        folder, epoch, writes = self._resumed
+        folder, epoch = self._resumed
         kept: dict[str, Any] = {}
+        copies: dict[Path, Path] = {}
         for path, score in state.get("best_k_models", {}).items():
             beside = folder / Path(path).name  # the run may have been moved
             found = beside if beside.is_file() else Path(path)
@@ -85,12 +96,9 @@ class BestCheckpoint(AfterWarmup, ModelCheckpoint):
                     f"best ones will be among the epochs from here on"
                 )
                 continue
-            own = Path(str(self.dirpath), found.name)
-            if writes:
-                own.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(own) as temporary:
-                    shutil.copyfile(found, temporary)
+            own = copies[found] = Path(str(self.dirpath), found.name)
             kept[str(own)] = score
+        self._to_copy = copies
         best, worst = (max, min) if self.mode == "max" else (min, max)
         first = best(kept, key=lambda path: kept[path]) if kept else ""
         full = bool(kept) and len(kept) == self.save_top_k
