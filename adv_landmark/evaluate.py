@@ -71,7 +71,7 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
     """Images of the data set as a batch ready to be attacked."""
     batch = model.read(indices)
     objective = model.module.objective_of(batch["image"], batch["points"])
-    targets = [batch[name] for name in sorted(batch) if name != "image"]
+    targets = [value for name, value in sorted(batch.items()) if name != "image" and isinstance(value, Tensor)]
     return LoadedBatch(batch["image"], objective, partial(score, model, batch), targets)
 
 
