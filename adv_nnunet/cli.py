@@ -111,11 +111,12 @@ def _thresholds(args: argparse.Namespace) -> None:
                 f"there is no finished standard training ({standard.CHECKPOINT}) in {standard.searched(trainer)}. "
                 f"Train it with nnUNetv2_train {args.d} {args.c} {args.f} -p {args.p}, or name its trainer with -tr."
             )
+        path = chosen.destination(checkpoint.parent / standard.FILE)
         trainer.initialize()
         measured = standard.measure(trainer, checkpoint)
     write_thresholds(
         measured,
-        chosen.out or checkpoint.parent / standard.FILE,
+        path,
         of=f"clean training samples of {checkpoint}",
         quality=Quality("Mean Dice", measured.notes["training_dice"], least=0.6),
     )
@@ -150,8 +151,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     chosen = EvaluationOptions.of(
         vars(args), [name for name, _ in folders], models="models", option="--names, or with -m NAME=FOLDER"
     )
-    if chosen.out.is_file():
-        raise FileExistsError(f"-o names the folder of the report, and {chosen.out} is a file")
     _require_environment(*([] if args.i else ["nnUNet_preprocessed"]))
     host = SegmentationEvaluation(
         folders={name: folder for name, (_, folder) in zip(chosen.names, folders, strict=True)},

@@ -330,8 +330,6 @@ def _evaluate(found: dict[str, Any]) -> None:
     chosen = EvaluationOptions.of(found, [_name(path) for path in paths], models="models", option="names=A,B")
     if not paths:
         raise SyntaxError("evaluate needs model=..., one or more trained models: model=a.pt,b.pt")
-    if chosen.out.is_file():
-        raise NotADirectoryError(f"reports are written to a folder, and {chosen.out} is a file; name another with out=")
     arguments = _arguments(found, _networks(paths)) | {"split": found["split"]}
     host = DetectionEvaluation(
         paths=dict(zip(chosen.names, map(Path, paths), strict=True)),

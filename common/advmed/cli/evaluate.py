@@ -50,6 +50,7 @@ class EvaluationOptions:
 
     Raises:
         ValueError: for a value that cannot be meant.
+        NotADirectoryError: if ``out`` is a file.
     """
 
     names: tuple[str, ...]
@@ -69,6 +70,8 @@ class EvaluationOptions:
             raise ValueError(f"a report needs one or more models of different names, got {list(self.names)}")
         for name in self.names:
             _check_name(name)
+        if self.out.is_file():
+            raise NotADirectoryError(f"reports are written to a folder, and {self.out} is a file: name another")
         for name, given in (("norms", self.norms), ("attacks", self.attacks)):
             if not given:
                 raise ValueError(f"evaluate needs one or more {name}, got none")

@@ -47,13 +47,13 @@ class ThresholdsOptions:
         """
         path = self.out or default
         if path.is_dir():
-            raise IsADirectoryError(f"thresholds are written to a file, and {path} is a folder; name a file with 'out'")
+            raise IsADirectoryError(f"thresholds are written to a file, and {path} is a folder; name a file (out)")
         folder = path.absolute().parent
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise type(error)(
-                f"{path.name} cannot be written to {folder} ({error.strerror}); name a file with 'out'"
+                f"{path.name} cannot be written to {folder} ({error.strerror}); name another place (out)"
             ) from error
         return path
 

@@ -344,7 +344,7 @@ def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         ([*EVALUATE, "-m", "a=x", "a=y"], "2 models need 2 different names"),
         ([*STOCK, "-f", "zero"], "-f must be the number of a fold, from 0 on, or 'all', got 'zero'"),
         ([*STOCK, "-f", "-1"], "-f must be the number of a fold, from 0 on, or 'all', got '-1'"),
-        (["evaluate", *SAME, "-o", __file__], "-o names the folder of the report, and .*test_bad_input.py is a file"),
+        (["evaluate", *SAME, "-o", __file__], "reports are written to a folder, and .*test_bad_input.py is a file"),
         ([*EVALUATE, "--samples", "0"], "samples must be a whole number >= 1, got 0"),
         (
             ["thresholds", *SAME],

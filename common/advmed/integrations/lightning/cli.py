@@ -303,9 +303,9 @@ class LightningCommand(ABC):
 
         given, (checkpoint,), data = self._parsed("thresholds", argv)
         chosen = ThresholdsOptions.of(given)
+        path = chosen.destination(Path(checkpoint).with_name(FILE))
         standard, rule = self.classes()[0].standard(checkpoint, data), chosen.rule or self.rule
         measured = measure(standard, checkpoint, data, rule=rule, device=_device(given.device), split=given.split)
-        path = chosen.out or Path(checkpoint).with_name(FILE)
         how = f"{measured.notes['measured']}; {quality(measured)}"
         write_thresholds(measured, path, of=f"draws from the split {given.split} ({how})")
 
