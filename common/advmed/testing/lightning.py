@@ -957,9 +957,11 @@ class LightningTrainingContract(OwnFolder):
             self.trainer.should_stop = True
             return step(self, batch, batch_idx)
 
-        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="ended within its clean warm-up of 2"):
+        with monkeypatch.context() as patch:
             patch.setattr(host.module, "training_step", end)
-            cut = host.fit(tmp_path / "cut", **given)
+            message = host.fails("fit", *host.words(tmp_path / "cut", **given))
+            assert "ended within its clean warm-up of 2 epoch(s): nothing was attacked" in message
+        *_, cut = runs(tmp_path / "cut")
         assert [path.name for path in cut.last.parent.iterdir()] == ["last.ckpt"]
         run = host.fit(tmp_path / "cut", ckpt_path=cut.last, **given)
         assert (run.state("best")["epoch"], run.state()["epoch"]) == (3, 5)

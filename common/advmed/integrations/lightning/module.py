@@ -420,13 +420,17 @@ class RobustModule(LightningModule):
             run.method.store.to_csv(folder / MARGINS)
 
     def on_train_end(self) -> None:
-        """Says so where the training has ended before its first attack."""
+        """Refuses to call a training done that has ended before its first attack.
+
+        Raises:
+            RuntimeError: in that case; its last checkpoint can be resumed.
+        """
         run = self._running
         method = run.method
         if isinstance(method, AdversarialMethod) and not method.steps_done:
-            say(
-                f"WARNING: this training ended within its clean warm-up of {run.warmup_epochs} epoch(s): nothing "
-                f"was attacked, and there is no best checkpoint. Go on from the last one, or lower warmup_epochs"
+            raise RuntimeError(
+                f"this training ended within its clean warm-up of {run.warmup_epochs} epoch(s): nothing was attacked, "
+                f"and there is no best checkpoint. Go on from the last one, or lower warmup_epochs"
             )
 
     # Validation and test
