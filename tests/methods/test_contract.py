@@ -32,7 +32,10 @@ METHODS: dict[str, MethodFactory] = {
     "AMAT": lambda: AMAT(0.7, [9, 9], **QUICK),
     "AMAT crossing": lambda: AMAT(0.7, [2.0, 1.0], refinement="crossing", bounds=(0, 1), **QUICK),
     "AMAT self-calibrated": self_calibrating,
-    "AMAT fast": lambda: AMAT(0.7, [2.0, 1.0], refinement="secant", train_on="crossing", start="estimate", **FAST),
+    "AMAT fast": lambda: AMAT(0.7, [2.0, 1.0], refinement="secant", start="estimate", **FAST),
+    "AMAT fast on the crossing": lambda: AMAT(
+        0.7, [2.0, 1.0], refinement="secant", train_on="crossing", start="estimate", **FAST
+    ),
     "AMAT secant": lambda: AMAT(0.7, [2.0, 1.0], refinement="secant", margin_max=9.0, **RANDOM),
     "AMAT balanced": lambda: AMAT(0.7, [2.0, 1.0], refinement="balanced", train_on="crossing", **QUICK),
     "SAT fast": lambda: SAT(0.7, **FAST),

@@ -449,14 +449,14 @@ def test_what_is_left_open_is_chosen_by_the_preset() -> None:
         MethodRun("AMAT", TrainingSettings(preset=p, delta=0.5, eps=2.0), fixed(), epochs=9) for p in PRESETS
     )
     assert (fast.method.attack.lengths, paper.method.attack.steps) == (pytest.approx((1, 1 / 2, 1 / 4)), 20)
-    assert (fast.method.refinement, fast.method.train_on, fast.method.begin_with) == ("secant", "crossing", "estimate")
+    assert (fast.method.refinement, fast.method.train_on, fast.method.begin_with) == ("secant", "sphere", "estimate")
     assert (paper.method.refinement, paper.method.train_on, paper.method.begin_with) == ("paper", "sphere", "delta")
     assert (fast.method.cost, paper.method.cost) == (pytest.approx(10 / 3), pytest.approx(46 / 3))
     assert (fast.method.lowest, fast.method.highest) == (0.125, 16.0)
     assert (paper.method.lowest, paper.method.highest) == (0.0, None)
     assert fast.settings.refinement == "secant"
     own = TrainingSettings(steps=7, refinement="balanced", eps=2.0, delta=0.5, margin_max=3.0).for_method("AMAT")
-    assert (own.steps, own.schedule, own.refinement, own.train_on) == (7, "decreasing", "balanced", "crossing")
+    assert (own.steps, own.schedule, own.refinement, own.train_on) == (7, "decreasing", "balanced", "sphere")
     assert MethodRun("AMAT", own, fixed(), epochs=9).method.highest == 3.0
     for name in ("STD", "AT", "SAT", "TRADES", "MART", "FAT", "DPAAT"):
         chosen = TrainingSettings(eps=1.0).for_method(name)

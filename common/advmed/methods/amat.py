@@ -131,7 +131,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         "fast": {
             **AdaptiveRadiusMethod.presets["fast"],
             "refinement": "secant",
-            "train_on": "crossing",
+            "train_on": "sphere",
             "start": "estimate",
         },
         "paper": {
