@@ -12,6 +12,7 @@ from torch import Tensor
 from advmed.methods import AMAT
 from advmed.methods.amat import expected_crossing
 from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.settings import TrainingSettings
 from helpers.models import Affine, Logistic
 from helpers.tensors import ORDERS, QUICK, RANKS, comparing, names, uniform
 
@@ -179,6 +180,18 @@ def test_margins_settle_at_the_median_of_what_their_visits_bear(rule: str, p: fl
         several = RULES[rule].get("train_on") == "crossing"  # straight lines; a single one swings about it
         apart = 0.02 if several else delta
         torch.testing.assert_close(margins[-1], task.closed.clamp(min=method.lowest), rtol=0, atol=apart)
+
+
+def test_a_first_estimate_is_no_larger_than_it_may_be() -> None:
+    """Of a loss that hardly rises it is any number, and so is the noise of the first attack."""
+    task = Shifted(1, 0.0, 2)
+    free, bounded = (AMAT(0.25, [9.0], start="estimate", start_max=most, **FAST) for most in (None, 0.5))
+    steps = [method.step(task.objective, task.images, names(8)).adversarial for method in (free, bounded)]
+    far, near = ((images - task.images).flatten(1).norm(dim=1) for images in steps if images is not None)
+    assert far.min() > 2
+    torch.testing.assert_close(near, torch.full_like(near, 0.5), rtol=1e-6, atol=0)
+    own = TrainingSettings(eps=0.75, delta=0.25)
+    assert own.make_method("AMAT", Thresholds((9.0,), ("loss",))).start_max == 0.75  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

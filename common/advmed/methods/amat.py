@@ -69,7 +69,7 @@ class AMATSettings(MethodSettings):
             the losses that the attack has seen put the threshold; never nearer to the clean image than delta, if
             the margin is that large.
         start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
-            (xi - L) / ||g||, for one pass more in every batch that holds a sample for the first time.
+            (xi - L) / ||g||, eps at most, for one pass more in every batch that holds a sample for the first time.
         margin_min: lowest margin, >= 0; None: for "secant" and "balanced" a quarter of delta where margins begin with
             an estimate and delta where they do not, else none.
         margin_max: highest margin, > 0; None: 8 eps for "secant" and "balanced", else none.
@@ -111,6 +111,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         refinement: see :class:`AMATSettings`, as the next four.
         train_on: "sphere" or "crossing".
         start: "delta" or "estimate".
+        start_max: highest first value of a margin that begins with an estimate, or None. A network that has not learnt
+            anything yet is flat, and seems to bear any noise: margins that begin there teach it to stay flat.
         margin_min: lowest margin, or None.
         margin_max: highest margin, or None.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
@@ -150,6 +152,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         refinement: Rule = "paper",
         train_on: Literal["sphere", "crossing"] = "sphere",
         start: Literal["delta", "estimate"] = "delta",
+        start_max: float | None = None,
         margin_min: float | None = AMATSettings.margin_min,
         margin_max: float | None = AMATSettings.margin_max,
         **attack: Unpack[AttackOptions],
@@ -159,6 +162,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         )
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
+        self.start_max = math.inf if start_max is None else check_positive("start_max", start_max)
         floor = self.delta * (_FLOOR_OF_DELTA if start == "estimate" else 1.0) if refinement in TRACKING else 0.0
         if margin_min is None and margin_max is not None and margin_max < floor:
             raise ValueError(
@@ -199,6 +203,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             refinement=refinement,
             train_on=own.train_on or "sphere",
             start=own.start or "delta",
+            start_max=None if not eps else max(eps, own.delta),
             margin_min=own.margin_min,
             margin_max=highest,
             **attack,
@@ -271,7 +276,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         clean, steep = steepness(objective, images, self.attack.norm)
         self._check_number(clean.terms)
         gap = xi - clean.terms
-        radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float()
+        radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float().clamp(max=self.start_max)
         return clean, self._bounded(radius.nan_to_num(self.lowest, self.highest, self.lowest))
 
     def _most(self, margin: Tensor, visits: Tensor) -> Tensor:
