@@ -190,8 +190,9 @@ def test_a_first_estimate_is_no_larger_than_it_may_be() -> None:
     far, near = ((images - task.images).flatten(1).norm(dim=1) for images in steps if images is not None)
     assert far.min() > 2
     torch.testing.assert_close(near, torch.full_like(near, 0.5), rtol=1e-6, atol=0)
-    own = TrainingSettings(eps=0.75, delta=0.25)
-    assert own.make_method("AMAT", Thresholds((9.0,), ("loss",))).start_max == 0.75  # type: ignore[attr-defined]
+    own = TrainingSettings(eps=0.75, delta=0.25).make_method("AMAT", Thresholds((9.0,), ("loss",)))
+    assert isinstance(own, AMAT)
+    assert own.start_max == 0.75
 
 
 @pytest.mark.slow
