@@ -144,8 +144,10 @@ def inspecting(objective: Objective) -> Iterator[None]:
 
 def ordinary(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if it was made in inference mode: such a tensor takes no part in a backward pass."""
+    if not tensor.is_inference():
+        return tensor
     with torch.inference_mode(False):
-        return tensor.clone() if tensor.is_inference() else tensor
+        return tensor.clone()
 
 
 def names_of(objective: Objective, count: int) -> tuple[str, ...]:
