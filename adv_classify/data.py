@@ -199,6 +199,10 @@ class ClassificationData(SampleData):
         self.require(split)
         return [self.splits[split].labels, self.size, self.channels, *([] if self.bits == 16 else [self.bits])]
 
+    def target(self, split: str, index: int) -> str:
+        """See :meth:`SampleData.target`."""
+        return self.class_names[int(self.splits[split].labels[index])]
+
     def order(self, generator: torch.Generator) -> WeightedRandomSampler | None:
         """See :meth:`SampleData.order`."""
         if self.sampler != "balanced":

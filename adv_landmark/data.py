@@ -298,6 +298,10 @@ class LandmarkData(SampleData):
         bits = [] if self.bits == 16 else [self.bits]
         return [samples.points, samples.spacing, self.unit, self.size, self.channels, *bits]
 
+    def target(self, split: str, index: int) -> str:
+        """See :meth:`SampleData.target`."""
+        return repr(self.splits[split].points[index].tolist())
+
     def spacings(self, count: int) -> np.ndarray | None:
         """The spacing of the settings for that many images."""
         return None if self.spacing is None else np.tile(np.array(self.spacing), (count, 1))

@@ -108,6 +108,7 @@ def metrics(unit: str, radii: Sequence[float]) -> list[Metric]:
             higher_is_better=False,
             unit=unit,
             description="Standard deviation of the radial errors over all landmarks.",
+            monotone=False,
         ),
     ]
     return found + [

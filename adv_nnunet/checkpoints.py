@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from adv_nnunet.settings import STATE
+from advmed.files import check_whole
 
 TABLE = "margins.csv"
 """Name of the file with the ids, beside the checkpoint."""
@@ -55,6 +56,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     torch.serialization.add_safe_globals(_SAFE)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        check_whole(path)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error):
             raise _unreadable(path, error) from error

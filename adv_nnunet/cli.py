@@ -14,6 +14,7 @@ from typing import Any
 
 from advmed.cli import options, runner
 
+PLANS = "nnUNetPlans"
 DESCRIPTION = "Adversarial training for nnU-Net v2. Train with: nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerAMAT"
 
 
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "(report.html, report.json, results.csv, samples.csv and others). A killed run goes on when called again.",
         epilog=runner.DEBUG,
     )
-    _dataset_arguments(e)
+    _dataset_arguments(e, plans=None)
     e.add_argument(
         "-tr", nargs="+", default=None, metavar="TRAINER", help="trainers of the models (default: nnUNetTrainerAMAT)"
     )
@@ -73,11 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
+def _dataset_arguments(parser: argparse.ArgumentParser, plans: str | None = PLANS) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="data set, id or name")
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="2d, 3d_fullres or 3d_lowres")
     parser.add_argument("-f", default="0", metavar="FOLD", help="fold, a number or 'all' (default: 0)")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans (default: nnUNetPlans)")
+    parser.add_argument("-p", default=plans, metavar="PLANS", help=f"plans (default: {PLANS})")
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda")
 
 
@@ -163,6 +164,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raw=None if args.i is None else (args.i, args.l),
         dataset=args.d,
         configuration=args.c,
+        plans=args.p,
     )
     evaluate_models(host, chosen)
 
@@ -179,7 +181,7 @@ def _model_folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
     _require_environment("nnUNet_results")
     results = Path(os.environ["nnUNet_results"]) / maybe_convert_to_dataset_name(args.d)
     return [
-        (trainer.removeprefix("nnUNetTrainer") or "STD", results / f"{trainer}__{args.p}__{args.c}")
+        (trainer.removeprefix("nnUNetTrainer") or "STD", results / f"{trainer}__{args.p or PLANS}__{args.c}")
         for trainer in args.tr or ["nnUNetTrainerAMAT"]
     ]
 

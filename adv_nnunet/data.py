@@ -6,19 +6,20 @@ and holds as long as the case's files stay as they are.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from advmed.copies import Sample, digest, warnings_of_copies
 from advmed.distributed import from_first_rank, gathered, place
-from advmed.files import write_whole
+from advmed.files import remember, remembered
 
 OUTSIDE = -1
 """The host's mark for voxels that its preprocessing found outside of the body."""
@@ -35,12 +36,16 @@ class Found:
         finite: whether all values of the image are.
         labels: the values of the segmentation.
         shapes: of image and segmentation, without channels.
+        image: a digest of the image.
+        truth: a digest of the segmentation.
     """
 
     files: list[list[Any]]
     finite: bool
     labels: list[int]
     shapes: list[list[int]]
+    image: str
+    truth: str
 
 
 def undeclared(labels: Iterable[int], label_manager: Any) -> list[int]:
@@ -81,7 +86,7 @@ def check_cases(
             f"{len(missing)} case(s) of splits_final.json are not in {folder}: {', '.join(missing[:10])}. Preprocess "
             f"them (nnUNetv2_preprocess), or take them out of splits_final.json."
         )
-    known = from_first_rank({case: found for case, found in _remembered(memory).items() if case in cases})
+    known = from_first_rank({case: found for case, found in _known(memory).items() if case in cases})
     known = {case: found for case, found in known.items() if found.files == states[case]}
     rest = [case for case in cases if case not in known]
     if rest:
@@ -90,9 +95,16 @@ def check_cases(
         read = _read({case: cases[case] for case in rest[rank::size]}, states, say)
         fresh = {case: found for part in gathered(read) for case, found in part.items()}
         if rank == 0:
-            _remember({**_remembered(memory), **known, **fresh}, memory)
+            remember(_plain({**_known(memory), **known, **fresh}), memory)
         known |= fresh
     _judge({case: known[case] for case in cases}, label_manager, say)
+    training, validation = (list(dataset.identifiers) for dataset in datasets)
+    if set(training) == set(validation):  # fold "all"
+        validation = []
+    splits = [(case, "train") for case in training] + [(case, "val") for case in validation]
+    samples = [Sample(split, case, known[case].image, known[case].truth) for case, split in splits]
+    for line in warnings_of_copies(samples):
+        say(f"WARNING: {line}")
 
 
 def _judge(found: Mapping[str, Found], label_manager: Any, say: Callable[[str], object]) -> None:
@@ -138,10 +150,12 @@ def _read(
 
     def look(case: str) -> Found:
         try:
-            image, segmentation, _, _ = cases[case].load_case(case)
+            loaded = cases[case].load_case(case)
+            image, segmentation = (np.ascontiguousarray(array[:]) for array in loaded[:2])
             shapes = [list(map(int, array.shape[1:])) for array in (image, segmentation)]
-            labels = sorted({int(label) for plane in segmentation[:][0] for label in np.unique(plane)})
-            return Found(states[case], bool(np.isfinite(image[:]).all()), labels, shapes)
+            labels = sorted({int(label) for plane in segmentation[0] for label in np.unique(plane)})
+            finite = bool(np.isfinite(image).all())
+            return Found(states[case], finite, labels, shapes, digest(image), digest(segmentation))
         except Exception as error:  # of whatever reads the files
             raise ValueError(
                 f"the preprocessed case {case} cannot be read ({type(error).__name__}: {error}). Preprocess it again "
@@ -172,22 +186,14 @@ def _states(folder: Path, cases: Iterable[str]) -> dict[str, list[list[Any]]]:
     return states
 
 
-def _remembered(memory: Sequence[Path]) -> dict[str, Found]:
-    """What was found earlier; nothing of a file that is not whole."""
-    found: dict[str, Found] = {}
-    for path in memory:
-        try:
-            found |= {case: Found(**content) for case, content in json.loads(path.read_text()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue
+def _known(memory: Sequence[Path]) -> dict[str, Found]:
+    """What was found earlier, by this release."""
+    found = {}
+    for case, content in remembered(memory).items():
+        with suppress(TypeError):
+            found[case] = Found(**content)
     return found
 
 
-def _remember(found: Mapping[str, Found], memory: Sequence[Path]) -> None:
-    content = json.dumps({case: vars(content) for case, content in found.items() if content.finite})
-    for path in memory:
-        try:
-            write_whole(path, content)
-            return
-        except OSError:
-            continue
+def _plain(found: Mapping[str, Found]) -> dict[str, Any]:
+    return {case: vars(content) for case, content in found.items() if content.finite}

@@ -479,6 +479,7 @@ class SegmentationEvaluation(EvaluationHost):
         raw: folders of images and labels as the user wrote them, in the place of the fold's validation cases.
         dataset: id or name of the data set that the user named.
         configuration: that the user named.
+        plans: that the user named, if any.
     """
 
     packages = ("nnunetv2",)
@@ -493,6 +494,7 @@ class SegmentationEvaluation(EvaluationHost):
     raw: tuple[str, str] | None
     dataset: str
     configuration: str
+    plans: str | None = None
 
     @cached_property
     def models(self) -> list[TrainedModel]:
@@ -526,6 +528,11 @@ class SegmentationEvaluation(EvaluationHost):
             raise ValueError(
                 f"the model {model.name!r} is of the configuration {model.configuration}, not of -c "
                 f"{self.configuration}. Name its own"
+            )
+        plans = model.predictor.plans_manager.plans_name
+        if self.plans is not None and plans != self.plans:
+            raise ValueError(
+                f"the model {model.name!r} has the plans {plans}, not {self.plans} of -p. Leave -p out, or name its own"
             )
 
     @property

@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.patches import torch_load
 
-from advmed.files import replacing
+from advmed.files import check_whole, replacing
 
 STATE = "advmed"
 """Attribute of the network in an unfinished checkpoint that holds our state, in plain types; and the entry of a
@@ -33,10 +33,12 @@ def read_checkpoint(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file; the host would look for it on the internet.
-        TypeError: if it is no checkpoint of the host, or damaged.
+        TypeError: if it is no checkpoint of the host.
+        ValueError: if it is damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no model file {path}; name a trained .pt")
+    check_whole(path)
     try:
         network, checkpoint = load_checkpoint(path)
     except (AttributeError, KeyError, IndexError) as error:

@@ -44,6 +44,7 @@ from adv_yolo.objective import DetectionObjective, ImageTerms, check_head, check
 from adv_yolo.scores import host_results, joined, score
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from advmed.attacks import PGD
+from advmed.copies import Sample, contents, warnings_of_copies
 from advmed.distributed import from_first_rank
 from advmed.evaluation.subjects import spread
 from advmed.files import write_whole
@@ -192,6 +193,27 @@ class AdversarialTraining(_Host):
         self._ids = dict(
             zip(dataset.im_files, standard.relative_names(dataset.im_files, self.data.get("path")), strict=True)
         )
+        if RANK in {-1, 0}:
+            self._look_for_copies()
+
+    def _look_for_copies(self) -> None:
+        """Says which images are there under two names."""
+        loaded = {"train": self.train_loader.dataset, "val": self.test_loader.dataset}
+        images = [
+            (split, file, label)
+            for split, d in loaded.items()
+            for file, label in zip(d.im_files, d.labels, strict=True)
+        ]
+        labels = Path(loaded["train"].label_files[0]).parent  # beside what the host remembers
+        memory = [labels.with_suffix(".advmed.json"), Path(self.save_dir) / ".advmed_contents.json"]
+        found = contents([Path(file) for _, file, _ in images], memory, self.args.workers)
+        names = standard.relative_names([file for _, file, _ in images], self.data.get("path"))
+        samples = [
+            Sample(split, name, content, [label["cls"].tolist(), label["bboxes"].tolist()])
+            for (split, _, label), name, content in zip(images, names, found, strict=True)
+        ]
+        for line in warnings_of_copies(samples):
+            _log(f"WARNING: {line}")
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resumes as the host does, and sets the method up: the last thing before the first epoch."""

@@ -1,13 +1,14 @@
 """Rules for AMAT's margins, thresholds and attack steps, beside SAT, on slices of the hippocampus data; a small U-Net.
 
     python benchmarks/margins.py --data FOLDER --work FOLDER --jobs 2 [--seeds 0 1 2] [--only REGEX]
-    python benchmarks/margins.py --work FOLDER --table
+    python benchmarks/margins.py --work FOLDER --table [--stronger]
     python benchmarks/margins.py --data FOLDER --work FOLDER --ids      what a margin should belong to
 
 FOLDER of --data holds the data set in nnU-Net's raw layout with splits_final.json. A standard network is trained for
 each seed, thresholds are measured on what training sees, and every run starts from that network, with as many slices.
 One thread a run; a run that is finished is not done again. The whole list takes hours: --only chooses. What was found
-is in docs/results/margins.md.
+is in docs/results/margins.md. Every network is kept, and evaluated under two attacks: PGD-40, and the stronger
+APGD-50, whose numbers --stronger tabulates.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
-from advmed import AMAT, PGD, SAT, STD, TermStatistics
+from advmed import AMAT, APGD, PGD, SAT, STD, TermStatistics
 from advmed.evaluation.auc import auc_robust
 from advmed.guard import preserved
 from advmed.methods import Method
@@ -96,7 +97,20 @@ RUNS: dict[str, dict[str, Any]] = {
         for steps in (2, 5)
     },
     **{
-        f"SAT 3.5, {steps} steps": {"method": "SAT", "eps": 3.5, **FAST, "steps": steps, "step_scale": LENGTHS[steps]}
+        f"AMAT secant, estimate, mean+{std:g}std, 5 steps": amat(
+            "secant", std, **ESTIMATE, **{"steps": 5, "step_scale": LENGTHS[5]}
+        )
+        for std in (2, 3)
+    },
+    **{
+        f"SAT {eps:g}, {steps} steps": {
+            "method": "SAT",
+            "eps": eps,
+            **FAST,
+            "steps": steps,
+            "step_scale": LENGTHS[steps],
+        }
+        for eps in (2, 3.5, 5)
         for steps in (2, 5)
     },
     **{
@@ -185,10 +199,13 @@ def thresholds(model: nn.Module, images: Tensor, labels: Tensor) -> TermStatisti
     return found
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """Mean Dice of the slices and both classes at every level, under PGD-40 from a random start."""
+ATTACKS = {"dice": PGD(40, 4.0, random_start=0.5, keep="best"), "apgd": APGD(50)}
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, name: str = "dice") -> list[float]:
+    """Mean Dice of the slices and both classes at every level, under the attack of that name."""
     model.eval()
-    attack, results = PGD(40, 4.0, random_start=0.5, keep="best"), []
+    attack, results = ATTACKS[name], []
     for level in LEVELS:
         parts = []
         for chosen in torch.arange(len(images)).split(64):
@@ -285,8 +302,10 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         whole, average = train(model, method, images, labels, steps, rate)
         seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
-    dice = evaluate(model, val_images[::2], val_labels[::2])
-    result |= {"dice": dice, "seconds": seconds, "auc": auc_robust(LEVELS, dice)}
+    result["seconds"] = seconds
+    for attack in ATTACKS:
+        result[attack] = evaluate(model, val_images[::2], val_labels[::2], attack)
+    torch.save(model.state_dict(), work / f"{re.sub(r'[^a-z0-9.]+', '_', name.lower())}_{seed}.pt")
     if average is not None and name in AVERAGED:
         result["average"] = evaluate(average, val_images[::2], val_labels[::2])
         result["average_auc"] = auc_robust(LEVELS, result["average"])
@@ -301,11 +320,12 @@ def finished(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def table(work: Path) -> str:
-    """A row for each run, means over the seeds."""
+def table(work: Path, attack: str) -> str:
+    """A row for each run under this attack, means over the seeds."""
     rows = defaultdict(list)
     for found in finished(work):
-        rows[found["name"]].append(found)
+        if attack in found:
+            rows[found["name"]].append(found)
     standard = statistics.mean(r["seconds"] for r in rows.get("STD on", rows["STD"]))
     lines = [
         "| run | seeds | time of a step | " + " | ".join(f"{level:g}" for level in LEVELS) + " | AUC_robust | margins |"
@@ -314,8 +334,8 @@ def table(work: Path) -> str:
     for name in ["STD", *RUNS]:
         if not (found := rows.get(name)):
             continue
-        dice = [statistics.mean(r["dice"][k] for r in found) for k in range(len(LEVELS))]
-        auc = [r["auc"] for r in found]
+        dice = [statistics.mean(r[attack][k] for r in found) for k in range(len(LEVELS))]
+        auc = [auc_robust(LEVELS, r[attack]) for r in found]
         spread = f" ± {statistics.stdev(auc) / math.sqrt(len(auc)):.4f}" if len(auc) > 1 else ""
         margins = [statistics.mean(r["margins"][k] for r in found) for k in range(3)] if "margins" in found[0] else []
         lines.append(
@@ -335,6 +355,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
     parser.add_argument("--ids", action="store_true", help="measure what a margin should belong to")
     parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--stronger", action="store_true", help="print what APGD-50 found")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -351,7 +372,7 @@ def main() -> None:
             waiting = [(n, s) for s in options.seeds for n in names if (n, s) not in done]
             with ThreadPoolExecutor(options.jobs) as pool:
                 list(pool.map(lambda one: subprocess.run([*words, one[0], str(one[1])], check=True), waiting))
-    print(table(options.work))
+    print(table(options.work, "apgd" if options.stronger else "dice"))
 
 
 if __name__ == "__main__":

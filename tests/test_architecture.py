@@ -22,6 +22,7 @@ HOSTS = sorted(path.name for path in ROOT.glob("adv_*"))
 
 GROUND = {
     "classification",
+    "copies",
     "distributed",
     "norms",
     "distances",

@@ -170,7 +170,9 @@ def test_a_killed_run_resumes_to_identical_numbers(tmp_path: Path, whole: Evalua
     assert_identical(finished, whole)
     assert finished.at("pgd3", 2).seconds == resumed.at("pgd3", 2).seconds
     # In another order the attacks are the same configuration.
-    turned = run(tmp_path, progress=pytest.fail, attacks=dict(reversed(ATTACKS.items())))
+    seen: list[str] = []
+    turned = run(tmp_path, progress=lambda *step: seen.append(step[2]), attacks=dict(reversed(ATTACKS.items())))
+    assert seen == ["finished earlier"] * 4
     for key, condition in whole.attacked.items():
         np.testing.assert_array_equal(condition.loss, turned.attacked[key].loss)
     seconds = 0.0
@@ -372,7 +374,7 @@ def test_scores_are_copies_and_no_less_than_float32() -> None:
     assert half.tolist() == [12, 12]
 
 
-def test_progress_counts_passes_and_skips_finished_ones(tmp_path: Path) -> None:
+def test_progress_counts_passes_and_finished_batches(tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     run(batches=batches(2), progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == list(range(1, 11))
@@ -382,7 +384,8 @@ def test_progress_counts_passes_and_skips_finished_ones(tmp_path: Path) -> None:
     run(tmp_path, batches=batches(1))
     seen.clear()
     run(tmp_path, batches=batches(2), progress=lambda *step: seen.append(step))
-    assert [done for done, _, _ in seen] == list(range(6, 11))
+    assert [done for done, _, _ in seen] == [5, *range(6, 11)], "what is finished is compared, which takes a while, too"
+    assert seen[0] == (5, 10, "finished earlier")
 
 
 def test_pictures_of_all_levels_keep_to_the_range_of_images() -> None:

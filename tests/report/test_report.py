@@ -419,6 +419,8 @@ def test_cautions() -> None:
     steps, masking = cautions_of(Entry("odd", replace(growing, attacked={**growing.attacked, ("pgd100", 5.0): broken})))
     assert steps.startswith("odd: 7 attack steps met a non-finite gradient")
     assert masking.startswith("odd: ADI improves as the noise of pgd100 grows.")
+    spread = cautions_of(Entry("odd", growing), metric=replace(MEAN, monotone=False))
+    assert spread == [], "the spread of errors shrinks where all grow alike"
     # Noise that hurts more than the attack is not what the findings speak of, and may do good without a caution.
     curves = {"pgd100": (0.9, 0.8, 0.7), "gaussian": (0.9, 0.2, 0.6)}
     models = [Entry(name, evaluation(curves)) for name in ("a", "b")]

@@ -201,7 +201,7 @@ def evaluate(
         fingerprint: what else the numbers depend on, such as the hash of the model file; required with a folder, so
             that a resumed run cannot mix the numbers of two models.
         packages: distributions whose versions the numbers depend on, beside ours and PyTorch.
-        progress: called after every pass of this process.
+        progress: called after every pass of this process, and for each batch that an earlier run has finished.
         processes: the processes that share the work; more than one need a folder.
 
     Raises:
@@ -237,16 +237,17 @@ def evaluate(
     elif processes.size > 1:
         raise ValueError("several processes need a folder, through which they share what they have measured")
     mine = range(processes.rank, len(batches), processes.size)
-    done = len(finished.keys() & mine) * len(passes)
+    done = 0
 
-    def report(name: str, level: float) -> None:
+    def report(text: str, passed: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += passed
         if progress is not None:
-            progress(done, len(mine) * len(passes), f"{name} at {level:g}")
+            progress(done, len(mine) * len(passes), text)
 
-    for number in finished.keys() & mine:
+    for number in sorted(finished.keys() & mine):
         _check_content(_part(parts, number), batches[number])
+        report("finished earlier", len(passes))
     processes.wait()  # all have read what was there before the first writes
     for number in mine:
         if number in finished:
@@ -392,7 +393,7 @@ def _measure(
     passes: Sequence[tuple[str, float]],
     bounds: tuple[float, float] | None,
     seed: int,
-    report: Callable[[str, float], None],
+    report: Callable[[str], None],
 ) -> list[Condition]:
     """All passes over one batch."""
     _check_images(loaded.images, ids)
@@ -412,7 +413,7 @@ def _measure(
             scores = _check_scores(loaded.score(result.images), ids)
         noise = _array(result.norms), loss, _array(result.nonfinite)
         conditions.append(Condition(*noise, scores, seconds, device))
-        report(name, level)
+        report(f"{name} at {level:g}")
     return conditions
 
 

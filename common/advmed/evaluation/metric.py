@@ -30,6 +30,8 @@ class Metric:
         per_sample: its value for every sample, (N,), from the same scores; for samples.csv.
         fails_at: a sample whose value is worse than this has failed; None for a metric that knows no failure.
         resamples: number of bootstrap draws; fewer for a metric that takes long to compute.
+        monotone: whether more noise, well aimed, can only make it worse; False for the spread of errors, which shrinks
+            where all of them grow alike.
         is_mean: the metric is the mean of ``per_sample``, samples without a value left out; draws then cost nothing.
 
     Example:
@@ -51,6 +53,7 @@ class Metric:
     fails_at: float | None = None
     resamples: int = 1000
     is_mean: bool = False
+    monotone: bool = True
 
     def __post_init__(self) -> None:
         if self.per_sample is None and (self.fails_at is not None or self.is_mean):

@@ -280,6 +280,7 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
             f"{table.models[m]}: {table.metric.name} improves as the noise of {table.attacks[aimed[a]]} grows. An "
             "attack that does this is too weak, or the model hides its gradients; its robustness may be overrated."
             for m, a in np.argwhere((gain > 0.01 * np.abs(clean)).any(2))
+            if table.metric.monotone
         ]
     return notes
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from adv_classify.data import ImageTable, MedMNIST, Samples
 from adv_landmark.data import LandmarkTable
-from advmed.integrations.lightning import SampleData
+from advmed.integrations.lightning import SampleData, images
 from advmed.integrations.lightning.data import check_distinct
 from advmed.integrations.lightning.images import read_image
 from advmed.testing.lightning import LightningHost
@@ -245,6 +246,37 @@ def test_images_are_read_before_a_training(tmp_path: Path, layout: Any) -> None:
             "a.png cannot be read as an image: ",
             " (and 2 more image(s))",
         )
+
+
+@pytest.mark.parametrize("layout", [*TABLES, MedMNIST])
+def test_copies_are_named(tmp_path: Path, layout: Any) -> None:
+    """Whatever they are called; a training that has them may begin."""
+    pictures = PICTURES["L"].copy()
+    pictures[2], pictures[4] = pictures[0], pictures[1]
+    data = write(tmp_path, layout, pictures)()
+    first, other, last = (data.splits[split].ids[0] for split in ("train", "val", "test"))
+    with pytest.warns(UserWarning, match="are in two splits") as warned:
+        data.setup("fit")
+    told = [str(warning.message) for warning in warned]
+    assert any(f"{other} of val, a copy of {first} of train" in line for line in told), told
+    # Of a classifier, the test image has another label than its copy.
+    assert any(f"{last} of test" in line and "two truths" in line for line in told) == (layout is not LandmarkTable)
+
+
+def test_images_are_read_once_in_the_folder_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "own", ImageTable)()
+    read: list[str] = []
+    mistake = images._mistake
+    monkeypatch.setattr(images, "_mistake", lambda path: (read.append(path.name), mistake(path))[1])
+    for folder, times in (("runs", 1), ("runs", 1), ("others", 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        data.trainer = SimpleNamespace(default_root_dir=str(tmp_path / folder))
+        data.setup("fit")
+        assert sorted(read) == sorted(["a.png", "b.png", "c.png", "d.png"] * times)
+    path = tmp_path / "own" / "images" / "b.png"
+    path.write_bytes(path.read_bytes()[:-100])
+    told(ValueError, lambda: data.setup("fit"), "b.png cannot be read as an image: ")
+    assert "own" not in (tmp_path / "runs" / ".advmed_images.json").read_text()
 
 
 def test_many_ids_are_compared_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,28 @@ def test_the_rate_of_a_longer_run_is_that_of_one_planned_so(
         host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last)])
     assert rates == pytest.approx(planned[2 * host.steps :], rel=1e-4)
     assert f"the learning rate goes on as in a training of {4 * host.steps} steps" in "\n".join(said)
+
+
+@pytest.mark.slow
+def test_a_schedule_of_the_users_that_a_checkpoint_changes_is_named(host: LightningHost, tmp_path: Path) -> None:
+    """Its rate would climb again in a longer run, without a word; the length that it had is no news."""
+    planned = {"optimizer": "SGD", "optimizer__lr": 0.01, "lr_scheduler": "CosineAnnealingLR"}
+    first = host.fit(tmp_path, trainer__max_epochs=2, **planned, lr_scheduler__T_max=2)
+    for length in (2, 4):
+        words = host.words(tmp_path, trainer__max_epochs=3, ckpt_path=first.last, **planned, lr_scheduler__T_max=length)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            host.main(["fit", *words])
+        told = [str(warning.message) for warning in caught if "CosineAnnealingLR goes on" in str(warning.message)]
+        assert bool(told) == (length == 4)
+        assert all("with T_max 2, not 4: " in line for line in told)
+
+
+@pytest.mark.slow
+def test_a_run_without_validation_says_that_it_has_no_best_epoch(host: LightningHost, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no best checkpoint will be written"):
+        run = host.fit(tmp_path, trainer__limit_val_batches=0, model__method__name="SAT")
+    assert [path.name for path in run.last.parent.iterdir()] == ["last.ckpt"]
 
 
 # Orders, batches and processes

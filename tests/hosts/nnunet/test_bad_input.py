@@ -19,6 +19,7 @@ from adv_nnunet import cli, data, evaluate
 from adv_nnunet.checkpoints import with_names
 from adv_nnunet.cli import main
 from adv_nnunet.trainer import STATE
+from advmed import files
 from helpers.hosts import mistake_of, overflow
 
 pytestmark = pytest.mark.slow
@@ -181,13 +182,13 @@ def relabelled(trainer: Any, changed: str, value: int) -> None:
 def unremembered(world: Any) -> Iterator[Callable[[], list[Path]]]:
     """Nothing is known of the cases; returns what is remembered now. Afterwards it is forgotten again."""
 
-    def files() -> list[Path]:
+    def found() -> list[Path]:
         return list(world.preprocessed.glob("*/advmed_checked_*"))
 
-    for path in files():
+    for path in found():
         path.unlink()
-    yield files
-    for path in files():
+    yield found
+    for path in found():
         path.unlink()
 
 
@@ -262,14 +263,14 @@ def test_a_case_is_read_once(bench: Any, unremembered: Callable[[], list[Path]],
     assert read_by(bench.make("SAT")) == cases
     # A share that is only read: each run remembers for itself.
     memory.unlink()
-    write_whole = data.write_whole
+    write_whole = files.write_whole
 
     def refused(path: Path, content: str) -> None:
         if path == memory:
             raise PermissionError(13, "Permission denied")
         write_whole(path, content)
 
-    monkeypatch.setattr(data, "write_whole", refused)
+    monkeypatch.setattr(files, "write_whole", refused)
     assert [read_by(bench.make("SAT")) for _ in range(2)] == [cases, []]
 
 
@@ -295,17 +296,46 @@ def test_several_processes_share_the_cases(
     assert not shares[0] & shares[1]
 
 
-@pytest.mark.parametrize("spoil", ["half", "code", "other"])
+def test_a_case_under_two_names(bench: Any, unremembered: Callable[[], list[Path]]) -> None:
+    """In training and validation, and with another segmentation; a fold of all cases has no copies."""
+    trainer = bench.make("SAT")
+    training, validation = datasets = type(trainer).get_tr_and_val_datasets(trainer)
+    trainer.get_tr_and_val_datasets = lambda: datasets
+    one, copy, apart = training.identifiers[0], validation.identifiers[0], training.identifiers[1]
+    load_case = training.load_case
+
+    def load(case: str) -> Any:
+        image, segmentation, *rest = load_case(case if case not in (copy, apart) else one)
+        return (image, 1 - np.minimum(segmentation[:], 1) if case == apart else segmentation, *rest)
+
+    training.load_case = validation.load_case = load
+    trainer._check_data()
+    log = bench.log(trainer)
+    assert f"WARNING: 1 image(s) are in two splits, such as {copy} of val, a copy of {one} of train" in log
+    assert f"WARNING: 1 image(s) have two truths, such as {apart} of train, a copy of {one} of train" in log
+    for path in unremembered():
+        path.unlink()
+    whole = bench.make("SAT", fold="all")
+    whole._check_data()
+    assert "copy" not in bench.log(whole)
+
+
+@pytest.mark.parametrize("spoil", ["half", "bytes", "code", "other"])
 def test_a_checkpoint_that_cannot_be_read(bench: Any, spoil: str) -> None:
     """And code in it is not run."""
     first = bench.train("SAT", epochs=1)
     path = Path(first.output_folder) / "checkpoint_final.pth"
+    content = path.read_bytes()
     if spoil == "half":
-        path.write_bytes(path.read_bytes()[:5000])
+        path.write_bytes(content[:5000])
+    elif spoil == "bytes":  # PyTorch itself reads this without a word
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes(64) + content[half + 64 :])
     else:
         torch.save({"network_weights": Path("x"), "y": os.system} if spoil == "code" else {"model": 1}, path)
     told = {
         "half": r"checkpoint_final\.pth cannot be read as a checkpoint .*: it is damaged, or was written in part only",
+        "bytes": r"checkpoint_final\.pth cannot be read as a checkpoint \(.*are not those that were written\)",
         "code": r"checkpoint_final\.pth holds more than weights and plain values, which could run code",
         "other": r"checkpoint_final\.pth is not a checkpoint of nnU-Net: it holds no 'network_weights'",
     }[spoil]
@@ -401,6 +431,11 @@ def test_evaluate_models_that_do_not_go_together(
     assert "not those of -d 4" in message
     message = mistake(*EVALUATE, "-m", f"flat={stock}", f"regions={regions}", "-i", "images", "-l", "labels")
     assert "regions and flat do not predict the same: other labels, or 2D against 3D" in message
+
+
+def test_evaluate_a_model_of_other_plans(mistake: Callable[..., str], stock: Path) -> None:
+    message = mistake(*EVALUATE, "-p", "nnUNetPlans", "-m", stock)
+    assert "the model 'nnUNetTrainer' has the plans tiny, not nnUNetPlans of -p. Leave -p out" in message
 
 
 def test_evaluate_a_damaged_checkpoint(mistake: Callable[..., str], with_stock: Path) -> None:

@@ -107,11 +107,13 @@ def test_without_a_method_the_host_trains(train: list[str], data: Any, method: l
     assert "adv_" not in Path("an x/results.csv").read_text()
 
 
-@pytest.mark.parametrize("kind", ["empty", "half", "text", "list", "weights only"])
+@pytest.mark.parametrize("kind", ["empty", "half", "bytes", "text", "list", "weights only"])
 def test_a_damaged_checkpoint_is_named(capsys: pytest.CaptureFixture[str], data: Any, kind: str) -> None:
     model = save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), Path("best.pt"))
     whole, bad = model.read_bytes(), Path("bad.pt")
-    bad.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello " * 99}.get(kind, b""))
+    half = len(whole) // 2
+    spoilt = {"half": whole[:half], "text": b"hello " * 99, "bytes": whole[:half] + bytes(64) + whole[half + 64 :]}
+    bad.write_bytes(spoilt.get(kind, b""))
     if kind in {"list", "weights only"}:
         torch.save([1, 2] if kind == "list" else {"layer": torch.zeros(2)}, bad)
     for words in (
@@ -119,7 +121,7 @@ def test_a_damaged_checkpoint_is_named(capsys: pytest.CaptureFixture[str], data:
         *(["train", "resume"], ["train", "method=sat", f"data={data.yaml}", f"project={Path.cwd()}"]),
     ):
         message = mistake_of(main, capsys, *words, "model=bad.pt", "device=cpu")
-        assert re.search("bad.pt (is|references) .*(checkpoint|Ultralytics)", message, re.DOTALL), message
+        assert re.search("bad.pt (is|references) .*(checkpoint|Ultralytics|written)", message, re.DOTALL), message
 
 
 WITHOUT_A_NET = """

@@ -30,7 +30,7 @@ from adv_yolo.checkpoint import STATE
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion
 from advmed.thresholds import RunningThresholds, Thresholds
-from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, divergence, epochs, save
+from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, DataSet, divergence, epochs, save
 from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
 
 pytestmark = pytest.mark.slow
@@ -112,6 +112,22 @@ def test_the_clean_warm_up_is_the_stock_training_bit_for_bit(run: Any) -> None:
 LOSS = {"amat": (0.5, 0.5), "sat": (0.5, 0.5), "at": (0, 1), "trades": (1, 0), "dpaat": (0, 1)}
 """What the host's loss on clean and on attacked images counts for."""
 SEQUENTIAL = {"backward": "sequential"}
+
+
+def test_images_under_two_names_are_pointed_out(make: Any, tmp_path: Path, said: list[str]) -> None:
+    """In training and validation, and with other objects; a file that is listed twice is none of them."""
+    own = DataSet(tmp_path / "own")
+    train, val = own.names("train"), own.names("val")
+    own.list("train", [*train, train[0]])
+    shutil.copy(own.folder / f"images/{train[0]}.jpg", own.folder / f"images/{val[0]}.jpg")
+    own.write_labels(val[0], own.labels(train[0]))
+    shutil.copy(own.folder / f"images/{train[2]}.jpg", own.folder / f"images/{train[3]}.jpg")
+    trainer = make("sat", tmp_path, own, epochs=1)
+    trainer.train()
+    warned = [line for line in said if line.startswith("WARNING") and "copy of" in line]
+    assert len(warned) == 2
+    assert f"1 image(s) have two truths, such as images/{train[3]}.jpg of train, a copy of " in warned[0]
+    assert f"1 image(s) are in two splits, such as images/{val[0]}.jpg of val, a copy of " in warned[1]
 
 
 @pytest.mark.parametrize(

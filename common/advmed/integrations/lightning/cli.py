@@ -151,6 +151,7 @@ class LightningCommand(ABC):
 
     def _lightning(self, argv: list[str]) -> None:
         from advmed.distributed import gathered
+        from advmed.files import check_whole
         from advmed.integrations.lightning.callbacks import BestCheckpoint, waiting
         from advmed.integrations.lightning.module import ROBUST, is_adversarial, validation_steps_of
         from lightning.pytorch.callbacks import ModelCheckpoint
@@ -215,6 +216,8 @@ class LightningCommand(ABC):
             def _run_subcommand(self, subcommand: str) -> None:
                 if subcommand != "fit" and not self._get(self.config, "ckpt_path"):
                     raise ValueError(f"{subcommand} needs a trained network: name its checkpoint with --ckpt_path")
+                if Path(path := str(self._get(self.config, "ckpt_path") or "")).is_file():
+                    check_whole(path)
                 super()._run_subcommand(subcommand)
 
             def predict(self, model: Any, datamodule: Any, **how: Any) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from advmed.copies import Sample, contents, digest, warnings_of_copies
+from advmed.distributed import place
 from advmed.integrations.lightning.images import check_files
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -70,7 +72,34 @@ class SampleData(LightningDataModule):
             images = [
                 image for split in ("train", "val") if split in self.splits for image in self.splits[split].images
             ]
-            check_files([image for image in images if isinstance(image, Path)], self.workers)
+            files = [image for image in images if isinstance(image, Path)]
+            check_files(files, self.workers, self._memory("images"))
+            if place()[0] == 0:
+                for line in warnings_of_copies(self._samples()):
+                    rank_zero_warn(line)
+
+    def _memory(self, what: str) -> list[Path]:
+        """Where it is remembered what was found in files: in the folder of this project's runs, if that is one."""
+        root = getattr(self.trainer, "default_root_dir", None)
+        if root is None or "://" in str(root):
+            return []
+        return [Path(root) / f".advmed_{what}.json"]
+
+    def _samples(self) -> list[Sample]:
+        """What is compared to find copies."""
+        places = [(split, k) for split, samples in self.splits.items() for k in range(len(samples))]
+        images = [self.splits[split].images[k] for split, k in places]
+        files = [image for image in images if isinstance(image, Path)]
+        known = iter(contents(files, self._memory("contents"), self.workers))
+        found = [next(known) if isinstance(i, Path) else digest(np.ascontiguousarray(i)) for i in images]
+        return [
+            Sample(split, self.splits[split].ids[k], content, self.target(split, k))
+            for (split, k), content in zip(places, found, strict=True)
+        ]
+
+    def target(self, split: str, index: int) -> Any:
+        """The truth of a sample, of which repr tells others apart."""
+        return None
 
     @abstractmethod
     def dataset(self, split: str, *, augment: bool = False) -> Dataset[dict[str, Any]]:

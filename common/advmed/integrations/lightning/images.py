@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from advmed.distributed import gathered, is_distributed
+from advmed.distributed import from_first_rank, gathered, place
+from advmed.files import remember, remembered, state_of
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _UNREADABLE = (OSError, ImportError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -185,16 +186,24 @@ def read_image(path: Path, channels: int, bits: int = _DEEP) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def check_files(paths: Sequence[Path], threads: int) -> None:
+def check_files(paths: Sequence[Path], threads: int, memory: Sequence[Path] = ()) -> None:
     """Reads every image once, for a training must not be the first to find one that is cut off.
 
     Several processes share the work, and all raise what one of them finds.
 
+    Args:
+        paths: of the images.
+        threads: that read.
+        memory: see :func:`advmed.files.remember`; an image that was read in the state that it is in is not read again.
+
     Raises:
         ValueError: naming those that cannot be read.
     """
-    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
-    own = paths[rank::size]
+    rank, size = place()
+    known = from_first_rank(remembered(memory))
+    states = [state_of(path) for path in paths]
+    unread = [path for path, state in zip(paths, states, strict=True) if state not in known]
+    own = unread[rank::size]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         said = tqdm(
             pool.map(_mistake, own), total=len(own), desc="images", leave=False, disable=None if rank == 0 else True
@@ -204,6 +213,8 @@ def check_files(paths: Sequence[Path], threads: int) -> None:
     if every:
         more = f" (and {len(every) - 1} more image(s))" if len(every) > 1 else ""
         raise ValueError(f"{every[0]}{more}")
+    if rank == 0 and unread:
+        remember(known | dict.fromkeys(states, True), memory)
 
 
 def _mistake(path: Path) -> str | None:

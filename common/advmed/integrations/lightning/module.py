@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,7 @@ class RobustModule(LightningModule):
             None  # of our own, and its steps
         )
         self._before_statistics: dict[str, Any] | None = None
+        self._planned: list[dict[str, Any]] = []  # what schedules are made of, before a checkpoint brings others
 
     @abstractmethod
     def objective(self, batch: Any) -> tuple[Objective, Tensor, Sequence[str]]:
@@ -234,6 +236,7 @@ class RobustModule(LightningModule):
         if state is not None:
             self._check_state(state, ids)
         self._check_monitors()
+        self._planned = [_numbers(config.scheduler) for config in self.trainer.lr_scheduler_configs]
         thresholds = self._thresholds(state, len(ids))
         self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=epochs, steps_per_epoch=steps, say=say)
         self._check_optimizers()
@@ -305,6 +308,11 @@ class RobustModule(LightningModule):
                     f"{type(callback).__name__} takes the worst epoch by {monitor} for the best: its mode is {mode}, "
                     f"set {known}"
                 )
+        if not self.trainer.limit_val_batches and any(name.startswith("val/") for name in watched):
+            say(
+                "WARNING: limit_val_batches is 0: nothing is validated, so that no best checkpoint will be written and "
+                "no early stopping happens, only last.ckpt"
+            )
         robust = next((name for name in watched if name.startswith(ROBUST)), None)
         if robust is not None and not self.validation_steps:
             raise ValueError(
@@ -330,8 +338,19 @@ class RobustModule(LightningModule):
         ]
 
     def on_train_start(self) -> None:
-        """Gives our own schedule the length of this training, where a checkpoint has brought another."""
+        """Gives our own schedule the length of this training, where a checkpoint has brought another; of a schedule
+        of the user's it only says so."""
         if self._schedule is None:
+            for config, planned in zip(self.trainer.lr_scheduler_configs, self._planned, strict=True):
+                found = _numbers(config.scheduler)
+                if other := [
+                    f"{name} {found[name]}, not {planned[name]}" for name in found if found[name] != planned[name]
+                ]:
+                    say(
+                        f"WARNING: {type(config.scheduler).__name__} goes on as the checkpoint has it, with "
+                        f"{', '.join(other)}: where a longer training follows, its learning rate may climb again. "
+                        f"Start a new training from the weights for another schedule"
+                    )
             return
         schedule, steps = self._schedule
         if schedule.T_max == steps:
@@ -615,6 +634,13 @@ class RobustModule(LightningModule):
         """The run's folder, on the first rank."""
         folder = self.trainer.log_dir  # on all ranks, as it is agreed upon
         return Path(folder) if folder is not None and self.trainer.is_global_zero else None
+
+
+def _numbers(schedule: Any) -> dict[str, Any]:
+    """What a learning-rate schedule was made of, as far as it keeps it in plain values."""
+    names = inspect.signature(type(schedule)).parameters
+    kept = {name: vars(schedule)[name] for name in names if name in vars(schedule) and name != "last_epoch"}
+    return {name: value for name, value in kept.items() if isinstance(value, (int, float, str, list, tuple))}
 
 
 def is_adversarial(method: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from advmed.files import check_whole
+
 
 def load_weights(
     model: nn.Module,
@@ -65,6 +67,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+        check_whole(path)
     except Exception as error:  # every format has its own
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} cannot be read as a file of weights: {type(error).__name__}: {reason}") from error
