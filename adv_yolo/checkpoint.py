@@ -8,7 +8,7 @@ real value rides in our state. Predicting, validating, exporting and training fr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,21 +95,26 @@ def without_mark(path: Path) -> Iterator[Path]:
         yield Path(folder, path.name)
 
 
-def strip_state(path: Path, summarise: Callable[[int], Mapping[str, Any]]) -> None:
-    """Takes our state, with the names of the training images in it, out of a checkpoint of a training that has ended.
+def strip_states(folder: Path) -> None:
+    """Takes our state, with the names of the training images in it, out of the checkpoints of a training that has
+    ended; the summary of its run takes its place.
 
     Args:
-        path: of the checkpoint.
-        summarise: what its run was after so many epochs (:meth:`advmed.training.run.MethodRun.summary`), which takes
-            the place of the state.
+        folder: of the checkpoints, as the host names them; others are left alone.
     """
+    for path in (folder / "last.pt", folder / "best.pt", *sorted(folder.glob("epoch*.pt"))):
+        if path.exists():
+            _strip_state(path)
+
+
+def _strip_state(path: Path) -> None:
     checkpoint = torch_load(path, map_location="cpu")
     networks = [m for m in (checkpoint.get("model"), checkpoint.get("ema")) if isinstance(m, nn.Module)]
     states = [vars(network).pop(STATE, None) for network in networks]
     state = next((state for state in states if state is not None), None)
     if state is None:
         return
-    checkpoint[STATE] = dict(summarise(state["epochs"]))
+    checkpoint[STATE] = state.get("summary", {"method": state["method"]["method"]})
     finished, method = is_finished(checkpoint), checkpoint[STATE]["method"]
     checkpoint["train_args"][MARKED] = state["host"][MARKED] if finished else ended_mark(method)
     with replacing(path) as temporary:

@@ -205,7 +205,7 @@ def _method_of(found: dict[str, Any]) -> str:
     Raises:
         ValueError: if the training is finished: the host would begin a new one, and a standard one.
     """
-    from adv_yolo.checkpoint import MARKED, STATE, is_finished, read_checkpoint
+    from adv_yolo.checkpoint import MARKED, STATE, is_finished, read_checkpoint, strip_states
 
     resume = found["resume"]
     path = resume if isinstance(resume, (str, Path)) else found.get("model")
@@ -216,6 +216,9 @@ def _method_of(found: dict[str, Any]) -> str:
     network, checkpoint = read_checkpoint(path)
     state, summary = getattr(network, STATE, None), checkpoint.get(STATE)
     if is_finished(checkpoint):
+        if state is not None:  # killed while the host validated the best network: what comes after that is done now
+            summary = state["summary"]
+            strip_states(Path(path).parent)
         what = f"a finished {summary['method']} training" if summary else "a finished training"
         raise ValueError(
             f"{path} is {what}, there is nothing to resume. To train on from its weights, leave out resume: "

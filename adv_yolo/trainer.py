@@ -35,7 +35,7 @@ from adv_yolo.checkpoint import (
     MARKED,
     STATE,
     read_checkpoint,
-    strip_state,
+    strip_states,
     to_resume,
     unfinished_mark,
     without_mark,
@@ -535,7 +535,7 @@ class AdversarialTraining(_Host):
         state = self.run.state_dict() | {
             "arguments": arguments_of(self.settings),
             "images": fingerprint(self._ids.values()),
-            "epochs": self.epoch + 1,
+            "summary": self.run.summary(self.epoch + 1),
             "host": {MARKED: getattr(self.args, MARKED)},
         }
         args, marked = self.args, copy.copy(self.args)
@@ -567,9 +567,7 @@ class AdversarialTraining(_Host):
         self._write_down(self.epoch + 1)
         _log(f"this was {_sentence(self.run.summary(self.epoch + 1))}")
         if RANK in {-1, 0}:
-            for path in (self.last, self.best, *sorted(self.wdir.glob("epoch*.pt"))):
-                if path.exists():
-                    strip_state(path, self.run.summary)
+            strip_states(self.wdir)
 
 
 class MethodCriterion:

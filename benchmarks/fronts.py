@@ -1,10 +1,10 @@
 """AMAT's rules, thresholds and bounds beside SAT's levels on the demos' data, by the installed commands; with seeds.
 
     python benchmarks/fronts.py landmark|yolo|classify [--seeds 0 1 2] [--jobs 2] [--only REGEX] [--work build/fronts]
-    python benchmarks/fronts.py landmark --table
+    python benchmarks/fronts.py landmark --table [--attack apgd50]
 
 Per seed a standard network is trained as the host's demo has it; every run begins with its weights, for a quarter of
-its epochs, and is attacked by PGD-20. What is finished is not done again. The last column is what fronts are compared
+its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again. The last column is what fronts are compared
 by: the area under the curve, less what SAT has at the same clean metric, between its two nearest levels.
 """
 
@@ -80,6 +80,12 @@ class Host:
     metric = ""
     rising = True
     """Whether more is better."""
+    attack = "pgd20"
+
+    @property
+    def reports(self) -> Path:
+        """Of this attack."""
+        return self.work / f"reports_{self.attack}"
 
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.seed = work, seed
@@ -126,18 +132,29 @@ class Lightning(Host):
 
     def evaluate(self, name: str) -> list[str]:
         levels = self.demo.EVALUATE[self.demo.EVALUATE.index("--levels") + 1]
-        words = ["--attacks", "[pgd20]", "--checks", "0", "--examples", "1", "--device", "cpu", "--levels", levels]
+        words = [
+            "--attacks",
+            f"[{self.attack}]",
+            "--checks",
+            "0",
+            "--examples",
+            "1",
+            "--device",
+            "cpu",
+            "--levels",
+            levels,
+        ]
         return [
             self.tool,
             "evaluate",
             str(self.checkpoint(name)),
             "--out",
-            str(self.work / "reports" / slug(name)),
+            str(self.reports / slug(name)),
             *words,
         ]
 
     def report(self, name: str) -> Path:
-        return self.work / "reports" / slug(name) / "L2" / "report.json"
+        return self.reports / slug(name) / "L2" / "report.json"
 
 
 class Landmark(Lightning):
@@ -186,11 +203,17 @@ class Yolo(Host):
         return [*words, f"model={self.checkpoint('STD')}", *demo_yolo.ATTACK, *settings]
 
     def evaluate(self, name: str) -> list[str]:
-        words = [f"model={self.checkpoint(name)}", *self._common(), "levels=0,1,2,4", "attacks=pgd20", "checks=0"]
+        words = [
+            f"model={self.checkpoint(name)}",
+            *self._common(),
+            "levels=0,1,2,4",
+            f"attacks={self.attack}",
+            "checks=0",
+        ]
         return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.work / 'reports' / slug(name)}"]
 
     def report(self, name: str) -> Path:
-        return self.work / "reports" / slug(name) / "report.json"
+        return self.reports / slug(name) / "report.json"
 
 
 HOSTS: dict[str, type[Host]] = {"landmark": Landmark, "classify": Classify, "yolo": Yolo}
@@ -215,14 +238,14 @@ def work_on(host: Host, name: str) -> None:
     logs = host.work / "logs"
     logs.mkdir(exist_ok=True)
     call(host.train(name), logs / f"{slug(name)}.train.log")
-    call(host.evaluate(name), logs / f"{slug(name)}.evaluate.log")
+    call(host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log")
     print(f"{time.strftime('%H:%M:%S')} {host.work.name} {name} {curve(host, name)}", flush=True)
 
 
 def curve(host: Host, name: str) -> list[float]:
     """Clean, then at every level, then AUC_robust."""
     (model,) = json.loads(host.report(name).read_text())["results"][host.metric]["models"].values()
-    (attack,) = [found for key, found in model["attacks"].items() if key.startswith("pgd")]
+    attack = model["attacks"][host.attack]
     values = [*attack["values"]]
     levels = attack["levels"]
     area = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(levels, levels[1:], values, values[1:], strict=False))
@@ -270,9 +293,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
+    parser.add_argument("--attack", default="pgd20", help="of the evaluation, default: pgd20")
     parser.add_argument("--table", action="store_true", help="print what there is")
     options = parser.parse_args()
     kind, work = HOSTS[options.host], options.work.resolve() / options.host
+    kind.attack = options.attack
     if not options.table:
         hosts = [kind(work / str(seed), seed) for seed in options.seeds]
         for host in hosts:

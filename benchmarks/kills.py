@@ -13,6 +13,7 @@ a kill costs seconds. The status is 1 if one differed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
 import importlib
 import json
@@ -25,6 +26,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,10 @@ class Host:
     def again(self, run: Path) -> list[str]:
         """More words for a run that was killed."""
         raise NotImplementedError
+
+    def ended(self, run: Path) -> bool:
+        """Whether a run that was killed had nothing left to do that it is to be called for again."""
+        return False
 
     def result(self, run: Path) -> dict[str, Any]:
         """What must be as in a run that nobody killed."""
@@ -171,10 +177,23 @@ class Yolo(Host):
         last = run / "amat" / "weights" / "last.pt"
         return ["RESUME", str(last)] if last.exists() else []
 
+    def ended(self, run: Path) -> bool:
+        last = run / "amat" / "weights" / "last.pt"
+        if not last.exists():
+            return False
+        import torch
+
+        return torch.load(last, weights_only=False)["epoch"] < 0  # killed while the host validated its best network
+
     def result(self, run: Path) -> dict[str, Any]:
         with (run / "amat" / "results.csv").open(newline="") as file:
             # Ultralytics writes the row of an epoch before its checkpoint, and again if it was killed in between.
             epochs = list(dict.fromkeys(row["epoch"] for row in csv.DictReader(file)))
+        import torch
+
+        for path in (run / "amat" / "weights").glob("*.pt"):
+            if hasattr(torch.load(path, weights_only=False)["model"], "advmed"):
+                return {"names in": path.name}
         return {"epochs": epochs, "visits": {row["id"]: row["visits"] for row in margins(run / "amat" / "margins.csv")}}
 
 
@@ -269,6 +288,7 @@ def forked(work: Callable[[], int], log: Path, seconds: float | None) -> int | N
     child = os.fork()
     if not child:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with log.open("ab") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
@@ -281,18 +301,29 @@ def forked(work: Callable[[], int], log: Path, seconds: float | None) -> int | N
         sys.stderr.flush()
         os._exit(status or 0)
     end = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if end is not None and time.monotonic() >= end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.005)
+    atexit.register(_end, child)
+    try:
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            if end is not None and time.monotonic() >= end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.005)
+    finally:
+        atexit.unregister(_end)
+
+
+def _end(child: int) -> None:
+    """Nothing outlives this script."""
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hosts", nargs="*", help=f"of {', '.join(HOSTS)}; default: all")
     parser.add_argument("--kills", type=int, default=100)
@@ -331,6 +362,10 @@ def killed(name: str, options: argparse.Namespace) -> bool:
             status := call(run, moments.uniform(0, whole) if mine < MOST and kills < options.kills else None)
         ) is None:
             kills, mine = kills + 1, mine + 1
+            if host.ended(run):
+                call(run)  # which has nothing to do but to clear up
+                status = 0
+                break
         found = host.result(run) if status == 0 else {"status": status}
         different = [key for key in wanted if found.get(key) != wanted[key]]
         if different:

@@ -97,6 +97,31 @@ def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
         assert visits == dict.fromkeys(data.ids("train"), "4")
 
 
+def test_a_run_killed_while_its_best_network_is_validated_leaves_no_names(
+    train: list[str], data: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host takes it for finished then; whoever would resume it is told so, and the names go."""
+    with monkeypatch.context() as patch:
+        patch.setattr("adv_yolo.trainer.strip_states", lambda folder: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            main(["detect", *train, "method=dpaat", "epochs=1", "save_period=1"])
+    last = Path("x/weights/last.pt")
+    names = [*data.names("train"), *data.ids("train")]
+
+    def named() -> list[str]:
+        return sorted(p.name for p in last.parent.iterdir() if any(n.encode() in p.read_bytes() for n in names))
+
+    first = Path("x/weights/epoch0.pt")
+    assert hasattr(torch.load(first, weights_only=False)["ema"], STATE)
+    assert named() == ["best.pt", "epoch0.pt", "last.pt"]
+    message = mistake_of(main, capsys, "detect", "train", "resume", f"model={last}")
+    assert "is a finished DPAAT training, there is nothing to resume" in message
+    assert named() == []
+    assert not hasattr(torch.load(first, weights_only=False)["ema"], STATE)
+    summary = load_checkpoint(last)[1][STATE]
+    assert (summary["method"], summary["attacked_epochs"], summary["epochs"]) == ("DPAAT", 1, 1)
+
+
 @pytest.mark.parametrize("method", [[], ["method=std"]])
 def test_without_a_method_the_host_trains(train: list[str], data: Any, method: list[str]) -> None:
     """Also where a path has a space."""
