@@ -4,8 +4,9 @@
     python benchmarks/fronts.py landmark --table [--attack apgd50]
 
 Per seed a standard network is trained as the host's demo has it; every run begins with its weights, for a quarter of
-its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again. The last column is what fronts are compared
-by: the area under the curve, less what SAT has at the same clean metric, between its two nearest levels.
+its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again. The last column is what
+fronts are compared by: the area under the curve, less what SAT has at the same clean metric, between its two nearest
+levels.
 """
 
 from __future__ import annotations
