@@ -18,6 +18,7 @@ from torch import nn
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import strip_optimizer
 
 from advmed.files import check_whole, replacing
 
@@ -95,6 +96,28 @@ def without_mark(path: Path) -> Iterator[Path]:
         yield Path(folder, path.name)
 
 
+def complete(path: Path) -> bool:
+    """Does what a training that was killed behind its last epoch had left to do: the optimizer and our state go.
+
+    Args:
+        path: of a checkpoint.
+
+    Returns:
+        Whether that training has ended, so that there is nothing to resume.
+    """
+    network, checkpoint = read_checkpoint(path)
+    state = getattr(network, STATE, None)
+    ended = is_finished(checkpoint) or (
+        state is not None and _summary(state)["epochs"] >= checkpoint["train_args"]["epochs"]
+    )
+    if ended and state is not None:
+        for file in (path.with_name("last.pt"), path.with_name("best.pt")):
+            if file.exists() and not is_finished(torch_load(file, map_location="cpu")):
+                strip_optimizer(file)
+        strip_states(path.parent)
+    return ended
+
+
 def strip_states(folder: Path) -> None:
     """Takes our state, with the names of the training images in it, out of the checkpoints of a training that has
     ended; the summary of its run takes its place.
@@ -114,8 +137,14 @@ def _strip_state(path: Path) -> None:
     state = next((state for state in states if state is not None), None)
     if state is None:
         return
-    checkpoint[STATE] = state.get("summary", {"method": state["method"]["method"]})
+    checkpoint[STATE] = _summary(state)
     finished, method = is_finished(checkpoint), checkpoint[STATE]["method"]
     checkpoint["train_args"][MARKED] = state["host"][MARKED] if finished else ended_mark(method)
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
+
+
+def _summary(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the run; states of earlier releases have none."""
+    summary: dict[str, Any] = state.get("summary") or {"method": state["method"]["method"], "epochs": state["epochs"]}
+    return summary

@@ -205,7 +205,7 @@ def _method_of(found: dict[str, Any]) -> str:
     Raises:
         ValueError: if the training is finished: the host would begin a new one, and a standard one.
     """
-    from adv_yolo.checkpoint import MARKED, STATE, is_finished, read_checkpoint, strip_states
+    from adv_yolo.checkpoint import MARKED, STATE, complete, read_checkpoint
 
     resume = found["resume"]
     path = resume if isinstance(resume, (str, Path)) else found.get("model")
@@ -213,12 +213,10 @@ def _method_of(found: dict[str, Any]) -> str:
         raise SyntaxError(
             "train resume needs model=..., the last.pt of the run: train resume model=RUN/weights/last.pt"
         )
+    ended = complete(Path(path))
     network, checkpoint = read_checkpoint(path)
     state, summary = getattr(network, STATE, None), checkpoint.get(STATE)
-    if is_finished(checkpoint):
-        if state is not None:  # killed while the host validated the best network: what comes after that is done now
-            summary = state["summary"]
-            strip_states(Path(path).parent)
+    if ended:
         what = f"a finished {summary['method']} training" if summary else "a finished training"
         raise ValueError(
             f"{path} is {what}, there is nothing to resume. To train on from its weights, leave out resume: "

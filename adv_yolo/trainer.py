@@ -34,6 +34,7 @@ from adv_yolo import calibration as standard
 from adv_yolo.checkpoint import (
     MARKED,
     STATE,
+    complete,
     read_checkpoint,
     strip_states,
     to_resume,
@@ -161,6 +162,7 @@ class AdversarialTraining(_Host):
         if path is None:  # nothing to resume, or nothing found, which the host says
             super().check_resume(overrides)
             return
+        complete(path)  # if it is of a training that was killed behind its last epoch, the host says that it has ended
         with without_mark(path) as file:
             self.args.resume = str(file)
             super().check_resume(overrides)

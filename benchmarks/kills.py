@@ -183,7 +183,7 @@ class Yolo(Host):
             return False
         import torch
 
-        return torch.load(last, weights_only=False)["epoch"] < 0  # killed while the host validated its best network
+        return torch.load(last, weights_only=False)["epoch"] in (-1, self.epochs - 1)  # killed behind its last epoch
 
     def result(self, run: Path) -> dict[str, Any]:
         with (run / "amat" / "results.csv").open(newline="") as file:

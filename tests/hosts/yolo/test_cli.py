@@ -97,29 +97,33 @@ def test_a_run_is_resumed_by_its_checkpoint_and_not_with_another_method(
         assert visits == dict.fromkeys(data.ids("train"), "4")
 
 
-def test_a_run_killed_while_its_best_network_is_validated_leaves_no_names(
-    train: list[str], data: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["adv_yolo.trainer.strip_states", "ultralytics.engine.trainer.strip_optimizer"])
+def test_a_run_killed_behind_its_last_epoch_is_completed(
+    train: list[str], data: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The host takes it for finished then; whoever would resume it is told so, and the names go."""
+    """The host takes it for finished; whoever would resume it is told so, and names and optimizer go."""
     with monkeypatch.context() as patch:
-        patch.setattr("adv_yolo.trainer.strip_states", lambda folder: sys.exit("killed"))
+        patch.setattr(moment, lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             main(["detect", *train, "method=dpaat", "epochs=1", "save_period=1"])
-    last = Path("x/weights/last.pt")
-    names = [*data.names("train"), *data.ids("train")]
+    last, first = Path("x/weights/last.pt"), Path("x/weights/epoch0.pt")
+    names = data.ids("train")
 
     def named() -> list[str]:
         return sorted(p.name for p in last.parent.iterdir() if any(n.encode() in p.read_bytes() for n in names))
 
-    first = Path("x/weights/epoch0.pt")
-    assert hasattr(torch.load(first, weights_only=False)["ema"], STATE)
     assert named() == ["best.pt", "epoch0.pt", "last.pt"]
     message = mistake_of(main, capsys, "detect", "train", "resume", f"model={last}")
     assert "is a finished DPAAT training, there is nothing to resume" in message
     assert named() == []
+    for path in (last, last.with_name("best.pt")):
+        _, checkpoint = load_checkpoint(path)
+        assert checkpoint["optimizer"] is None
+        assert checkpoint["train_args"]["time"] is None
+        summary = checkpoint[STATE]
+        assert (summary["method"], summary["attacked_epochs"], summary["epochs"]) == ("DPAAT", 1, 1)
     assert not hasattr(torch.load(first, weights_only=False)["ema"], STATE)
-    summary = load_checkpoint(last)[1][STATE]
-    assert (summary["method"], summary["attacked_epochs"], summary["epochs"]) == ("DPAAT", 1, 1)
+    assert "there is nothing to resume" in mistake_of(main, capsys, "detect", "train", "resume", f"model={last}")
 
 
 @pytest.mark.parametrize("method", [[], ["method=std"]])
