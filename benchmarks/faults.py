@@ -56,6 +56,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "objective": ("tests/ground/test_objective.py",),
     "margins": ("tests/ground/test_margins.py",),
     "thresholds": ("tests/ground/test_thresholds.py",),
+    "files": ("tests/ground/test_files.py", "tests/ground/test_copies.py"),
     "attacks": ("tests/attacks/test_pgd.py", "tests/attacks/test_gradients.py", "tests/attacks/test_contract.py"),
     "methods": (
         *("tests/methods/test_methods.py", "tests/methods/test_amat.py", "tests/methods/test_dpaat.py"),

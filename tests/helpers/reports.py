@@ -17,7 +17,7 @@ from helpers.evaluations import by_hand
 from helpers.examples import segmented
 
 LEVELS = (0.0, 5.0, 10.0)
-IDS = ("case_a", "case_b")
+IDS = tuple(f"case_{letter}" for letter in "abcdefghijkl")
 UNIT = "L2 norm of the noise over the whole network input, in units of the normalised intensities"
 # ADI of Heart under PGD and I-FGSM, rounded from Table 1 of the paper, clean first.
 AMAT = {"pgd100": (0.9148, 0.8476, 0.7594), "ifgsm10": (0.9148, 0.8834, 0.8532)}
@@ -28,13 +28,13 @@ DICE = replace(MEAN, fails_at=0.5, is_mean=True)
 
 
 def evaluation(curves: Mapping[str, tuple[float, ...]], fingerprint: str = "", **changes: Any) -> Evaluation:
-    """An evaluation whose mean score is the curve; the two samples lie 0.01 above and below it."""
+    """An evaluation whose mean score is the curve; the samples lie 0.01 below and above it in turn."""
 
     def scores(value: Any) -> dict[str, Any]:
-        return {"dice": value, "tp": np.array([[3, 4], [5, 6]]), "boxes": np.zeros((2, 3, 4))}
+        return {"dice": value, "tp": np.array([[3, 4], [5, 6]] * 6), "boxes": np.zeros((12, 3, 4))}
 
-    values = {name: np.array(curve)[:, None] + [-0.01, 0.01] for name, curve in curves.items()}
-    made = by_hand(values, LEVELS, scores=scores, loss=[0.5, 0.25], ids=IDS, fingerprint=fingerprint)
+    values = {name: np.array(curve)[:, None] + [-0.01, 0.01] * 6 for name, curve in curves.items()}
+    made = by_hand(values, LEVELS, scores=scores, loss=[0.5, 0.25] * 6, ids=IDS, fingerprint=fingerprint)
     return replace(made, **changes)
 
 
@@ -57,5 +57,8 @@ def write_whole(folder: Path, names: Sequence[str] = ("STD", "AMAT")) -> Path:
     figures = {"gain": 0.0, "share": math.nan}
     checks = [Check("steps", "Twice the steps do not help.", "passed", "They do not.", figures)]
     models = [replace(entry, checks=checks) for entry in entries(names, NOISE)]
-    how: dict[str, Any] = {"settings": {"data set": "Task02_Heart", "folder": Path("models")}, "groups": ["1", "2"]}
+    how: dict[str, Any] = {
+        "settings": {"data set": "Task02_Heart", "folder": Path("models")},
+        "groups": [str(k) for k in range(12)],
+    }
     return write(folder, models, DICE, **how, examples=[segmented()], class_names={1: "left atrium"})

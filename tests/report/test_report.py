@@ -17,11 +17,11 @@ from matplotlib.image import imread
 from advmed.attacks import PGD
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.checks import Check
-from advmed.evaluation.intervals import seed_of
+from advmed.evaluation.intervals import interval, seed_of
 from advmed.report import Entry, Metric, findings, format_table, tabulate
 from advmed.report.figures import ExamplePictures
 from advmed.report.summary import cautions, verdict
-from helpers.evaluations import record_of
+from helpers.evaluations import by_hand, record_of
 from helpers.examples import landmarks, segmented
 from helpers.hosts import table as rows_of
 from helpers.reports import AMAT, DICE, IDS, LEVELS, MEAN, STD, UNIT, entries, evaluation, write_whole
@@ -86,30 +86,32 @@ def test_the_record(folder: Path) -> None:
     assert record["checks"]["STD"][0]["figures"] == {"gain": 0.0, "share": None}
     assert record["configuration"]["level_unit"] == UNIT
     assert record["configuration"]["settings"] == {"data set": "Task02_Heart", "folder": "models"}
-    for name, curves in (("STD", STD), ("AMAT", AMAT)):
+    with np.load(folder / "draws.npz", allow_pickle=False) as archive:  # there to compare models
+        assert archive.files == ["ADI"]
+        draws = archive["ADI"].astype(np.float64)
+    assert (draws.shape, record["results"]["ADI"]["units"]) == ((1000, 2, 3, 3), 12)
+    for m, (name, curves) in enumerate((("STD", STD), ("AMAT", AMAT))):
         model = record["results"]["ADI"]["models"][name]
         assert model["clean"] == pytest.approx(curves["pgd100"][0])
-        for attack, curve in curves.items():
+        for a, (attack, curve) in enumerate(curves.items()):
             found, mean = model["attacks"][attack], (curve[1] + curve[2]) / 2
             assert found["levels"] == list(LEVELS)
             assert found["values"] == pytest.approx(curve)
             assert found["attacked_mean"] == pytest.approx(mean)
             assert found["auc_robust"] == pytest.approx(auc_robust(LEVELS, curve))
-            for (low, high), value in zip(found["intervals"], curve, strict=True):
-                assert (low, high) == pytest.approx((value - 0.01, value + 0.01))  # one sample twice, the other twice
+            np.testing.assert_allclose(np.transpose(found["intervals"]), interval(draws[:, m, a], units=12), rtol=1e-5)
             low, high = found["auc_robust_interval"]
             assert low < auc_robust(LEVELS, curve) < high
-            assert found["attacked_mean_interval"] == pytest.approx([mean - 0.01, mean + 0.01])
-        assert model["clean_interval"] == pytest.approx([curves["pgd100"][0] - 0.01, curves["pgd100"][0] + 0.01])
+            wanted = interval(draws[:, m, a, 1:].mean(1), units=12)
+            assert found["attacked_mean_interval"] == pytest.approx(wanted.tolist(), rel=1e-5)
+        assert model["clean_interval"] == pytest.approx(interval(draws[:, m, 0, 0], units=12).tolist(), rel=1e-5)
     assert (record["results"]["ADI"]["draws"], record["results"]["ADI"]["scale"]) == (1000, 1)
-    with np.load(folder / "draws.npz", allow_pickle=False) as archive:  # there to compare models
-        assert archive.files == ["ADI"]
-        std, amat = np.moveaxis(archive["ADI"][:, :, 0, 2], 1, 0)  # under PGD at the last level
-        assert (archive["ADI"].shape, archive["ADI"].dtype) == ((1000, 2, 3, 3), np.float32)
+    std, amat = np.moveaxis(draws[:, :, 0, 2], 1, 0)  # under PGD at the last level
     found = record["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2]
-    assert found == pytest.approx(np.percentile(amat, [2.5, 97.5]).tolist())
+    assert found == pytest.approx(interval(amat, units=12).tolist(), rel=1e-5)
     np.testing.assert_allclose(amat - std, 0.7594 - 0.1997, atol=1e-6)
-    assert record["bootstrap"] == {"confidence": 0.95, "seed": seed_of(IDS, ["1", "2"]), "groups": 2}
+    seed = seed_of(IDS, [str(k) for k in range(12)])
+    assert record["bootstrap"] == {"confidence": 0.95, "least_units": 10, "seed": seed, "groups": 12}
     assert record["verdict"]["trusted"] is True
     assert record["failures"] == {
         "criterion": "ADI below 0.5",
@@ -139,7 +141,7 @@ def test_the_tables(folder: Path) -> None:
         *("model", "id", "attack", "level", "norm", "loss", "nonfinite"),
         *("ADI", "dice", "tp[0]", "tp[1]"),
     ]
-    assert len(rows) == 2 * 2 * 7  # models, samples, clean and three attacks at two levels
+    assert len(rows) == 2 * 12 * 7  # models, samples, clean and three attacks at two levels
     key = ("model", "id", "attack", "level")
     (row,) = [row for row in rows if [row[name] for name in key] == ["AMAT", "case_b", "pgd100", "10"]]
     assert float(row["ADI"]) == pytest.approx(0.7694)
@@ -157,7 +159,8 @@ def test_the_tables(folder: Path) -> None:
     assert len(rows) == 2 * 3 * 3  # models, attacks, levels
     (row,) = [row for row in rows if (row["model"], row["attack"], row["level"]) == ("AMAT", "pgd100", "10")]
     assert (row["metric"], row["access"]) == ("ADI", "attack")
-    assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx([0.7594, 0.7494, 0.7694])
+    found = record_of(folder)["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2]
+    assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx([0.7594, *found])
     assert {row["access"] for row in rows if row["attack"] == "gaussian"} == {"none"}
 
 
@@ -232,7 +235,9 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
         "A sample fails with ADI below 0.5, under whichever attack succeeds first.",
         "STD 0 % 0 % 100 % 10 AMAT 0 % 0 % 0 % never",
         "Twice the steps do not help. passed They do not.",
-        "0.7594 0.7494 to 0.7694",
+        "0.7594 {:.4f} to {:.4f}".format(
+            *record["results"]["ADI"]["models"]["AMAT"]["attacks"]["pgd100"]["intervals"][2]
+        ),
     ):
         assert words in page.text, words
     attacks = [word for word in page.words if word in ("pgd100", "ifgsm10", "gaussian noise (control)")]
@@ -391,6 +396,13 @@ def test_lower_is_better_scales_by_the_largest_value() -> None:
     np.testing.assert_allclose(fixed.auc[:, 0], np.array(expected) * 3.870 / 10)
 
 
+def noisy(curves: Any, seed: int, count: int = 12) -> Any:
+    """An evaluation of samples of other hardness each."""
+    generator = np.random.default_rng(seed)
+    values = {name: np.array(c)[:, None] + generator.normal(0, 0.05, (1, count)) for name, c in curves.items()}
+    return by_hand(values, LEVELS, scores=lambda value: {"dice": value}, ids=[f"s{k}" for k in range(count)])
+
+
 def test_findings_speak_of_the_strongest_attack() -> None:
     (table,) = tabulate(entries(), [MEAN])
     assert findings(table)[1:] == [
@@ -398,12 +410,23 @@ def test_findings_speak_of_the_strongest_attack() -> None:
         "On clean images, AMAT has ADI 0.9148, better than the best of the others (STD, 0.7954).",
     ]
     assert "under pgd100: AUC_robust" in findings(table)[0]
-    # Of two samples, 95 % of the draws lie between one of them alone and the other.
-    area, low, high = (auc_robust(LEVELS, [v + shift for v in STD["pgd100"]]) for shift in (0, -0.01, 0.01))
+    area, (low, high) = auc_robust(LEVELS, STD["pgd100"]), interval(table.auc_draws[:, 0, 0], units=12)
     within = f"AUC_robust is {area:.4f} (95 % interval {low:.4f} to {high:.4f})."
     told = "ADI goes from 0.7954 on clean images to 0.1997 under pgd100 at noise level 10; "
     (alone,) = tabulate(entries()[:1], [MEAN])
     assert findings(alone) == [told + within]
+    # Of equal models none is the most robust; nor is there one of too few samples.
+    equal = [Entry(name, evaluation(AMAT)) for name in ("a", "b")]
+    worse = {name: tuple(v - 0.001 * k for v in curve) for k, (name, curve) in enumerate(AMAT.items(), 1)}
+    close = [Entry("a", noisy(AMAT, 1)), Entry("b", noisy(worse, 2))]
+    for models, why in ((equal, None), (close, "the 95 % interval of their difference holds 0")):
+        (table,) = tabulate(models, [MEAN])
+        assert ("do not tell it from" in findings(table)[0]) == (why is not None)
+        assert why is None or why in findings(table)[0]
+    few = [Entry(name, noisy(curve, 1, 9)) for name, curve in (("a", AMAT), ("b", STD))]
+    (table,) = tabulate(few, [MEAN])
+    assert "do not tell it from b with 0." in findings(table)[0]
+    assert findings(table)[0].endswith("9 independent sample(s) are too few for an interval.")
     (plain,) = tabulate(entries()[:1], [MEAN], resample=False)
     assert findings(plain) == [f"{told}AUC_robust is {area:.4f}."]
 

@@ -1,4 +1,9 @@
-"""Confidence intervals over samples: the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+"""Confidence intervals over samples: the bootstrap, with the quantiles that few samples need.
+
+The percentile bootstrap (Efron and Tibshirani 1993, chapter 13) is too narrow for few samples: of ten, its 95 % cover
+0.90. *Expanded* quantiles (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3) make up for
+that; for a mean they give what Student's t does. A share of samples has Wilson's interval, which has a width where all
+samples agree. Below ten independent samples there is none.
 
 All models, attacks and levels of a report are computed on the same resamples, and another report of the same samples
 draws the same ones. So the difference of two models is paired wherever their samples are the same.
@@ -16,6 +21,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CONFIDENCE = 0.95
+LEAST = 10
+"""Independent samples, or groups of samples, below which no interval is given."""
 
 
 def resamples(ids: Sequence[str], groups: Sequence[str] | None = None, *, count: int) -> list[Array]:
@@ -47,20 +54,80 @@ def seed_of(ids: Sequence[str], groups: Sequence[str] | None = None) -> int:
     return int.from_bytes(hashlib.sha256("\n".join([*ids, *(groups or [])]).encode()).digest()[:6], "big")
 
 
-def interval(draws: Array, *, confidence: float = CONFIDENCE) -> Array:
-    """Lowest and highest value of the middle of the draws.
+def interval(draws: Array, *, units: int, confidence: float = CONFIDENCE) -> Array:
+    """An interval by the expanded quantiles of the draws.
 
     Args:
         draws: shape (count, ...); draws that are NaN (no class was drawn, say) are left out.
-        confidence: share of the draws between the two.
+        units: how many independent samples, or groups of them, were drawn from.
+        confidence: of the interval.
 
     Returns:
-        Shape (2, ...); NaN where no draw is a number.
+        Lowest and highest, shape (2, ...); NaN with fewer than LEAST units, where no draw is a number, and where all
+        are equal: samples that agree do not say how far another one would be from them.
+
+    Example:
+        >>> import numpy as np
+        >>> draws = np.random.default_rng(0).normal(size=(10_000, 1))
+        >>> interval(draws, units=1000).round(1).ravel().tolist()
+        [-2.0, 2.0]
+        >>> interval(draws, units=10).round(1).ravel().tolist()  # Student's t with 9 degrees, and sqrt(10 / 9)
+        [-2.4, 2.4]
     """
-    if not len(draws):
+    if not len(draws) or units < LEAST:
         return np.full((2, *draws.shape[1:]), np.nan)
-    tail = (1 - confidence) / 2
+    tail = expanded_tail(units, confidence)
     with np.errstate(all="ignore"):
         empty = np.isnan(draws).all(0)
-        found = np.nanquantile(np.where(empty, 0.0, draws), [tail, 1 - tail], axis=0)
-    return np.asarray(np.where(empty, np.nan, found))
+        known = np.where(empty, 0.0, draws)
+        low, high = np.nanquantile(known, [tail, 1 - tail], axis=0)
+        empty |= np.nanmin(known, axis=0) == np.nanmax(known, axis=0)
+    return np.where(empty, np.nan, np.stack([low, high]))
+
+
+def expanded_tail(units: int, confidence: float) -> float:
+    """The share of draws to be left out at either end, Phi(-sqrt(n / (n - 1)) t_(n - 1)), n units."""
+    from scipy.stats import norm, t  # here, for an evaluation needs it once, and its import takes a second
+
+    quantile = t.ppf((1 + confidence) / 2, units - 1) * np.sqrt(units / (units - 1))
+    return float(norm.cdf(-quantile))
+
+
+def share_interval(shares: Array, *, units: int, confidence: float = CONFIDENCE) -> Array:
+    """Wilson's interval of shares of independent samples.
+
+    Args:
+        shares: any shape, in [0, 1] or NaN.
+        units: the number of samples.
+        confidence: of the interval.
+
+    Returns:
+        Lowest and highest, shape (2, ...); NaN for a share that is none, and with fewer than LEAST units.
+
+    Example:
+        >>> share_interval(np.array([1.0]), units=20).round(2).ravel().tolist()
+        [0.84, 1.0]
+    """
+    from scipy.stats import binomtest
+
+    shares = np.asarray(shares, dtype=np.float64)
+    found = np.full((2, *shares.shape), np.nan)
+    if units < LEAST:
+        return found
+    for place in np.argwhere(np.isfinite(shares)):
+        at = tuple(place)
+        test = binomtest(round(float(shares[at]) * units), units)
+        found[(slice(None), *at)] = test.proportion_ci(confidence, method="wilson")
+    return found
+
+
+def units_of(count: int, groups: Sequence[str] | None = None, known: Array | None = None) -> int:
+    """How many independent samples, or groups, there are.
+
+    Args:
+        count: number of samples.
+        groups: to which they belong, see :func:`resamples`.
+        known: which of them have a value, bool (count,); None: all.
+    """
+    names = np.array(groups if groups is not None else [str(k) for k in range(count)])
+    return len(set(names[known] if known is not None else names))

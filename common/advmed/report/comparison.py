@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
-from advmed.evaluation.intervals import interval
+from advmed.evaluation.intervals import CONFIDENCE, interval, share_interval
 from advmed.files import replacing, write_whole
 from advmed.report.writer import FORMAT as REPORT
 
@@ -123,6 +123,8 @@ class Row:
         curve: the metric at each level, (L,).
         draws: the same on resampled samples, (count, L); None without.
         seed: of those draws.
+        units: independent samples, or groups of them, that were drawn from.
+        is_share: whether the values are shares of independent samples.
         doubts: names of the checks of the attack that failed.
     """
 
@@ -131,6 +133,8 @@ class Row:
     curve: Array
     draws: Array | None
     seed: tuple[Any, ...]
+    units: int
+    is_share: bool
     doubts: tuple[str, ...]
 
 
@@ -177,18 +181,28 @@ class Section:
         """Of the numbers of a model, (2, L + 2); NaN without draws."""
         if row.draws is None:
             return np.full((2, len(self.columns)), np.nan)
-        return interval(self.numbers(row.draws))
+        found = interval(self.numbers(row.draws), units=row.units)
+        if row.is_share:
+            found[:, : len(self.levels)] = share_interval(row.curve, units=row.units)
+        return found
+
+    def others(self, baseline: Row) -> list[Row]:
+        """The models that can be compared with it sample by sample."""
+        return [row for row in self.rows if row is not baseline and row.seed == baseline.seed]
 
     def differences(self, row: Row, baseline: Row) -> tuple[Array, Array]:
         """Numbers of a model less those of another, (L + 2,), and the paired intervals, (2, L + 2).
 
-        NaN where the two are of other samples.
+        The intervals hold for all models that are compared with the baseline at once (Bonferroni). NaN where the two
+        are of other samples.
         """
         gain = self.numbers(row.curve) - self.numbers(baseline.curve)
         paired = row.seed == baseline.seed
         if not paired or row.draws is None or baseline.draws is None:
             return (gain if paired else np.full_like(gain, np.nan)), np.full((2, gain.size), np.nan)
-        return gain, interval(self.numbers(row.draws) - self.numbers(baseline.draws))
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(self.others(baseline)))
+        drawn = self.numbers(row.draws) - self.numbers(baseline.draws)
+        return gain, interval(drawn, units=row.units, confidence=confidence)
 
 
 def compare_reports(
@@ -266,6 +280,8 @@ def _rows(report: Report, metric: str, attack: str, twice: bool) -> Iterator[Row
             np.array([math.nan if value is None else value for value in values], dtype=np.float64),
             None if draws is None or not len(draws) else draws[:, m, a],
             (report.record["bootstrap"]["seed"], report.record["results"][metric]["draws"]),
+            report.record["results"][metric].get("units", 0),
+            report.record["results"][metric].get("is_share", False),
             tuple(c["name"] for c in report.record["checks"].get(model, []) if c["verdict"] == "failed"),
         )
 
@@ -285,9 +301,10 @@ def format_sections(sections: Sequence[Section], baseline: str | None = None) ->
         rows, reference = section.rows, _reference(section, baseline)
         lines += [f"**{section.label}** under {section.attack}; noise level: {section.level_unit}", ""]
         lines += _markdown(["model", *section.columns], [[_mark(row), *_cells(section, row)] for row in rows])
-        others = [row for row in rows if row is not reference and row.seed == reference.seed]
+        others = section.others(reference)
         if others:
-            lines += ["", f"Differences from {reference.model}, paired by sample, with 95 % intervals:", ""]
+            many = f" (95 % for all {len(others)} models at once, by Bonferroni)" if len(others) > 1 else ""
+            lines += ["", f"Differences from {reference.model}, paired by sample, with 95 % intervals{many}:", ""]
             changes = [[row.model, *_changes(section, row, reference)] for row in others]
             lines += _markdown(["model", *section.columns], changes)
         left = [row.model for row in rows if row.seed != reference.seed]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
-from advmed.evaluation.intervals import interval, resamples
+from advmed.evaluation.intervals import LEAST, interval, resamples, share_interval, units_of
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
@@ -31,6 +31,8 @@ class Table:
         scale: what the values were divided by for AUC_robust.
         controls: names of the attacks that are none, but noise of the same norm.
         draws: the values on resampled samples, shape (count, M, A, L); the count is 0 where there are none.
+        units: independent samples with a value, or groups of them.
+        is_share: whether the values are shares of independent samples, such as an accuracy.
     """
 
     metric: Metric
@@ -41,6 +43,8 @@ class Table:
     scale: float
     controls: tuple[str, ...]
     draws: Array
+    units: int = 0
+    is_share: bool = False
 
     @property
     def attacked_mean(self) -> Array:
@@ -54,8 +58,14 @@ class Table:
 
     @property
     def intervals(self) -> Array:
-        """Bootstrap intervals of the values, shape (2, M, A, L)."""
-        return interval(self.draws)
+        """Intervals of the values, shape (2, M, A, L); NaN where there are none."""
+        if self.is_share and len(self.draws):
+            return share_interval(self.values, units=self.units)
+        return self.interval(self.draws)
+
+    def interval(self, draws: Array) -> Array:
+        """Of what was computed from the draws, (count, ...): (2, ...)."""
+        return interval(draws, units=self.units)
 
     @property
     def auc_draws(self) -> Array:
@@ -71,12 +81,14 @@ class Table:
     @property
     def cells(self) -> Array:
         """The numbers under ``columns``, shape (M, 1 + A * (L + 1))."""
-        return _in_columns(self.values, self.auc)
+        return _in_columns(self.values, self.auc, self.attacked_mean)
 
     @property
     def cell_intervals(self) -> Array:
-        """Bootstrap intervals of the cells, shape (2, M, 1 + A * (L + 1)); NaN where there are none."""
-        return interval(_in_columns(self.draws, self.auc_draws))
+        """Intervals of the cells, shape (2, M, 1 + A * (L + 1)); NaN where there are none."""
+        values, auc = self.intervals, self.interval(self.auc_draws)
+        mean = self.interval(self.draws[..., 1:].mean(-1))
+        return _in_columns(values, auc, mean)
 
     @property
     def interval_text(self) -> list[list[str]]:
@@ -119,10 +131,9 @@ class Table:
         return [auc if heading == "AUC_robust" else values for _, heading in self.columns]
 
 
-def _in_columns(values: Array, auc: Array) -> Array:
-    """Values (..., M, A, L) and AUC_robust (..., M, A) as the columns of a table, (..., M, 1 + A * (L + 1))."""
-    attacked = values[..., 1:]
-    blocks = np.concatenate([attacked, attacked.mean(-1, keepdims=True), auc[..., None]], axis=-1)
+def _in_columns(values: Array, auc: Array, mean: Array) -> Array:
+    """Values (..., M, A, L), AUC_robust and attacked means (..., M, A) as columns, (..., M, 1 + A * (L + 1))."""
+    blocks = np.concatenate([values[..., 1:], mean[..., None], auc[..., None]], axis=-1)
     width = blocks.shape[-2] * blocks.shape[-1]  # said, because of no draws nothing can be inferred
     return np.concatenate([values[..., :1, 0], blocks.reshape(*blocks.shape[:-2], width)], axis=-1)
 
@@ -180,7 +191,34 @@ def _tabulate(entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | 
         scale = 1.0 if metric.higher_is_better else float(np.max(values[np.isfinite(values)], initial=0))
     controls = tuple(name for name, attack in first.attacks.items() if attack.access == "none")
     names = tuple(e.name for e in entries)
-    return Table(metric, names, tuple(first.attacks), first.levels, values, scale, controls, draws)
+    known, share = _samples_of(metric, entries)
+    return Table(
+        metric,
+        names,
+        tuple(first.attacks),
+        first.levels,
+        values,
+        scale,
+        controls,
+        draws,
+        units=units_of(len(first.ids), groups, known),
+        is_share=share and groups is None,
+    )
+
+
+def _samples_of(metric: Metric, entries: Sequence[Entry]) -> tuple[Array | None, bool]:
+    """Which samples have a value, (N,), if it is known; whether all values are 0 or 1."""
+    if metric.per_sample is None:
+        return None, False
+    found = [
+        np.asarray(metric.per_sample(condition.scores), dtype=np.float64)
+        for entry in entries
+        for condition in (entry.evaluation.clean, *entry.evaluation.attacked.values())
+    ]
+    values = np.stack(found)
+    share = metric.is_mean and bool(np.isin(values, (0.0, 1.0)).all())  # and no value is missing
+    known: Array = np.isfinite(values).any(0)
+    return known, share
 
 
 def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Array:
@@ -206,7 +244,7 @@ def findings(table: Table) -> list[str]:
     clean, attacked = table.values[:, 0, 0], table.values[:, a, -1]
     rank = [int(i) for i in np.argsort(-_last(sign * auc), kind="stable")]
     best = rank[0]
-    low, high = interval(table.auc_draws[:, :, a])
+    low, high = table.interval(table.auc_draws[:, :, a])
 
     def within(m: int) -> str:
         known = np.isfinite([low[m], high[m]]).all()
@@ -219,10 +257,14 @@ def findings(table: Table) -> list[str]:
         ]
     else:
         second, worst = rank[1], int(np.argmin(_last(sign * attacked)))
+        ahead, behind = (f"{table.show_auc(auc[m])}{within(m)}" for m in (best, second))
+        doubt = _not_apart(table, best, second, a, sign)
         sentences = [
             f"{table.models[best]} is the most robust of {len(table.models)} models under {attack}: "
-            f"AUC_robust {table.show_auc(auc[best])}{within(best)}, followed by {table.models[second]} "
-            f"with {table.show_auc(auc[second])}{within(second)}."
+            f"AUC_robust {ahead}, followed by {table.models[second]} with {behind}."
+            if doubt is None
+            else f"Under {attack}, {table.models[best]} has the best AUC_robust of {len(table.models)} models, "
+            f"{ahead}, but these samples do not tell it from {table.models[second]} with {behind}: {doubt}."
         ]
         if worst != best:
             sentences.append(
@@ -237,6 +279,16 @@ def findings(table: Table) -> list[str]:
             f"the best of the others ({table.models[other]}, {table.show(clean[other])})."
         )
     return sentences
+
+
+def _not_apart(table: Table, one: int, other: int, attack: int, sign: int) -> str | None:
+    """Why the samples do not tell two models apart by AUC_robust; None if they do, or nothing was resampled."""
+    if not len(table.draws):
+        return None
+    if table.units < LEAST:
+        return f"{table.units} independent sample(s) are too few for an interval"
+    gain = sign * (table.auc_draws[:, [one], attack] - table.auc_draws[:, [other], attack])
+    return "the 95 % interval of their difference holds 0" if table.interval(gain)[0, 0] <= 0 else None
 
 
 def verdict(entries: Sequence[Entry]) -> tuple[bool | None, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from advmed.evaluation.checks import Check
-from advmed.evaluation.intervals import CONFIDENCE, interval, seed_of
+from advmed.evaluation.intervals import CONFIDENCE, LEAST, seed_of
 from advmed.evaluation.loop import Condition
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
@@ -193,6 +193,8 @@ def _record(
             table.metric.name: {
                 "scale": table.scale,
                 "draws": len(table.draws),
+                "units": table.units,
+                "is_share": table.is_share,
                 "models": {model: _of_model(table, m) for m, model in enumerate(table.models)},
             }
             for table in tables
@@ -200,6 +202,7 @@ def _record(
         "checks": {entry.name: [_of_check(check) for check in entry.checks] for entry in entries},
         "bootstrap": {
             "confidence": CONFIDENCE,
+            "least_units": LEAST,
             "seed": seed_of(entries[0].evaluation.ids, groups),
             "groups": None if groups is None else len(set(groups)),
         },
@@ -215,7 +218,8 @@ def _of_check(check: Check) -> dict[str, Any]:
 
 def _of_model(table: Table, m: int) -> dict[str, Any]:
     """The numbers of one model in one metric; each interval is [lowest, highest]."""
-    values, auc, mean = table.intervals, interval(table.auc_draws), interval(table.draws[..., 1:].mean(-1))
+    values, auc = table.intervals, table.interval(table.auc_draws)
+    mean = table.interval(table.draws[..., 1:].mean(-1))
     return {
         "clean": _number(table.values[m, 0, 0]),
         "clean_interval": _pair(values[:, m, 0, 0]),
