@@ -217,8 +217,7 @@ def _samples_of(metric: Metric, entries: Sequence[Entry]) -> tuple[Array | None,
     ]
     values = np.stack(found)
     share = metric.is_mean and bool(np.isin(values, (0.0, 1.0)).all())  # and no value is missing
-    known: Array = np.isfinite(values).any(0)
-    return known, share
+    return np.asarray(np.isfinite(values).any(0)), share
 
 
 def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Array:
