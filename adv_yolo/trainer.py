@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -545,12 +547,29 @@ class AdversarialTraining(_Host):
         setattr(self.ema.ema, STATE, state)
         self.args = marked
         try:
-            return bool(super().save_model())
+            with self._written_whole():
+                return bool(super().save_model())
         finally:
             self.args = args
             delattr(self.ema.ema, STATE)
             if isinstance(self.run.method, AdaptiveRadiusMethod):
                 self.run.method.store.to_csv(self.save_dir / MARGINS)
+
+    @contextmanager
+    def _written_whole(self) -> Iterator[None]:
+        """Inside, the host writes its checkpoints to a folder beside, from which they take their places in one go: a
+        kill while it writes would leave a file cut off, and no other to go on from."""
+        places = self.wdir, self.last, self.best
+        beside = self.wdir / ".writing"
+        shutil.rmtree(beside, ignore_errors=True)
+        self.wdir, self.last, self.best = beside, beside / self.last.name, beside / self.best.name
+        try:
+            yield
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == self.last.name):  # which says how far
+                os.replace(path, places[0] / path.name)
+        finally:
+            self.wdir, self.last, self.best = places
+            shutil.rmtree(beside, ignore_errors=True)
 
     def final_eval(self) -> None:
         """The host's final evaluation; then our state leaves all checkpoints, as the optimizer has left the last one.

@@ -183,7 +183,11 @@ class Yolo(Host):
             return False
         import torch
 
-        return torch.load(last, weights_only=False)["epoch"] in (-1, self.epochs - 1)  # killed behind its last epoch
+        try:
+            epoch = torch.load(last, weights_only=False)["epoch"]
+        except Exception:  # a damaged file, which the next call stumbles over
+            return False
+        return epoch in (-1, self.epochs - 1)  # killed behind its last epoch
 
     def result(self, run: Path) -> dict[str, Any]:
         with (run / "amat" / "results.csv").open(newline="") as file:

@@ -114,6 +114,27 @@ LOSS = {"amat": (0.5, 0.5), "sat": (0.5, 0.5), "at": (0, 1), "trades": (1, 0), "
 SEQUENTIAL = {"backward": "sequential"}
 
 
+def test_a_failed_write_leaves_the_old_checkpoint(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kill while the host writes would: there is always one to go on from."""
+    trainer = make("sat", tmp_path, epochs=3, save_period=1)
+    kept: dict[str, bytes] = {}
+    write = Path.write_bytes
+
+    def full_disk(path: Path, content: bytes) -> int:
+        if path.suffix == ".pt" and trainer.epoch == 1:
+            kept.update({file.name: file.read_bytes() for file in trainer.last.parents[1].glob("*.pt")})
+            write(path, content[:1000])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert set(kept) == {"last.pt", "best.pt", "epoch0.pt"}
+    assert {path.name: path.read_bytes() for path in trainer.wdir.iterdir()} == kept
+    assert torch.load(trainer.last, weights_only=False)["epoch"] == 0
+
+
 def test_images_under_two_names_are_pointed_out(make: Any, tmp_path: Path, said: list[str]) -> None:
     """In training and validation, and with other objects; a file that is listed twice is none of them."""
     own = DataSet(tmp_path / "own")
