@@ -109,6 +109,9 @@ class AdversarialTraining(_Host):
     method_name: ClassVar[str]
     best_fitness: float | None
     args: Any
+    wdir: Path
+    last: Path
+    best: Path
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
