@@ -48,7 +48,7 @@ from adv_yolo.scores import host_results, joined, score
 from adv_yolo.settings import RULE, Settings, argument_names, arguments_of, our_names, settings_of, split_arguments
 from advmed.attacks import PGD
 from advmed.copies import Sample, contents, warnings_of_copies
-from advmed.distributed import from_first_rank
+from advmed.distributed import from_first_rank, patient
 from advmed.evaluation.subjects import spread
 from advmed.files import write_whole
 from advmed.guard import frozen_statistics
@@ -200,11 +200,11 @@ class AdversarialTraining(_Host):
         self._ids = dict(
             zip(dataset.im_files, standard.relative_names(dataset.im_files, self.data.get("path")), strict=True)
         )
-        if RANK in {-1, 0}:
-            self._look_for_copies()
+        for line in on_first_rank(self._copies):
+            _log(f"WARNING: {line}")
 
-    def _look_for_copies(self) -> None:
-        """Says which images are there under two names."""
+    def _copies(self) -> list[str]:
+        """What is to be said of images that are there under two names."""
         loaded = {"train": self.train_loader.dataset, "val": self.test_loader.dataset}
         images = [
             (split, file, label)
@@ -219,8 +219,7 @@ class AdversarialTraining(_Host):
             Sample(split, name, content, [label["cls"].tolist(), label["bboxes"].tolist()])
             for (split, _, label), name, content in zip(images, names, found, strict=True)
         ]
-        for line in warnings_of_copies(samples):
-            _log(f"WARNING: {line}")
+        return warnings_of_copies(samples)
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resumes as the host does, and sets the method up: the last thing before the first epoch."""
@@ -773,14 +772,15 @@ def has_learnt(weights: Any, model: Any, names: Mapping[int, str]) -> bool:
 
 
 def on_first_rank(look: Callable[[], T]) -> T:
-    """What the first process finds, in all of them; so is its error, for which the others would wait."""
-    found: Any = None
-    if RANK in {-1, 0}:
-        try:
-            found = look(), None
-        except (OSError, TypeError, ValueError, RuntimeError) as error:
-            found = None, error
-    value, problem = from_first_rank(found)
+    """What the first process finds, in all of them, which wait as long as it takes; so is its error."""
+    with patient():
+        found: Any = None
+        if RANK in {-1, 0}:
+            try:
+                found = look(), None
+            except (OSError, TypeError, ValueError, RuntimeError) as error:
+                found = None, error
+        value, problem = from_first_rank(found)
     if problem is not None:
         raise problem
     result: T = value

@@ -33,8 +33,6 @@ SETTINGS: dict[str, dict[str, object]] = {
 # The network, smaller than nnU-Net plans it for this data.
 BATCH_SIZE = 16
 FEATURES = (12, 24, 48, 96)  # one per stage; deeper stages repeat the last
-# Of the 14 validation cases, every second one: nnU-Net predicts them all after each training.
-VALIDATION_STEP = 2
 # The evaluation: the paper's noise levels for this data set, fewer attack steps (the paper: pgd100), some slices only.
 EVALUATE = ["--levels", "0", "2", "6", "10", "--attacks", "pgd20", "ifgsm10", "--samples", "64", "--checks", "16"]
 
@@ -95,9 +93,7 @@ class Demo(Steps):
 
     def prepare_training(self) -> None:
         """Split, small plans and settings, in the preprocessed data set's folder."""
-        (fold,) = json.loads((SOURCE / "splits_final.json").read_text())
-        fold["val"] = fold["val"][::VALIDATION_STEP]
-        (self.preprocessed / NAME / "splits_final.json").write_text(json.dumps([fold], indent=2) + "\n")
+        shutil.copy(SOURCE / "splits_final.json", self.preprocessed / NAME)
         self.write_small_plans()
         for trainer, settings in SETTINGS.items():
             lines = "".join(f"{key}: {value}\n" for key, value in {**settings, "seed": self.seed}.items())
@@ -113,7 +109,7 @@ class Demo(Steps):
         plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", CONFIGURATION, "--verify_dataset_integrity"]
         self.commands("2/6 plan and preprocess", [Command("preprocess", [*plan, "-np", "2"])])
         # What decides about a result is part of its stamp, so that a change above never mixes with old results.
-        choices = json.dumps([SETTINGS, BATCH_SIZE, FEATURES, VALIDATION_STEP, self.seed])
+        choices = json.dumps([SETTINGS, BATCH_SIZE, FEATURES, self.seed])
         self.step("prepare", "3/6 split, small plans, settings", self.prepare_training, choices)
         standard, *others = [self._training(trainer) for trainer in TRAINERS]
         self.commands(f"4/6 train {standard.name}", [standard])
@@ -128,7 +124,7 @@ class Demo(Steps):
         return Command(
             trainer,
             ["nnUNetv2_train", DATASET, CONFIGURATION, FOLD, *COMMON, trainer],
-            json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES, VALIDATION_STEP, self.seed]),
+            json.dumps([SETTINGS[TRAINERS[0]], SETTINGS[trainer], BATCH_SIZE, FEATURES, self.seed]),
             self.results / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}",
             {"nnUNet_adversarial": str(self.settings_file(trainer))},
         )

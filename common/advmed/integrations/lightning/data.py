@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from advmed.copies import Sample, contents, digest, warnings_of_copies
-from advmed.distributed import place
+from advmed.distributed import from_first_rank, patient, place
 from advmed.integrations.lightning.images import check_files
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -73,9 +73,10 @@ class SampleData(LightningDataModule):
                 image for split in ("train", "val") if split in self.splits for image in self.splits[split].images
             ]
             files = [image for image in images if isinstance(image, Path)]
-            check_files(files, self.workers, self._memory("images"))
-            if place()[0] == 0:
-                for line in warnings_of_copies(self._samples()):
+            with patient():  # one process may take longer than others
+                check_files(files, self.workers, self._memory("images"))
+                said = warnings_of_copies(self._samples()) if place()[0] == 0 else []
+                for line in from_first_rank(said):
                     rank_zero_warn(line)
 
     def _memory(self, what: str) -> list[Path]:
