@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from advmed.attacks.names import parse_attacks
 from advmed.cli.main import main
 from advmed.evaluation.auc import auc_robust
+from advmed.evaluation.intervals import interval
 from advmed.evaluation.metric import Metric
 from advmed.report import Entry, write_report
 from advmed.report.comparison import Report, compare_reports
@@ -130,6 +131,20 @@ def test_paired_intervals_are_those_of_the_paired_samples(evaluated: Evaluated) 
     mine, other = section.intervals(a)[:, 1], section.intervals(b)[:, 1]
     assert mine[1] > other[0]  # they overlap
     assert high[1] - low[1] < mine[1] - mine[0]
+
+
+def test_intervals_of_differences_hold_for_all_models_at_once(evaluated: Evaluated, said: Said) -> None:
+    """Of three models that are compared with one, each interval leaves out a third of five per cent."""
+    widths = {"a": 2.0, "b": 2.6, "c": 2.2, "d": 3.0}
+    alone, all_ = section_of(evaluated("two", {k: widths[k] for k in "ab"})), section_of(evaluated("four", widths))
+    a, b, *_ = all_.rows
+    found = all_.differences(b, a)[1]
+    drawn = all_.numbers(b.draws) - all_.numbers(a.draws)
+    np.testing.assert_allclose(found, interval(drawn, units=len(IDS), confidence=1 - 0.05 / 3))
+    pair = alone.differences(alone.rows[1], alone.rows[0])[1]
+    assert (np.ptp(found, axis=0)[1:] >= np.ptp(pair, axis=0)[1:]).all()  # all are right when clean
+    assert (np.ptp(found, axis=0) > np.ptp(pair, axis=0)).any()
+    assert "(95 % for all 3 models at once, by Bonferroni)" in said(evaluated("again", widths))
 
 
 def test_other_samples_have_no_differences(evaluated: Evaluated, said: Said) -> None:
