@@ -111,10 +111,14 @@ def complete(path: Path) -> bool:
         state is not None and _summary(state)["epochs"] >= checkpoint["train_args"]["epochs"]
     )
     if ended and state is not None:
-        for file in (path.with_name("last.pt"), path.with_name("best.pt")):
-            if file.exists() and not is_finished(torch_load(file, map_location="cpu")):
+        for file in _checkpoints(path.parent):
+            other = torch_load(file, map_location="cpu")
+            theirs, ours = other["train_args"], checkpoint["train_args"]
+            if any(theirs[name] != ours[name] for name in theirs.keys() & ours.keys()):
+                continue  # of another run, in a folder of the user's
+            if file.name in ("last.pt", "best.pt") and not is_finished(other):
                 strip_optimizer(file)
-        strip_states(path.parent)
+            _strip_state(file)
     return ended
 
 
@@ -125,9 +129,13 @@ def strip_states(folder: Path) -> None:
     Args:
         folder: of the checkpoints, as the host names them; others are left alone.
     """
-    for path in (folder / "last.pt", folder / "best.pt", *sorted(folder.glob("epoch*.pt"))):
-        if path.exists():
-            _strip_state(path)
+    for path in _checkpoints(folder):
+        _strip_state(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [folder / "last.pt", folder / "best.pt", *sorted(folder.glob("epoch*.pt"))]
+    return [path for path in found if path.exists()]
 
 
 def _strip_state(path: Path) -> None:

@@ -113,8 +113,13 @@ def test_a_run_killed_behind_its_last_epoch_is_completed(
         return sorted(p.name for p in last.parent.iterdir() if any(n.encode() in p.read_bytes() for n in names))
 
     assert named() == ["best.pt", "epoch0.pt", "last.pt"]
+    other = last.with_name("epoch7.pt")  # of another run, as in a folder of the user's
+    checkpoint = torch.load(first, weights_only=False)
+    torch.save({**checkpoint, "train_args": {**checkpoint["train_args"], "seed": 5}}, other)
     message = mistake_of(main, capsys, "detect", "train", "resume", f"model={last}")
     assert "is a finished DPAAT training, there is nothing to resume" in message
+    assert named() == ["epoch7.pt"]
+    other.unlink()
     assert named() == []
     for path in (last, last.with_name("best.pt")):
         _, checkpoint = load_checkpoint(path)
