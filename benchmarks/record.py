@@ -1058,8 +1058,8 @@ def metric_cases() -> Iterator[Case]:
             "seed": seed_of(ids, groups),
             "draws": np.concatenate(draws),
             "resampled": resampled,
-            "intervals": {name: interval(values) for name, values in resampled.items()},
-            "narrow": interval(np.stack([*resampled.values()], 1), confidence=0.5),
+            "intervals": {name: interval(values, units=12) for name, values in resampled.items()},
+            "narrow": interval(np.stack([*resampled.values()], 1), units=12, confidence=0.5),
             "failed": [metric.failed(scores()) for metric in failing],
             "words": [metric.failure for metric in failing],
         }

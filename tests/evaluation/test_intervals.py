@@ -79,7 +79,7 @@ def test_an_interval_by_hand() -> None:
     np.testing.assert_allclose(interval(draws, units=many), [2.5, 97.5], rtol=1e-6)
     np.testing.assert_allclose(interval(draws[::-1], units=many, confidence=0.8), [10, 90], rtol=1e-6)
     assert CONFIDENCE == 0.95
-    same = np.full(101, 3.0)
+    same = 3.0 + 1e-15 * np.arange(101)
     table = np.stack([draws, np.full(101, np.nan), np.where(draws % 2, np.nan, draws), same], 1).reshape(101, 4, 1)
     found = interval(table, units=many)
     assert found.shape == (2, 4, 1)

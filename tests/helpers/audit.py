@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from advmed.evaluation.checks import QUESTIONS
-from advmed.evaluation.intervals import resamples
+from advmed.evaluation.intervals import interval, resamples, share_interval
 from helpers.evaluations import record_of
 from helpers.hosts import table
 
@@ -95,13 +95,20 @@ def audit(
                     assert number is None or low is None or low <= high, (name, model)
     if groups is not None:
         drawn = resamples(ids, None if groups is str else [groups(id_) for id_ in ids], count=1000)
+        units = len({groups(id_) for id_ in ids})
+        assert record["results"][metric]["units"] <= units, "some have no value"
+        units = record["results"][metric]["units"]
         for model in models:
             for attack, curve in record["results"][metric]["models"][model]["attacks"].items():
                 for level, number, pair in zip(levels, curve["values"], curve["intervals"], strict=True):
                     value = np.array([of(model, id_, attack, level) for id_ in ids])
                     assert number == pytest.approx(np.nanmean(value), rel=1e-6)
                     means = [np.nanmean(part) for part in (value[draw] for draw in drawn) if not np.isnan(part).all()]
-                    assert pair == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), rel=1e-6)
+                    wanted = interval(np.array(means), units=units)
+                    if record["results"][metric]["is_share"]:
+                        wanted = share_interval(np.array(number), units=units)
+                    told = [math.nan if bound is None else bound for bound in pair]
+                    assert told == pytest.approx(wanted.tolist(), rel=1e-6, nan_ok=True)
 
     # Checks of the first attack, on so many of the samples, and what the verdict makes of them.
     assert record["verdict"]["text"] in page

@@ -23,6 +23,8 @@ Array = NDArray[Any]
 CONFIDENCE = 0.95
 LEAST = 10
 """Independent samples, or groups of samples, below which no interval is given."""
+_ROUNDING = 1e-9
+"""Relative differences of draws that are those of adding numbers in another order."""
 
 
 def resamples(ids: Sequence[str], groups: Sequence[str] | None = None, *, count: int) -> list[Array]:
@@ -81,7 +83,8 @@ def interval(draws: Array, *, units: int, confidence: float = CONFIDENCE) -> Arr
         empty = np.isnan(draws).all(0)
         known = np.where(empty, 0.0, draws)
         low, high = np.nanquantile(known, [tail, 1 - tail], axis=0)
-        empty |= np.nanmin(known, axis=0) == np.nanmax(known, axis=0)
+        least, most = np.nanmin(known, axis=0), np.nanmax(known, axis=0)
+        empty |= most - least <= _ROUNDING * np.maximum(np.abs(least), np.abs(most))
     return np.where(empty, np.nan, np.stack([low, high]))
 
 
