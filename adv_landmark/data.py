@@ -298,9 +298,10 @@ class LandmarkData(SampleData):
         bits = [] if self.bits == 16 else [self.bits]
         return [samples.points, samples.spacing, self.unit, self.size, self.channels, *bits]
 
-    def target(self, split: str, index: int) -> str:
+    def target(self, split: str, index: int) -> list[list[float]]:
         """See :meth:`SampleData.target`."""
-        return repr(self.splits[split].points[index].tolist())
+        points: list[list[float]] = self.splits[split].points[index].tolist()
+        return points
 
     def spacings(self, count: int) -> np.ndarray | None:
         """The spacing of the settings for that many images."""

@@ -216,7 +216,7 @@ class AdversarialTraining(_Host):
         found = contents([Path(file) for _, file, _ in images], memory, self.args.workers)
         names = standard.relative_names([file for _, file, _ in images], self.data.get("path"))
         samples = [
-            Sample(split, name, content, [label["cls"].tolist(), label["bboxes"].tolist()])
+            Sample(split, name, content, content and [label["cls"].tolist(), label["bboxes"].tolist()])
             for (split, _, label), name, content in zip(images, names, found, strict=True)
         ]
         return warnings_of_copies(samples)

@@ -365,6 +365,7 @@ class Results:
     def write(self, names: Iterable[str]) -> None:
         """Writes the results of those faults."""
         kept = [self.content[name] for name in names if name in self.content]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         temporary.write_text(json.dumps({"faults": kept}, indent=1) + "\n")
         os.replace(temporary, self.path)
@@ -453,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", default=None, help="these faults")
     parser.add_argument("--room", nargs="+", choices=list(ROOMS), default=None, help="the faults of these rooms")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
-    parser.add_argument("--out", type=Path, default=Path("results.json"), help="results, which are gone on from")
+    parser.add_argument("--out", type=Path, default=Path("build/faults.json"), help="results, which are gone on from")
     parser.add_argument("--again", action="store_true", help="also faults that have a result")
     parser.add_argument("--check", action="store_true", help="only look for the snippets")
     parser.add_argument("--serve", type=Path, default=None, help=argparse.SUPPRESS)

@@ -25,7 +25,7 @@ class Sample:
         split: that it is in.
         name: its id.
         content: of its image: equal for equal ones; None if no other can be equal.
-        truth: its targets; of equal ones repr is the same.
+        truth: its targets, needed where there is a content; of equal ones repr is the same.
     """
 
     split: str

@@ -43,8 +43,8 @@ class Table:
     scale: float
     controls: tuple[str, ...]
     draws: Array
-    units: int = 0
-    is_share: bool = False
+    units: int
+    is_share: bool
 
     @property
     def attacked_mean(self) -> Array:

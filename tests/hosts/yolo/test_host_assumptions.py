@@ -66,6 +66,10 @@ CODE: dict[str, tuple[Any, str]] = {
     ),
     "an epoch without fitness neither wins nor counts": (EarlyStopping.__call__, "if fitness is None ... return False"),
     "the best epoch": (BaseTrainer.save_model, "if self.best_fitness == self.fitness ... self.best.write_bytes"),
+    "where checkpoints are written": (
+        BaseTrainer.save_model,
+        "self.wdir.mkdir(parents=True ... self.last.write_bytes ... self.best.write_bytes ... (self.wdir / f",
+    ),
     "a fitness that is none is not broken": (BaseTrainer._handle_nan_recovery, "self.fitness is not None and"),
     "a validation's batches": (BaseTrainer._build_train_pipeline, 'else batch_size * 2 ... mode="val"'),
     "weights to begin with": (BaseTrainer.setup_model, "self.get_model(cfg=cfg, weights=weights"),
@@ -203,6 +207,7 @@ def test_a_data_set_lists_its_files_and_labels(data: Any) -> None:
     made = build_yolo_dataset(args, info["train"], 4, info, mode="val", rect=False, stride=32)
     assert isinstance(made, BaseDataset)
     assert [Path(name).stem for name in made.im_files] == data.names("train")
+    assert [Path(name).stem for name in made.label_files] == data.names("train")
     assert [len(label["cls"]) for label in made.labels] == [len(data.labels(name)) for name in data.names("train")]
     batch = made.collate_fn([made[0], made[1], made[2]])
     assert [Path(name).stem for name in batch["im_file"]] == data.names("train")[:3]
