@@ -20,8 +20,8 @@ from adv_classify.gradcam import GradCam, agreement
 from adv_classify.module import RobustClassifier, check_classes, mean_average_precision
 from adv_classify.objective import ClassificationObjective
 from advmed.attacks import PGD, Attack, Margin, parse_attacks
-from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
-from advmed.evaluation.metric import Metric
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
+from advmed.evaluation.metric import Metric, Scores
 from advmed.integrations.lightning import MARGINS
 from advmed.integrations.lightning.evaluation import LightningEvaluation, in_batches, picture
 from advmed.margins import read_margins
@@ -93,7 +93,7 @@ def parse(names: Sequence[str], norm: float) -> dict[str, Attack]:
             attacks[name] = replace(cast(PGD, like), loss=Margin(targets=9 if margin[1] == "targeted" else 0))
             continue
         try:
-            attacks |= parse_attacks([name], norm=norm)
+            attacks |= parse_attacks([name], norm=norm, task="classification")
         except ValueError:  # of torchattacks, or of no one
             attacks[name] = torch_attack(name, norm)
     return attacks
@@ -154,6 +154,7 @@ def metrics(gradcam: bool = True) -> list[Metric]:
             description="Share of images whose class is predicted.",
             per_sample=correct,
             fails_at=0.5,
+            lost_at=0.0,
             is_mean=True,
         ),
         Metric("balanced accuracy", balanced_accuracy, description="Mean over classes of the share that is predicted."),
@@ -234,6 +235,7 @@ class ClassifierEvaluation(LightningEvaluation):
 
     bounds = BOUNDS
     packages = ("timm", "torchvision")
+    task = "classification"
     data: ClassificationData
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:

@@ -17,8 +17,8 @@ from adv_landmark.data import BOUNDS, LandmarkData, LandmarkDataset
 from adv_landmark.maps import decode
 from adv_landmark.module import RobustLandmarks, check_model
 from advmed.attacks import Attack
-from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
-from advmed.evaluation.metric import Metric
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
+from advmed.evaluation.metric import Metric, Scores
 from advmed.integrations.lightning import MARGINS
 from advmed.integrations.lightning.evaluation import LightningEvaluation, in_batches, picture
 from advmed.margins import read_margins
@@ -185,6 +185,7 @@ class LandmarkEvaluation(LightningEvaluation):
 
     bounds = BOUNDS
     packages = ("segmentation-models-pytorch", "timm", "torchvision")
+    task = "landmarks"
     data: LandmarkData
 
     def default_levels(self, norm: float) -> list[float]:

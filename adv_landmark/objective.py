@@ -53,14 +53,50 @@ class LandmarkObjective:
         heatmap_weight: float = 1.0,
     ) -> None:
         self.model, self.heatmap, self.heatmap_weight = model, heatmap, heatmap_weight
+        self.size, self.radius = size, radius
         with torch.inference_mode(False):  # what a backward pass meets later
-            self.targets = encode(ordinary(points), size, radius)
+            self.points = ordinary(points)
+            self.targets = encode(self.points, size, radius)
             self._area = self.targets.disk.sum((2, 3))
             self._count = self.targets.present.sum(1).clamp_min(1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The terms, for an attack."""
         return self._terms(self.model(images))
+
+    def of(self, points: Tensor) -> LandmarkObjective:
+        """The same objective with other landmarks, (B, L, 2)."""
+        return LandmarkObjective(
+            self.model,
+            points,
+            self.size,
+            radius=self.radius,
+            heatmap=self.heatmap,
+            heatmap_weight=self.heatmap_weight,
+        )
+
+    def take(self, rows: Tensor) -> LandmarkObjective:
+        """The objective of some images of the batch, by their numbers."""
+        return self.of(self.points[rows])
+
+    def expected_error(self, images: Tensor) -> Tensor:
+        """Where the network expects the landmarks, and how far that is from where they are, in radii, (B, 1).
+
+        Each pixel votes for the place that its offsets point at, as when they are read, with the square of its heat,
+        so that the few that will be read decide; the mean is over the votes, then over the landmarks that are known.
+        """
+        heat, offset_y, offset_x = split_maps(self.model(images))
+        targets = self.targets
+        weight = (2 * functional.logsigmoid(heat)).flatten(2).softmax(2)
+        away = ((offset_y - targets.offset_y).square() + (offset_x - targets.offset_x).square() + 1e-12).sqrt()
+        errors = (weight * away.flatten(2)).sum(2)
+        return torch.where(targets.present, errors, 0.0).sum(1, keepdim=True) / self._count[:, None]
+
+    def towards(self, images: Tensor) -> Elsewhere:
+        """See :class:`Elsewhere`; the landmarks are put as far from where they are as the image lets them."""
+        height, width = self.size
+        limits = torch.tensor((width - 1.0, height - 1.0), dtype=self.points.dtype, device=self.points.device)
+        return Elsewhere(self.of(torch.where(self.points < limits / 2, limits - 1, torch.ones_like(limits))))
 
     def predictions(self, images: Tensor) -> Tensor:
         """The maps, (B, 3L, H, W)."""
@@ -88,6 +124,10 @@ class LandmarkObjective:
         return found.mean(1)
 
     def _terms(self, maps: Tensor) -> Tensor:
+        return self.per_landmark(maps).sum(1) / self._count[:, None]
+
+    def per_landmark(self, maps: Tensor) -> Tensor:
+        """The three terms of each landmark, (B, L, 3), 0 for one that is not there."""
         heat, offset_y, offset_x = split_maps(maps)
         targets = self.targets
         if self.heatmap == "bce":
@@ -100,4 +140,26 @@ class LandmarkObjective:
         errors_y = ((offset_y - targets.offset_y).abs() * targets.disk).sum((2, 3)) / area
         errors_x = ((offset_x - targets.offset_x).abs() * targets.disk).sum((2, 3)) / area
         terms = torch.stack([self.heatmap_weight * found, errors_y, errors_x], 2)  # (B, L, 3)
-        return torch.where(targets.present[..., None], terms, 0.0).sum(1) / self._count[:, None]
+        return torch.where(targets.present[..., None], terms, 0.0)
+
+
+class Elsewhere:
+    """How near the maps are to those of landmarks elsewhere: the adaptive targeted attack of Yao et al. 2020.
+
+    The loss of each landmark, with the other place as its target, is weighted by its share of the sum over the
+    landmarks, as ATI-FGSM does: what has arrived already leaves the noise to those that have not.
+
+    Args:
+        objective: with the landmarks where they are to go.
+    """
+
+    names = ("loss",)
+
+    def __init__(self, objective: LandmarkObjective) -> None:
+        self.objective, self.model = objective, objective.model
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Minus the weighted loss, (B, 1)."""
+        loss = self.objective.per_landmark(self.model(images)).sum(2)
+        weight = loss.detach() / loss.detach().sum(1, keepdim=True).clamp_min(1e-12)
+        return -(weight * loss).sum(1, keepdim=True)

@@ -107,11 +107,16 @@ class InferenceObjective:
     names = ("ce", "dice")
 
     def __init__(self, window: SlidingWindow, terms: SampleTerms, target: Tensor) -> None:
-        self.model, self.terms, self.target = window, terms, target
+        self.model: SlidingWindow = window
+        self.terms, self.target = terms, target
 
     def __call__(self, images: Tensor) -> Tensor:
         """Cross-entropy and negative Dice of every image, (B, 2)."""
         return self.terms.at_full_resolution(self.model(images), self.target)
+
+    def take(self, rows: Tensor) -> InferenceObjective:
+        """The objective of some images of the batch, by their numbers."""
+        return InferenceObjective(self.model, self.terms, self.target[rows])
 
     def predictions(self, images: Tensor) -> Tensor:
         """The logits, (B, heads, *spatial)."""
@@ -374,6 +379,7 @@ def metrics(planar: bool) -> list[Metric]:
         f"{sample}s (arXiv 2206.01736, eq. 3).",
         per_sample=lambda scores: dice_per_sample(Counts.of(scores)).numpy(),
         fails_at=0.5,
+        lost_at=0.0,
         is_mean=True,
     )
     total = Metric(
@@ -483,6 +489,7 @@ class SegmentationEvaluation(EvaluationHost):
     """
 
     packages = ("nnunetv2",)
+    task = "segmentation"
 
     folders: Mapping[str, Path]
     fold: int | str

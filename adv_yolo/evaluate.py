@@ -25,8 +25,8 @@ from adv_yolo.objective import DetectionObjective, ImageTerms
 from adv_yolo.scores import CONFIDENCE, best_overlaps, make_validator, mean_average_precision, score
 from advmed.attacks import Attack
 from advmed.cli.evaluate import EvaluationHost
-from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, Scores, at_levels
-from advmed.evaluation.metric import Metric
+from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
+from advmed.evaluation.metric import Metric, Scores
 from advmed.evaluation.subjects import Subject, spread
 from advmed.margins import read_margins
 from advmed.report import Example, View
@@ -238,6 +238,7 @@ class DetectionEvaluation(EvaluationHost):
 
     bounds = BOUNDS
     packages = ("ultralytics",)
+    task = "detection"
 
     @cached_property
     def models(self) -> list[TrainedModel]:

@@ -119,6 +119,40 @@ class ImageTerms:
             self._checked = self._recorder.check()
         return loss, items, self._recorder.terms("image").detach()
 
+    def confidence(self, predictions: Any) -> Tensor:
+        """The sum over the anchors of the confidence of their likeliest class, (B, 1)."""
+        scores: Tensor = self._select(predictions)["scores"]
+        return scores.float().sigmoid().amax(1).sum(1, keepdim=True)
+
+    @contextmanager
+    def assigning(self, assigned: Any) -> Iterator[None]:
+        """Gives the anchors to the objects as they were given before, whatever the predictions are.
+
+        Args:
+            assigned: of an earlier pass on images with the same objects, see :meth:`assignment`.
+        """
+        own = self._followed.assigner
+        self._followed.assigner = _Listener(lambda *_, **__: assigned)
+        try:
+            yield
+        finally:
+            self._followed.assigner = own
+
+    def assignment(self, predictions: Any, batch: Batch) -> Any:
+        """How the host gives the anchors to the objects for such predictions."""
+        own, kept = self._followed.assigner, []
+
+        def assigner(*arguments: Any, **more: Any) -> Any:
+            kept.append(own(*arguments, **more))
+            return kept[-1]
+
+        self._followed.assigner = _Listener(assigner)
+        try:
+            self(predictions, batch)
+        finally:
+            self._followed.assigner = own
+        return kept[-1] if kept else None
+
     def _select(self, predictions: Any) -> Any:
         parsed = self._followed.parse_output(predictions)
         return parsed if self.branch is None else parsed[self.branch]
@@ -257,8 +291,8 @@ class _Listener:
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        return self.function(*arguments, **more)
 
 
 def _per_image(values: Tensor, image: Tensor, like: Tensor) -> Tensor:
@@ -342,6 +376,29 @@ class DetectionObjective:
             return self.terms(self._given, self.batch)
         return self.terms(self.predictions(images), self.batch)
 
+    def take(self, rows: Tensor) -> DetectionObjective:
+        """The objective of some images of the batch, by their numbers."""
+        index = self.batch["batch_idx"].long()
+        place = torch.full((len(self.batch["img"]),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        place = place.to(index.device)
+        kept = place[index] >= 0
+        part = {
+            "img": self.batch["img"][rows],
+            "batch_idx": place[index][kept].to(self.batch["batch_idx"].dtype),
+            "cls": self.batch["cls"][kept],
+            "bboxes": self.batch["bboxes"][kept],
+        }
+        return DetectionObjective(self.model, self.terms, part)
+
+    def confidence(self, images: Tensor) -> Tensor:
+        """See :meth:`ImageTerms.confidence`."""
+        return self.terms.confidence(self.predictions(images))
+
+    def holding(self, images: Tensor) -> Held:
+        """The same loss, with the anchors given to the objects as they are on ``images``."""
+        return Held(self, self.terms.assignment(self.predictions(images), self.batch))
+
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The host's own loss of the batch, to back-propagate, and the terms of the same pass.
 
@@ -370,6 +427,26 @@ class DetectionObjective:
     def distance(self, clean: Any, other: Any) -> Tensor:
         """See :meth:`ImageTerms.distance`."""
         return self.terms.distance(clean, other)
+
+
+class Held:
+    """The terms of an objective whose anchors stay with the objects that they were given to once.
+
+    Args:
+        objective: the objective.
+        assigned: see :meth:`ImageTerms.assignment`.
+    """
+
+    def __init__(self, objective: DetectionObjective, assigned: Any) -> None:
+        self.objective, self.assigned = objective, assigned
+        self.model, self.names = objective.model, objective.names
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The terms, (B, K)."""
+        if self.assigned is None:
+            return self.objective(images)
+        with self.objective.terms.assigning(self.assigned):
+            return self.objective(images)
 
 
 def per_image_losses(model: nn.Module, batch: Batch, *, normalizer: Normalizer = "image") -> Tensor:

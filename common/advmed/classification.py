@@ -55,6 +55,12 @@ class ClassificationObjective:
         logits: Tensor = self.model(images)
         return logits
 
+    def take(self, rows: Tensor) -> ClassificationObjective:
+        """The objective of some images of the batch, by their numbers."""
+        return ClassificationObjective(
+            self.model, self.labels[rows], weight=self.weight, label_smoothing=self.label_smoothing
+        )
+
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The training loss, and the terms of the same pass (without label smoothing)."""
         return self.loss_and_predictions(images)[:2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from advmed.attacks.base import GradientAttack, check_fraction
 from advmed.attacks.losses import AttackLoss, attack_by_loss
 from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_call, total
 from advmed.objective import Objective
+
+_STAGES = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))
+"""Radii of the stages with ``shrink``, and their shares of the steps (Croce, Singh and Hein 2024, section 4.2)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class APGD(GradientAttack):
         momentum: alpha of the paper, in (0, 1]: the share of the new step, the rest being the last one's.
         rho: a step length is halved where fewer than this share of its steps made the loss larger, in [0, 1].
         loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+        shrink: search a ball of twice the radius first, then one of 1.5 times, and go on from what was found there,
+            projected (radius reduction, Croce, Singh and Hein 2024): a small ball has worse local maxima.
 
     Raises:
         ValueError: a setting out of its range.
@@ -54,6 +60,7 @@ class APGD(GradientAttack):
     momentum: float = 0.75
     rho: float = 0.75
     loss: AttackLoss | None = None
+    shrink: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +71,10 @@ class APGD(GradientAttack):
     @property
     def description(self) -> str:
         """What it does, for a report."""
-        return self._described(f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length", "largest loss")
+        where = ", in a ball that shrinks from twice the radius," if self.shrink else ""
+        return self._described(
+            f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length{where}", "largest loss"
+        )
 
     def __call__(
         self,
@@ -74,22 +84,46 @@ class APGD(GradientAttack):
         *,
         bounds: Bounds = None,
         generator: torch.Generator | None = None,
+        initial: Tensor | None = None,
     ) -> AttackResult:
-        """Attacks a batch; see :class:`advmed.attacks.PGD`, whose arguments these are."""
-        if self.loss is not None:
-            return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
-        with attacking(objective):
-            problem = Problem(objective, images, radius, norm=self.norm, bounds=bounds, generator=generator)
-            runs = Worst()
-            for start in self.starts:
-                runs.offer(*self._climb(problem, start))
-            return problem.result(runs.values[0], runs.terms)
+        """Attacks a batch; see :class:`advmed.attacks.PGD`, whose arguments these are.
 
-    def _climb(self, problem: Problem, start: float) -> tuple[Tensor, Tensor]:
-        """One run: terms and iterate of its largest loss."""
-        checkpoints = dict(itertools.pairwise(_checkpoints(self.steps)))  # the end of an interval by its begin
+        Args:
+            objective: images -> (B, K) loss terms.
+            images: shape (B, C, *spatial).
+            radius: noise bound.
+            bounds: lowest and highest value of an input.
+            generator: source of the random starts.
+            initial: where the first run starts, such as what a smaller radius has found, in the shape of the images;
+                None: as ``random_start`` says.
+        """
+        if self.loss is not None:
+            return attack_by_loss(
+                self, self.loss, objective, images, radius, bounds=bounds, generator=generator, initial=initial
+            )
+        with attacking(objective):
+            stages = _STAGES if self.shrink else ((1.0, 1.0),)
+            problems = [
+                Problem(objective, images, _times(radius, factor), norm=self.norm, bounds=bounds, generator=generator)
+                for factor, _ in stages
+            ]
+            lengths = _shares(self.steps, [share for _, share in stages])
+            runs, last = Worst(), problems[-1]
+            for number, start in enumerate(self.starts):
+                noise = None if initial is None or number else initial.to(last.images.dtype) - last.images
+                for problem, steps in zip(problems, lengths, strict=True):
+                    here = problem.start(start) if noise is None else problem.inside(noise)
+                    terms, iterate = self._climb(problem, *here, steps)
+                    noise = iterate - problem.images
+                runs.offer(terms, iterate)
+            for problem in problems[:-1]:
+                last.nonfinite += problem.nonfinite
+            return last.result(runs.values[0], runs.terms)
+
+    def _climb(self, problem: Problem, iterate: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """One run from an iterate and its noise: terms and iterate of its largest loss."""
+        checkpoints = dict(itertools.pairwise(_checkpoints(steps)))  # the end of an interval by its begin
         begin, end = 0, checkpoints.get(0)
-        iterate, noise = problem.start(start)
         before, step = noise, 2 * problem.radius
         count = problem.nonfinite.shape
         previous = torch.full(count, math.inf, device=noise.device, dtype=noise.dtype)  # the first step rises nowhere
@@ -97,7 +131,7 @@ class APGD(GradientAttack):
         best = Worst()
         halved = torch.zeros(count, dtype=torch.bool, device=noise.device)
         peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
-        for k in range(self.steps):
+        for k in range(steps):
             terms, direction = problem.slope(iterate)
             loss = total(terms).to(previous.dtype)
             rises += loss > previous
@@ -169,6 +203,17 @@ def apgd(
     check_call(images, radius, bounds)
     attack = APGD(steps, norm, random_start, restarts, loss=loss)
     return attack(objective, images, radius, bounds=bounds, generator=generator)
+
+
+def _times(radius: float | Tensor, factor: float) -> float | Tensor:
+    """A larger radius, which may exceed the range of the images where the one that was asked for does not."""
+    return radius if factor == 1 else torch.as_tensor(radius) * factor
+
+
+def _shares(steps: int, shares: Sequence[float]) -> list[int]:
+    """Steps in parts, one or more each where there are enough; the last takes what is left."""
+    parts = [max(1, round(steps * share)) for share in shares[:-1]] if steps >= len(shares) else [0] * len(shares[:-1])
+    return [*parts, steps - sum(parts)]
 
 
 def _checkpoints(steps: int) -> list[int]:

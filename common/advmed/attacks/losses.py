@@ -32,6 +32,8 @@ class AttackLoss(Protocol):
     """
 
     name: ClassVar[str]
+    needs_classes: ClassVar[bool]
+    """Whether the host's objective must show its classes."""
 
     @property
     def goals(self) -> int:
@@ -66,6 +68,7 @@ def attack_by_loss(
     *,
     bounds: Bounds,
     generator: torch.Generator | None,
+    **where: Any,
 ) -> AttackResult:
     """Attacks every objective of a loss, and keeps of each sample the point that its judge finds worst.
 
@@ -77,15 +80,16 @@ def attack_by_loss(
         radius: noise bound.
         bounds: lowest and highest value of an input.
         generator: source of randomness.
+        **where: what else the attack is told, such as where it starts.
 
     Raises:
-        TypeError: for an objective that shows no classes.
+        TypeError: for an objective that does not offer what the loss needs, such as classes.
     """
-    shown = classes_of(objective, f"the {loss.name}")
+    shown: Any = classes_of(objective, f"the {loss.name}") if loss.needs_classes else objective
     own = replace(attack, loss=None)
 
     def run(goal: Objective) -> AttackResult:
-        found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator)
+        found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator, **where)
         return found
 
     # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
@@ -133,6 +137,7 @@ class CosineWeighted:
     """
 
     name: ClassVar[str] = "cosine-weighted cross-entropy"
+    needs_classes: ClassVar[bool] = True
     goals: ClassVar[int] = 1
     queries: ClassVar[int] = 1
     description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
@@ -186,6 +191,7 @@ class Margin:
     targets: int = 0
 
     name: ClassVar[str] = "margin of the logits"
+    needs_classes: ClassVar[bool] = True
 
     @property
     def goals(self) -> int:
@@ -208,14 +214,76 @@ class Margin:
         if not self.targets:
             return [self.judge(objective)]
         scores = objective.class_scores(objective.predictions(images))
-        wrong = scores.logits.scatter(1, _true(scores), -torch.inf)
-        number = min(self.targets, wrong.shape[1] - 1)
-        goals = wrong.argsort(1, descending=True)[:, :number].unbind(1)
-        return [OfClasses(objective, partial(margin, targets=goal)) for goal in goals]
+        return [OfClasses(objective, partial(margin, targets=goal)) for goal in _likely(scores, self.targets)]
 
     def judge(self, objective: ClassObjective) -> Objective:
         """See :meth:`AttackLoss.judge`."""
         return OfClasses(objective, margin)
+
+
+@dataclass(frozen=True)
+class DLR:
+    """Difference of logits ratio: the margin of the logits over their spread (Croce and Hein 2020, eq. 6 and 7).
+
+    Neither the scale of the logits nor a shift of them changes it, so that a network with huge logits, whose
+    cross-entropy has no gradient in float32, is attacked all the same. z_j - z_y is divided by z_1 - z_3 of the sorted
+    logits, with a target by z_1 - (z_3 + z_4) / 2; where there are too few classes for that, the margin is climbed.
+
+    Args:
+        targets: number of wrong classes that are made the target one after the other, as in :class:`Margin`; 0: none.
+
+    Example:
+        >>> import torch
+        >>> from advmed import ClassScores, DLR
+        >>> logits = torch.tensor([[8.0, 4.0, 0.0, -1.0]])
+        >>> truth = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> [DLR.value(ClassScores(scale * logits, truth, None, True)).item() for scale in (1.0, 1000.0)]
+        [-0.5, -0.5]
+    """
+
+    targets: int = 0
+
+    name: ClassVar[str] = "difference of logits ratio"
+    needs_classes: ClassVar[bool] = True
+
+    @property
+    def goals(self) -> int:
+        """One, or one for each target."""
+        return max(1, self.targets)
+
+    @property
+    def queries(self) -> int:
+        """See :attr:`AttackLoss.queries`."""
+        return Margin(self.targets).queries
+
+    @property
+    def description(self) -> str:
+        """What is climbed, for a report."""
+        goal = f"for each of up to {self.targets} wrong classes" if self.targets else "for the largest wrong class"
+        return f"climbs the difference of logits ratio {goal}"
+
+    def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
+        """See :meth:`AttackLoss.objectives`."""
+        if not self.targets:
+            return [OfClasses(objective, self.value)]
+        scores = objective.class_scores(objective.predictions(images))
+        return [OfClasses(objective, partial(self.value, targets=goal)) for goal in _likely(scores, self.targets)]
+
+    def judge(self, objective: ClassObjective) -> Objective:
+        """See :meth:`AttackLoss.judge`: the margin, which is above 0 where the image is misclassified."""
+        return OfClasses(objective, margin)
+
+    @staticmethod
+    def value(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
+        """The ratio, (B, 1); of the best wrong class, or of the classes ``targets``, (B,), int64."""
+        found = margin(scores, targets)
+        logits = at_least_float32(scores.logits)
+        classes = logits.shape[1]
+        if classes < (3 if targets is None else 4):
+            return found
+        top = logits.topk(3 if targets is None else 4, 1).values
+        least = top[:, 2:3] if targets is None else (top[:, 2:3] + top[:, 3:4]) / 2
+        return found / (top[:, :1] - least).clamp_min(1e-12)
 
 
 def margin(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
@@ -228,6 +296,12 @@ def margin(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
     if targets is not None:
         return logits.gather(1, targets[:, None]) - logits.gather(1, true)
     return logits.scatter(1, true, -torch.inf).amax(1, keepdim=True) - logits.gather(1, true)
+
+
+def _likely(scores: ClassScores, number: int) -> tuple[Tensor, ...]:
+    """The most likely wrong classes of each image, as many as asked for or as there are: (B,) each."""
+    wrong = scores.logits.scatter(1, _true(scores), -torch.inf)
+    return wrong.argsort(1, descending=True)[:, : min(number, wrong.shape[1] - 1)].unbind(1)
 
 
 def _true(scores: ClassScores) -> Tensor:

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Self
 from advmed.attacks import Attack, parse_attacks
 from advmed.distributed import Processes
 from advmed.evaluation.auc import check_levels
+from advmed.evaluation.checks import pictured
 from advmed.evaluation.metric import Metric
-from advmed.evaluation.subjects import Subject, check_alike, measure_subjects, spread, with_control
+from advmed.evaluation.subjects import Subject, check_alike, measure_subjects, spread, with_control, with_worst
 from advmed.norms import check_norm
 from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
@@ -133,6 +134,8 @@ class EvaluationHost(ABC):
     """Lowest and highest value of an input."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions the numbers depend on, beside ours and PyTorch."""
+    task: ClassVar[str] = ""
+    """What ``standard`` attacks, one of :data:`advmed.attacks.standard.LOSSES`; empty: nothing but the loss."""
 
     def parse_attacks(self, names: Sequence[str], norm: float) -> Mapping[str, Attack]:
         """Attacks by their names.
@@ -140,7 +143,7 @@ class EvaluationHost(ABC):
         Raises:
             ValueError: for a name that is none.
         """
-        return parse_attacks(names, norm=norm)
+        return parse_attacks(names, norm=norm, task=self.task)
 
     @abstractmethod
     def default_levels(self, norm: float) -> Sequence[float]:
@@ -294,7 +297,7 @@ def compare(
     if not overwrite:
         refuse_other_report(folder, subjects, metrics, level_unit, settings or {})
     processes = Processes.of_environment()
-    attacks = with_control(attacks)
+    attacks = with_control(with_worst(attacks))
     entries = measure_subjects(
         folder,
         subjects,
@@ -321,7 +324,7 @@ def compare(
             metrics,
             title=title,
             level_unit=level_unit,
-            examples=_made(examples, next(iter(attacks.items())), levels[1:], ids) if shown else [],
+            examples=_made(examples, pictured(attacks), levels[1:], ids) if shown else [],
             class_names=class_names,
             settings=settings,
             groups=None if groups is None else [groups(id_) for id_ in samples],

@@ -9,17 +9,18 @@ that is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advmed.attacks import APGD, PGD, Attack, AttackResult, Noise, SquareAttack
-from advmed.evaluation.loop import Evaluation, Scores
-from advmed.evaluation.metric import Metric
+from advmed.attacks import APGD, DDN, PGD, Attack, AttackResult, Noise, SquareAttack, Standard
+from advmed.evaluation.loop import Evaluation
+from advmed.evaluation.metric import Metric, Scores
+from advmed.evaluation.worst import WorstOf
 from advmed.norms import norm
 
 Array = NDArray[Any]
@@ -88,12 +89,30 @@ class Check:
     figures: Mapping[str, float]
 
 
-def strongest(attacks: Mapping[str, Attack]) -> str | None:
-    """Name of the first attack that climbs the loss of the host by gradients, which is checked; None without one.
+def strongest(attacks: Mapping[str, Attack]) -> tuple[str, PGD | APGD] | None:
+    """The first attack that climbs the loss of the host by gradients, which is checked, with its name; None without one.
 
-    Attacks on another loss (margins, CosPGD) are not: what the checks compare is the host's.
+    Attacks on another loss (margins, CosPGD) are not: what the checks compare is the host's. Of an ensemble it is a
+    member.
     """
-    return next((n for n, attack in attacks.items() if isinstance(attack, PGD | APGD) and attack.loss is None), None)
+    singles = [*_singles(attacks)]
+    return next(((n, a) for n, a in singles if isinstance(a, PGD | APGD) and a.loss is None), None)
+
+
+def pictured(attacks: Mapping[str, Attack]) -> tuple[str, Attack]:
+    """The attack that pictures are made with: the first, of an ensemble its first member."""
+    return next(iter(_singles(attacks)))
+
+
+def _singles(attacks: Mapping[str, Attack]) -> Iterator[tuple[str, Attack]]:
+    """The attacks that run by themselves, with the members of ensembles in their places."""
+    for name, attack in attacks.items():
+        if isinstance(attack, Standard):
+            yield from (
+                (f"{name}/{m}", cast(Attack, own)) for m, own in attack.members.items() if not isinstance(own, DDN)
+            )
+        elif not isinstance(attack, WorstOf):
+            yield name, attack
 
 
 def probes(attack: Attack) -> dict[str, Attack]:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +29,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import advmed
-from advmed.attacks import Attack, AttackResult
+from advmed.attacks import Attack, AttackResult, Standard
 from advmed.attacks.problem import check_scale, total
+from advmed.attacks.standard import Judge
 from advmed.distributed import Processes
 from advmed.evaluation.auc import check_levels
+from advmed.evaluation.metric import Metric, Scores
+from advmed.evaluation.worst import WorstOf, badness, curve_of, select, worst_of
 from advmed.files import replacing
+from advmed.norms import norm
 from advmed.objective import Objective, check_terms, inspecting
 
 logger = logging.getLogger(__name__)
@@ -41,9 +45,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "advmed.evaluation/2"
 ALONE = Processes()
 _CLEAN = ("clean", 0.0)
-
-Scores = Mapping[str, NDArray[Any]]
-"""Per-sample ingredients of a metric, by name; the first dimension of every array is the sample."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (passes done, passes in total, what was just done); a pass is a batch at one attack and level."""
@@ -130,7 +131,10 @@ class Evaluation:
         levels: the noise levels, 0 first.
         ids: the N sample ids.
         clean: the samples as they are.
-        attacked: the samples under (attack name, level > 0).
+        attacked: the samples under (attack name, level > 0); of an ensemble each sample under the member that is the
+            worst for it by the criterion.
+        members: the samples under (ensemble/member, level > 0), for every ensemble.
+        criterion: the metric that says what is the worst for a sample; None: the loss.
 
     Example:
         >>> import torch
@@ -148,6 +152,9 @@ class Evaluation:
     ids: tuple[str, ...]
     clean: Condition
     attacked: Mapping[tuple[str, float], Condition]
+    members: Mapping[tuple[str, float], Condition] = field(default_factory=dict)
+    criterion: Metric | None = None
+    _worst: dict[tuple[str, str], list[dict[str, NDArray[Any]]]] = field(default_factory=dict, repr=False)
 
     def at(self, attack: str, level: float) -> Condition:
         """The samples under ``attack`` at ``level``; level 0 is the clean samples, for every attack.
@@ -155,6 +162,8 @@ class Evaluation:
         Raises:
             KeyError: for an attack or level that was not evaluated.
         """
+        if (attack, level) in self.members:
+            return self.members[attack, level]
         if attack not in self.attacks or level not in self.levels:
             raise KeyError(
                 f"{attack} at level {level:g} was not evaluated; there are the attacks {', '.join(self.attacks)} "
@@ -162,12 +171,33 @@ class Evaluation:
             )
         return self.clean if level == 0 else self.attacked[attack, level]
 
-    def scores(self, attack: str, level: float) -> Scores:
-        """The ingredients of the metric under ``attack`` at ``level``, by name, each of shape (N, ...)."""
-        return self.at(attack, level).scores
+    def scores(self, attack: str, level: float, metric: Metric | None = None) -> Scores:
+        """The ingredients of the metric under ``attack`` at ``level``, by name, each of shape (N, ...).
 
-    def curve(self, attack: str, metric: Callable[[Scores], float]) -> tuple[float, ...]:
+        Args:
+            attack: its name.
+            level: noise level.
+            metric: for an ensemble: whose worst is meant (:mod:`advmed.evaluation.worst`); None: the criterion's.
+        """
+        members = self.members_of(attack)
+        if metric is None or level == 0 or not members:
+            return self.at(attack, level).scores
+        if (attack, metric.name) not in self._worst:
+            found = [
+                {name: (self.at(name, at).scores, self.at(name, at).loss) for name in members} for at in self.levels[1:]
+            ]
+            clean = self.clean.scores, self.clean.loss
+            self._worst[attack, metric.name] = curve_of(metric, clean, found, self.criterion)
+        return self._worst[attack, metric.name][self.levels.index(level) - 1]
+
+    def members_of(self, attack: str) -> tuple[str, ...]:
+        """What an ensemble is the worst of, by names that :meth:`at` knows; nothing for an attack by itself."""
+        return _members(attack, self.attacks)
+
+    def curve(self, attack: str, metric: Callable[[Scores], float] | Metric) -> tuple[float, ...]:
         """A metric under ``attack`` at every one of ``levels``."""
+        if isinstance(metric, Metric):
+            return tuple(float(metric.of(self.scores(attack, level, metric))) for level in self.levels)
         return tuple(float(metric(self.scores(attack, level))) for level in self.levels)
 
 
@@ -183,6 +213,7 @@ def evaluate(
     packages: Sequence[str] = (),
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    criterion: Metric | None = None,
 ) -> Evaluation:
     """Measures every batch clean and under every attack at every level.
 
@@ -203,6 +234,7 @@ def evaluate(
         packages: distributions whose versions the numbers depend on, beside ours and PyTorch.
         progress: called after every pass of this process, and for each batch that an earlier run has finished.
         processes: the processes that share the work; more than one need a folder.
+        criterion: the metric of single samples that an ensemble is judged by; None: the loss.
 
     Raises:
         ValueError: for levels, ids, images, terms or scores that are not as described, or a folder that holds the
@@ -222,7 +254,9 @@ def evaluate(
         raise ValueError("evaluate needs one or more attacks, got none")
     _check_ids(batches)
     configuration = describe(attacks, levels, bounds=bounds, seed=seed, fingerprint=fingerprint, packages=packages)
-    passes = [_CLEAN, *((name, level) for name in attacks for level in levels[1:])]
+    if criterion is not None and any(isinstance(attack, Standard) for attack in attacks.values()):
+        configuration["criterion"] = {"name": criterion.name, "fails_at": criterion.fails_at}
+    passes = passes_of(attacks, levels)
     finished: dict[int, list[Condition]] = {}
     if folder is not None:
         if not fingerprint:
@@ -254,7 +288,7 @@ def evaluate(
             continue
         batch = batches[number]
         loaded = batch.load()
-        finished[number] = _measure(number, batch.ids, loaded, attacks, passes, bounds, seed, report)
+        finished[number] = _measure(number, batch.ids, loaded, attacks, levels, bounds, seed, criterion, report)
         if folder is not None:
             whole = _for_batch(configuration, number, batch)
             _write_part(_part(parts, number), whole, content(loaded), passes, finished[number])
@@ -265,13 +299,66 @@ def evaluate(
             finished[number] = _theirs(_part(parts, number), _for_batch(configuration, number, batch), passes)
 
     joined = {key: _join([finished[number][k] for number in range(len(batches))]) for k, key in enumerate(passes)}
+    clean = joined.pop(_CLEAN)
+    attacked: dict[tuple[str, float], Condition] = {}
+    for name in attacks:
+        members = _members(name, attacks)
+        worst = clean
+        for level in levels[1:]:
+            worst = _worst(criterion, worst, [joined[m, level] for m in members]) if members else joined[name, level]
+            attacked[name, level] = worst
     return Evaluation(
         configuration=configuration,
         attacks=dict(attacks),
         levels=levels,
         ids=tuple(id_ for batch in batches for id_ in batch.ids),
-        clean=joined.pop(_CLEAN),
-        attacked=joined,
+        clean=clean,
+        attacked=attacked,
+        members={key: condition for key, condition in joined.items() if key not in attacked},
+        criterion=criterion,
+    )
+
+
+def passes_of(attacks: Mapping[str, Attack], levels: Sequence[float]) -> list[tuple[str, float]]:
+    """What is measured of a batch, in this order: clean, then every attack, or member of one, at every level."""
+    found = [_CLEAN]
+    for name, attack in attacks.items():
+        members = [name] if _single(attack) else _own(name, attack)
+        found += [(member, level) for level in levels[1:] for member in members]
+    return found
+
+
+def _single(attack: Attack) -> bool:
+    return not isinstance(attack, Standard | WorstOf)
+
+
+def _own(name: str, attack: Attack) -> list[str]:
+    """The members that an ensemble runs itself."""
+    return [f"{name}/{member}" for member in attack.members] if isinstance(attack, Standard) else []
+
+
+def _members(name: str, attacks: Mapping[str, Attack]) -> tuple[str, ...]:
+    """What a row is the worst of, with the members of ensembles in their places; nothing for an attack by itself."""
+    attack = attacks.get(name)
+    if not isinstance(attack, WorstOf):
+        return () if attack is None else tuple(_own(name, attack))
+    return tuple(m for other in attack.attacks for m in (_members(other, attacks) or (other,)))
+
+
+def _worst(criterion: Metric | None, before: Condition, members: Sequence[Condition]) -> Condition:
+    """Each sample under whichever member is the worst for it, or as it was with less noise, where that is worse."""
+    candidates = [before, *members]
+    chosen = worst_of(
+        criterion if criterion is not None and criterion.per_sample is not None else None,
+        [(c.scores, c.loss) for c in candidates],
+    )
+    return Condition(
+        norm=select([c.norm for c in candidates], chosen),
+        loss=select([c.loss for c in candidates], chosen),
+        nonfinite=np.sum([c.nonfinite for c in members], 0),
+        scores={name: select([c.scores[name] for c in candidates], chosen) for name in before.scores},
+        seconds=sum(c.seconds for c in members),
+        device=", ".join(dict.fromkeys(c.device for c in members)),
     )
 
 
@@ -332,7 +419,7 @@ def evaluate_with_bar(
     if overwrite and processes.rank == 0:
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
     processes.wait()
-    passes = len(range(processes.rank, len(batches), processes.size)) * (1 + len(attacks) * (len(levels) - 1))
+    passes = len(range(processes.rank, len(batches), processes.size)) * len(passes_of(attacks, levels))
     with tqdm(total=passes, desc=name, unit="pass", disable=processes.rank > 0 or None) as bar:  # no bar in a log file
 
         def progress(done: int, total: int, text: str) -> None:
@@ -353,10 +440,14 @@ def attack_batch(
     seed: int = 0,
 ) -> AttackResult:
     """Attacks batch ``number`` exactly as :func:`evaluate` does, for example to draw pictures of it afterwards."""
-    key = f"{seed}/{name}/{float(level)}/{number}".encode()
-    # The generator is on the CPU, whose noise is the same on every machine.
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big", signed=True))
+    generator = _generator(name, level, number, seed)
     return attacks[name](batch.objective, batch.images, level, bounds=bounds, generator=generator)
+
+
+def _generator(name: str, level: float, number: int, seed: int) -> torch.Generator:
+    """The randomness of an attack on a batch; on the CPU, whose noise is the same on every machine."""
+    key = f"{seed}/{name}/{float(level)}/{number}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big", signed=True))
 
 
 def at_levels(
@@ -390,22 +481,20 @@ def _measure(
     ids: Sequence[str],
     loaded: LoadedBatch,
     attacks: Mapping[str, Attack],
-    passes: Sequence[tuple[str, float]],
+    levels: Sequence[float],
     bounds: tuple[float, float] | None,
     seed: int,
+    criterion: Metric | None,
     report: Callable[[str], None],
 ) -> list[Condition]:
-    """All passes over one batch."""
+    """All passes over one batch, in the order of :func:`passes_of`."""
     _check_images(loaded.images, ids)
     check_scale(loaded.images, bounds)
     conditions, device = [], device_name(loaded.images.device)
-    for name, level in passes:
-        start = time.perf_counter()
-        result = (
-            attack_batch(loaded, attacks, name, level, number=number, bounds=bounds, seed=seed)
-            if level > 0
-            else _not_attacked(loaded)
-        )
+    start = time.perf_counter()
+
+    def keep(result: AttackResult, name: str, level: float) -> None:
+        nonlocal start
         assert result.terms is not None  # an attack leaves them out only when told to
         loss = _array(total(result.terms))  # waits for the device: the attack has really ended
         seconds = time.perf_counter() - start
@@ -414,7 +503,57 @@ def _measure(
         noise = _array(result.norms), loss, _array(result.nonfinite)
         conditions.append(Condition(*noise, scores, seconds, device))
         report(f"{name} at {level:g}")
+        start = time.perf_counter()
+
+    keep(_not_attacked(loaded), *_CLEAN)
+    for name, attack in attacks.items():
+        if isinstance(attack, Standard):
+            for member, level, result in _search(loaded, attack, name, levels, number, bounds, seed, criterion):
+                keep(result, f"{name}/{member}", level)
+        elif _single(attack):
+            for level in levels[1:]:
+                result = attack_batch(loaded, attacks, name, level, number=number, bounds=bounds, seed=seed)
+                keep(result, name, level)
     return conditions
+
+
+def _search(
+    loaded: LoadedBatch,
+    attack: Standard,
+    name: str,
+    levels: Sequence[float],
+    number: int,
+    bounds: tuple[float, float] | None,
+    seed: int,
+    criterion: Metric | None,
+) -> Iterator[tuple[str, float, AttackResult]]:
+    """What the members of an ensemble find, level by level."""
+    found = attack.search(
+        loaded.objective,
+        loaded.images,
+        levels[1:],
+        judge=_judge(loaded, criterion),
+        generator=lambda member, level: _generator(f"{name}/{member}", level, number, seed),
+        bounds=bounds,
+    )
+    for member, level, images, terms, nonfinite, _ in found:
+        noise = images.to(torch.promote_types(images.dtype, torch.float32)) - loaded.images
+        yield member, level, AttackResult(images, terms, norm(noise, attack.norm), None, nonfinite)
+
+
+def _judge(loaded: LoadedBatch, criterion: Metric | None) -> Judge:
+    """How bad images are by the metric of single samples; without one by the loss alone."""
+    if criterion is None or criterion.per_sample is None:
+        return Judge(lambda images: torch.zeros(len(images), device=images.device))
+    sign = -1.0 if criterion.higher_is_better else 1.0
+
+    def value(images: Tensor) -> Tensor:
+        with inspecting(loaded.objective):
+            scores = {key: _array(score) for key, score in loaded.score(images).items()}
+        return torch.from_numpy(badness(criterion, scores)).to(images.device)
+
+    limit, lost = criterion.fails_at, criterion.lost_at
+    return Judge(value, None if limit is None else sign * limit, float("inf") if lost is None else sign * lost)
 
 
 def device_name(device: torch.device) -> str:
@@ -438,11 +577,18 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 def _settings(attack: Attack) -> dict[str, Any]:
     """The attack's settings for JSON, which has no infinity."""
     settings = asdict(cast(Any, attack))
+    if isinstance(attack, Standard):
+        members = {name: _settings(cast(Any, member)) for name, member in attack.members.items()}
+        return {"recipe": attack.recipe, "members": members, "norm": _norm(attack.norm)}
     loss: Any = getattr(attack, "loss", None)
     settings.pop("loss", None)
     if loss is not None:
         settings["loss"] = {"name": loss.name, **asdict(loss)}
-    return {**settings, "norm": "inf" if attack.norm == float("inf") else attack.norm}
+    return {**settings, "norm": _norm(attack.norm)}
+
+
+def _norm(p: float) -> float | str:
+    return "inf" if p == float("inf") else p
 
 
 def _check_ids(batches: Sequence[EvaluationBatch]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advmed.evaluation.loop import Scores
-
 Array = NDArray[Any]
+Scores = Mapping[str, Array]
+"""Per-sample ingredients of a metric, by name; the first dimension of every array is the sample."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Metric:
         per_sample: its value for every sample, (N,), from the same scores; for samples.csv.
         fails_at: a sample whose value is worse than this has failed; None for a metric that knows no failure.
         resamples: number of bootstrap draws; fewer for a metric that takes long to compute.
+        lost_at: the value of a sample that has nothing left to lose, such as a Dice of 0; None: it can always get worse.
         monotone: whether more noise, well aimed, can only make it worse; False for the spread of errors, which shrinks
             where all of them grow alike.
         is_mean: the metric is the mean of ``per_sample``, samples without a value left out; draws then cost nothing.
@@ -54,10 +55,11 @@ class Metric:
     resamples: int = 1000
     is_mean: bool = False
     monotone: bool = True
+    lost_at: float | None = None
 
     def __post_init__(self) -> None:
-        if self.per_sample is None and (self.fails_at is not None or self.is_mean):
-            raise ValueError(f"{self.name}: fails_at and is_mean need per_sample")
+        if self.per_sample is None and (self.fails_at is not None or self.is_mean or self.lost_at is not None):
+            raise ValueError(f"{self.name}: fails_at, lost_at and is_mean need per_sample")
 
     @property
     def label(self) -> str:

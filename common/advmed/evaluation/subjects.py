@@ -15,7 +15,11 @@ from advmed.distributed import Processes
 from advmed.evaluation.checks import Check, check, level_to_check, probes, strongest
 from advmed.evaluation.loop import ALONE, Evaluation, EvaluationBatch, evaluate_with_bar
 from advmed.evaluation.metric import Array, Metric
+from advmed.evaluation.worst import WorstOf
 from advmed.thresholds import sha256
+
+WORST = "worst attack"
+"""The row of a report that is the worst of all its attacks."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def measure_subjects(
         processes: the processes that share the work.
     """
     criterion = next((metric for metric in metrics if metric.fails_at is not None), metrics[0])
-    name = strongest(attacks)
+    checked = strongest(attacks)
     marks = {
         subject.name: json.dumps({"checkpoint": sha256(subject.checkpoint), **fingerprint}, default=str)
         for subject in subjects
@@ -118,16 +122,18 @@ def measure_subjects(
             packages=packages,
             bounds=bounds,
             seed=seed,
+            criterion=criterion,
         )
 
     entries = []
     for subject in subjects:
         measured = measure(subject.name, subject, subject.batches, attacks, levels)
         found: list[Check] = []
-        if name is not None and checks and subject.subset is not None:
+        if checked is not None and checks and subject.subset is not None:
+            name, attack = checked
             level = level_to_check(measured, name, criterion)
             place = f"{subject.name}/checks_{checks}_{level:g}"
-            probed = measure(place, subject, subject.subset(checks), probes(attacks[name]), (0.0, level))
+            probed = measure(place, subject, subject.subset(checks), probes(attack), (0.0, level))
             found = check(measured, name, probed, criterion)
         entries.append(Entry(subject.name, measured, subject.margins, found))
     return entries
@@ -146,6 +152,14 @@ def check_alike(subjects: Sequence[Subject]) -> None:
     for subject, own in zip(subjects, ids, strict=True):
         if own != ids[0]:
             raise ValueError(f"{subject.name} and {subjects[0].name} cannot be compared: their samples differ")
+
+
+def with_worst(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
+    """The attacks and, where they are two or more, the worst of all of them as a row of its own."""
+    aimed = [name for name, attack in attacks.items() if attack.access != "none"]
+    if len(aimed) < 2 or WORST in attacks:
+        return dict(attacks)
+    return {**attacks, WORST: WorstOf(tuple(aimed), attacks[aimed[0]].norm)}
 
 
 def with_control(attacks: Mapping[str, Attack]) -> dict[str, Attack]:

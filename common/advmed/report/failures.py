@@ -79,7 +79,9 @@ def count_failures(entries: Sequence[Entry], metrics: Sequence[Metric]) -> Failu
             if attack.access == "none":
                 continue
             for level in evaluation.levels[1:]:
-                failed = metric.failed(evaluation.scores(name, level)) > 0
-                smallest = np.where(failed, np.minimum(smallest, level), smallest)
+                failed = metric.failed(evaluation.scores(name, level, metric))
+                # What has no value when it is clean, an empty slice, has one as soon as something is found in it.
+                smallest = np.where(np.isnan(smallest) & (failed == 0), np.inf, smallest)
+                smallest = np.where(failed > 0, np.fmin(smallest, level), smallest)
         rows.append(smallest)
     return Failures(metric, tuple(e.name for e in entries), first.levels, first.ids, np.stack(rows))

@@ -183,7 +183,7 @@ def tabulate(
 
 def _tabulate(entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | None, count: int) -> Table:
     first = entries[0].evaluation
-    values = np.array([[e.evaluation.curve(attack, metric.of) for attack in first.attacks] for e in entries])
+    values = np.array([[e.evaluation.curve(attack, metric) for attack in first.attacks] for e in entries])
     drawn = resamples(first.ids, groups, count=count)
     draws = np.stack([_draw(entry.evaluation, metric, drawn) for entry in entries], axis=1)
     scale = metric.scale
@@ -224,7 +224,7 @@ def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Arr
     """The metric on resampled samples under every attack at every level, shape (count, A, L)."""
     clean = metric.resampled(evaluation.clean.scores, drawn)
     curves = [
-        [clean, *(metric.resampled(evaluation.scores(attack, level), drawn) for level in evaluation.levels[1:])]
+        [clean, *(metric.resampled(evaluation.scores(attack, level, metric), drawn) for level in evaluation.levels[1:])]
         for attack in evaluation.attacks
     ]
     return np.moveaxis(np.array(curves), 2, 0)
