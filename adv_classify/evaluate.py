@@ -113,7 +113,8 @@ def load(model: TrainedModel, indices: Sequence[int]) -> LoadedBatch:
 def prepare(model: TrainedModel, images: Tensor, labels: Tensor, explained: Explained) -> LoadedBatch:
     """Images and labels as a batch ready to be attacked."""
     objective = ClassificationObjective(model.network, labels)
-    return LoadedBatch(images, objective, partial(score, model, labels, explained), [labels])
+    judged = partial(decisions, model, labels)
+    return LoadedBatch(images, objective, partial(score, model, labels, explained), [labels], judged)
 
 
 class Explained:
@@ -135,8 +136,12 @@ class Explained:
 
 def score(model: TrainedModel, labels: Tensor, explained: Explained, images: Tensor) -> dict[str, Tensor]:
     """``probability`` (B, classes), ``label`` (B,) and ``cam`` (B,), the agreement of the Grad-CAM maps."""
-    probability = model.network(images).float().softmax(1)
-    return {"probability": probability, "label": labels, "cam": explained.agreement(images)}
+    return {**decisions(model, labels, images), "cam": explained.agreement(images)}
+
+
+def decisions(model: TrainedModel, labels: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """``probability`` (B, classes) and ``label`` (B,)."""
+    return {"probability": model.network(images).float().softmax(1), "label": labels}
 
 
 def metrics(gradcam: bool = True) -> list[Metric]:

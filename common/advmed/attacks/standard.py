@@ -100,8 +100,8 @@ class Standard:
     """The ensemble: APGD with shrinking radius on each loss of a task, DDN, and the Square Attack.
 
     Levels are attacked from small to large, each member from what it found at the last one. A sample that has nothing
-    left to lose is left alone: it is as bad at every larger level. Where the objective has ``take(rows)``, the objective
-    of some samples of its batch, the others cost nothing.
+    left to lose is left alone: it is as bad at every larger level. Where the objective has ``take(rows)``, the
+    objective of some samples of its batch, the others cost nothing.
 
     Args:
         task: one of :data:`LOSSES`; "": nothing is known but the loss.
@@ -138,7 +138,7 @@ class Standard:
 
     @cached_property
     def members(self) -> Mapping[str, APGD | DDN | SquareAttack]:
-        """The attacks by their names, in the order in which they run; the first climbs the host's loss or one like it."""
+        """The attacks by their names, in the order in which they run."""
         found: dict[str, APGD | DDN | SquareAttack] = {
             f"apgd-{name}": APGD(self.steps, self.norm, loss=loss, shrink=True)
             for name, loss in LOSSES[self.task].items()

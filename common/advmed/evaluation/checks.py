@@ -90,7 +90,7 @@ class Check:
 
 
 def strongest(attacks: Mapping[str, Attack]) -> tuple[str, PGD | APGD] | None:
-    """The first attack that climbs the loss of the host by gradients, which is checked, with its name; None without one.
+    """The first attack that climbs the loss of the host by gradients, with its name; None without one. It is checked.
 
     Attacks on another loss (margins, CosPGD) are not: what the checks compare is the host's. Of an ensemble it is a
     member.

@@ -61,6 +61,7 @@ class LoadedBatch:
             dimensions are the same in every batch. Called without gradients.
         targets: what objective and score are closed over beside the model: labels, boxes, landmarks. A resumed
             evaluation compares them, and the images, with those that its finished batches were measured on.
+        judged: as ``score``, what the criterion needs alone, where that costs less: an ensemble asks for it often.
 
     Example:
         >>> import torch
@@ -75,6 +76,7 @@ class LoadedBatch:
     objective: Objective
     score: Callable[[Tensor], Mapping[str, Tensor]]
     targets: Sequence[Tensor] = ()
+    judged: Callable[[Tensor], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class Evaluation:
         """
         if (attack, level) in self.members:
             return self.members[attack, level]
-        if attack not in self.attacks or level not in self.levels:
+        known = attack in self.attacks or any(attack == member for member, _ in self.members)
+        if not known or level not in self.levels:
             raise KeyError(
                 f"{attack} at level {level:g} was not evaluated; there are the attacks {', '.join(self.attacks)} "
                 f"at the levels {' '.join(f'{level:g}' for level in self.levels)}"
@@ -549,7 +552,7 @@ def _judge(loaded: LoadedBatch, criterion: Metric | None) -> Judge:
 
     def value(images: Tensor) -> Tensor:
         with inspecting(loaded.objective):
-            scores = {key: _array(score) for key, score in loaded.score(images).items()}
+            scores = {key: _array(score) for key, score in (loaded.judged or loaded.score)(images).items()}
         return torch.from_numpy(badness(criterion, scores)).to(images.device)
 
     limit, lost = criterion.fails_at, criterion.lost_at

@@ -30,7 +30,7 @@ class Metric:
         per_sample: its value for every sample, (N,), from the same scores; for samples.csv.
         fails_at: a sample whose value is worse than this has failed; None for a metric that knows no failure.
         resamples: number of bootstrap draws; fewer for a metric that takes long to compute.
-        lost_at: the value of a sample that has nothing left to lose, such as a Dice of 0; None: it can always get worse.
+        lost_at: the value of a sample that has nothing left to lose, such as a Dice of 0; None: there is always more.
         monotone: whether more noise, well aimed, can only make it worse; False for the spread of errors, which shrinks
             where all of them grow alike.
         is_mean: the metric is the mean of ``per_sample``, samples without a value left out; draws then cost nothing.
