@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from advmed.evaluation.auc import auc_robust_of_curves
 from advmed.evaluation.intervals import CONFIDENCE, interval, share_interval
 from advmed.files import replacing, write_whole
+from advmed.report import figures
 from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
@@ -413,11 +414,10 @@ def _tidy(section: Section, reference: Row) -> Iterator[dict[str, Any]]:
             }
 
 
+@figures.own_style()
 def draw(sections: Sequence[Section]) -> bytes:
     """One panel for each section: the metric over the noise level, with intervals."""
     from matplotlib.figure import Figure
-
-    from advmed.report import figures
 
     figure = Figure(figsize=(5.6 * len(sections), 4.0), layout="constrained", facecolor=figures.LIGHT.background)
     for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):
