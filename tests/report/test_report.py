@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -123,6 +124,7 @@ def test_the_record(folder: Path) -> None:
     assert record["attacks"]["AMAT"]["ifgsm10"] == {
         "access": "white box",
         "description": "10 gradient steps of level x 0.1 from the input; largest loss",
+        "recipe": None,
         "queries_per_image": 1,
         "gradients_per_image": 10,
         "seconds": [5, 10],
@@ -298,6 +300,36 @@ def test_what_a_page_says_of_single_attacks(tmp_path: Path) -> None:
     measured = evaluation({"pgd100": AMAT["pgd100"]}, attacks={"pgd100": PGD(100, 5.0, np.inf, 1.0)})
     shown = "L∞ the model 100 gradient steps of level x 0.05 from a random point of the ball; last step 100 1"
     assert shown in write(tmp_path / "linf", [Entry("AMAT", measured)]).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
+    """Versions of the host, devices of the batches, the kind of machine and a recipe; not whose machine it is."""
+
+    class Recipe(PGD):
+        recipe = "advmed-standard/1"
+
+    curves = {name: AMAT["pgd100"] for name in ("pgd20", "pgd100")}
+    attacks = {"pgd20": Recipe(20, 5.0), "pgd100": PGD(100, 5.0)}
+    made = [evaluation(curves, attacks=attacks) for _ in range(3)]
+    configuration = made[0].configuration | {"versions": {**made[0].configuration["versions"], "nnunetv2": "2.6.2"}}
+    devices = ("NVIDIA H100", "cpu", "cpu")
+    models = [
+        Entry(name, replace(one, configuration=configuration, clean=replace(one.clean, device=device)))
+        for name, one, device in zip("abc", made, devices, strict=True)
+    ]
+    page, record = write(tmp_path, models), record_of(tmp_path)
+    assert record["versions"] | {"nnunetv2": "2.6.2", "python": platform.python_version()} == record["versions"]
+    assert record["devices"] == dict(zip("abc", devices, strict=True))
+    assert record["platform"] == {"system": platform.system(), "machine": platform.machine()}
+    assert [effort["recipe"] for effort in record["attacks"]["b"].values()] == ["advmed-standard/1", None]
+    method = page.text.partition("How it was measured")[2].partition("Settings")[0]
+    assert "Measured on NVIDIA H100, cpu. Written with advmed " in method
+    assert f"numpy {np.__version__}, on {platform.system()} ({platform.machine()})." in method
+    assert "nnunetv2 2.6.2" in method
+    assert method.count("(recipe advmed-standard/1 )") == 1
+    for name in ("report.json", "report.html"):
+        assert str(Path.home()) not in (tmp_path / name).read_text()
 
 
 @pytest.mark.usefixtures("undrawn")

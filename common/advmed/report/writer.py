@@ -184,6 +184,7 @@ def _record(
             "python": platform.python_version(),
             "numpy": np.__version__,
         },
+        "platform": {"system": platform.system(), "machine": platform.machine()},  # no name of a computer, no paths
         "devices": {entry.name: entry.evaluation.clean.device for entry in entries},
         "configuration": dict(configuration),
         "verdict": {"trusted": trusted, "text": sentence},
@@ -259,6 +260,7 @@ def _effort(entry: Entry) -> dict[str, Any]:
         name: {
             "access": attack.access,
             "description": attack.description,
+            "recipe": getattr(attack, "recipe", None),  # only attacks that are one have it
             "gradients_per_image": attack.gradients,
             "queries_per_image": attack.queries,
             "seconds": [evaluation.at(name, level).seconds for level in evaluation.levels[1:]],
