@@ -24,7 +24,7 @@ from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
 from advmed.report.figures import Example
 from advmed.report.page import render_page
-from advmed.report.summary import Array, Table, cautions, findings, tabulate, verdict
+from advmed.report.summary import Array, Table, cautions, doubts, findings, tabulate, verdict
 
 FORMAT = "advmed.report/2"
 FILES = ("report.json", "results.csv", "samples.csv", "table.csv", "draws.npz", "curves.png", "report.html")
@@ -188,7 +188,7 @@ def _record(
         "devices": {entry.name: entry.evaluation.clean.device for entry in entries},
         "configuration": dict(configuration),
         "verdict": {"trusted": trusted, "text": sentence},
-        "findings": findings(tables[0]),
+        "findings": findings(tables[0], doubts(entries)),
         "cautions": cautions(entries, tables),
         "results": {
             table.metric.name: {
@@ -196,6 +196,7 @@ def _record(
                 "draws": len(table.draws),
                 "units": table.units,
                 "is_share": table.is_share,
+                "fails_at": table.metric.fails_at,
                 "models": {model: _of_model(table, m) for m, model in enumerate(table.models)},
             }
             for table in tables
