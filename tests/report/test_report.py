@@ -226,7 +226,7 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
     alternatives = [attributes["alt"] or "" for attributes in page.all("img")]
     assert all(alternatives)
     assert len([text for text in alternatives if "over the noise level" in text]) == 2  # none of the control
-    assert len(page.all("caption")) == len(page.all("table")) == 6
+    assert len(page.all("caption")) == len(page.all("table")) == 7
     assert len(page.all("h1")) == 1
     assert page.all("html")[0]["lang"] == "en"
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
@@ -255,7 +255,7 @@ def test_a_report_without_checks_failures_and_groups(tmp_path: Path) -> None:
     assert record["checks"] == {"STD": [], "AMAT": []}
     assert record["failures"] is None  # this metric knows none
     assert record["bootstrap"]["groups"] is None
-    assert len(page.all("caption")) == len(page.all("table")) == 3
+    assert len(page.all("caption")) == len(page.all("table")) == 4
     # The best of each column is marked: AMAT, in all columns of both attacks.
     assert len([a for a in page.all("td") if "best" in (a.get("class") or "")]) == 2 * 5
     single = write(tmp_path / "single", entries()[:1])
@@ -300,6 +300,56 @@ def test_what_a_page_says_of_single_attacks(tmp_path: Path) -> None:
     measured = evaluation({"pgd100": AMAT["pgd100"]}, attacks={"pgd100": PGD(100, 5.0, np.inf, 1.0)})
     shown = "L∞ the model 100 gradient steps of level x 0.05 from a random point of the ball; last step 100 1"
     assert shown in write(tmp_path / "linf", [Entry("AMAT", measured)]).text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_page_shows_first_what_hurts_most_and_files_keep_the_order(tmp_path: Path, higher: bool) -> None:
+    """The control last, however much it hurts; in each block AUC_robust beside the clean value."""
+    given = {
+        "gaussian": (0.8, 0.1, 0.0),
+        "ifgsm10": (0.8, 0.6, 0.5),
+        "pgd100": (0.8, 0.5, 0.2),
+        "pgd20": (0.8, 0.5, 0.4),
+    }
+    curves = {name: curve if higher else tuple(1 - v for v in curve) for name, curve in given.items()}
+    models = [Entry("a", evaluation(curves)), Entry("b", evaluation(curves))]
+    metric = replace(MEAN, resamples=0, higher_is_better=higher, scale=1.0)
+    page, record = write(tmp_path, models, metric), record_of(tmp_path)
+
+    def row(attack: str) -> str:
+        curve = curves[attack]
+        numbers = (
+            curve[0],
+            auc_robust(LEVELS, curve, higher_is_better=higher, scale=1),
+            *curve[1:],
+            (curve[1] + curve[2]) / 2,
+        )
+        return " ".join(f"{number:.4f}" for number in numbers)
+
+    findings_, _, results = page.text.partition("Results")
+    heads = ("Model clean AUC robust 5 10 mean", *(f"{attack} a {row(attack)} b" for attack in ("pgd100", "pgd20")))
+    places = [results.index(text) for text in (*heads, f"ifgsm10 a {row('ifgsm10')}", "gaussian noise (control) a")]
+    assert places == sorted(places)
+    assert f"gaussian noise (control) a {row('gaussian')}" in results
+    words = row("pgd100").split()
+    assert f"Model clean AUC robust at 10 a {' '.join([*words[:2], words[3]])} b" in findings_
+    assert "under pgd100, the attack that hurts most" in findings_
+    pictures = [str(a["alt"]).partition(",")[0] for a in page.all("img") if "over the noise level" in str(a["alt"])]
+    assert pictures == [f"ADI over the noise level of {attack}" for attack in ("pgd100", "pgd20", "ifgsm10")]
+    for found in (record["attacks"]["a"], record["results"]["ADI"]["models"]["a"]["attacks"]):
+        assert list(found) == list(given)
+    columns = list(rows_of(tmp_path / "table.csv")[0])[3:]
+    assert columns == [f"{attack} {what}" for attack in given for what in ("5", "10", "mean", "AUC_robust")]
+    assert list(dict.fromkeys(r["attack"] for r in rows_of(tmp_path / "results.csv"))) == list(given)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_models_whose_checks_failed_are_marked_in_the_tables(tmp_path: Path) -> None:
+    bad = [Check("steps", "", "failed", "", {})]
+    page = write(tmp_path, [entries()[0], replace(entries()[1], checks=bad)])
+    assert page.text.count("AMAT checks failed 0.") == 3  # at a glance, and under each of two attacks
+    assert page.text.count("checks failed") == 3
 
 
 @pytest.mark.usefixtures("undrawn")
