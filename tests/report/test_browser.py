@@ -186,9 +186,9 @@ def test_the_page_loads_whole_and_asks_for_nothing_else(browser: Browser, page: 
     outside = (
         "[...document.querySelectorAll('[src], [href]')].map(e => e.getAttribute('src') ?? e.getAttribute('href'))"
     )
-    assert {link.partition(":")[0] for link in browser.value(outside)} == {"data", "#checks"}
+    assert {link.partition(":")[0] for link in browser.value(outside)} == {"data", "#checks", "#results"}
     assert browser.value("document.querySelector(location.hash = '#checks').getBoundingClientRect().top") < 844
-    rows = browser.value("[...document.querySelector('table').querySelectorAll('tr')].map(r => r.innerText)")
+    rows = browser.value("[...document.querySelectorAll('#results ~ .card tr')].map(r => r.innerText)")
     attacks = record_of(page.parent)["results"]["ADI"]["models"]["AMAT"]["attacks"]
     assert [text.split()[0] for text in rows[1:]] == ["Model", *(w for a in attacks for w in (a, "STD", "AMAT"))]
     low, high = attacks["pgd100"]["intervals"][-1]
@@ -214,6 +214,32 @@ def test_nothing_hangs_over_the_edge(browser: Browser, page: Path, long_page: Pa
     if width >= DESK and not long:
         hidden = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
         assert browser.value(hidden) == 0  # at a desk no table needs scrolling
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_phone_shows_the_worst_attack_without_scrolling_sideways(
+    browser: Browser, page: Path, long_page: Path, long: bool
+) -> None:
+    """Model, clean value and AUC_robust with their intervals; all at a glance, and the model stays where it is."""
+    browser.open(long_page if long else page, PHONE)
+    rows = """[...document.querySelectorAll('%s tr:not(.attack)')].map(r => [...r.children].slice(0, 3)
+        .map(c => { const range = document.createRange(); range.selectNodeContents(c);
+                    const [box, card] = [range, c.closest('.card')].map(e => e.getBoundingClientRect());
+                    return [box.left - card.left, card.right - box.right, box.width] }))"""
+    for place in (".glance tbody", "#results ~ .card tbody:nth-of-type(1)"):
+        found = browser.value(rows % place)
+        assert len(found) == 2
+        for cells in found:
+            assert len(cells) == 3
+            assert all(left > 0 and right > 0 and width > 0 for left, right, width in cells), place
+    assert browser.value("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.glance'))") or long
+    order = "[...document.querySelectorAll('#results ~ .card tr.attack')].map(e => e.innerText.trim())"
+    assert browser.value(order) == ["pgd100", "ifgsm10", "gaussian noise (control)"]
+    first = "document.querySelector('#results ~ .card tbody th[scope=row]').getBoundingClientRect().left"
+    before = browser.value(first)
+    moved = "(e => (e.scrollLeft = 60, e.scrollLeft))(document.querySelector('#results ~ .card'))"
+    assert browser.value(moved) > 30
+    assert before - 20 < browser.value(first) <= before, "the model's name stays beside the numbers"
 
 
 def test_words_are_not_broken(browser: Browser, page: Path) -> None:

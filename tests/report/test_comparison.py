@@ -181,6 +181,33 @@ def test_a_baseline_by_name_and_failed_checks(evaluated: Evaluated, said: Said) 
     assert "do not rely on the robustness of: b (noise)" in text
 
 
+def test_differences_of_models_whose_checks_failed_are_not_marked(evaluated: Evaluated, said: Said) -> None:
+    folder = evaluated("one", {"a": 1.0, "b": 3.0, "c": 3.5})
+    marked = [line for line in said(folder).splitlines() if "**+" in line]
+    assert [line[:5] for line in marked] == ["| b |", "| c |"]
+    record = record_of(folder)
+    record["checks"]["b"] = [{"name": "noise", "verdict": "failed"}]
+    (folder / "report.json").write_text(json.dumps(record))
+    text = said(folder)
+    assert [line[:5] for line in text.splitlines() if "**+" in line] == ["| c |"]
+    assert text.count("| b ! |") == 2
+    assert "**-" not in said(folder, "--baseline", "b")
+
+
+def test_a_comparison_in_which_nobody_is_robust_says_so(evaluated: Evaluated, said: Said) -> None:
+    """By the failure that the report tells: an accuracy of 4 in 24 is more than a tenth of a clean one of 1."""
+    folders = [evaluated(name, {name: width}) for name, width in (("a", 1.2), ("b", 0.9))]
+    told = "! No model is robust under pgd10 at noise level 1: the best accuracy there is 0.1667 (a)."
+    assert told in said(*folders).splitlines()
+    assert "! a is not robust under pgd10 at noise level 1, where its accuracy goes to 0.1667." in said(folders[0])
+    assert "is robust" not in said(*folders, evaluated("c", {"c": 3.0}))
+    record = record_of(folders[0])
+    assert record["results"]["accuracy"].pop("fails_at") == 0.5
+    (folders[0] / "report.json").write_text(json.dumps(record))
+    assert "robust under" not in said(folders[0]), "a report of an earlier release does not tell it"
+    assert told in said(*folders).splitlines()
+
+
 def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Evaluated) -> None:
     folder = evaluated("one", {"a": 1.0, "b": 3.0})
     (folder / "draws.npz").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -123,6 +124,7 @@ def test_the_record(folder: Path) -> None:
     assert record["attacks"]["AMAT"]["ifgsm10"] == {
         "access": "white box",
         "description": "10 gradient steps of level x 0.1 from the input; largest loss",
+        "recipe": None,
         "queries_per_image": 1,
         "gradients_per_image": 10,
         "seconds": [5, 10],
@@ -224,7 +226,7 @@ def test_the_page_stands_alone_and_reads_well(folder: Path) -> None:
     alternatives = [attributes["alt"] or "" for attributes in page.all("img")]
     assert all(alternatives)
     assert len([text for text in alternatives if "over the noise level" in text]) == 2  # none of the control
-    assert len(page.all("caption")) == len(page.all("table")) == 6
+    assert len(page.all("caption")) == len(page.all("table")) == 7
     assert len(page.all("h1")) == 1
     assert page.all("html")[0]["lang"] == "en"
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
@@ -253,7 +255,7 @@ def test_a_report_without_checks_failures_and_groups(tmp_path: Path) -> None:
     assert record["checks"] == {"STD": [], "AMAT": []}
     assert record["failures"] is None  # this metric knows none
     assert record["bootstrap"]["groups"] is None
-    assert len(page.all("caption")) == len(page.all("table")) == 3
+    assert len(page.all("caption")) == len(page.all("table")) == 4
     # The best of each column is marked: AMAT, in all columns of both attacks.
     assert len([a for a in page.all("td") if "best" in (a.get("class") or "")]) == 2 * 5
     single = write(tmp_path / "single", entries()[:1])
@@ -298,6 +300,86 @@ def test_what_a_page_says_of_single_attacks(tmp_path: Path) -> None:
     measured = evaluation({"pgd100": AMAT["pgd100"]}, attacks={"pgd100": PGD(100, 5.0, np.inf, 1.0)})
     shown = "L∞ the model 100 gradient steps of level x 0.05 from a random point of the ball; last step 100 1"
     assert shown in write(tmp_path / "linf", [Entry("AMAT", measured)]).text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_page_shows_first_what_hurts_most_and_files_keep_the_order(tmp_path: Path, higher: bool) -> None:
+    """The control last, however much it hurts; in each block AUC_robust beside the clean value."""
+    given = {
+        "gaussian": (0.8, 0.1, 0.0),
+        "ifgsm10": (0.8, 0.6, 0.5),
+        "pgd100": (0.8, 0.5, 0.2),
+        "pgd20": (0.8, 0.5, 0.4),
+    }
+    curves = {name: curve if higher else tuple(1 - v for v in curve) for name, curve in given.items()}
+    models = [Entry("a", evaluation(curves)), Entry("b", evaluation(curves))]
+    metric = replace(MEAN, resamples=0, higher_is_better=higher, scale=1.0)
+    page, record = write(tmp_path, models, metric), record_of(tmp_path)
+
+    def row(attack: str) -> str:
+        curve = curves[attack]
+        numbers = (
+            curve[0],
+            auc_robust(LEVELS, curve, higher_is_better=higher, scale=1),
+            *curve[1:],
+            (curve[1] + curve[2]) / 2,
+        )
+        return " ".join(f"{number:.4f}" for number in numbers)
+
+    findings_, _, results = page.text.partition("Results")
+    heads = ("Model clean AUC robust 5 10 mean", *(f"{attack} a {row(attack)} b" for attack in ("pgd100", "pgd20")))
+    places = [results.index(text) for text in (*heads, f"ifgsm10 a {row('ifgsm10')}", "gaussian noise (control) a")]
+    assert places == sorted(places)
+    assert f"gaussian noise (control) a {row('gaussian')}" in results
+    words = row("pgd100").split()
+    assert f"Model clean AUC robust at 10 a {' '.join([*words[:2], words[3]])} b" in findings_
+    assert "under pgd100, the attack that hurts most" in findings_
+    pictures = [str(a["alt"]).partition(",")[0] for a in page.all("img") if "over the noise level" in str(a["alt"])]
+    assert pictures == [f"ADI over the noise level of {attack}" for attack in ("pgd100", "pgd20", "ifgsm10")]
+    for found in (record["attacks"]["a"], record["results"]["ADI"]["models"]["a"]["attacks"]):
+        assert list(found) == list(given)
+    columns = list(rows_of(tmp_path / "table.csv")[0])[3:]
+    assert columns == [f"{attack} {what}" for attack in given for what in ("5", "10", "mean", "AUC_robust")]
+    assert list(dict.fromkeys(r["attack"] for r in rows_of(tmp_path / "results.csv"))) == list(given)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_models_whose_checks_failed_are_marked_in_the_tables(tmp_path: Path) -> None:
+    bad = [Check("steps", "", "failed", "", {})]
+    page = write(tmp_path, [entries()[0], replace(entries()[1], checks=bad)])
+    assert page.text.count("AMAT checks failed 0.") == 3  # at a glance, and under each of two attacks
+    assert page.text.count("checks failed") == 3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
+    """Versions of the host, devices of the batches, the kind of machine and a recipe; not whose machine it is."""
+
+    class Recipe(PGD):
+        recipe = "advmed-standard/1"
+
+    curves = {name: AMAT["pgd100"] for name in ("pgd20", "pgd100")}
+    attacks = {"pgd20": Recipe(20, 5.0), "pgd100": PGD(100, 5.0)}
+    made = [evaluation(curves, attacks=attacks) for _ in range(3)]
+    configuration = made[0].configuration | {"versions": {**made[0].configuration["versions"], "nnunetv2": "2.6.2"}}
+    devices = ("NVIDIA H100", "cpu", "cpu")
+    models = [
+        Entry(name, replace(one, configuration=configuration, clean=replace(one.clean, device=device)))
+        for name, one, device in zip("abc", made, devices, strict=True)
+    ]
+    page, record = write(tmp_path, models), record_of(tmp_path)
+    assert record["versions"] | {"nnunetv2": "2.6.2", "python": platform.python_version()} == record["versions"]
+    assert record["devices"] == dict(zip("abc", devices, strict=True))
+    assert record["platform"] == {"system": platform.system(), "machine": platform.machine()}
+    assert [effort["recipe"] for effort in record["attacks"]["b"].values()] == ["advmed-standard/1", None]
+    method = page.text.partition("How it was measured")[2].partition("Settings")[0]
+    assert "Measured on NVIDIA H100, cpu. Written with advmed " in method
+    assert f"numpy {np.__version__}, on {platform.system()} ({platform.machine()})." in method
+    assert "nnunetv2 2.6.2" in method
+    assert method.count("(recipe advmed-standard/1 )") == 1
+    for name in ("report.json", "report.html"):
+        assert str(Path.home()) not in (tmp_path / name).read_text()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -419,10 +501,12 @@ def test_findings_speak_of_the_strongest_attack() -> None:
     equal = [Entry(name, evaluation(AMAT)) for name in ("a", "b")]
     worse = {name: tuple(v - 0.001 * k for v in curve) for k, (name, curve) in enumerate(AMAT.items(), 1)}
     close = [Entry("a", noisy(AMAT, 1)), Entry("b", noisy(worse, 2))]
-    for models, why in ((equal, None), (close, "the 95 % interval of their difference holds 0")):
+    for models, why in ((equal, "they are equal"), (close, "the 95 % interval of their difference holds 0")):
         (table,) = tabulate(models, [MEAN])
-        assert ("do not tell it from" in findings(table)[0]) == (why is not None)
-        assert why is None or why in findings(table)[0]
+        assert "do not tell it from" in findings(table)[0]
+        assert why in findings(table)[0]
+    (table,) = tabulate(equal, [MEAN], resample=False)
+    assert "they are equal" in findings(table)[0]
     few = [Entry(name, noisy(curve, 1, 9)) for name, curve in (("a", AMAT), ("b", STD))]
     (table,) = tabulate(few, [MEAN])
     assert "do not tell it from b with 0." in findings(table)[0]
@@ -449,7 +533,7 @@ def test_cautions() -> None:
     models = [Entry(name, evaluation(curves)) for name in ("a", "b")]
     (table,) = tabulate(models, [MEAN], resample=False)
     assert table.controls == ("gaussian",)
-    assert "under pgd100" in findings(table)[0]
+    assert findings(table)[0].startswith("Under pgd100, ")
     assert cautions(models, [table]) == []
 
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from advmed.evaluation.auc import auc_robust_of_curves
 from advmed.evaluation.intervals import CONFIDENCE, interval, share_interval
 from advmed.files import replacing, write_whole
+from advmed.report import figures
+from advmed.report.floor import nobody
 from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
@@ -151,6 +153,7 @@ class Section:
         levels: 0 first.
         scale: what values are divided by for AUC_robust.
         rows: the models.
+        fails_at: the value beyond which a sample has failed; None where that is not known.
     """
 
     metric: str
@@ -161,11 +164,26 @@ class Section:
     levels: tuple[float, ...]
     scale: float
     rows: tuple[Row, ...]
+    fails_at: float | None = None
 
     @property
     def label(self) -> str:
         """Metric and unit."""
         return f"{self.metric} ({self.unit})" if self.unit else self.metric
+
+    @property
+    def nobody(self) -> str | None:
+        """That no model is robust, and where; None if one is."""
+        return nobody(
+            [row.model for row in self.rows],
+            self.levels,
+            np.stack([row.curve for row in self.rows]),
+            attack=self.attack,
+            label=self.label,
+            show=lambda value: f"{value:.4g}",
+            higher_is_better=self.higher_is_better,
+            fails_at=self.fails_at,
+        )
 
     @property
     def columns(self) -> list[str]:
@@ -266,6 +284,7 @@ def _section(members: Sequence[tuple[Report, str, str]], twice: bool) -> Section
         tuple(report.evaluation["levels"]),
         scale,
         tuple(rows),
+        next((f for f in (r.record["results"][m].get("fails_at") for r, m, _ in members) if f is not None), None),
     )
 
 
@@ -301,11 +320,13 @@ def format_sections(sections: Sequence[Section], baseline: str | None = None) ->
         rows, reference = section.rows, _reference(section, baseline)
         lines += [f"**{section.label}** under {section.attack}; noise level: {section.level_unit}", ""]
         lines += _markdown(["model", *section.columns], [[_mark(row), *_cells(section, row)] for row in rows])
+        if section.nobody is not None:
+            lines += ["", f"! {section.nobody}"]
         others = section.others(reference)
         if others:
             many = f" (95 % for all {len(others)} models at once, by Bonferroni)" if len(others) > 1 else ""
             lines += ["", f"Differences from {reference.model}, paired by sample, with 95 % intervals{many}:", ""]
-            changes = [[row.model, *_changes(section, row, reference)] for row in others]
+            changes = [[_mark(row), *_changes(section, row, reference)] for row in others]
             lines += _markdown(["model", *section.columns], changes)
         left = [row.model for row in rows if row.seed != reference.seed]
         if left:
@@ -347,12 +368,13 @@ def _cells(section: Section, row: Row) -> list[str]:
 
 
 def _changes(section: Section, row: Row, reference: Row) -> list[str]:
-    """Differences; bold where the interval does not hold 0."""
+    """Differences; bold where the interval does not hold 0, unless a failed check says that they may be wrong."""
+    sound = not (row.doubts or reference.doubts)
     gain, (low, high) = section.differences(row, reference)
     texts = []
     for value, a, b in zip(gain, low, high, strict=True):
         text = f"{value:+.4g}" + (f" ({a:+.4g} to {b:+.4g})" if np.isfinite([a, b]).all() else "")
-        texts.append(f"**{text}**" if a > 0 or b < 0 else text)
+        texts.append(f"**{text}**" if sound and (a > 0 or b < 0) else text)
     return texts
 
 
@@ -413,11 +435,10 @@ def _tidy(section: Section, reference: Row) -> Iterator[dict[str, Any]]:
             }
 
 
+@figures.own_style()
 def draw(sections: Sequence[Section]) -> bytes:
     """One panel for each section: the metric over the noise level, with intervals."""
     from matplotlib.figure import Figure
-
-    from advmed.report import figures
 
     figure = Figure(figsize=(5.6 * len(sections), 4.0), layout="constrained", facecolor=figures.LIGHT.background)
     for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):

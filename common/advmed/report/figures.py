@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,21 @@ class Example:
     points: Array | None = None
 
 
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Matplotlib as it is delivered, whatever style sheet or matplotlibrc the process has; theirs is back afterwards.
+
+    Settings are read when an artist is made and again when it is drawn: all of both belongs inside. The backend is no
+    part of it: a Figure without pyplot is drawn by Agg, and a window that the process has open stays as it is.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+@own_style()
 def curves(tables: Sequence[Table]) -> bytes:
     """All curves in one picture: a row per metric, a column per attack."""
     from matplotlib.figure import Figure
@@ -110,6 +126,7 @@ def curves(tables: Sequence[Table]) -> bytes:
     return png(figure)
 
 
+@own_style()
 def curve(table: Table, attack: str, theme: Theme) -> bytes:
     """The curves of one metric under one attack."""
     from matplotlib.figure import Figure
@@ -161,6 +178,7 @@ def finish(axes: Axes, levels: Sequence[float], label: str, higher_is_better: bo
     _style(axes, theme)
 
 
+@own_style()
 def failure_curves(failures: Failures, theme: Theme) -> bytes:
     """The share of samples that have failed up to each level."""
     from matplotlib.figure import Figure
@@ -177,6 +195,7 @@ def failure_curves(failures: Failures, theme: Theme) -> bytes:
     return png(figure)
 
 
+@own_style()
 def margin_histogram(entries: Sequence[Entry], levels: Sequence[float], theme: Theme) -> bytes:
     """Histogram of the margins of the models that have some; the evaluated levels are marked."""
     from matplotlib.figure import Figure
@@ -375,6 +394,7 @@ def _round_down(factor: float) -> float:
     return max(step * power for step in (1, 2, 5) if step * power <= factor)
 
 
+@own_style()
 def _encode(pixels: Array) -> bytes:
     from matplotlib.image import imsave
 

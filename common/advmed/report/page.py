@@ -11,7 +11,7 @@ from advmed.evaluation.subjects import Entry
 from advmed.report import figures
 from advmed.report.failures import Failures
 from advmed.report.figures import Example, ExamplePictures
-from advmed.report.summary import Table
+from advmed.report.summary import Table, doubts
 
 
 def render_page(
@@ -47,9 +47,10 @@ def render_page(
         tables=tables,
         evaluation=entries[0].evaluation,
         curves=[
-            [(attack, [_uri(figures.curve(table, attack, t)) for t in themes]) for attack in figures.aimed(table)]
+            [(attack, [_uri(figures.curve(table, attack, t)) for t in themes]) for attack in _shown(table)]
             for table in tables
         ],
+        doubted=doubts(entries),
         failures=failures,
         infinity=float("inf"),
         checked=any(entry.checks for entry in entries),
@@ -59,6 +60,12 @@ def render_page(
         examples=[_example(example, labels) for example in examples],
         legend=legend,
     )
+
+
+def _shown(table: Table) -> list[str]:
+    """The attacks that have a picture, that which hurts most first."""
+    aimed = figures.aimed(table)
+    return [table.attacks[a] for a in table.order if table.attacks[a] in aimed]
 
 
 def _example(example: Example, labels: Sequence[int]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from advmed.evaluation.intervals import LEAST, interval, resamples, share_interv
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
+from advmed.report.floor import lost, nobody
 
 Array = NDArray[Any]
 
@@ -55,6 +56,23 @@ class Table:
     def auc(self) -> Array:
         """AUC_robust, shape (M, A); NaN where a value is missing or negative, so that it is not defined."""
         return auc_robust_of_curves(self.levels, self.values, self.scale)
+
+    @property
+    def order(self) -> list[int]:
+        """The A attacks as a reader wants them: those that hurt most on the mean over models first, controls last."""
+        harm = _last((1 if self.metric.higher_is_better else -1) * self.attacked_mean).mean(0)
+        return sorted(range(len(self.attacks)), key=lambda a: (self.attacks[a] in self.controls, harm[a]))
+
+    @property
+    def unmoved(self) -> Array:
+        """Models that have the same value under every attack at every level, bool, (M,).
+
+        False for a metric that is not about single samples: where it is, an attack that gets anywhere moves it.
+        """
+        aimed = [a for a, attack in enumerate(self.attacks) if attack not in self.controls]
+        values = self.values[:, aimed]
+        known = self.metric.fails_at is not None and values[:, :, 1:].size > 0
+        return np.asarray((values == values[:, :, :1]).all((1, 2)) & known)
 
     @property
     def intervals(self) -> Array:
@@ -230,15 +248,19 @@ def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Arr
     return np.moveaxis(np.array(curves), 2, 0)
 
 
-def findings(table: Table) -> list[str]:
+def findings(table: Table, doubted: Collection[str] = ()) -> list[str]:
     """What the table says, in sentences: who is robust, how far it holds, what it costs on clean images.
 
-    They speak of the attack that hurts most, on the mean over models.
+    They speak of the attack that hurts most, on the mean over models. No model is called the most robust that failed
+    checks, that no attack moves, of which nothing is left (:mod:`advmed.report.floor`), or that the samples do not
+    tell from the next one.
+
+    Args:
+        table: of the metric.
+        doubted: the models that failed checks of the attack, see :func:`doubts`.
     """
     sign = 1 if table.metric.higher_is_better else -1
-    name = table.metric.label
-    aimed = np.array([attack not in table.controls for attack in table.attacks])
-    a = int(np.argmin(np.where(aimed, _last(sign * table.attacked_mean).mean(0), np.inf)))
+    name, a = table.metric.label, table.order[0]
     attack, level, auc = table.attacks[a], f"{table.levels[-1]:g}", table.auc[:, a]
     clean, attacked = table.values[:, 0, 0], table.values[:, a, -1]
     rank = [int(i) for i in np.argsort(-_last(sign * auc), kind="stable")]
@@ -249,22 +271,32 @@ def findings(table: Table) -> list[str]:
         known = np.isfinite([low[m], high[m]]).all()
         return f" (95 % interval {table.show_auc(low[m])} to {table.show_auc(high[m])})" if known else ""
 
+    floor: Any = {"higher_is_better": sign > 0, "fails_at": table.metric.fails_at}
+    none = nobody(table.models, table.levels, table.values[:, a], attack=attack, label=name, show=table.show, **floor)
+    but = list(_but(table, best, a, doubted, lost(table.values[best, a], clean, **floor) & (none is None)))
+    sentences = [] if none is None else [none]
     if len(table.models) == 1:
-        sentences = [
+        sentences.append(
             f"{name} goes from {table.show(clean[0])} on clean images to {table.show(attacked[0])} "
-            f"under {attack} at noise level {level}; AUC_robust is {table.show_auc(auc[0])}{within(0)}."
-        ]
+            f"under {attack} at noise level {level}; AUC_robust is {table.show_auc(auc[0])}{within(0)}{_joined(but)}."
+        )
     else:
         second, worst = rank[1], int(np.argmin(_last(sign * attacked)))
         ahead, behind = (f"{table.show_auc(auc[m])}{within(m)}" for m in (best, second))
         doubt = _not_apart(table, best, second, a, sign)
-        sentences = [
-            f"{table.models[best]} is the most robust of {len(table.models)} models under {attack}: "
-            f"AUC_robust {ahead}, followed by {table.models[second]} with {behind}."
-            if doubt is None
-            else f"Under {attack}, {table.models[best]} has the best AUC_robust of {len(table.models)} models, "
-            f"{ahead}, but these samples do not tell it from {table.models[second]} with {behind}: {doubt}."
-        ]
+        first = f"Under {attack}, {table.models[best]} has the best AUC_robust of {len(table.models)} models, {ahead}"
+        if doubt is not None:
+            sentences.append(
+                f"{first}, but these samples do not tell it from {table.models[second]} with {behind}: "
+                f"{'; '.join([doubt, *but])}."
+            )
+        elif but or none is not None:
+            sentences.append(f"{first}, followed by {table.models[second]} with {behind}{_joined(but)}.")
+        else:
+            sentences.append(
+                f"{table.models[best]} is the most robust of {len(table.models)} models under {attack}: "
+                f"AUC_robust {ahead}, followed by {table.models[second]} with {behind}."
+            )
         if worst != best:
             sentences.append(
                 f"At noise level {level}, {name} is {table.show(attacked[best])} for {table.models[best]} "
@@ -280,8 +312,38 @@ def findings(table: Table) -> list[str]:
     return sentences
 
 
+def _but(table: Table, m: int, attack: int, doubted: Collection[str], gone: Array) -> Iterator[str]:
+    """Why a model is not to be praised, whatever its AUC_robust; ``gone`` are the levels at which it is lost, (L,)."""
+    model, name = table.models[m], table.metric.label
+    if model in doubted:
+        yield f"checks of the attack failed for {model}, whose robustness may be overrated"
+    if table.attacks[attack] in table.controls:
+        yield "noise that no one has aimed is no attack"
+    if table.unmoved[m]:
+        yield f"no attack changes {name} of {model} at any level"
+    if gone[1:].any():
+        k = 1 + int(np.argmax(gone[1:]))
+        value = table.show(table.values[m, attack, k])
+        yield f"{model} is not robust at noise level {table.levels[k]:g}, where its {name} is {value}"
+    if not np.isfinite(table.auc[m, attack]):
+        yield f"it is not defined for {model}"
+
+
+def _joined(clauses: Sequence[str]) -> str:
+    return f", but {'; '.join(clauses)}" if clauses else ""
+
+
+def doubts(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """The checks of the attack that failed, by the models that failed some."""
+    failed = {entry.name: [check.name for check in entry.checks if check.verdict == "failed"] for entry in entries}
+    return {name: names for name, names in failed.items() if names}
+
+
 def _not_apart(table: Table, one: int, other: int, attack: int, sign: int) -> str | None:
     """Why the samples do not tell two models apart by AUC_robust; None if they do, or nothing was resampled."""
+    shown = {table.show_auc(table.auc[m, attack]) for m in (one, other)}
+    if len(shown) == 1 and np.isfinite(table.auc[one, attack]):
+        return "to the digits shown they are equal"  # which has no interval
     if not len(table.draws):
         return None
     if table.units < LEAST:
@@ -296,14 +358,13 @@ def verdict(entries: Sequence[Entry]) -> tuple[bool | None, str]:
     Returns:
         True if no check failed, False if one did, None if there was none; and a sentence.
     """
-    failed = {entry.name: [check.name for check in entry.checks if check.verdict == "failed"] for entry in entries}
-    bad = {name: names for name, names in failed.items() if names}
+    bad = doubts(entries)
     if bad:
         which = "; ".join(f"{name} ({', '.join(names)})" for name, names in bad.items())
         return False, f"Do not rely on the robustness of these models: checks of the attack failed for {which}."
-    if not all(entry.checks for entry in entries):
-        return None, "Whether the attacks are strong enough was not checked."
     counts = [sum(check.verdict == "passed" for check in entry.checks) for entry in entries]
+    if not all(counts):
+        return None, "Whether the attacks are strong enough was not checked."
     models = "the model" if len(entries) == 1 else f"any of the {len(entries)} models"
     return True, f"No sign of hidden gradients or a weak attack in {models}: all of {min(counts)} checks passed."
 
@@ -318,13 +379,11 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
     for table in tables:
         aimed = [a for a, attack in enumerate(table.attacks) if attack not in table.controls]
         values, clean = table.values[:, aimed], table.values[:, aimed, :1]
-        # Where a metric is about single samples, an attack that gets anywhere moves it.
-        if table.metric.fails_at is not None and values[:, :, 1:].size:
-            notes += [
-                f"{table.models[m]}: {table.metric.name} is {table.show(clean[m, 0, 0])} at every noise level. Either "
-                "the levels are too small to change it, or the model says the same whatever it is shown."
-                for m in np.flatnonzero((values == clean).all((1, 2)))
-            ]
+        notes += [
+            f"{table.models[m]}: {table.metric.name} is {table.show(clean[m, 0, 0])} at every noise level. Either "
+            "the levels are too small to change it, or the model says the same whatever it is shown."
+            for m in np.flatnonzero(table.unmoved)
+        ]
         gain = np.diff(values if table.metric.higher_is_better else -values, axis=2)
         # A percent of the clean value: less can be the noise of the attack itself.
         notes += [

@@ -24,7 +24,7 @@ from advmed.report import figures
 from advmed.report.failures import Failures, count_failures
 from advmed.report.figures import Example
 from advmed.report.page import render_page
-from advmed.report.summary import Array, Table, cautions, findings, tabulate, verdict
+from advmed.report.summary import Array, Table, cautions, doubts, findings, tabulate, verdict
 
 FORMAT = "advmed.report/2"
 FILES = ("report.json", "results.csv", "samples.csv", "table.csv", "draws.npz", "curves.png", "report.html")
@@ -184,10 +184,11 @@ def _record(
             "python": platform.python_version(),
             "numpy": np.__version__,
         },
+        "platform": {"system": platform.system(), "machine": platform.machine()},  # no name of a computer, no paths
         "devices": {entry.name: entry.evaluation.clean.device for entry in entries},
         "configuration": dict(configuration),
         "verdict": {"trusted": trusted, "text": sentence},
-        "findings": findings(tables[0]),
+        "findings": findings(tables[0], doubts(entries)),
         "cautions": cautions(entries, tables),
         "results": {
             table.metric.name: {
@@ -195,6 +196,7 @@ def _record(
                 "draws": len(table.draws),
                 "units": table.units,
                 "is_share": table.is_share,
+                "fails_at": table.metric.fails_at,
                 "models": {model: _of_model(table, m) for m, model in enumerate(table.models)},
             }
             for table in tables
@@ -259,6 +261,7 @@ def _effort(entry: Entry) -> dict[str, Any]:
         name: {
             "access": attack.access,
             "description": attack.description,
+            "recipe": getattr(attack, "recipe", None),  # only attacks that are one have it
             "gradients_per_image": attack.gradients,
             "queries_per_image": attack.queries,
             "seconds": [evaluation.at(name, level).seconds for level in evaluation.levels[1:]],

@@ -151,13 +151,19 @@ class Table:
 
     def picture(self) -> bytes | None:
         """search.png: AUC_robust over the parameter; None where that cannot be drawn."""
-        from matplotlib.figure import Figure
+        from advmed.report.figures import own_style
 
         (name, values), *others = self.plan.space.items()
         found = [(trial.setting[name], _auc(curve, self.scale)) for trial, curve in self.done]
         points = [(float(x), y) for x, y in found if is_number(x) and y is not None]
         if others or len(points) < max(2, len(found)):
             return None
+        with own_style():
+            return self._draw(name, points, isinstance(values, Range) and values.log)
+
+    def _draw(self, name: str, points: Sequence[tuple[float, float]], log: bool) -> bytes:
+        from matplotlib.figure import Figure
+
         facts = self.done[0][1].facts
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         axes = figure.add_subplot()
@@ -165,7 +171,7 @@ class Table:
         marked = [point for point, (trial, _) in zip(points, self.done, strict=True) if trial is self.best]
         axes.plot(*marked[0], "o", ms=11, mfc="none", color="#d55e00", label="best")
         axes.legend(frameon=False)
-        if isinstance(values, Range) and values.log:
+        if log:
             axes.set_xscale("log")
         axes.set(xlabel=name, ylabel="AUC_robust", title=f"{facts['metric']} under {facts['attack']}")
         axes.grid(alpha=0.3)
