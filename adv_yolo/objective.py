@@ -382,10 +382,11 @@ class DetectionObjective:
         place = torch.full((len(self.batch["img"]),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         place = place.to(index.device)
-        kept = place[index] >= 0
+        kept = (place[index] >= 0).nonzero()[:, 0]
+        kept = kept[place[index[kept]].argsort(stable=True)]  # the host takes them to be in the order of the images
         part = {
             "img": self.batch["img"][rows],
-            "batch_idx": place[index][kept].to(self.batch["batch_idx"].dtype),
+            "batch_idx": place[index[kept]].to(self.batch["batch_idx"].dtype),
             "cls": self.batch["cls"][kept],
             "bboxes": self.batch["bboxes"][kept],
         }

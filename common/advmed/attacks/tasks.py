@@ -147,7 +147,7 @@ class HeldTargets(TaskLoss):
     is replaced by that of one which is still right, and its gradient is lost.
     """
 
-    name: ClassVar[str] = "loss of held targets"
+    name: ClassVar[str] = "held targets"
     description: ClassVar[str] = "climbs the loss of the boxes that are assigned on the clean image"
 
     def objectives(self, objective: Any, images: Tensor) -> Sequence[Objective]:
@@ -189,5 +189,5 @@ def _of(objective: Any, kind: type, what: str) -> Any:
     """
     if not isinstance(objective, kind):
         wanted = "detectors" if kind is DetectionTask else "landmark detectors"
-        raise TypeError(f"{what} are for {wanted}; {type(objective).__name__} is none (see {kind.__name__})")
+        raise TypeError(f"the loss of {what} is for {wanted}; {type(objective).__name__} is none (see {kind.__name__})")
     return objective

@@ -155,7 +155,7 @@ def curve_of(
         before = scores, select([loss for _, loss in candidates], chosen)
         if own is None and metric.monotone:
             new = [scores for scores, _ in attacks.values()]
-            scores = greedy(metric, [kept[0], scores, *new], new)
+            scores = greedy(metric, [kept[0], scores, *new], [kept[0], *new])
             kept = scores, clean[1]
         found.append(scores)
     return found

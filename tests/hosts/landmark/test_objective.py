@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
 from adv_landmark.objective import LandmarkObjective
+from advmed.attacks import APGD, Appearing, Elsewhere, ExpectedError, Terms
 from advmed.methods import AMAT
 from advmed.objective import PredictingObjective
 from helpers.landmark import plain_terms
@@ -233,3 +234,61 @@ def test_margins_move_as_the_thresholds_say(thresholds: tuple[float, ...], held:
         expected[2] = 0.25 / 2**visit if max(thresholds) < 0 else 0.25 * (visit + 1)
         torch.testing.assert_close(method.margins.get(ids), expected)
         assert method.step(objective, images, ids).loss.isfinite()
+
+
+# What attacks may ask for.
+
+
+def test_the_objective_of_some_images_is_that_of_the_batch_cut() -> None:
+    maps, rows = random_maps(), torch.tensor([3, 0])
+    objective = LandmarkObjective(nn.Identity(), POINTS, SIZE, radius=RADIUS, heatmap="bce", heatmap_weight=0.3)
+    part = objective.take(rows)
+    torch.testing.assert_close(part(maps[rows]), objective(maps)[rows])
+    torch.testing.assert_close(part.expected_error(maps[rows]), objective.expected_error(maps)[rows])
+
+
+def test_the_expected_error_pixel_by_pixel() -> None:
+    maps = random_maps()
+    found = LandmarkObjective(nn.Identity(), POINTS, SIZE, radius=RADIUS).expected_error(maps)
+    assert found.shape == (len(POINTS), 1)
+    for b, points in enumerate(POINTS):
+        errors = []
+        for k in np.flatnonzero(KNOWN[b]):
+            heat, dy, dx = (maps[b, 3 * part + k] for part in range(3))
+            total, weights = 0.0, 0.0
+            for y in range(SIZE[0]):
+                for x in range(SIZE[1]):
+                    weight = (1 / (1 + math.exp(-float(heat[y, x])))) ** 2
+                    vote = (x + RADIUS * float(dx[y, x]), y + RADIUS * float(dy[y, x]))
+                    total += weight * math.dist(vote, points[k].tolist()) / RADIUS
+                    weights += weight
+            errors.append(total / weights)
+        assert found[b].item() == pytest.approx(np.mean(errors) if errors else 0.0, rel=1e-5)
+
+
+def test_landmarks_elsewhere_are_far_away_and_those_that_have_not_moved_weigh_more() -> None:
+    maps = random_maps().requires_grad_()
+    objective = LandmarkObjective(nn.Identity(), POINTS, SIZE, radius=RADIUS)
+    climbed = objective.towards(maps)
+    places = climbed.objective.points
+    known = KNOWN & ~POINTS.isnan().any(-1)
+    assert ((places - POINTS).norm(dim=-1)[known] > min(SIZE) / 2 - 1).all()
+    assert ((places >= 0) & (places <= torch.tensor([SIZE[1] - 1.0, SIZE[0] - 1.0]))).all()
+    loss = climbed.objective.per_landmark(maps).sum(2)
+    share = (loss / loss.sum(1, keepdim=True)).detach()
+    torch.testing.assert_close(climbed(maps), -(share * loss).sum(1, keepdim=True))
+    (found,) = torch.autograd.grad(climbed(maps).sum(), maps)
+    (wanted,) = torch.autograd.grad(-(share * loss).sum(), maps)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_attacks_of_the_task_raise_what_they_are_for() -> None:
+    maps = random_maps()
+    objective = LandmarkObjective(nn.Identity(), POINTS, SIZE, radius=RADIUS)
+    for loss in (ExpectedError(), Elsewhere(), Terms(("heatmap",)), Terms(("offset_y", "offset_x"))):
+        (climbed,) = loss.objectives(objective, maps)
+        found = APGD(5, loss=loss)(objective, maps, 3.0)
+        assert (climbed(found.images) > climbed(maps))[KNOWN.any(1)].all()
+        torch.testing.assert_close(found.terms, objective(found.images))
+    with pytest.raises(TypeError, match="the loss of appearing objects is for detectors; LandmarkObjective is none"):
+        APGD(5, loss=Appearing())(objective, maps, 3.0)

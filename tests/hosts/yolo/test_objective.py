@@ -25,8 +25,9 @@ from ultralytics.utils.loss import BboxLoss
 
 from adv_yolo import ImageTerms, per_image_losses
 from adv_yolo.objective import DetectionObjective
+from advmed.attacks import APGD, Appearing, ExpectedError, HeldTargets, Terms, Vanishing
 from advmed.methods.trades import Distance, detached
-from helpers.detection import divergence, heads_of, of_image, one_image
+from helpers.detection import divergence, heads_of, of_image, one_image, thinned
 from helpers.hosts import different
 
 CASES = [("yolov5n", None), ("yolov8n", None), ("yolo11n", None)]
@@ -336,3 +337,79 @@ def test_a_release_that_computes_boxes_otherwise_is_noticed(
     terms.batch_loss(model(batch["img"]), background)  # without an object nothing can be told, and it is looked again
     with pytest.raises(RuntimeError, match=r"computes its box losses .* in another way"):
         terms.batch_loss(model(batch["img"]), batch)
+
+
+# What attacks may ask for.
+
+
+def objective_of(model: Any, batch: dict[str, Any]) -> DetectionObjective:
+    model.eval()
+    return DetectionObjective(model, ImageTerms(model), batch)
+
+
+@three
+def test_the_objective_of_some_images_is_that_of_the_batch_cut(model: Any, batch: dict[str, Any]) -> None:
+    batch = thinned(batch)
+    objective, rows = objective_of(model, batch), torch.tensor([3, 2, 0])
+    part = objective.take(rows)
+    torch.testing.assert_close(part(batch["img"][rows]), objective(batch["img"])[rows], rtol=1e-4, atol=1e-5)
+    alone = objective.take(torch.tensor([1]))(batch["img"][1:2])
+    torch.testing.assert_close(alone, objective(batch["img"])[1:2], rtol=1e-4, atol=1e-5)
+
+
+@three
+def test_the_confidence_is_that_of_the_likeliest_class_summed_over_the_anchors(
+    model: Any, batch: dict[str, Any]
+) -> None:
+    found = objective_of(model, batch).confidence(batch["img"])
+    heads = heads_of(model(batch["img"]))
+    scores = heads[1 if model.asked else 0]["scores"].double()
+    assert torch.allclose(found[:, 0].double(), (1 / (1 + (-scores).exp())).amax(1).sum(1), rtol=1e-4)
+
+
+@three
+def test_held_targets_are_those_of_the_clean_image(model: Any, batch: dict[str, Any]) -> None:
+    objective = objective_of(model, batch)
+    images = batch["img"]
+    noisy = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    held = objective.holding(images)
+    assert held.names == objective.names
+    assert torch.equal(held(images), objective(images))
+    assert not torch.allclose(held(noisy), objective(noisy), rtol=1e-3)
+    assert torch.equal(objective(noisy), objective(noisy))  # the host assigns again
+
+    # By hand: the host's criterion with an assigner that remembers.
+    criterion = model.init_criterion()
+    one, own = followed(criterion, model(images), model.asked)
+    assigner, kept = one.assigner, []
+    one.assigner = lambda *given, **more: kept.append(assigner(*given, **more)) or kept[0]
+    one.loss(own, batch)
+    _, own = followed(criterion, model(noisy), model.asked)
+    wanted = one.loss(own, batch)[0] / len(images)
+    objective.terms._recorder.exact = False
+    with objective.terms.assigning(kept[0]):
+        found = objective.terms(objective.predictions(noisy), batch, "batch").sum(0) / len(images)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-3)
+
+
+def test_an_assignment_that_fails_leaves_the_hosts_assigner_in_its_place(model: Any, batch: dict[str, Any]) -> None:
+    objective = objective_of(model, batch)
+    own = objective.terms._followed.assigner
+    with pytest.raises(ValueError, match="stop"), objective.terms.assigning(None):
+        raise ValueError("stop")
+    with pytest.raises(KeyError):
+        objective.terms.assignment(objective.predictions(batch["img"]), {})
+    assert objective.terms._followed.assigner is own
+
+
+def test_attacks_of_the_task_raise_what_they_are_for(model: Any, batch: dict[str, Any]) -> None:
+    objective, images = objective_of(model, batch), batch["img"]
+    for loss in (Appearing(), Vanishing(), HeldTargets(), Terms(("cls_loss",)), Terms(("box_loss", "dfl_loss"))):
+        (climbed,) = loss.objectives(objective, images)
+        found = APGD(10, random_start=0, loss=loss)(objective, images, 2.0, bounds=(0.0, 1.0))
+        assert (climbed(found.images).sum(1) > climbed(images).sum(1)).all()
+        torch.testing.assert_close(found.terms, objective(found.images))
+    with pytest.raises(TypeError, match="there is no term heatmap among those of the loss, box_loss, cls_loss"):
+        APGD(3, loss=Terms(("heatmap",)))(objective, images, 1.0)
+    with pytest.raises(TypeError, match="the loss of expected error is for landmark detectors"):
+        APGD(3, loss=ExpectedError())(objective, images, 1.0)

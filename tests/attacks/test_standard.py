@@ -1,0 +1,208 @@
+"""The ensemble: who its members are, what it costs, and that nothing they find is lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmed.attacks import APGD, DLR, PGD, Judge, Margin, SquareAttack, Standard
+from advmed.attacks.losses import margin
+from advmed.attacks.standard import LOSSES
+from advmed.classification import ClassificationObjective
+from advmed.objective import ClassScores
+from helpers.tensors import seeded
+
+
+def network(classes: int = 4) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, classes))
+
+
+def small(task: str = "classification", norm: float = 2.0) -> Standard:
+    return Standard(task, norm, steps=6, queries_of_square=8)
+
+
+def generator(name: str, level: float) -> torch.Generator:
+    return seeded(hash((name, level)) % 1000)
+
+
+def judge(objective: ClassificationObjective, **more: Any) -> Judge:
+    return Judge(lambda images: objective.terms_and_errors(images)[1].double(), **({"fails_above": 0.5} | more))
+
+
+def batch(count: int = 8) -> tuple[ClassificationObjective, Tensor]:
+    model, images = network(), torch.rand(count, 1, 6, 6, generator=seeded(1))
+    return ClassificationObjective(model, model(images).argmax(1)), images
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_all_of_its_points_lie_in_the_ball_and_inside_the_bounds(norm: float) -> None:
+    objective, images = batch()
+    levels = [0.05, 0.2] if norm == math.inf else [0.3, 1.0]
+    for found in small(norm=norm).search(
+        objective, images, levels, judge=judge(objective), generator=generator, bounds=(0.0, 1.0)
+    ):
+        noise = (found.images - images).flatten(1)
+        size = noise.norm(dim=1) if norm == 2 else noise.abs().amax(1)
+        assert (size <= found.level * (1 + 1e-5)).all()
+        assert found.images.min() >= 0
+        assert found.images.max() <= 1
+        torch.testing.assert_close(found.terms, objective(found.images))
+
+
+@dataclass
+class Counted(ClassificationObjective):
+    """An objective that remembers how many samples each gradient was asked for."""
+
+    inner: ClassificationObjective
+    asked: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.inner.model, self.inner.labels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.asked.append(len(images))
+        return super().__call__(images)
+
+    def take(self, rows: Tensor) -> Any:
+        part = Counted(super().take(rows))
+        part.asked = self.asked
+        return part
+
+
+def test_nothing_is_spent_on_samples_that_are_lost() -> None:
+    objective, images = batch()
+    counted = Counted(objective)
+    lost_at_once = Judge(lambda x: torch.ones(len(x)), lost_at=1.0)
+    assert len(list(small("").search(counted, images, [0.5, 1.0], judge=lost_at_once, generator=generator))) == 6
+    assert counted.asked == []
+
+    counted = Counted(objective)
+    half = torch.arange(len(images)) % 2 == 0
+    value = Judge(lambda x: half.double(), lost_at=1.0)
+    for found in small("").search(counted, images, [0.5], judge=value, generator=generator):
+        assert torch.equal(found.images[half], images[half])
+        assert torch.equal(found.attacked, ~half) or found.member == "apgd-sum"
+    assert set(counted.asked) == {int((~half).sum())}
+
+
+def test_a_sample_that_is_taken_alone_is_attacked_alone() -> None:
+    """The objective of some rows is that of the batch, cut."""
+    objective, images = batch()
+    rows = torch.tensor([5, 0, 3])
+    part = objective.take(rows)
+    torch.testing.assert_close(part(images[rows]), objective(images)[rows])
+    assert torch.equal(part.terms_and_errors(images[rows])[1], objective.terms_and_errors(images)[1][rows])
+
+
+def test_a_level_begins_with_what_a_member_found_at_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, images = batch()
+    starts: dict[tuple[int, float], Any] = {}
+    real = APGD.__call__
+
+    def spy(self: APGD, o: Any, x: Tensor, radius: float, **more: Any) -> Any:
+        if self.loss is None:
+            starts[len(starts), float(radius)] = more.get("initial")
+        return real(self, o, x, radius, **more)
+
+    monkeypatch.setattr(APGD, "__call__", spy)
+    found = list(small("").search(objective, images, [0.3, 0.6], judge=judge(objective), generator=generator))
+    first = next(f.images for f in found if f.member == "apgd-sum" and f.level == 0.3)
+    assert starts[0, 0.3] is None
+    assert torch.equal(starts[1, 0.6], first)
+
+
+def test_a_start_is_where_the_first_run_begins() -> None:
+    objective, images = batch()
+    noise = torch.zeros_like(images)
+    noise[:, 0, 0, 0] = 0.25
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return objective(x)
+
+    APGD(3)(watched, images, 0.5, initial=images + noise)
+    assert torch.equal(seen[0], images + noise)
+    seen.clear()
+    APGD(10, shrink=True)(watched, images, 0.2, initial=images + noise)
+    assert torch.equal(seen[0], images + noise)  # inside of twice the radius
+    last = seen[-1] - images
+    assert (last.flatten(1).norm(dim=1) <= 0.2 * (1 + 1e-5)).all()
+
+
+def test_a_shrinking_ball_is_twice_then_one_and_a_half_times_as_large() -> None:
+    sizes: list[float] = []
+
+    def watched(x: Tensor) -> Tensor:
+        sizes.append(x.flatten(1).norm(dim=1).item())
+        return x.flatten(1).sum(1, keepdim=True)
+
+    found = APGD(10, random_start=0, shrink=True)(watched, torch.zeros(1, 1, 2, 2), 1.0)
+    assert max(sizes[:4]) == pytest.approx(2.0, rel=1e-5)
+    assert max(sizes[4:8]) == pytest.approx(1.5, rel=1e-5)
+    assert max(sizes[8:]) == pytest.approx(1.0, rel=1e-5)
+    assert len(sizes) == 10 + 3  # a pass without a gradient ends each stage
+    assert found.terms.item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_the_worst_point_is_found_whoever_finds_it() -> None:
+    """The first loss leads away from what the judge calls a failure; another member finds it."""
+
+    class Misled(ClassificationObjective):
+        def __call__(self, images: Tensor) -> Tensor:
+            return -images.flatten(1).sum(1, keepdim=True)
+
+    model = nn.Flatten()
+    images = torch.tensor([[[[0.6, 0.5]]]])
+    objective = Misled(model, torch.tensor([0]))
+    found = Standard("classification", steps=10, queries_of_square=0)(objective, images, 0.2)
+    assert found.images[0, 0, 0, 1] > found.images[0, 0, 0, 0]
+    alone = APGD(10)(objective, images, 0.2, generator=seeded(0))
+    assert alone.images[0, 0, 0, 1] < alone.images[0, 0, 0, 0] + 0.3
+
+
+def test_no_member_is_worse_for_the_model_than_the_ensemble() -> None:
+    objective, images = batch(32)
+    ensemble = Standard("classification", steps=20, queries_of_square=50)
+    errors = objective.terms_and_errors(ensemble(objective, images, 0.2, generator=seeded(0)).images)[1]
+    for attack in (PGD(100, 5.0, keep="best", random_start=1.0), APGD(20, loss=Margin()), SquareAttack(50)):
+        other = objective.terms_and_errors(attack(objective, images, 0.2, generator=seeded(0)).images)[1]
+        assert errors.sum() >= other.sum()
+    assert 0 < errors.sum() < len(errors)
+
+
+@pytest.mark.parametrize("task", [task for task in LOSSES if task])
+def test_a_recipe_has_three_losses_or_more_and_a_price(task: str) -> None:
+    members = Standard(task).members
+    assert len([m for m in members.values() if isinstance(m, APGD)]) >= 3
+    assert list(members)[-2:] == ["ddn", "square"]
+    goals = sum(m.gradients for m in members.values()) - 100 * (9 - 1) * (task == "classification")
+    assert goals <= 800  # beside the targets of classification, which are as many as there are classes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"task": "x"}, "task must be one of"), ({"steps": 0}, "steps must be")]
+)
+def test_a_setting_that_is_none(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Standard(**given)
+
+
+def test_the_ratio_of_differences_of_logits() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.5, -2.0], [0.0, 4.0, 3.0, 1.0]], dtype=torch.float64)
+    truth = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]])
+    scores = ClassScores(logits, truth, None, True)
+    wanted = [-(3 - 1) / (3 - 0.5), (4 - 0) / (4 - 1)]
+    assert DLR.value(scores)[:, 0].tolist() == pytest.approx(wanted)
+    targets = torch.tensor([2, 3])
+    wanted = [-(3 - 0.5) / (3 - (0.5 - 2) / 2), (1 - 0) / (4 - (1 + 0) / 2)]
+    assert DLR.value(scores, targets)[:, 0].tolist() == pytest.approx(wanted)
+    two = ClassScores(logits[:, :2], truth[:, :2], None, True)
+    assert torch.equal(DLR.value(two), margin(two))
