@@ -3,6 +3,7 @@
 from .attacks.apgd import APGD as APGD
 from .attacks.apgd import apgd as apgd
 from .attacks.base import Attack as Attack
+from .attacks.losses import DLR as DLR
 from .attacks.losses import AttackLoss as AttackLoss
 from .attacks.losses import CosineWeighted as CosineWeighted
 from .attacks.losses import Margin as Margin
@@ -14,6 +15,8 @@ from .attacks.pgd import pgd as pgd
 from .attacks.problem import AttackResult as AttackResult
 from .attacks.square import SquareAttack as SquareAttack
 from .attacks.square import square as square
+from .attacks.standard import Standard as Standard
+from .attacks.tasks import Terms as Terms
 from .classification import ClassificationObjective as ClassificationObjective
 from .evaluation.auc import auc_robust as auc_robust
 from .evaluation.dice import adi as adi
