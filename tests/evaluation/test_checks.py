@@ -226,7 +226,8 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 def test_what_is_checked_and_with_what() -> None:
     # Attacks on a loss of their own are not: the checks compare losses of the host.
-    assert strongest(parse_attacks(["gaussian", "square100", "cospgd10", "apgd10", "pgd20"])) == "apgd10"
+    attacks = parse_attacks(["gaussian", "square100", "cospgd10", "apgd10", "pgd20"])
+    assert strongest(attacks) == ("apgd10", attacks["apgd10"])
     assert strongest(parse_attacks(["square100", "cospgd10", "uniform"])) is None
     thrice = replace(STANDARD, restarts=3)
     tried = probes(thrice)

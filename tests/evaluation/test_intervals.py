@@ -194,7 +194,7 @@ def test_a_metric_of_all_samples_is_computed_on_each_draw() -> None:
 
 def test_a_mean_needs_the_values_of_the_samples() -> None:
     for changes in ({"is_mean": True}, {"fails_at": 0.5}):
-        with pytest.raises(ValueError, match="v: fails_at and is_mean need per_sample"):
+        with pytest.raises(ValueError, match="v: fails_at, lost_at and is_mean need per_sample"):
             Metric("v", lambda s: 0.0, **changes)
     with pytest.raises(ValueError, match="v does not say when a sample has failed"):
         mean_of("v").failed({"v": np.zeros(2)})

@@ -117,7 +117,7 @@ def test_all_models_are_in_one_report(tmp_path: Path, subject: Any, loads: list[
         assert curve["values"] == sorted(curve["values"])
         # Noise is added as a control.
         access = {name: told["access"] for name, told in record["attacks"][model].items()}
-        assert access == {"pgd3": "white box", "ifgsm2": "white box", "gaussian": "none"}
+        assert access == {"pgd3": "white box", "ifgsm2": "white box", "worst attack": "white box", "gaussian": "none"}
         # Numbers are of the file of the model.
         checkpoint = {"checkpoint": hashlib.sha256(weights.encode()).hexdigest()}
         configurations = parts(tmp_path / "own", model)
@@ -155,7 +155,7 @@ def test_the_tables_are_said_and_then_the_page(
     assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
     for text, metric in zip(said, (ERROR, SHARE), strict=False):
         lines = text.strip("\n").splitlines()
-        assert lines[0].split() == ["pgd3", "ifgsm2", "gaussian"]
+        assert lines[0].split() == ["pgd3", "ifgsm2", "worst", "attack", "gaussian"]
         assert lines[1].startswith(metric.label)
         results = record_of(tmp_path / "own")["results"][metric.name]["models"]
         for line, (name, found) in zip(lines[3:], results.items(), strict=True):

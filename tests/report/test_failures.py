@@ -41,7 +41,8 @@ CURVES = {
     "gaussian": [(0.0,) * 6] * 3,
 }
 #             a    b    c    d    e    f
-SMALLEST = [2.0, 1.0, 0.0, INF, NAN, 2.0]
+SMALLEST = [2.0, 1.0, 0.0, INF, 1.0, 2.0]
+"""Sample e has no value when it is clean, an empty slice, and fails as soon as something is found in it."""
 
 
 def test_the_smallest_level_at_which_any_attack_succeeds() -> None:
@@ -55,11 +56,18 @@ def test_the_smallest_level_at_which_any_attack_succeeds() -> None:
     assert count_failures([entry("own", CLEAN, CURVES)], [OTHER]) is None
 
 
+def test_a_sample_that_never_has_a_value_is_not_known() -> None:
+    never = [[(*row[:4], NAN, row[5]) for row in rows] for rows in CURVES.values()]
+    found = count_failures([entry("own", CLEAN, dict(zip(CURVES, never, strict=True)))], [DICE])
+    assert found is not None
+    np.testing.assert_array_equal(found.smallest[0], [*SMALLEST[:4], NAN, SMALLEST[5]])
+
+
 def test_errors_fail_above_their_limit() -> None:
     error = Metric("MRE", OTHER.of, False, unit="mm", per_sample=DICE.per_sample, fails_at=0.5)
     found = count_failures([entry("own", CLEAN, CURVES)], [error])
     assert found is not None
-    np.testing.assert_array_equal(found.smallest[0], [0, 0, 1, 0, NAN, 4])
+    np.testing.assert_array_equal(found.smallest[0], [0, 0, 1, 0, INF, 4])
     assert (error.failure, DICE.failure) == ("MRE above 0.5 mm", "Dice below 0.5")
 
 
@@ -70,7 +78,7 @@ def failures(*rows: Sequence[float], levels: tuple[float, ...] = LEVELS) -> Fail
 
 
 def test_shares_and_quantiles() -> None:
-    found = failures(SMALLEST, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [NAN] * 6, [INF] * 6)
+    found = failures([2.0, 1.0, 0.0, INF, NAN, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [NAN] * 6, [INF] * 6)
     np.testing.assert_allclose(found.share, [[1 / 5, 2 / 5, 4 / 5, 4 / 5], [1] * 4, [0] * 4, [0] * 4])  # of five known
     np.testing.assert_array_equal(found.quantile(0.5), [2, 0, NAN, INF])
     np.testing.assert_array_equal(found.quantile(0.2), [0, 0, NAN, INF])
