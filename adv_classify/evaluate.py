@@ -172,6 +172,7 @@ def metrics(gradcam: bool = True) -> list[Metric]:
                 description="Mean correlation of the Grad-CAM maps of clean and attacked image, for the class that is "
                 "predicted on the clean one; images whose map is empty are left out.",
                 per_sample=lambda scores: scores["cam"],
+                monotone=False,  # of the images that accuracy is measured on, whatever their maps are
             )
         )
     return found

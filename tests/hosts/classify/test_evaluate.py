@@ -18,6 +18,7 @@ from adv_classify.gradcam import agreement
 from adv_classify.objective import ClassificationObjective
 from advmed.attacks import APGD, PGD, Margin, Noise, SquareAttack
 from helpers.classify import Classify, mean_average_precision, noise
+from helpers.ensemble import check_ensemble
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,16 @@ def test_targeted_attacks_reach_the_largest_margin_of_a_linear_model(p: float) -
     assert (result.terms > objective(images)).any()  # the cross-entropy is not what they raise
     assert torch.equal(model[1].weight.double(), weight)
     assert model[1].weight.grad is None
+
+
+def test_the_ensemble_is_the_worst_of_its_members(model: host_evaluate.TrainedModel) -> None:
+    found = check_ensemble(
+        "classification", host_evaluate.make_batches(model, 8), host_evaluate.metrics(), (0, 0.3, 1), (0.0, 1.0)
+    )
+    right = [found.scores("standard", level)["probability"].argmax(1) for level in (0, 0.3, 1)]
+    label = found.clean.scores["label"]
+    assert (right[2] == label).mean() < (right[0] == label).mean()
+    # What is wrong already stays as it is.
+    lost = right[0] != label
+    for name in found.members_of("standard"):
+        assert (found.at(name, 1).norm[lost] == 0).all()

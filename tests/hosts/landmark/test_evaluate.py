@@ -21,6 +21,7 @@ from adv_landmark.maps import decode
 from advmed.attacks import PGD
 from advmed.attacks.names import parse_attacks
 from advmed.testing.lightning import Run, data_of
+from helpers.ensemble import check_ensemble
 from helpers.landmark import Landmark
 
 CPU = torch.device("cpu")
@@ -230,3 +231,9 @@ def test_two_processes_measure_what_one_does(host: Landmark, tmp_path: Path) -> 
         alike((one / name).read_text(), (two / name).read_text())
     assert len(list((two / "standard" / "parts").iterdir())) == 3
     assert len(list((two / "standard").glob("checks_9_0.7/parts/*"))) == 3, "no more are checked than are evaluated"
+
+
+def test_the_ensemble_is_the_worst_of_its_members(model: host_evaluate.TrainedModel) -> None:
+    metrics = host_evaluate.metrics("mm", [1, 2])
+    found = check_ensemble("landmarks", host_evaluate.make_batches(model, 5), metrics, (0, 0.5, 1), BOUNDS)
+    assert found.curve("standard", metrics[0])[1] > found.curve("standard", metrics[0])[0]

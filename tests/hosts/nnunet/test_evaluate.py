@@ -21,6 +21,7 @@ from adv_nnunet.objective import inference_loss
 from advmed.attacks.names import parse_attacks
 from advmed.evaluation.dice import Counts, adi, tvdi
 from advmed.evaluation.loop import evaluate
+from helpers.ensemble import check_ensemble
 from helpers.hosts import different, table
 
 pytestmark = pytest.mark.slow
@@ -289,3 +290,10 @@ def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_mo
     trainer = bench.train("AMAT", warmup_epochs=1)
     margins = load(Path(trainer.output_folder).parent).margins
     assert margins.tolist() == trainer.method.margins.values().tolist()
+
+
+def test_the_ensemble_is_the_worst_of_its_members(stock_model: Any) -> None:
+    cases = host.validation_cases(stock_model, 0)
+    samples = host.list_samples(stock_model, cases, 6)
+    batches = host.make_batches(stock_model, cases, samples, 3)
+    check_ensemble("segmentation", batches, host.metrics(planar=True), (0, 2, 6), None)

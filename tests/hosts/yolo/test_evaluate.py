@@ -20,6 +20,7 @@ from adv_yolo.scores import best_overlaps
 from advmed.attacks import PGD
 from advmed.evaluation.loop import evaluate
 from helpers.detection import CLASSES, ONE_HEAD, save
+from helpers.ensemble import check_ensemble
 
 pytestmark = pytest.mark.slow
 
@@ -209,3 +210,10 @@ def test_margins_beside_a_checkpoint_are_read(trained: Path, data: Any, tmp_path
     for rows, margins in (('"a, #1.jpg",1.5,2\nb.jpg,2.5,2\n', [1.5, 2.5]), ("a.jpg,1.5,2\n", [1.5])):
         (tmp_path / "run" / "margins.csv").write_text(f"id,margin,visits\n{rows}")
         assert load(path, data, tmp_path).margins.tolist() == margins
+
+
+def test_the_ensemble_is_the_worst_of_its_members(trained: Path, data: Any, tmp_path: Path) -> None:
+    model = load(trained, data, tmp_path)
+    metrics = host.metrics(model.network.names)
+    found = check_ensemble("detection", host.make_batches(model, None), metrics, (0, 1, 2), (0.0, 1.0))
+    assert found.curve("standard", metrics[1])[2] < 0.9 * found.curve("standard", metrics[1])[0]
