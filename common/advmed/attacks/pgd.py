@@ -16,7 +16,6 @@ from torch import Tensor
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
 from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_call
-from advmed.norms import norm
 from advmed.objective import Objective
 
 _LAST_OF_FIRST = 1 / 4
@@ -163,20 +162,20 @@ class PGD(GradientAttack):
                 terms, direction = problem.slope(iterate)
             if limits is not None and crossing is not None:
                 inside = _inside(terms, limits)
-                crossing = torch.where(inside, norm(noise, self.norm), crossing)
+                crossing = torch.where(inside, problem.length(iterate, noise), crossing)
                 if patience is not None:
                     since = since + ((since > 0) | ~inside)
                     direction = direction * (since <= patience).reshape(problem.radius.shape)
             if best is not None:
                 best.offer(terms, iterate)
             if number == self.steps - 1 > 0 and not final_pass:
-                seen = terms, norm(noise, self.norm)
+                seen = terms, problem.length(iterate, noise)
             iterate, noise = problem.inside(torch.addcmul(noise, problem.radius * length, direction, out=direction))
         if not final_pass and best is None and self.restarts == 1:
             return iterate, None, crossing, seen
         terms = problem.terms(iterate)
         if limits is not None and crossing is not None:
-            crossing = torch.where(_inside(terms, limits), norm(noise, self.norm), crossing)
+            crossing = torch.where(_inside(terms, limits), problem.length(iterate, noise), crossing)
         if best is not None:
             best.offer(terms, iterate)
             return best.values[0], best.terms, crossing, None

@@ -97,8 +97,8 @@ class Problem:
         generator: source of randomness; without one nothing random is repeatable. No global random state moves.
 
     Attributes:
-        images: x in float32 or float64: steps and norms of half-precision images are computed in float32, and only the
-            network sees them in half.
+        images: x in float32 or float64: steps and norms of half-precision images are computed in float32, and the
+            network and the caller get them in half, see :meth:`shown`.
         radius: (B, 1, ..., 1).
         nonfinite: gradients that were not finite so far, (B,), int64.
     """
@@ -129,7 +129,28 @@ class Problem:
 
     def terms(self, iterate: Tensor) -> Tensor:
         """The loss terms at an iterate, (B, K)."""
-        return check_terms(self.objective(iterate.to(self.dtype)), self.images)
+        return check_terms(self.objective(self.shown(iterate)), self.images)
+
+    def shown(self, iterate: Tensor) -> Tensor:
+        """What the network sees of an iterate, and the attack's caller gets: itself, or its values in half precision.
+
+        These are rounded towards the image: to the nearest they may lie outside of the ball, and of the bounds, by half
+        of a last digit, which in bfloat16 is half of a radius of 1/255.
+        """
+        if self.dtype == self.images.dtype:
+            return iterate
+        rounded = iterate.to(self.dtype)
+        beyond = torch.where(iterate > self.images, rounded > iterate, rounded < iterate)
+        # Beside a value, by its bits, are those of the next smaller and larger magnitude; one step back is behind the
+        # iterate, and the image, which has no digits to round, is there or farther. (Not every device has nextafter.)
+        back = torch.where(rounded.abs() > iterate.abs(), -1, 1) * beyond
+        return (rounded.view(torch.int16) + back.to(torch.int16)).view(self.dtype)
+
+    def length(self, iterate: Tensor, noise: Tensor) -> Tensor:
+        """The norm of the noise of an iterate as it is shown, (B,)."""
+        if self.dtype == self.images.dtype:
+            return norm(noise, self.norm)
+        return norm(self.shown(iterate).to(self.images.dtype) - self.images, self.norm)
 
     def slope(self, iterate: Tensor) -> Slope:
         """The loss terms at an iterate, and where they rise most; a gradient that is not finite is counted and 0."""
@@ -139,11 +160,11 @@ class Problem:
     def gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K)."""
         with torch.enable_grad():
-            iterate = iterate.detach().requires_grad_()
-            terms = self.terms(iterate)
+            leaf = self.shown(iterate).detach().requires_grad_()
+            terms = check_terms(self.objective(leaf), self.images)
         scale = torch.ones_like(terms) if self._scale is None else self._scale.to(terms.dtype).expand_as(terms)
-        (gradient,) = torch.autograd.grad(terms, iterate, scale)
-        return terms, gradient, scale
+        (gradient,) = torch.autograd.grad(terms, leaf, scale)
+        return terms, gradient.to(self.images.dtype), scale
 
     def ascent(self, terms: Tensor, gradient: Tensor, scaled: bool = False) -> Slope:
         """What a gradient tells, (B, C, *spatial), with the loss terms at the same place.
@@ -208,8 +229,9 @@ class Problem:
     ) -> AttackResult:
         """What the search found."""
         iterate = torch.where(self.radius > 0, iterate, self.images)  # radius 0 gives the image back, bit for bit
-        norms = norm(iterate - self.images, self.norm)
-        return AttackResult(iterate.to(self.dtype), terms, norms, crossing, self.nonfinite, seen)
+        found = self.shown(iterate)
+        norms = norm(found.to(self.images.dtype) - self.images, self.norm)
+        return AttackResult(found, terms, norms, crossing, self.nonfinite, seen)
 
 
 def steepness(objective: Objective, images: Tensor, p: float) -> tuple[CleanPass, Tensor]:

@@ -426,7 +426,12 @@ def _takes_images_in_half_precision(attack: Attack, traits: Traits) -> None:
         expect(result.images.dtype == kind, "another precision is returned")
         expect_same(result.images[0], images[0], "radius 0 changed an image")
         expect(result.nonfinite == 0, "gradients were lost")
-        expect(result.norms <= radius * (1 + 1e-5), "noise outside the ball")
+        far = lengths(result.images.double() - images.double(), attack.norm)
+        expect(far <= radius.double() * (1 + 1e-5), "noise outside the ball")
+        expect_close(result.norms.double(), far, "norms are not those of the noise", rtol=1e-5, atol=1e-6)
+        assert result.terms is not None
+        terms = objective(result.images).detach()
+        expect_close(result.terms, terms, "terms are not those of the images", rtol=1e-3, atol=1e-3)
         if not traits.keeps_best:  # in so few digits the image itself may be as bad
             expect(result.norms[1:] > 0, "a sample was not attacked")
 
