@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -275,17 +276,83 @@ def test_float16_gradients_do_not_underflow(p: float) -> None:
     assert result.nonfinite.sum() == 0
 
 
-def test_float16_overflow_backs_off_per_sample() -> None:
-    """Sample 1 has a loss a thousand times larger: its scaled gradient overflows until its scale has come down."""
-    model = nn.Conv2d(1, 1, 1, bias=False)
-    nn.init.ones_(model.weight)
-    factor = torch.tensor([1e-3, 20.0])
+@dataclass
+class Steep:
+    """Through a convolution in float16: a loss of so steep a slope for each sample, from the pass of a number on."""
+
+    slopes: Tensor
+    since: int = 0
+    passes: int = 0
+    gradients: int = 0
+
+    def __post_init__(self) -> None:
+        self.convolution = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.convolution.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        slopes = self.slopes if self.passes >= self.since else torch.ones_like(self.slopes)
+        self.passes += 1
+        self.gradients += x.requires_grad
+        return (self.convolution(x).float().flatten(1).sum(1) * slopes)[:, None]
+
+
+FLOAT16: dict[str, Callable[[int], Attack]] = {
+    "pgd": lambda steps: PGD(steps, 8.0),
+    "apgd": lambda steps: APGD(steps, random_start=0),
+}
+
+
+@pytest.mark.parametrize(
+    ("slopes", "repeats"),
+    [
+        ([1e-3, 1.0], 0),
+        ([1e-3, 20.0], 1),  # 20 * 2^15 is too much, 20 * 2^11 is not
+        ([20.0, 1e5], 4),  # 1e5 * 2^3 is too much, 1e5 / 2 is not
+    ],
+)
+@pytest.mark.parametrize("name", FLOAT16)
+def test_no_step_is_lost_to_a_loss_scale_that_is_too_large_at_first(
+    name: str, slopes: list[float], repeats: int
+) -> None:
+    """Sample 1 has a loss much larger: the first gradient is computed again until its scale has come down."""
+    objective, once = Steep(torch.tensor(slopes)), Steep(torch.tensor(slopes))
     with torch.autocast("cpu", torch.float16):
-        result = PGD(8, 8.0)(
-            lambda x: (model(x).float().flatten(1).sum(1) * factor)[:, None], torch.zeros(2, 1, 3, 3), 1.0
-        )
-    assert result.nonfinite.tolist() == [0, 1]  # 20 * 2^15 is too much, 20 * 2^11 is not
+        result = FLOAT16[name](8)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+        first = PGD(1, 1.0)(once, torch.zeros(2, 1, 3, 3), 1.0)
+    assert result.nonfinite.tolist() == first.nonfinite.tolist() == [0, 0]
+    for found in (result, first):
+        torch.testing.assert_close(found.images, torch.full((2, 1, 3, 3), 1 / 3))
+    assert (objective.gradients, once.gradients) == (8 + repeats, 1 + repeats)
+
+
+def test_a_later_float16_overflow_backs_off_per_sample_and_costs_its_step() -> None:
+    objective = Steep(torch.tensor([1e-3, 20.0]), since=2)
+    with torch.autocast("cpu", torch.float16):
+        result = PGD(8, 8.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert result.nonfinite.tolist() == [0, 1]
+    assert objective.gradients == 8
     torch.testing.assert_close(result.images, torch.full((2, 1, 3, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(("slope", "repeats"), [(math.nan, 0), (1e9, 4)])
+def test_what_no_loss_scale_mends_is_soon_given_up_and_counted(slope: float, repeats: int) -> None:
+    """A loss that is NaN itself, and one too steep for any; the other sample is attacked all the same."""
+    objective = Steep(torch.tensor([1.0, slope]))
+    with torch.autocast("cpu", torch.float16):
+        result = PGD(3, 3.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert objective.gradients == 3 + repeats
+    assert result.nonfinite[0] == 0
+    assert result.nonfinite[1] >= 1
+    torch.testing.assert_close(result.images[0], torch.full((1, 3, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_not_repeated_but_in_float16(kind: torch.dtype) -> None:
+    objective = Steep(torch.tensor([1.0, math.inf]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        result = PGD(3, 3.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert objective.gradients == 3
+    assert result.nonfinite.tolist() == [0, 3]
 
 
 # Settings of all attacks

@@ -28,6 +28,7 @@ sample's own minimum and maximum)."""
 # sample's loss is scaled up before the backward pass, and down again by this factor when its gradient overflows.
 _HALF_SCALE = 2.0**15  # the largest power of two that terms in float16 can receive as their gradient
 _HALF_BACKOFF = 2.0**-4
+_HALF_REPEATS = 4  # of a search's first gradient, down to a scale of 1/2
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Problem:
         self.images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         self.radius = per_sample(radius, self.images)
         self._box = _box(self.images, bounds)
-        self._scale = _loss_scale(images)
+        self._scale, self._scale_fits = _loss_scale(images), False
         self.nonfinite = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
         if generator is None:
             generator = torch.Generator(images.device)
@@ -158,7 +159,26 @@ class Problem:
         return self.ascent(terms, gradient, scaled=True)
 
     def gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K)."""
+        """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K).
+
+        Where the scale of the first one is too large for float16, the pass is repeated with a smaller one, so that no
+        step is lost to it; this waits for the device, as no other gradient does.
+        """
+        found = self._gradient(iterate)
+        if self._scale is None or self._scale_fits:
+            return found
+        self._scale_fits = True
+        for _ in range(_HALF_REPEATS):
+            terms, gradient, _ = found
+            # No scale helps a network that overflows itself.
+            over = ~(norm(gradient, math.inf) < math.inf) & terms.isfinite().all(1)
+            if not bool(over.any()):
+                break
+            self._back_off(over)
+            found = self._gradient(iterate)
+        return found
+
+    def _gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             leaf = self.shown(iterate).detach().requires_grad_()
             terms = check_terms(self.objective(leaf), self.images)
@@ -178,9 +198,14 @@ class Problem:
         peak = norm(gradient, math.inf, keepdim=True)
         broken = ~(peak < math.inf)
         self.nonfinite += broken.flatten()
-        if scaled and self._scale is not None:
-            self._scale = torch.where(broken.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
+        if scaled:
+            self._back_off(broken)
         return Slope(terms.detach(), steepest(gradient, self.norm, peak).masked_fill_(broken, 0.0))
+
+    def _back_off(self, over: Tensor) -> None:
+        """A smaller loss scale for the samples whose gradient is not finite, if there are scales."""
+        if self._scale is not None:
+            self._scale = torch.where(over.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
 
     def start(self, fraction: float) -> tuple[Tensor, Tensor]:
         """An iterate and its noise: the image itself, or a point drawn from the ball of that fraction of the radius."""
