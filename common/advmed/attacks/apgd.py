@@ -22,8 +22,9 @@ from advmed.objective import Objective
 
 @dataclass(frozen=True)
 class APGD(GradientAttack):
-    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it saw.
+    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it made.
 
+    The image itself, where it starts there, is none of them, but one to go back to when the steps are halved.
     A run of N steps costs N gradients and one forward pass, as PGD's.
 
     Args:
@@ -95,6 +96,7 @@ class APGD(GradientAttack):
         previous = torch.full(count, math.inf, device=noise.device, dtype=noise.dtype)  # the first step rises nowhere
         rises = torch.zeros(count, device=noise.device)
         best = Worst()
+        found = Worst() if start == 0 else best  # the image itself is nothing that was found
         halved = torch.zeros(count, dtype=torch.bool, device=noise.device)
         peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
         for k in range(self.steps):
@@ -103,6 +105,8 @@ class APGD(GradientAttack):
             rises += loss > previous
             previous = loss
             best.offer(terms, iterate, noise, direction)
+            if found is not best and k > 0:
+                found.offer(terms, iterate)
             if k == 0:
                 peak = best.loss
             if k == end:
@@ -121,8 +125,8 @@ class APGD(GradientAttack):
             moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
             before = noise
             iterate, noise = problem.inside(moved)
-        best.offer(problem.terms(iterate), iterate, noise, noise)
-        return best.terms, best.values[0]
+        found.offer(problem.terms(iterate), iterate, *([noise, noise] if found is best else []))
+        return found.terms, found.values[0]
 
 
 def apgd(

@@ -39,7 +39,8 @@ class PGD(GradientAttack):
         random_start: fraction in [0, 1] of the radius from whose ball the start is drawn (True: 1, False: 0).
         restarts: runs per sample, of which the one with the largest loss is kept; runs after the first always start
             at random, or they would all be the same.
-        keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss.
+        keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss. The image is
+            no iterate: where noise of any step lowers the loss, so does that which is returned.
         loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
         schedule: "equal" steps, or "decreasing" ones, each shorter than the one before by the same factor, down to a
             quarter of the first (half of it where there are two): 3 steps of ``step_scale`` 1.75 are 1, 1/2 and 1/4
@@ -166,7 +167,7 @@ class PGD(GradientAttack):
                 if patience is not None:
                     since = since + ((since > 0) | ~inside)
                     direction = direction * (since <= patience).reshape(problem.radius.shape)
-            if best is not None:
+            if best is not None and (number > 0 or start > 0):  # the image itself is nothing that was found
                 best.offer(terms, iterate)
             if number == self.steps - 1 > 0 and not final_pass:
                 seen = terms, problem.length(iterate, noise)

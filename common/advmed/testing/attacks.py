@@ -287,25 +287,30 @@ def _samples_are_alone(attack: Attack, traits: Traits) -> None:
 
 
 def _keeps_the_worst_point_it_has_seen(attack: Attack, traits: Traits) -> None:
-    """Of finite loss, and where it starts at the image: nothing better for the model than that."""
+    """Of finite loss, and made by itself: the image, where it starts there, is no such point."""
     if not traits.keeps_best:
         return
 
     class Broken(Classification):
         """Sample 1 has a finite loss in two of three passes, sample 2 never."""
 
+        bad = 0.0
+
         def terms_of(self, logits: Tensor) -> Tensor:
             terms = super().terms_of(logits)
             rows = torch.tensor([False, self.calls % 3 == 1, True, False, False])
-            return torch.where(rows[:, None], bad, terms) if bad else terms
+            return torch.where(rows[:, None], self.bad, terms) if self.bad else terms
 
-    for bad in (0.0, math.nan, math.inf):  # read by the class above
+    for bad in (0.0, math.nan, math.inf):
         objective, images = _task()
         objective = Broken(objective.model, objective.labels)
+        objective.bad = bad
         with _watched(objective.model) as points:
             result = _run(attack, (objective, images), bounds=(0.0, 1.0))
         objective.passes.clear()
-        seen = torch.stack([total(objective(point)).detach() for point in points])
+        first = int(getattr(attack, "random_start", 1.0) == 0)
+        seen = torch.stack([total(objective(point)).detach() for point in points])[first:]
+        points = points[first:]
         worst = seen.where(seen.isfinite(), -math.inf).max(0)
         assert result.terms is not None
         sound = worst.values.isfinite()
@@ -315,9 +320,17 @@ def _keeps_the_worst_point_it_has_seen(attack: Attack, traits: Traits) -> None:
         for i in range(1, 5):
             if sound[i]:
                 expect_same(result.images[i], points[int(worst.indices[i])][i], "the image is not that of its loss")
-        if not bad and not traits.random:
-            clean = total(objective(images)).detach()
-            expect(total(result.terms) >= clean, "the loss is below that of the clean image")
+
+    _, images = _task()
+
+    def downhill(x: Tensor) -> Tensor:  # wherever its gradient leads
+        rise = x.flatten(1).sum(1, keepdim=True)
+        return rise - rise.detach() - (x - images).flatten(1).square().sum(1, keepdim=True).detach()
+
+    result = _run(attack, (downhill, images))
+    assert result.terms is not None
+    expect((result.norms > 0) == (_radii(attack) > 0), "the clean image is returned as if it were attacked")
+    expect_close(result.terms, downhill(result.images), "terms are not those of the images", rtol=1e-6, atol=1e-9)
 
 
 def _the_generator_repeats_it_and_no_global_random_state_moves(attack: Attack, traits: Traits) -> None:
