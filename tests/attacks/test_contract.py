@@ -18,6 +18,7 @@ ATTACKS: dict[str, tuple[AttackFactory, dict[str, bool]]] = {
     "pgd best": (lambda norm: PGD(6, 4.0, norm, keep="best"), {}),
     "pgd restarts": (lambda norm: PGD(3, 4.0, norm, random_start=0.5, restarts=2, keep="best"), {}),
     "cospgd": (lambda norm: PGD(4, 2.0, norm, loss=CosineWeighted()), {}),
+    "cospgd restarts": (lambda norm: PGD(3, 1.0, norm, random_start=0.5, restarts=2, loss=CosineWeighted()), {}),
     "pgd margin": (lambda norm: PGD(3, 2.0, norm, random_start=1.0, restarts=2, loss=Margin(targets=3)), {}),
     "apgd": (lambda norm: APGD(7, norm, random_start=0), {"keeps_best": True}),
     "apgd random": (lambda norm: APGD(5, norm, restarts=2), {"keeps_best": True}),
