@@ -140,6 +140,24 @@ def test_planted_faults_look_robust_and_are_found(chest: SimpleNamespace, fault:
         assert curve[-1] > right[-1] + 0.3
 
 
+@pytest.mark.parametrize("attack", [parse_attacks(["ifgsm10"])["ifgsm10"], APGD(10, random_start=0)])
+def test_an_attack_from_the_image_is_checked_from_other_places(attack: Any) -> None:
+    """At the image the loss is a plateau, and no step leads anywhere; it rises from its edge on."""
+    images = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def objective(x: Tensor) -> Tensor:
+        length = (x - images).square().flatten(1).sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+        return nn.functional.relu(length - 0.2) + 0.1
+
+    batch = LoadedBatch(images, objective, lambda x: {"correct": (objective(x)[:, 0] < 0.3).float()})
+    loaded = [EvaluationBatch([str(i) for i in range(60)], lambda: batch)]
+    own, probed = (evaluate(loaded, attacks, (0.0, 1.0)) for attacks in ({"own": attack}, probes(attack)))
+    assert ACCURACY.of(own.scores("own", 1.0)) == ACCURACY.of(probed.scores("steps", 1.0)) == 1
+    assert ACCURACY.of(probed.scores("restarts", 1.0)) == 0
+    found = {one.name: one.verdict for one in check(own, "own", probed, ACCURACY)}
+    assert (found["steps"], found["restarts"]) == ("passed", "failed")
+
+
 # By hand
 
 
@@ -239,6 +257,9 @@ def test_what_is_checked_and_with_what() -> None:
         "noise": Noise("gaussian"),
     }
     assert list(tried) == ["checked", *list(QUESTIONS)[1:]]
+    for attack in (PGD(10, 1.0), PGD(10, 1.0, restarts=2), APGD(10, random_start=0)):  # from the image
+        assert probes(attack)["restarts"] == replace(attack, random_start=1.0)
+    assert probes(replace(STANDARD, random_start=0.5))["restarts"].random_start == 0.5
     assert (probes(APGD(10))["steps"], probes(APGD(10))["unlimited"]) == (APGD(20), Unlimited(APGD(10)))
     assert probes(replace(STANDARD, steps=50, norm=math.inf))["black box"] == SquareAttack(250, math.inf)
     with pytest.raises(TypeError, match=r"of advmed\.attacks that follow gradients are checked, got Square"):

@@ -112,7 +112,8 @@ def probes(attack: Attack) -> dict[str, Attack]:
     return {
         "checked": attack,
         "steps": longer,
-        "restarts": attack,  # from other starting points: every attack of an evaluation has its own
+        # From other starting points: every attack of an evaluation has its own, and at the image there is only one.
+        "restarts": replace(attack, random_start=attack.random_start or 1.0),
         "black box": SquareAttack(max(100, 5 * attack.steps), attack.norm),
         "unlimited": Unlimited(replace(attack, restarts=1)),
         "noise": Noise("gaussian", attack.norm),
