@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from advmed.attacks import PGD, AttackResult, CosineWeighted, Margin
 from advmed.attacks.losses import margin
-from advmed.objective import ClassScores
+from advmed.attacks.problem import attacking
+from advmed.objective import Averaged, ClassScores
 from helpers.tensors import comparing, seeded
 
 
@@ -173,6 +174,33 @@ def test_a_run_whose_loss_is_not_finite_is_replaced_by_another() -> None:
     found = attack(objective, objective.images, 1.0, generator=seeded(1))
     assert objective.passes == 3  # two runs are judged, and one looked at
     assert torch.equal(found.images, runs_by_hand(attack, Segmentation(), objective.images, 1.0)[1].images)
+
+
+@pytest.mark.parametrize("loss", [Margin(), CosineWeighted()])
+def test_a_loss_of_a_random_network_is_the_mean_over_draws(loss: Any) -> None:
+    """Of the loss that is climbed, and of the one that judges."""
+    plain, images = comparing()
+    random = type(plain)(nn.Sequential(nn.Dropout(0.3).train(), plain.model), plain.labels)
+    value = margin if isinstance(loss, Margin) else CosineWeighted.value
+
+    class ByHand:
+        model = random.model
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return sum(value(random.class_scores(random.predictions(images))) for _ in range(3)) / 3
+
+    averaged = Averaged(random, 3)
+    attack = PGD(3, 2.0, random_start=1.0, restarts=4, loss=loss)
+    found = attack(averaged, images, 1.0, generator=seeded(1))
+    runs = runs_by_hand(replace(attack, loss=None), ByHand(), images, 1.0)
+    judge, values = ByHand() if isinstance(loss, Margin) else averaged, []
+    for run in runs:
+        with attacking(averaged):  # every look begins with the same draws
+            values.append(judge(run.images).sum(1))
+    winner = torch.stack(values).argmax(0).tolist()
+    assert len(set(winner)) > 1
+    expected = torch.stack([runs[w].images[i] for i, w in enumerate(winner)])
+    torch.testing.assert_close(found.images, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_task_without_classes_is_told_so() -> None:

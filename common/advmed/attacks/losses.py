@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from advmed.attacks.problem import AttackResult, Bounds, Worst, attacking
 from advmed.distances import at_least_float32
-from advmed.objective import ClassObjective, ClassScores, Objective, check_terms, classes_of, model_of
+from advmed.objective import Averaged, ClassObjective, ClassScores, Objective, check_terms, classes_of, model_of
 
 
 class AttackLoss(Protocol):
@@ -81,13 +81,18 @@ def attack_by_loss(
     Raises:
         TypeError: for an objective that shows no classes.
     """
-    shown = classes_of(objective, f"the {loss.name}")
+    draws = objective.draws if isinstance(objective, Averaged) else None
+    shown = classes_of(objective.objective if isinstance(objective, Averaged) else objective, f"the {loss.name}")
+
+    def over_draws(value: Objective) -> Objective:
+        return value if draws is None else Averaged(value, draws)
+
     own = replace(attack, loss=None)
     # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
     with attacking(objective):
-        goals = loss.objectives(shown, images)
+        goals = [over_draws(goal) for goal in loss.objectives(shown, images)]
     searches = [(run, goal) for goal in goals for run in getattr(own, "runs", [own])]
-    judge, worst = loss.judge(shown), Worst()
+    judge, worst = over_draws(loss.judge(shown)), Worst()
     nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for run, goal in searches:
         found: AttackResult = run(goal, images, radius, bounds=bounds, generator=generator)
