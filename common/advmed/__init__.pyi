@@ -41,6 +41,7 @@ from .methods.mart import MART as MART
 from .methods.sat import SAT as SAT
 from .methods.std import STD as STD
 from .methods.trades import TRADES as TRADES
+from .objective import Averaged as Averaged
 from .objective import ClassObjective as ClassObjective
 from .objective import ClassScores as ClassScores
 from .objective import Objective as Objective

@@ -130,6 +130,43 @@ class ImageClassObjective(ClassObjective, Protocol):
         ...
 
 
+class Averaged:
+    """The objective of a network that is random (dropout, random smoothing, a random layer): the mean over draws.
+
+    The gradient of a single pass leads an attack to what is bad for the numbers of that pass, and a loss that is judged
+    by other numbers looks robust. An attack climbs, and is judged by, the mean over several passes in its place:
+    expectation over transformation (Athalye et al. 2018, "Synthesizing robust adversarial examples").
+
+    Args:
+        objective: images -> (B, K) loss terms, other ones in each pass; with its ``model`` named, or random numbers of
+            the caller are used up. Losses to attack with (:mod:`advmed.attacks.losses`) see its classes.
+        draws: passes that the mean is over, >= 2; each costs what one costs, time and memory.
+
+    Raises:
+        ValueError: fewer than two draws, or no whole number.
+
+    Example:
+        >>> import torch
+        >>> from advmed import Averaged
+        >>> noisy = lambda images: (images + torch.randn_like(images)).flatten(1).sum(1, keepdim=True)
+        >>> _ = torch.manual_seed(0)
+        >>> passes = torch.cat([Averaged(noisy, draws=100)(torch.zeros(1, 1, 2, 2)) for _ in range(50)])
+        >>> round(passes.std().item(), 1)  # of a single pass it is 2
+        0.2
+    """
+
+    def __init__(self, objective: Objective, draws: int) -> None:
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
+            raise ValueError(f"draws must be a whole number >= 2, got {draws!r}")
+        self.objective, self.draws = objective, draws
+        self.model: torch.nn.Module | None = model_of(objective)
+        self.names: Sequence[str] | None = getattr(objective, "names", None)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The mean terms."""
+        return torch.stack([check_terms(self.objective(images), images) for _ in range(self.draws)]).mean(0)
+
+
 def model_of(objective: Objective) -> torch.nn.Module | None:
     """The objective's model, or None if it names none."""
     model = getattr(objective, "model", None)

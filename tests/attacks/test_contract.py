@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from advmed.attacks import APGD, PGD, AttackResult, CosineWeighted, Margin, Noise, SquareAttack
+from advmed.attacks import APGD, DLR, PGD, AttackResult, CosineWeighted, Margin, Noise, SquareAttack
 from advmed.testing.attacks import AttackFactory, attack_checks, check_attack
 
 ATTACKS: dict[str, tuple[AttackFactory, dict[str, bool]]] = {
@@ -18,9 +18,12 @@ ATTACKS: dict[str, tuple[AttackFactory, dict[str, bool]]] = {
     "pgd best": (lambda norm: PGD(6, 4.0, norm, keep="best"), {}),
     "pgd restarts": (lambda norm: PGD(3, 4.0, norm, random_start=0.5, restarts=2, keep="best"), {}),
     "cospgd": (lambda norm: PGD(4, 2.0, norm, loss=CosineWeighted()), {}),
+    "cospgd restarts": (lambda norm: PGD(3, 1.0, norm, random_start=0.5, restarts=2, loss=CosineWeighted()), {}),
     "pgd margin": (lambda norm: PGD(3, 2.0, norm, random_start=1.0, restarts=2, loss=Margin(targets=3)), {}),
     "apgd": (lambda norm: APGD(7, norm, random_start=0), {"keeps_best": True}),
     "apgd random": (lambda norm: APGD(5, norm, restarts=2), {"keeps_best": True}),
+    "apgd shrinking": (lambda norm: APGD(9, norm, random_start=0, shrink=True), {}),
+    "apgd dlr": (lambda norm: APGD(4, norm, shrink=True, loss=DLR(targets=2)), {}),
     "apgd margin": (lambda norm: APGD(4, norm, random_start=0, loss=Margin()), {}),
     "square": (lambda norm: SquareAttack(40, norm), {"keeps_best": True, "spatial": True}),
     "square margin": (lambda norm: SquareAttack(8, norm, loss=Margin(targets=2)), {"spatial": True}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from advmed.attacks import APGD, PGD, Attack, AttackResult, Margin, Noise, SquareAttack, ifgsm, pgd
 from advmed.attacks.apgd import apgd
+from advmed.attacks.problem import Problem
 from advmed.attacks.square import square
 from helpers.tensors import ORDERS, RANKS, comparing, seeded, uniform
 
@@ -80,7 +82,9 @@ def test_tiny_huge_and_half_precision_gradients_still_give_the_direction(
     radius = torch.tensor([0.0, 0.25, 0.5, 1.0])
     result = SEARCHES[name](40, p)(tiny.Affine(slopes * scale, torch.zeros(1, dtype=kind)), images, radius)
     assert result.nonfinite.sum() == 0
-    torch.testing.assert_close(result.norms, radius, rtol=1e-5, atol=0)
+    lost = 0.0 if kind == torch.float32 else atol * (slopes.numel() ** 0.5 if p == 2 else 1)  # rounded to the image
+    torch.testing.assert_close(result.norms, radius, rtol=1e-5, atol=lost)
+    assert (result.norms <= radius * (1 + 1e-6)).all()
     slope = slopes[0].float()
     expected = images.float() + radius.reshape(4, 1, 1, 1) * (slope / slope.norm() if p == 2 else slope.sign())
     torch.testing.assert_close(result.images.float(), expected, rtol=0, atol=atol)
@@ -95,6 +99,96 @@ def test_terms_in_half_precision_are_added_up_in_float32(attack: Attack) -> None
         return torch.stack((small, torch.full_like(small, 1024.0)), 1)
 
     torch.testing.assert_close(attack(terms, torch.zeros(2, 1, 1), 1.0).norms, torch.ones(2))
+
+
+# Half precision
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_what_is_shown_of_an_iterate_is_the_value_nearest_to_it_on_the_way_from_the_image(kind: torch.dtype) -> None:
+    """Looked up among all values that there are."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(kind)
+    images = values[values.isfinite()][None]
+    own = images.double()
+    order = own.unique()  # sorted
+    problem = Problem(lambda x: x, images, 1.0, norm=math.inf)
+    noise = torch.randn(8, 1, images.shape[1], generator=seeded(0))
+    for size in (0.0, 1e-30, 1e-8, 1e-3, 0.3, 1e3, 1e5):
+        for draw in noise * size:
+            relative = problem.images * (1 + draw)
+            for iterate in (problem.images + draw, relative.where(relative.isfinite(), problem.images)):
+                shown, at = problem.shown(iterate).double(), iterate.double()
+                below = order[(torch.searchsorted(order, at, right=True) - 1).clamp_min(0)]
+                above = order[torch.searchsorted(order, at).clamp_max(len(order) - 1)]
+                assert torch.equal(shown, torch.where(at > own, below, above).where(at != own, own))
+    assert torch.equal(bits(problem.shown(problem.images)), bits(images))
+
+
+HALF_ATTACKS: dict[str, Callable[[float], Attack]] = {
+    "pgd": lambda p: PGD(5, 4.0, p, random_start=0.5),
+    "pgd best": lambda p: PGD(5, 4.0, p, keep="best"),
+    "apgd": lambda p: APGD(6, p, restarts=2),
+    "square": lambda p: SquareAttack(20, p),
+    "noise": lambda p: Noise("uniform", p),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("bounds", [None, (0.1, 0.9), "sample"])
+@pytest.mark.parametrize("name", HALF_ATTACKS)
+def test_what_is_delivered_in_half_precision_is_in_ball_and_bounds(
+    name: str, bounds: Any, p: float, kind: torch.dtype
+) -> None:
+    """Measured in float64; the norms and the terms are those of what is delivered."""
+    images = (uniform(5, 2, 6, 6, dtype=torch.float32) * 1.4 - 0.2).to(kind)
+    slopes = uniform(1, 2, 6, 6, seed=1, dtype=torch.float32) - 0.5
+    radius = torch.tensor([0.0, 1 / 255, 4 / 255, 0.1, 0.3]) * (1 if p == math.inf else 6)
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x.float() * slopes * 9).sin()).flatten(1).sum(1, keepdim=True)
+
+    result = HALF_ATTACKS[name](p)(objective, images, radius, bounds=bounds, generator=seeded(0))
+    noise = result.images.double() - images.double()
+    far = noise.flatten(1).norm(p, dim=1)
+    assert (far <= radius.double() * (1 + 1e-6)).all()
+    assert (far[2:] > 0.2 * radius[2:]).all()  # it is there, for all that
+    torch.testing.assert_close(result.norms.double(), far, rtol=1e-6, atol=0)
+    assert torch.equal(result.terms, objective(result.images))
+    assert torch.equal(bits(result.images[0]), bits(images[0]))
+    if bounds is not None:
+        own = images.double().flatten(1)
+        low, high = (own.amin(1), own.amax(1)) if bounds == "sample" else (own.new_full((5,), b) for b in bounds)
+        low, high = (bound.reshape(5, 1, 1, 1) for bound in (low, high))
+        found = result.images.double()
+        assert (found >= torch.minimum(low, images.double()) - 1e-8).all()  # 0.1 in float32 is not 0.1
+        assert (found <= torch.maximum(high, images.double()) + 1e-7).all()
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_crossings_in_half_precision_are_norms_of_what_the_network_saw(p: float) -> None:
+    images, slopes = uniform(4, 1, 6, 6, dtype=torch.float32).bfloat16(), uniform(1, 6, 6, seed=1, dtype=torch.float32)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def objective(x: Tensor) -> Tensor:
+        terms = (x.float() * slopes).flatten(1).sum(1, keepdim=True)
+        seen.append((x.detach().double() - images.double(), terms.detach()))
+        return terms
+
+    limit = float(objective(images).mean() + 0.2 * (slopes.norm() if p == 2 else slopes.abs().sum()))
+    seen.clear()
+    result = PGD(40, 1.0, p)(objective, images, 0.4, thresholds=[limit])
+    expected = torch.zeros(4, dtype=torch.float64)
+    for noise, terms in seen:
+        expected = noise.flatten(1).norm(p, dim=1).where(terms[:, 0] < limit, expected)
+    assert len(set(expected.tolist())) > 2
+    torch.testing.assert_close(result.crossing.double(), expected, rtol=1e-6, atol=0)
+    half = PGD(40, 1.0, p)(objective, images, 0.4, final_pass=False)
+    torch.testing.assert_close(half.seen[1].double(), seen[-1][0].flatten(1).norm(p, dim=1), rtol=1e-6, atol=0)
 
 
 # Starts and restarts
@@ -182,17 +276,83 @@ def test_float16_gradients_do_not_underflow(p: float) -> None:
     assert result.nonfinite.sum() == 0
 
 
-def test_float16_overflow_backs_off_per_sample() -> None:
-    """Sample 1 has a loss a thousand times larger: its scaled gradient overflows until its scale has come down."""
-    model = nn.Conv2d(1, 1, 1, bias=False)
-    nn.init.ones_(model.weight)
-    factor = torch.tensor([1e-3, 20.0])
+@dataclass
+class Steep:
+    """Through a convolution in float16: a loss of so steep a slope for each sample, from the pass of a number on."""
+
+    slopes: Tensor
+    since: int = 0
+    passes: int = 0
+    gradients: int = 0
+
+    def __post_init__(self) -> None:
+        self.convolution = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.convolution.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        slopes = self.slopes if self.passes >= self.since else torch.ones_like(self.slopes)
+        self.passes += 1
+        self.gradients += x.requires_grad
+        return (self.convolution(x).float().flatten(1).sum(1) * slopes)[:, None]
+
+
+FLOAT16: dict[str, Callable[[int], Attack]] = {
+    "pgd": lambda steps: PGD(steps, 8.0),
+    "apgd": lambda steps: APGD(steps, random_start=0),
+}
+
+
+@pytest.mark.parametrize(
+    ("slopes", "repeats"),
+    [
+        ([1e-3, 1.0], 0),
+        ([1e-3, 20.0], 1),  # 20 * 2^15 is too much, 20 * 2^11 is not
+        ([20.0, 1e5], 4),  # 1e5 * 2^3 is too much, 1e5 / 2 is not
+    ],
+)
+@pytest.mark.parametrize("name", FLOAT16)
+def test_no_step_is_lost_to_a_loss_scale_that_is_too_large_at_first(
+    name: str, slopes: list[float], repeats: int
+) -> None:
+    """Sample 1 has a loss much larger: the first gradient is computed again until its scale has come down."""
+    objective, once = Steep(torch.tensor(slopes)), Steep(torch.tensor(slopes))
     with torch.autocast("cpu", torch.float16):
-        result = PGD(8, 8.0)(
-            lambda x: (model(x).float().flatten(1).sum(1) * factor)[:, None], torch.zeros(2, 1, 3, 3), 1.0
-        )
-    assert result.nonfinite.tolist() == [0, 1]  # 20 * 2^15 is too much, 20 * 2^11 is not
+        result = FLOAT16[name](8)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+        first = PGD(1, 1.0)(once, torch.zeros(2, 1, 3, 3), 1.0)
+    assert result.nonfinite.tolist() == first.nonfinite.tolist() == [0, 0]
+    for found in (result, first):
+        torch.testing.assert_close(found.images, torch.full((2, 1, 3, 3), 1 / 3))
+    assert (objective.gradients, once.gradients) == (8 + repeats, 1 + repeats)
+
+
+def test_a_later_float16_overflow_backs_off_per_sample_and_costs_its_step() -> None:
+    objective = Steep(torch.tensor([1e-3, 20.0]), since=2)
+    with torch.autocast("cpu", torch.float16):
+        result = PGD(8, 8.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert result.nonfinite.tolist() == [0, 1]
+    assert objective.gradients == 8
     torch.testing.assert_close(result.images, torch.full((2, 1, 3, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(("slope", "repeats"), [(math.nan, 0), (1e9, 4)])
+def test_what_no_loss_scale_mends_is_soon_given_up_and_counted(slope: float, repeats: int) -> None:
+    """A loss that is NaN itself, and one too steep for any; the other sample is attacked all the same."""
+    objective = Steep(torch.tensor([1.0, slope]))
+    with torch.autocast("cpu", torch.float16):
+        result = PGD(3, 3.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert objective.gradients == 3 + repeats
+    assert result.nonfinite[0] == 0
+    assert result.nonfinite[1] >= 1
+    torch.testing.assert_close(result.images[0], torch.full((1, 3, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_not_repeated_but_in_float16(kind: torch.dtype) -> None:
+    objective = Steep(torch.tensor([1.0, math.inf]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        result = PGD(3, 3.0)(objective, torch.zeros(2, 1, 3, 3), 1.0)
+    assert objective.gradients == 3
+    assert result.nonfinite.tolist() == [0, 3]
 
 
 # Settings of all attacks

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import PGD, CosineWeighted
-from advmed.objective import ClassScores
-from helpers.tensors import seeded
+from advmed.attacks import PGD, AttackResult, CosineWeighted, Margin
+from advmed.attacks.losses import margin
+from advmed.attacks.problem import attacking
+from advmed.objective import Averaged, ClassScores
+from helpers.tensors import comparing, seeded
 
 
 class Segmentation:
@@ -118,6 +120,87 @@ def test_an_attack_climbs_the_weighted_loss_and_tells_the_hosts_terms() -> None:
     own = replace(attack, loss=None)(weighted(objective), objective.images, 0.5, generator=seeded(1))
     assert torch.equal(found.images, own.images)
     torch.testing.assert_close(found.terms, objective(own.images).detach())
+
+
+def runs_by_hand(attack: PGD, objective: Any, images: Tensor, radius: float) -> list[AttackResult]:
+    """The runs of an attack one by one, each as an attack of its own, with the random numbers of them all."""
+    generator = seeded(1)
+    return [
+        replace(attack, restarts=1, random_start=start)(objective, images, radius, generator=generator)
+        for start in attack.starts
+    ]
+
+
+@pytest.mark.parametrize("random_start", [0.0, 1.0])
+def test_restarts_keep_the_run_that_the_host_finds_worst(random_start: float) -> None:
+    """The weighted loss would keep another one."""
+    objective = Segmentation()
+    attack = PGD(3, 0.5, random_start=random_start, restarts=4, loss=CosineWeighted())
+    found = attack(objective, objective.images, 4.0, generator=seeded(1))
+    runs = runs_by_hand(attack, objective, objective.images, 4.0)
+    winner = torch.stack([objective(run.images).sum(1) for run in runs]).argmax(0)
+    assert len(winner.unique()) > 1
+    assert not torch.equal(winner, torch.stack([weighted(objective)(run.images)[:, 0] for run in runs]).argmax(0))
+    for name in ("images", "norms"):
+        expected = torch.stack([getattr(runs[w], name)[i] for i, w in enumerate(winner.tolist())])
+        assert torch.equal(getattr(found, name), expected)
+    torch.testing.assert_close(found.terms, objective(found.images).detach())
+    assert found.nonfinite.tolist() == [0] * 4
+
+
+def test_restarts_on_the_margin_keep_the_run_of_the_largest_margin() -> None:
+    """And not that of the largest cross-entropy."""
+    objective, images = comparing()
+    attack = PGD(2, 1.0, random_start=1.0, restarts=12, loss=Margin())
+    found = attack(objective, images, 10.0, generator=seeded(1))
+    runs = runs_by_hand(attack, objective, images, 10.0)
+    margins = torch.stack([margin(objective.class_scores(objective.predictions(run.images)))[:, 0] for run in runs])
+    assert len(margins.argmax(0).unique()) > 1
+    assert not torch.equal(margins.argmax(0), torch.stack([objective(run.images).sum(1) for run in runs]).argmax(0))
+    expected = torch.stack([runs[w].images[i] for i, w in enumerate(margins.argmax(0).tolist())])
+    assert torch.equal(found.images, expected)
+
+
+def test_a_run_whose_loss_is_not_finite_is_replaced_by_another() -> None:
+    class Broken(Segmentation):
+        passes = 0
+
+        def __call__(self, images: Tensor) -> Tensor:
+            self.passes += 1
+            return super().__call__(images) * (torch.nan if self.passes == 1 else 1.0)  # when the first run is judged
+
+    objective = Broken()
+    attack = PGD(3, 3.0, random_start=1.0, restarts=2, loss=CosineWeighted())
+    found = attack(objective, objective.images, 1.0, generator=seeded(1))
+    assert objective.passes == 3  # two runs are judged, and one looked at
+    assert torch.equal(found.images, runs_by_hand(attack, Segmentation(), objective.images, 1.0)[1].images)
+
+
+@pytest.mark.parametrize("loss", [Margin(), CosineWeighted()])
+def test_a_loss_of_a_random_network_is_the_mean_over_draws(loss: Any) -> None:
+    """Of the loss that is climbed, and of the one that judges."""
+    plain, images = comparing()
+    random = type(plain)(nn.Sequential(nn.Dropout(0.3).train(), plain.model), plain.labels)
+    value = margin if isinstance(loss, Margin) else CosineWeighted.value
+
+    class ByHand:
+        model = random.model
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return sum(value(random.class_scores(random.predictions(images))) for _ in range(3)) / 3
+
+    averaged = Averaged(random, 3)
+    attack = PGD(3, 2.0, random_start=1.0, restarts=4, loss=loss)
+    found = attack(averaged, images, 1.0, generator=seeded(1))
+    runs = runs_by_hand(replace(attack, loss=None), ByHand(), images, 1.0)
+    judge, values = ByHand() if isinstance(loss, Margin) else averaged, []
+    for run in runs:
+        with attacking(averaged):  # every look begins with the same draws
+            values.append(judge(run.images).sum(1))
+    winner = torch.stack(values).argmax(0).tolist()
+    assert len(set(winner)) > 1
+    expected = torch.stack([runs[w].images[i] for i, w in enumerate(winner)])
+    torch.testing.assert_close(found.images, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_task_without_classes_is_told_so() -> None:

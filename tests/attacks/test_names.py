@@ -23,6 +23,7 @@ def test_every_kind_has_the_settings_of_an_evaluation(norm: float) -> None:
         "ifgsm10": PGD(10, 1.0, norm, random_start=0.0, restarts=1, keep="best"),
         "apgd50x2": APGD(50, norm, restarts=2),
         "apgd100": APGD(100, norm, random_start=1.0, restarts=1, momentum=0.75, rho=0.75),
+        "cospgd10x2": PGD(10, **climb, restarts=2, loss=CosineWeighted()),
         "cospgd20": PGD(20, **climb, loss=CosineWeighted()),
         "pgd20x3": PGD(20, **climb, restarts=3, keep="best"),
         "pgd100": PGD(100, **climb, restarts=1, keep="best"),

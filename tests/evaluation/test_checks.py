@@ -18,9 +18,20 @@ from torch import Tensor, nn
 
 from advmed.attacks import APGD, PGD, Noise, SquareAttack
 from advmed.attacks.names import parse_attacks
-from advmed.evaluation.checks import MOST_GAIN, QUESTIONS, Check, Unlimited, check, level_to_check, probes, strongest
+from advmed.evaluation.checks import (
+    MOST_GAIN,
+    QUESTIONS,
+    Again,
+    Check,
+    Unlimited,
+    check,
+    level_to_check,
+    probes,
+    strongest,
+)
 from advmed.evaluation.loop import Condition, Evaluation, EvaluationBatch, LoadedBatch, evaluate
 from advmed.evaluation.metric import Metric
+from advmed.objective import Averaged
 from advmed.report import Entry
 from advmed.report.summary import verdict
 from helpers.evaluations import by_hand, mean_of
@@ -140,6 +151,24 @@ def test_planted_faults_look_robust_and_are_found(chest: SimpleNamespace, fault:
         assert curve[-1] > right[-1] + 0.3
 
 
+@pytest.mark.parametrize("attack", [parse_attacks(["ifgsm10"])["ifgsm10"], APGD(10, random_start=0)])
+def test_an_attack_from_the_image_is_checked_from_other_places(attack: Any) -> None:
+    """At the image the loss is a plateau, and no step leads anywhere; it rises from its edge on."""
+    images = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def objective(x: Tensor) -> Tensor:
+        length = (x - images).square().flatten(1).sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+        return nn.functional.relu(length - 0.2) + 0.1
+
+    batch = LoadedBatch(images, objective, lambda x: {"correct": (objective(x)[:, 0] < 0.3).float()})
+    loaded = [EvaluationBatch([str(i) for i in range(60)], lambda: batch)]
+    own, probed = (evaluate(loaded, attacks, (0.0, 1.0)) for attacks in ({"own": attack}, probes(attack)))
+    assert ACCURACY.of(own.scores("own", 1.0)) == ACCURACY.of(probed.scores("steps", 1.0)) == 1
+    assert ACCURACY.of(probed.scores("restarts", 1.0)) == 0
+    found = {one.name: one.verdict for one in check(own, "own", probed, ACCURACY)}
+    assert (found["steps"], found["restarts"]) == ("passed", "failed")
+
+
 # By hand
 
 
@@ -154,6 +183,7 @@ def measured(number: int = 100, **changes: tuple[Any, int]) -> Evaluation:
         **{"black box": (4.0, number), "unlimited": (9.0, 0), "noise": (1.5, number)},
         **changes,
     }
+    given.setdefault("repeatable", given["clean"])
 
     def condition(loss: Any, right: int) -> Condition:
         order = [*range(1, number, 2), *range(0, number, 2)]
@@ -197,6 +227,16 @@ def mixed(number: int, loss: float, rest: float) -> list[float]:
         ({"clean": (mixed(11, 5.1, 1.0), 100)}, {"radius", "noise"}),
         ({"clean": (5.004, 100)}, {"noise"}),  # a loss within rounding is no fall of the loss
         ({"clean": (5.006, 100)}, {"radius", "noise"}),
+        ({"repeatable": (mixed(10, 1.5, 1.0), 100)}, set()),
+        ({"repeatable": (mixed(11, 1.5, 1.0), 100)}, {"repeatable"}),
+        ({"repeatable": (mixed(11, 0.5, 1.0), 100)}, {"repeatable"}),
+        ({"repeatable": (1.0009, 100)}, set()),  # within what kernels differ by
+        ({"repeatable": (1.0011, 100)}, {"repeatable"}),
+        # Next to no loss is no other one, if it is twice as large.
+        ({"clean": (mixed(50, 1e-5, 1.0), 100), "repeatable": (mixed(50, 2e-5, 1.0), 100)}, set()),
+        ({"clean": (mixed(50, 1e-3, 1.0), 100), "repeatable": (mixed(50, 2e-3, 1.0), 100)}, {"repeatable"}),
+        ({"repeatable": (mixed(11, math.nan, 1.0), 100)}, {"repeatable"}),
+        ({"repeatable": (math.inf, 100)}, {"repeatable"}),
     ],
 )
 def test_the_limits_of_each_check(changes: dict[str, tuple[Any, int]], failed: set[str]) -> None:
@@ -219,7 +259,7 @@ def test_few_samples_errors_and_figures() -> None:
 def test_what_cannot_be_measured_is_said() -> None:
     alone = check(measured(), "checked", None, ACCURACY)
     assert [one.name for one in alone] == list(QUESTIONS)
-    assert [one.verdict for one in alone] == ["passed"] + 5 * ["not measured"]
+    assert [one.verdict for one in alone] == ["passed"] + 6 * ["not measured"]
     assert all(one.question == QUESTIONS[one.name] for one in alone)
     assert verdicts(measured(), replace(ACCURACY, fails_at=None))["unlimited"] == "not measured"
 
@@ -238,12 +278,92 @@ def test_what_is_checked_and_with_what() -> None:
         "black box": SquareAttack(100),
         "unlimited": Unlimited(STANDARD),
         "noise": Noise("gaussian"),
+        "repeatable": Again(2.0),
     }
     assert list(tried) == ["checked", *list(QUESTIONS)[1:]]
+    for attack in (PGD(10, 1.0), PGD(10, 1.0, restarts=2), APGD(10, random_start=0)):  # from the image
+        assert probes(attack)["restarts"] == replace(attack, random_start=1.0)
+    assert probes(replace(STANDARD, random_start=0.5))["restarts"].random_start == 0.5
     assert (probes(APGD(10))["steps"], probes(APGD(10))["unlimited"]) == (APGD(20), Unlimited(APGD(10)))
     assert probes(replace(STANDARD, steps=50, norm=math.inf))["black box"] == SquareAttack(250, math.inf)
     with pytest.raises(TypeError, match=r"of advmed\.attacks that follow gradients are checked, got Square"):
         probes(SquareAttack(10))
+
+
+def test_losses_that_are_not_finite_are_the_same_if_they_are_the_same() -> None:
+    for bad in (math.nan, math.inf):
+        found = check(measured(clean=(mixed(50, bad, 1.0), 100)), "checked", measured(clean=(bad, 100)), ACCURACY)[-1]
+        assert (found.name, found.verdict) == ("repeatable", "passed")
+        assert found.figures == {"share": 0.0, "gap": 0.0}
+    half = check(measured(), "checked", measured(repeatable=(mixed(20, 3.0, 1.0), 100)), ACCURACY)[-1]
+    assert half.figures == {"share": 0.2, "gap": pytest.approx(0.4)}
+    assert half.finding.startswith("They differ for 20% of 100 samples, by 0.4 of the loss on the mean. The network is")
+    assert "advmed.Averaged" in half.finding
+
+
+# Random networks
+
+
+class Draws(nn.Module):
+    """Its images with noise of its own on them, which is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        noise = torch.randn_like(images)
+        self.drawn.append(noise.detach())
+        return images + 0.05 * noise
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_a_random_layer_draws_under_attack(chest: SimpleNamespace, named: bool) -> None:
+    """Other numbers in every pass of an attack; but each attack, or look, begins with the same, where the model is
+    named: the last pass of one and the first of the next are alike, and no two first ones are different."""
+    layer, (images, labels) = Draws(), (part[:4] for part in chest.xrays())
+    model = nn.Sequential(layer, chest.trained("standard", 0))
+    objective = chest.Objective(model, labels)
+    if not named:
+        objective = objective.__call__
+    first: list[Tensor] = []
+    for attack in (PGD(2, 1.0), PGD(2, 1.0), Noise("gaussian"), Again(2.0)):
+        attack(objective, images, 0.1)
+        assert len(torch.stack(layer.drawn).unique(dim=0)) == len(layer.drawn)
+        first.append(layer.drawn[0])
+        layer.drawn.clear()
+    assert len(torch.stack(first).unique(dim=0)) == (1 if named else 4)
+
+
+RANDOM: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "noise on the images": lambda model: nn.Sequential(Draws(), model),
+    "dropout left on": lambda model: nn.Sequential(nn.Dropout(0.1).train(), model),
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_random_network_is_found_unless_its_passes_are_averaged(chest: SimpleNamespace, kind: str) -> None:
+    model = RANDOM[kind](chest.trained("standard", 0))
+    plain = batches(chest, model)[0].load()
+    own = {"own": STANDARD}
+    for draws, verdict_ in ((None, "failed"), (4, "passed")):
+        asked = plain if draws is None else replace(plain, objective=Averaged(plain.objective, draws))
+        loaded = [EvaluationBatch([str(i) for i in range(60)], lambda asked=asked: asked)]
+        evaluations = [evaluate(loaded, attacks, (0.0, 0.2), bounds=(0.0, 1.0)) for attacks in (own, probes(STANDARD))]
+        found = check(evaluations[0], "own", evaluations[1], ACCURACY)[-1]
+        assert (found.name, found.verdict) == ("repeatable", verdict_)
+        assert (found.figures["share"] > 0.95) == (draws is None)
+        assert (found.figures["gap"] > 0.01) == (draws is None)
+
+
+def test_a_second_pass_leaves_images_and_model_alone(chest: SimpleNamespace) -> None:
+    objective = chest.Objective(chest.trained("standard", 0), (both := chest.xrays())[1][:4])
+    images = both[0][:4]
+    found = Again(math.inf)(objective, images, 0.5, bounds=(0.0, 1.0), generator=None)
+    assert found.images is images
+    assert (found.norms.tolist(), found.nonfinite.tolist()) == ([0.0] * 4, [0] * 4)
+    assert torch.equal(found.terms, objective(images).detach())
+    assert (Again.access, Again.gradients, Again.queries, Again(2.0).norm) == ("black box", 0, 2, 2.0)
 
 
 @pytest.mark.parametrize("p", [2, math.inf])

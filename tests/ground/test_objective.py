@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advmed.attacks import APGD, PGD
 from advmed.objective import (
+    Averaged,
     ClassObjective,
     Objective,
     PredictingObjective,
@@ -105,6 +107,61 @@ def test_the_training_loss_is_the_batch_mean_of_the_sums_or_the_hosts_own(couple
     total = two_terms(IMAGES).double().sum()
     assert loss.item() == pytest.approx((total.log() if coupled else total / 3).item(), rel=1e-6)
     torch.testing.assert_close(images.grad, (1 + 2 * IMAGES) / (total.float() if coupled else 3))
+
+
+# Random networks
+
+
+class Noisy:
+    """Two terms of a random slope each: its mean, and in every pass another one."""
+
+    names = ("a", "b")
+
+    def __init__(self) -> None:
+        self.model = nn.Dropout(0.5)
+        self.mean = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ (self.mean + 4 * (self.model(torch.ones(2, 8)) - 1)).T
+
+
+def test_the_mean_over_draws_of_a_random_network() -> None:
+    noisy = Noisy()
+    images = IMAGES.clone().requires_grad_()
+    averaged = Averaged(noisy, draws=3)
+    torch.manual_seed(0)
+    found = averaged(images)
+    torch.manual_seed(0)
+    passes = [noisy(images) for _ in range(3)]
+    assert not torch.equal(passes[0], passes[1])
+    torch.testing.assert_close(found, (passes[0] + passes[1] + passes[2]) / 3)
+    gradients = [torch.autograd.grad(one.sum(), images, retain_graph=True)[0] for one in passes]
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), images)[0], sum(gradients) / 3)
+    assert (averaged.draws, averaged.objective) == (3, noisy)
+    assert model_of(averaged) is noisy.model
+    assert names_of(averaged, 2) == ("a", "b")
+    assert names_of(Averaged(two_terms, 2), 2) == ("term_0", "term_1")
+    assert model_of(Averaged(two_terms, 2)) is None
+    assert isinstance(averaged, Objective)
+    for draws in (1, 0, True, 2.0):
+        with pytest.raises(ValueError, match=f"draws must be a whole number >= 2, got {draws}"):
+            Averaged(noisy, draws)
+    with pytest.raises(ValueError, match="must return loss terms of shape"):
+        Averaged(lambda images: torch.zeros(3), 2)(IMAGES)
+
+
+@pytest.mark.parametrize("attack", [PGD(1, 1.0), APGD(1, random_start=0)])
+def test_an_attack_on_the_mean_over_draws_goes_where_the_mean_rises(attack: Any) -> None:
+    """Expectation over transformation: a step along the mean slope, which no pass by itself has."""
+    noisy = Noisy()
+    slope = noisy.mean.sum(0)
+    torch.manual_seed(0)
+    cosines = [
+        torch.cosine_similarity((attack(one, IMAGES, 1.0).images - IMAGES).flatten(1), slope[None]).min().item()
+        for one in (noisy, Averaged(noisy, 2000))
+    ]
+    assert cosines[0] < 0.8
+    assert cosines[1] > 0.98
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ _STAGES = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))
 
 @dataclass(frozen=True)
 class APGD(GradientAttack):
-    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it saw.
+    """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it made.
 
+    The image itself, where it starts there, is none of them, but one to go back to when the steps are halved.
     A run of N steps costs N gradients and one forward pass, as PGD's.
 
     Args:
@@ -76,6 +77,16 @@ class APGD(GradientAttack):
             f"APGD (Croce & Hein 2020): {self.steps} steps of adaptive length{where}", "largest loss"
         )
 
+    @property
+    def queries(self) -> int:
+        """See :attr:`GradientAttack.queries`: a pass ends every stage."""
+        goals = 1 if self.loss is None else self.loss.goals
+        return super().queries + self.restarts * goals * (len(self._stages) - 1)
+
+    @property
+    def _stages(self) -> tuple[tuple[float, float], ...]:
+        return _STAGES if self.shrink and self.steps >= len(_STAGES) else ((1.0, 1.0),)
+
     def __call__(
         self,
         objective: Objective,
@@ -102,7 +113,7 @@ class APGD(GradientAttack):
                 self, self.loss, objective, images, radius, bounds=bounds, generator=generator, initial=initial
             )
         with attacking(objective):
-            stages = _STAGES if self.shrink else ((1.0, 1.0),)
+            stages = self._stages
             problems = [
                 Problem(objective, images, _times(radius, factor), norm=self.norm, bounds=bounds, generator=generator)
                 for factor, _ in stages
@@ -113,14 +124,16 @@ class APGD(GradientAttack):
                 noise = None if initial is None or number else initial.to(last.images.dtype) - last.images
                 for problem, steps in zip(problems, lengths, strict=True):
                     here = problem.start(start) if noise is None else problem.inside(noise)
-                    terms, iterate = self._climb(problem, *here, steps)
+                    terms, iterate = self._climb(problem, *here, steps, at_image=noise is None and start == 0)
                     noise = iterate - problem.images
                 runs.offer(terms, iterate)
             for problem in problems[:-1]:
                 last.nonfinite += problem.nonfinite
             return last.result(runs.values[0], runs.terms)
 
-    def _climb(self, problem: Problem, iterate: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def _climb(
+        self, problem: Problem, iterate: Tensor, noise: Tensor, steps: int, *, at_image: bool
+    ) -> tuple[Tensor, Tensor]:
         """One run from an iterate and its noise: terms and iterate of its largest loss."""
         checkpoints = dict(itertools.pairwise(_checkpoints(steps)))  # the end of an interval by its begin
         begin, end = 0, checkpoints.get(0)
@@ -129,6 +142,7 @@ class APGD(GradientAttack):
         previous = torch.full(count, math.inf, device=noise.device, dtype=noise.dtype)  # the first step rises nowhere
         rises = torch.zeros(count, device=noise.device)
         best = Worst()
+        found = Worst() if at_image else best  # the image itself is nothing that was found
         halved = torch.zeros(count, dtype=torch.bool, device=noise.device)
         peak = torch.full_like(previous, -math.inf)  # the largest loss at the last checkpoint
         for k in range(steps):
@@ -137,6 +151,8 @@ class APGD(GradientAttack):
             rises += loss > previous
             previous = loss
             best.offer(terms, iterate, noise, direction)
+            if found is not best and k > 0:
+                found.offer(terms, iterate)
             if k == 0:
                 peak = best.loss
             if k == end:
@@ -155,8 +171,8 @@ class APGD(GradientAttack):
             moved = noise + share * (ahead - noise) + (1 - share) * (noise - before)
             before = noise
             iterate, noise = problem.inside(moved)
-        best.offer(problem.terms(iterate), iterate, noise, noise)
-        return best.terms, best.values[0]
+        found.offer(problem.terms(iterate), iterate, *([noise, noise] if found is best else []))
+        return found.terms, found.values[0]
 
 
 def apgd(
@@ -211,8 +227,8 @@ def _times(radius: float | Tensor, factor: float) -> float | Tensor:
 
 
 def _shares(steps: int, shares: Sequence[float]) -> list[int]:
-    """Steps in parts, one or more each where there are enough; the last takes what is left."""
-    parts = [max(1, round(steps * share)) for share in shares[:-1]] if steps >= len(shares) else [0] * len(shares[:-1])
+    """Steps in parts, one or more each; the last takes what is left."""
+    parts = [max(1, round(steps * share)) for share in shares[:-1]]
     return [*parts, steps - sum(parts)]
 
 

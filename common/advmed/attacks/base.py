@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from advmed.attacks.losses import AttackLoss
+from advmed.attacks.losses import AttackLoss, queries_beside
 from advmed.attacks.problem import AttackResult
 from advmed.norms import check_norm
 
@@ -87,13 +88,21 @@ class GradientAttack:
     @property
     def queries(self) -> int:
         """Forward passes without a gradient, per image."""
-        return self.restarts if self.loss is None else self.restarts * self.loss.goals + self.loss.queries
+        if self.loss is None:
+            return self.restarts
+        return self.restarts * self.loss.goals + queries_beside(self.loss, self.restarts)
 
     @property
     def starts(self) -> Iterator[float]:
         """Fraction of the radius from whose ball each run starts: after the first at random, or all would be alike."""
         for run in range(self.restarts):
             yield self.random_start if run == 0 else self.random_start or 1.0
+
+    @property
+    def runs(self) -> list[Any]:
+        """Its runs, each an attack of its own."""
+        this: Any = self
+        return [replace(this, restarts=1, random_start=start) for start in self.starts]
 
     def _described(self, search: str, found: str) -> str:
         where = "a random point of the ball" if self.random_start else "the input"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advmed.attacks.problem import AttackResult, Bounds, attacking, broadcast
+from advmed.attacks.problem import AttackResult, Bounds, Worst, attacking
 from advmed.distances import at_least_float32
-from advmed.objective import ClassObjective, ClassScores, Objective, check_terms, classes_of, model_of
+from advmed.objective import Averaged, ClassObjective, ClassScores, Objective, check_terms, classes_of, model_of
 
 
 class AttackLoss(Protocol):
@@ -42,7 +42,7 @@ class AttackLoss(Protocol):
 
     @property
     def queries(self) -> int:
-        """Forward passes beside those of the searches: to make the objectives, to judge, and for the host's terms."""
+        """Forward passes beside those of searches and of the judge: to make the objectives, for the host's terms."""
         ...
 
     @property
@@ -55,7 +55,7 @@ class AttackLoss(Protocol):
         ...
 
     def judge(self, objective: ClassObjective, /) -> Objective:
-        """What decides between the points that were found: the largest value wins."""
+        """What decides between the points that runs and objectives have found: the largest sum of its terms wins."""
         ...
 
 
@@ -70,10 +70,10 @@ def attack_by_loss(
     generator: torch.Generator | None,
     **where: Any,
 ) -> AttackResult:
-    """Attacks every objective of a loss, and keeps of each sample the point that its judge finds worst.
+    """Attacks every objective of a loss, run by run, and keeps of each sample the point that its judge finds worst.
 
     Args:
-        attack: a dataclass with the field ``loss``.
+        attack: a dataclass with the field ``loss``; the runs of one with restarts are its ``runs``.
         loss: makes the objectives.
         objective: of the host; the terms of the result are its.
         images: as in :meth:`advmed.attacks.PGD.__call__`, as what follows.
@@ -85,35 +85,45 @@ def attack_by_loss(
     Raises:
         TypeError: for an objective that does not offer what the loss needs, such as classes.
     """
-    shown: Any = classes_of(objective, f"the {loss.name}") if loss.needs_classes else objective
+    draws = objective.draws if isinstance(objective, Averaged) else None
+    hosts = objective.objective if isinstance(objective, Averaged) else objective
+    shown: Any = classes_of(hosts, f"the {loss.name}") if loss.needs_classes else hosts
+
+    def over_draws(value: Objective) -> Objective:
+        return value if draws is None else Averaged(value, draws)
+
     own = replace(attack, loss=None)
-
-    def run(goal: Objective) -> AttackResult:
-        found: AttackResult = own(goal, images, radius, bounds=bounds, generator=generator, **where)
-        return found
-
     # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
     with attacking(objective):
-        goals = loss.objectives(shown, images)
-    best = run(goals[0])
-    if len(goals) > 1:
-        judge = loss.judge(shown)
-        with attacking(objective):
-            worst = judge(best.images)[:, 0]
-        for goal in goals[1:]:
-            found = run(goal)
+        goals = [over_draws(goal) for goal in loss.objectives(shown, images)]
+    # Only the first run begins where it is told to; the others are there to begin somewhere else.
+    searches = [
+        (run, goal, {} if number else where) for goal in goals for number, run in enumerate(getattr(own, "runs", [own]))
+    ]
+    judge, worst = over_draws(loss.judge(shown)), Worst()
+    nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for run, goal, told in searches:
+        found: AttackResult = run(goal, images, radius, bounds=bounds, generator=generator, **told)
+        nonfinite = nonfinite + found.nonfinite
+        if len(searches) > 1:
             with attacking(objective):
-                value = judge(found.images)[:, 0]
-                better = value > worst
-                worst = torch.where(better, value, worst)
-                best = replace(
-                    best,
-                    images=torch.where(broadcast(better, found.images), found.images, best.images),
-                    norms=torch.where(better, found.norms, best.norms),
-                    nonfinite=best.nonfinite + found.nonfinite,
-                )
+                worst.offer(check_terms(judge(found.images), images), found.images, found.norms)
+            best, norms = worst.values
+        else:
+            best, norms = found.images, found.norms
     with attacking(objective):
-        return replace(best, terms=check_terms(objective(best.images), images), crossing=None)
+        return AttackResult(best, check_terms(objective(best), images), norms, None, nonfinite)
+
+
+def queries_beside(loss: AttackLoss, runs: int) -> int:
+    """Forward passes of :func:`attack_by_loss` beside those of its searches, for each image.
+
+    Args:
+        loss: what is climbed.
+        runs: at each of its objectives.
+    """
+    searches = loss.goals * runs
+    return loss.queries + (searches if searches > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,8 @@ class CosineWeighted:
     A segmentation fails voxel by voxel. The summed cross-entropy goes on rising at voxels that are wrong already; this
     loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
     that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
-    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken.
+    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken. For
+    the same reason it is the host's loss that decides between runs.
 
     Example:
         >>> import torch
@@ -148,7 +159,7 @@ class CosineWeighted:
 
     def judge(self, objective: ClassObjective) -> Objective:
         """See :meth:`AttackLoss.judge`."""
-        return OfClasses(objective, self.value)
+        return objective  # not the value that was climbed: it is smallest where nothing is left to break
 
     @staticmethod
     def value(scores: ClassScores) -> Tensor:
@@ -201,7 +212,7 @@ class Margin:
     @property
     def queries(self) -> int:
         """See :attr:`AttackLoss.queries`."""
-        return 1 + (self.targets > 0) + (self.goals if self.goals > 1 else 0)
+        return 1 + (self.targets > 0)
 
     @property
     def description(self) -> str:

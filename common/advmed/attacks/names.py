@@ -23,13 +23,15 @@ _NUMBERED: dict[str, Callable[[int, int, float], Attack]] = {
     "pgd": _pgd,
     "apgd": lambda number, restarts, norm: APGD(number, norm, restarts=restarts),
     "ifgsm": lambda number, _, norm: PGD(number, 1.0, norm, keep="best"),
-    "cospgd": lambda number, _, norm: PGD(number, 5.0, norm, random_start=1.0, loss=CosineWeighted()),
+    "cospgd": lambda number, restarts, norm: PGD(
+        number, 5.0, norm, random_start=1.0, restarts=restarts, loss=CosineWeighted()
+    ),
     "square": lambda number, _, norm: SquareAttack(number, norm),
 }
-_RESTARTED = ("pgd", "apgd")
+_RESTARTED = ("pgd", "apgd", "cospgd")
 _NOISE: dict[str, Literal["gaussian", "uniform"]] = {"gaussian": "gaussian", "uniform": "uniform"}
 EXPECTED = (
-    "pgd<steps>, apgd<steps>, either with x<restarts>, ifgsm<steps>, cospgd<steps> (segmentation), square<queries>, "
+    "pgd<steps>, apgd<steps>, cospgd<steps> (segmentation), each with x<restarts>, ifgsm<steps>, square<queries>, "
     f"gaussian, uniform, or standard ({RECIPE}, the worst of an ensemble)"
 )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
 from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_call
-from advmed.norms import norm
 from advmed.objective import Objective
 
 _LAST_OF_FIRST = 1 / 4
@@ -40,7 +39,8 @@ class PGD(GradientAttack):
         random_start: fraction in [0, 1] of the radius from whose ball the start is drawn (True: 1, False: 0).
         restarts: runs per sample, of which the one with the largest loss is kept; runs after the first always start
             at random, or they would all be the same.
-        keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss.
+        keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss. The image is
+            no iterate: where noise of any step lowers the loss, so does that which is returned.
         loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
         schedule: "equal" steps, or "decreasing" ones, each shorter than the one before by the same factor, down to a
             quarter of the first (half of it where there are two): 3 steps of ``step_scale`` 1.75 are 1, 1/2 and 1/4
@@ -163,20 +163,20 @@ class PGD(GradientAttack):
                 terms, direction = problem.slope(iterate)
             if limits is not None and crossing is not None:
                 inside = _inside(terms, limits)
-                crossing = torch.where(inside, norm(noise, self.norm), crossing)
+                crossing = torch.where(inside, problem.length(iterate, noise), crossing)
                 if patience is not None:
                     since = since + ((since > 0) | ~inside)
                     direction = direction * (since <= patience).reshape(problem.radius.shape)
-            if best is not None:
+            if best is not None and (number > 0 or start > 0):  # the image itself is nothing that was found
                 best.offer(terms, iterate)
             if number == self.steps - 1 > 0 and not final_pass:
-                seen = terms, norm(noise, self.norm)
+                seen = terms, problem.length(iterate, noise)
             iterate, noise = problem.inside(torch.addcmul(noise, problem.radius * length, direction, out=direction))
         if not final_pass and best is None and self.restarts == 1:
             return iterate, None, crossing, seen
         terms = problem.terms(iterate)
         if limits is not None and crossing is not None:
-            crossing = torch.where(_inside(terms, limits), norm(noise, self.norm), crossing)
+            crossing = torch.where(_inside(terms, limits), problem.length(iterate, noise), crossing)
         if best is not None:
             best.offer(terms, iterate)
             return best.values[0], best.terms, crossing, None

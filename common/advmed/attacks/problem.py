@@ -28,6 +28,7 @@ sample's own minimum and maximum)."""
 # sample's loss is scaled up before the backward pass, and down again by this factor when its gradient overflows.
 _HALF_SCALE = 2.0**15  # the largest power of two that terms in float16 can receive as their gradient
 _HALF_BACKOFF = 2.0**-4
+_HALF_REPEATS = 4  # of a search's first gradient, down to a scale of 1/2
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Problem:
         generator: source of randomness; without one nothing random is repeatable. No global random state moves.
 
     Attributes:
-        images: x in float32 or float64: steps and norms of half-precision images are computed in float32, and only the
-            network sees them in half.
+        images: x in float32 or float64: steps and norms of half-precision images are computed in float32, and the
+            network and the caller get them in half, see :meth:`shown`.
         radius: (B, 1, ..., 1).
         nonfinite: gradients that were not finite so far, (B,), int64.
     """
@@ -120,7 +121,7 @@ class Problem:
         self.images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         self.radius = per_sample(radius, self.images)
         self._box = _box(self.images, bounds)
-        self._scale = _loss_scale(images)
+        self._scale, self._scale_fits = _loss_scale(images), False
         self.nonfinite = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
         if generator is None:
             generator = torch.Generator(images.device)
@@ -129,7 +130,28 @@ class Problem:
 
     def terms(self, iterate: Tensor) -> Tensor:
         """The loss terms at an iterate, (B, K)."""
-        return check_terms(self.objective(iterate.to(self.dtype)), self.images)
+        return check_terms(self.objective(self.shown(iterate)), self.images)
+
+    def shown(self, iterate: Tensor) -> Tensor:
+        """What the network sees of an iterate, and the attack's caller gets: itself, or its values in half precision.
+
+        These are rounded towards the image: to the nearest they may lie outside of the ball, and of the bounds, by half
+        of a last digit, which in bfloat16 is half of a radius of 1/255.
+        """
+        if self.dtype == self.images.dtype:
+            return iterate
+        rounded = iterate.to(self.dtype)
+        beyond = torch.where(iterate > self.images, rounded > iterate, rounded < iterate)
+        # Beside a value, by its bits, are those of the next smaller and larger magnitude; one step back is behind the
+        # iterate, and the image, which has no digits to round, is there or farther. (Not every device has nextafter.)
+        back = torch.where(rounded.abs() > iterate.abs(), -1, 1) * beyond
+        return (rounded.view(torch.int16) + back.to(torch.int16)).view(self.dtype)
+
+    def length(self, iterate: Tensor, noise: Tensor) -> Tensor:
+        """The norm of the noise of an iterate as it is shown, (B,)."""
+        if self.dtype == self.images.dtype:
+            return norm(noise, self.norm)
+        return norm(self.shown(iterate).to(self.images.dtype) - self.images, self.norm)
 
     def slope(self, iterate: Tensor) -> Slope:
         """The loss terms at an iterate, and where they rise most; a gradient that is not finite is counted and 0."""
@@ -137,13 +159,32 @@ class Problem:
         return self.ascent(terms, gradient, scaled=True)
 
     def gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K)."""
+        """The loss terms at an iterate, (B, K), the gradient of every sample's scaled loss, and the scales, (B, K).
+
+        Where the scale of the first one is too large for float16, the pass is repeated with a smaller one, so that no
+        step is lost to it; this waits for the device, as no other gradient does.
+        """
+        found = self._gradient(iterate)
+        if self._scale is None or self._scale_fits:
+            return found
+        self._scale_fits = True
+        for _ in range(_HALF_REPEATS):
+            terms, gradient, _ = found
+            # No scale helps a network that overflows itself.
+            over = ~(norm(gradient, math.inf) < math.inf) & terms.isfinite().all(1)
+            if not bool(over.any()):
+                break
+            self._back_off(over)
+            found = self._gradient(iterate)
+        return found
+
+    def _gradient(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
-            iterate = iterate.detach().requires_grad_()
-            terms = self.terms(iterate)
+            leaf = self.shown(iterate).detach().requires_grad_()
+            terms = check_terms(self.objective(leaf), self.images)
         scale = torch.ones_like(terms) if self._scale is None else self._scale.to(terms.dtype).expand_as(terms)
-        (gradient,) = torch.autograd.grad(terms, iterate, scale)
-        return terms, gradient, scale
+        (gradient,) = torch.autograd.grad(terms, leaf, scale)
+        return terms, gradient.to(self.images.dtype), scale
 
     def ascent(self, terms: Tensor, gradient: Tensor, scaled: bool = False) -> Slope:
         """What a gradient tells, (B, C, *spatial), with the loss terms at the same place.
@@ -157,9 +198,14 @@ class Problem:
         peak = norm(gradient, math.inf, keepdim=True)
         broken = ~(peak < math.inf)
         self.nonfinite += broken.flatten()
-        if scaled and self._scale is not None:
-            self._scale = torch.where(broken.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
+        if scaled:
+            self._back_off(broken)
         return Slope(terms.detach(), steepest(gradient, self.norm, peak).masked_fill_(broken, 0.0))
+
+    def _back_off(self, over: Tensor) -> None:
+        """A smaller loss scale for the samples whose gradient is not finite, if there are scales."""
+        if self._scale is not None:
+            self._scale = torch.where(over.reshape(-1, 1), self._scale * _HALF_BACKOFF, self._scale)
 
     def start(self, fraction: float) -> tuple[Tensor, Tensor]:
         """An iterate and its noise: the image itself, or a point drawn from the ball of that fraction of the radius."""
@@ -208,8 +254,9 @@ class Problem:
     ) -> AttackResult:
         """What the search found."""
         iterate = torch.where(self.radius > 0, iterate, self.images)  # radius 0 gives the image back, bit for bit
-        norms = norm(iterate - self.images, self.norm)
-        return AttackResult(iterate.to(self.dtype), terms, norms, crossing, self.nonfinite, seen)
+        found = self.shown(iterate)
+        norms = norm(found.to(self.images.dtype) - self.images, self.norm)
+        return AttackResult(found, terms, norms, crossing, self.nonfinite, seen)
 
 
 def steepness(objective: Objective, images: Tensor, p: float) -> tuple[CleanPass, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advmed.attacks.base import check_count, check_fraction
-from advmed.attacks.losses import AttackLoss, attack_by_loss
+from advmed.attacks.losses import AttackLoss, attack_by_loss, queries_beside
 from advmed.attacks.problem import AttackResult, Bounds, Problem, Worst, attacking, broadcast, check_call
 from advmed.norms import check_norm, steepest
 from advmed.objective import Objective
@@ -65,7 +65,7 @@ class SquareAttack:
     def queries(self) -> int:
         """Forward passes per image."""
         own = self.steps + 1
-        return own if self.loss is None else own * self.loss.goals + self.loss.queries
+        return own if self.loss is None else own * self.loss.goals + queries_beside(self.loss, 1)
 
     @property
     def description(self) -> str:

@@ -3,8 +3,8 @@
 The signs are those of Athalye et al. 2018 ("Obfuscated gradients give a false sense of security", section 3.1) and
 Carlini et al. 2019 ("On evaluating adversarial robustness"): more steps or restarts must not help, an attack without
 gradients must not be the stronger one, an attack without limit must succeed, and the loss must rise with the radius. A
-model whose gradients lead nowhere, and an attack that is broken, both look robust; here they are told apart from one
-that is.
+model whose gradients lead nowhere, one that answers otherwise whenever it is asked, and an attack that is broken all
+look robust; here they are told apart from one that is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from advmed.attacks import APGD, DDN, PGD, Attack, AttackResult, Noise, SquareAttack, Standard
+from advmed.attacks.problem import attacking
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric, Scores
 from advmed.evaluation.worst import WorstOf
 from advmed.norms import norm
+from advmed.objective import Averaged, check_terms
 
 Array = NDArray[Any]
 
@@ -68,6 +71,35 @@ class Unlimited:
     def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
         """Attacks a batch; see :class:`advmed.attacks.PGD`."""
         return self.attack(objective, images, norm(images, self.norm).clamp_min(radius), **how)
+
+
+@dataclass(frozen=True)
+class Again:
+    """No attack at all: the loss of a second pass over the clean images, of a network that may be random.
+
+    The first pass draws what the pass of the clean images has drawn: an attack, a look at clean images and a score
+    leave the random state as it was (:func:`advmed.guard.preserved`), and each begins with the same numbers. Only
+    passes that follow each other tell a random network from another. An objective that averages over draws
+    (:class:`advmed.objective.Averaged`) says itself that it is random, and is asked once.
+
+    Args:
+        norm: 2 or inf.
+    """
+
+    norm: float
+
+    access: ClassVar[str] = "black box"
+    gradients: ClassVar[int] = 0
+    queries: ClassVar[int] = 2
+    description: ClassVar[str] = "no attack: a second pass over the clean images"
+
+    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
+        """Asks twice; see :class:`advmed.attacks.PGD`, whose arguments these are."""
+        with attacking(objective):
+            for _ in range(1 if isinstance(objective, Averaged) else 2):
+                terms = check_terms(objective(images), images)
+        zeros = torch.zeros(len(images))
+        return AttackResult(images, terms, norms=zeros, crossing=None, nonfinite=zeros.long())
 
 
 @dataclass(frozen=True)
@@ -131,10 +163,12 @@ def probes(attack: Attack) -> dict[str, Attack]:
     return {
         "checked": attack,
         "steps": longer,
-        "restarts": attack,  # from other starting points: every attack of an evaluation has its own
+        # From other starting points: every attack of an evaluation has its own, and at the image there is only one.
+        "restarts": replace(attack, random_start=attack.random_start or 1.0),
         "black box": SquareAttack(max(100, 5 * attack.steps), attack.norm),
         "unlimited": Unlimited(replace(attack, restarts=1)),
         "noise": Noise("gaussian", attack.norm),
+        "repeatable": Again(attack.norm),
     }
 
 
@@ -173,6 +207,7 @@ def check(evaluation: Evaluation, attack: str, probed: Evaluation | None, metric
         _black_box(probed, metric),
         _unlimited(probed, metric),
         _noise(probed),
+        _repeatable(probed),
     ]
 
 
@@ -183,6 +218,7 @@ QUESTIONS = {
     "black box": "An attack without gradients is not the stronger one.",
     "unlimited": "With noise as large as the image, nearly every sample fails.",
     "noise": "The attack raises the loss, and more than noise of the same norm.",
+    "repeatable": "Two passes over the same clean images give the same loss.",
 }
 
 
@@ -230,6 +266,26 @@ def _noise(probed: Evaluation) -> Check:
         f"{rise:.3g} on the mean, by {control:.3g} with noise."
     )
     return _check("noise", share >= LEAST_SHARE and rise > control, finding, share=share, rise=rise, noise_rise=control)
+
+
+def _repeatable(probed: Evaluation) -> Check:
+    first = probed.clean.loss.astype(np.float64)
+    second = probed.at("repeatable", probed.levels[-1]).loss.astype(np.float64)
+    finite = np.isfinite(first) & np.isfinite(second)
+    # A loss near 0 is the same as another one: what counts is measured by those of all samples.
+    scale = max(float(np.abs(first[finite]).mean()) if finite.any() else 0.0, 1e-12)
+    apart = np.abs(np.subtract(second, first, where=finite, out=np.zeros_like(first)))
+    slack = SLACK * np.maximum(np.fmax(np.abs(first), np.abs(second)), scale)
+    differ = np.where(finite, apart > slack, (first != second) & ~(np.isnan(first) & np.isnan(second)))
+    share, gap = float(differ.mean()), float(apart.mean()) / scale
+    finding = f"They differ for {share:.0%} of {len(first)} samples, by {gap:.2g} of the loss on the mean."
+    passed = 1 - share >= LEAST_SHARE
+    if not passed:
+        finding += (
+            " The network is random, and what an attack climbs is not what it is judged by: make it deterministic "
+            "(dropout and the like off), or attack the mean over draws (advmed.Averaged)."
+        )
+    return _check("repeatable", passed, finding, share=share, gap=gap)
 
 
 def _gain(probed: Evaluation, metric: Metric, scores: Scores) -> tuple[float, float, float]:

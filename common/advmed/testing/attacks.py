@@ -43,18 +43,21 @@ class Traits(NamedTuple):
         random: its result depends on the generator.
         keeps_best: it returns the point of the largest loss that it has seen, not the last one.
         spatial: images must have spatial dimensions.
+        looks: how far from the image it looks, in radii; what it returns never lies beyond one.
     """
 
     random: bool
     keeps_best: bool
     spatial: bool
+    looks: float = 1.0
 
     @classmethod
     def of(cls, attack: Attack, random: bool | None, keeps_best: bool | None, spatial: bool) -> Traits:
-        """Those that are given, and the others by the attack's fields ``random_start``, ``restarts`` and ``keep``."""
+        """Those that are given, and the others by the attack's fields ``random_start``, ``restarts``, ``keep`` and ``shrink``."""
         if random is None:
             random = getattr(attack, "random_start", 1.0) > 0 or getattr(attack, "restarts", 1) > 1
-        return cls(random, getattr(attack, "keep", None) == "best" if keeps_best is None else keeps_best, spatial)
+        best = getattr(attack, "keep", None) == "best" if keeps_best is None else keeps_best
+        return cls(random, best, spatial, 2.0 if getattr(attack, "shrink", False) else 1.0)
 
 
 def attack_checks(
@@ -237,7 +240,8 @@ def _never_leaves_ball_and_bounds(attack: Attack, traits: Traits) -> None:
             result = _run(attack, (objective, images), radius, bounds)
         for point in (*points, result.images):
             far = lengths(point - images, attack.norm)
-            expect(far <= radius * (1 + 1e-9) + 1e-12, f"noise {far} outside radii {radius}")
+            limit = radius * (1.0 if point is result.images else traits.looks)
+            expect(far <= limit * (1 + 1e-9) + 1e-12, f"noise {far} outside radii {limit}")
             expect((point >= low) & (point <= high), f"values outside the bounds {bounds}")
         expect((result.norms > 0) == (radius > 0), "a sample was not attacked")
     each = _run(attack, (objective, images), radius, own)
@@ -287,25 +291,30 @@ def _samples_are_alone(attack: Attack, traits: Traits) -> None:
 
 
 def _keeps_the_worst_point_it_has_seen(attack: Attack, traits: Traits) -> None:
-    """Of finite loss, and where it starts at the image: nothing better for the model than that."""
+    """Of finite loss, and made by itself: the image, where it starts there, is no such point."""
     if not traits.keeps_best:
         return
 
     class Broken(Classification):
         """Sample 1 has a finite loss in two of three passes, sample 2 never."""
 
+        bad = 0.0
+
         def terms_of(self, logits: Tensor) -> Tensor:
             terms = super().terms_of(logits)
             rows = torch.tensor([False, self.calls % 3 == 1, True, False, False])
-            return torch.where(rows[:, None], bad, terms) if bad else terms
+            return torch.where(rows[:, None], self.bad, terms) if self.bad else terms
 
-    for bad in (0.0, math.nan, math.inf):  # read by the class above
+    for bad in (0.0, math.nan, math.inf):
         objective, images = _task()
         objective = Broken(objective.model, objective.labels)
+        objective.bad = bad
         with _watched(objective.model) as points:
             result = _run(attack, (objective, images), bounds=(0.0, 1.0))
         objective.passes.clear()
-        seen = torch.stack([total(objective(point)).detach() for point in points])
+        first = int(getattr(attack, "random_start", 1.0) == 0)
+        seen = torch.stack([total(objective(point)).detach() for point in points])[first:]
+        points = points[first:]
         worst = seen.where(seen.isfinite(), -math.inf).max(0)
         assert result.terms is not None
         sound = worst.values.isfinite()
@@ -315,9 +324,17 @@ def _keeps_the_worst_point_it_has_seen(attack: Attack, traits: Traits) -> None:
         for i in range(1, 5):
             if sound[i]:
                 expect_same(result.images[i], points[int(worst.indices[i])][i], "the image is not that of its loss")
-        if not bad and not traits.random:
-            clean = total(objective(images)).detach()
-            expect(total(result.terms) >= clean, "the loss is below that of the clean image")
+
+    _, images = _task()
+
+    def downhill(x: Tensor) -> Tensor:  # wherever its gradient leads
+        rise = x.flatten(1).sum(1, keepdim=True)
+        return rise - rise.detach() - (x - images).flatten(1).square().sum(1, keepdim=True).detach()
+
+    result = _run(attack, (downhill, images))
+    assert result.terms is not None
+    expect((result.norms > 0) == (_radii(attack) > 0), "the clean image is returned as if it were attacked")
+    expect_close(result.terms, downhill(result.images), "terms are not those of the images", rtol=1e-6, atol=1e-9)
 
 
 def _the_generator_repeats_it_and_no_global_random_state_moves(attack: Attack, traits: Traits) -> None:
@@ -426,7 +443,12 @@ def _takes_images_in_half_precision(attack: Attack, traits: Traits) -> None:
         expect(result.images.dtype == kind, "another precision is returned")
         expect_same(result.images[0], images[0], "radius 0 changed an image")
         expect(result.nonfinite == 0, "gradients were lost")
-        expect(result.norms <= radius * (1 + 1e-5), "noise outside the ball")
+        far = lengths(result.images.double() - images.double(), attack.norm)
+        expect(far <= radius.double() * (1 + 1e-5), "noise outside the ball")
+        expect_close(result.norms.double(), far, "norms are not those of the noise", rtol=1e-5, atol=1e-6)
+        assert result.terms is not None
+        terms = objective(result.images).detach()
+        expect_close(result.terms, terms, "terms are not those of the images", rtol=1e-3, atol=1e-3)
         if not traits.keeps_best:  # in so few digits the image itself may be as bad
             expect(result.norms[1:] > 0, "a sample was not attacked")
 
