@@ -90,8 +90,8 @@ class DDN:
             iterate, noise = problem.start(0.0)
             found, least = iterate, torch.full((len(images),), math.inf, device=images.device)
             for step in range(self.steps + 1):
-                fails = failing(iterate.to(problem.dtype))
-                length = norm(noise, self.norm).to(least.dtype)
+                fails = failing(problem.shown(iterate))
+                length = problem.length(iterate, noise).to(least.dtype)
                 better = fails & (length < least)
                 least = torch.where(better, length, least)
                 found = torch.where(broadcast(better, iterate), iterate, found)
@@ -102,7 +102,7 @@ class DDN:
                 size = size * torch.where(broadcast(fails, noise), 1 - self.gamma, 1 + self.gamma)
                 noise = torch.addcmul(noise, problem.radius * (share / 2), direction)
                 iterate, noise = problem.inside(self._of_size(noise, torch.minimum(size, problem.radius)))
-            return found.to(problem.dtype), least
+            return problem.shown(found), least
 
     def _of_size(self, noise: Tensor, size: Tensor) -> Tensor:
         """The noise with a norm: scaled in L2, cut off in Linf."""

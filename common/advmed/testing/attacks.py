@@ -53,7 +53,7 @@ class Traits(NamedTuple):
 
     @classmethod
     def of(cls, attack: Attack, random: bool | None, keeps_best: bool | None, spatial: bool) -> Traits:
-        """Those that are given, and the others by the attack's fields ``random_start``, ``restarts``, ``keep`` and ``shrink``."""
+        """Those that are given, and the others by the attack's ``random_start``, ``restarts``, ``keep``, ``shrink``."""
         if random is None:
             random = getattr(attack, "random_start", 1.0) > 0 or getattr(attack, "restarts", 1) > 1
         best = getattr(attack, "keep", None) == "best" if keeps_best is None else keeps_best
