@@ -183,7 +183,16 @@ class Problem:
             leaf = self.shown(iterate).detach().requires_grad_()
             terms = check_terms(self.objective(leaf), self.images)
         scale = torch.ones_like(terms) if self._scale is None else self._scale.to(terms.dtype).expand_as(terms)
-        (gradient,) = torch.autograd.grad(terms, leaf, scale)
+        gradient = None
+        if terms.requires_grad:
+            (gradient,) = torch.autograd.grad(terms, leaf, scale, allow_unused=True)
+        if gradient is None:
+            # Not the same as a gradient of 0, which a network may have: here nothing could ever be found.
+            raise ValueError(
+                "no gradient leads from the loss to the images: somewhere between them it is cut, by detach(), no_grad, "
+                "a conversion to NumPy or to integers. An attack by gradients would find nothing, and the network look "
+                "robust; mend the network, or attack it with losses only (square1000)"
+            )
         return terms, gradient.to(self.images.dtype), scale
 
     def ascent(self, terms: Tensor, gradient: Tensor, scaled: bool = False) -> Slope:

@@ -80,7 +80,9 @@ class Again:
     The first pass draws what the pass of the clean images has drawn: an attack, a look at clean images and a score
     leave the random state as it was (:func:`advmed.guard.preserved`), and each begins with the same numbers. Only
     passes that follow each other tell a random network from another. An objective that averages over draws
-    (:class:`advmed.objective.Averaged`) says itself that it is random, and is asked once.
+    (:class:`advmed.objective.Averaged`) says itself that it is random, and is asked once. Where an objective can be
+    taken apart (``take``), the second pass is over halves of the batch: what an image is worth must not depend on those
+    beside it, as with BatchNorm in training mode.
 
     Args:
         norm: 2 or inf.
@@ -96,10 +98,22 @@ class Again:
     def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
         """Asks twice; see :class:`advmed.attacks.PGD`, whose arguments these are."""
         with attacking(objective):
-            for _ in range(1 if isinstance(objective, Averaged) else 2):
-                terms = check_terms(objective(images), images)
+            terms = check_terms(objective(images), images)
+            if not isinstance(objective, Averaged):
+                terms = torch.cat(
+                    [check_terms(part(images[rows]), images[rows]) for rows, part in _halves(objective, images)]
+                )
         zeros = torch.zeros(len(images))
         return AttackResult(images, terms, norms=zeros, crossing=None, nonfinite=zeros.long())
+
+
+def _halves(objective: Any, images: Tensor) -> list[tuple[Any, Any]]:
+    """The samples of a batch in two parts, and the objective of each; in one where it cannot be taken apart."""
+    take = getattr(objective, "take", None)
+    if take is None or len(images) < 2:
+        return [(slice(None), objective)]
+    numbers = torch.arange(len(images), device=images.device)
+    return [(rows, take(rows)) for rows in numbers.tensor_split(2)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +232,7 @@ QUESTIONS = {
     "black box": "An attack without gradients is not the stronger one.",
     "unlimited": "With noise as large as the image, nearly every sample fails.",
     "noise": "The attack raises the loss, and more than noise of the same norm.",
-    "repeatable": "Two passes over the same clean images give the same loss.",
+    "repeatable": "Two passes over the same clean images, the second in halves, give the same loss.",
 }
 
 
@@ -282,8 +296,9 @@ def _repeatable(probed: Evaluation) -> Check:
     passed = 1 - share >= LEAST_SHARE
     if not passed:
         finding += (
-            " The network is random, and what an attack climbs is not what it is judged by: make it deterministic "
-            "(dropout and the like off), or attack the mean over draws (advmed.Averaged)."
+            " The network is random, or looks at the other images of a batch, and what an attack climbs is not what it "
+            "is judged by: make it deterministic (dropout and the like off, BatchNorm in evaluation mode), or attack "
+            "the mean over draws (advmed.Averaged)."
         )
     return _check("repeatable", passed, finding, share=share, gap=gap)
 

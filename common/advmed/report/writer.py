@@ -324,7 +324,8 @@ def _sample_rows(entries: Sequence[Entry], metrics: Sequence[Metric]) -> Iterato
     yield ["model", "id", "attack", "level", "norm", "loss", "nonfinite", *(m.name for m in per_sample), *names]
     for entry in entries:
         passes: list[tuple[str, float, Condition]] = [("clean", 0.0, entry.evaluation.clean)]
-        passes += [(attack, level, condition) for (attack, level), condition in entry.evaluation.attacked.items()]
+        measured = {**entry.evaluation.attacked, **entry.evaluation.members}
+        passes += [(attack, level, condition) for (attack, level), condition in measured.items()]
         for attack, level, c in passes:
             values = [metric.per_sample(c.scores) for metric in per_sample if metric.per_sample is not None]
             values += [c.scores[name] for name, score in shown.items() if score.ndim == 1]
