@@ -189,8 +189,8 @@ class Problem:
         if gradient is None:
             # Not the same as a gradient of 0, which a network may have: here nothing could ever be found.
             raise ValueError(
-                "no gradient leads from the loss to the images: somewhere between them it is cut, by detach(), no_grad, "
-                "a conversion to NumPy or to integers. An attack by gradients would find nothing, and the network look "
+                "no gradient leads from the loss to the images: somewhere between them it is cut, by detach(), no_grad "
+                "or a conversion to NumPy or integers. An attack by gradients would find nothing, and the network look "
                 "robust; mend the network, or attack it with losses only (square1000)"
             )
         return terms, gradient.to(self.images.dtype), scale
