@@ -178,6 +178,18 @@ def test_no_member_is_worse_for_the_model_than_the_ensemble() -> None:
     assert 0 < errors.sum() < len(errors)
 
 
+def test_of_points_that_the_judge_finds_alike_the_larger_loss_is_kept() -> None:
+    objective, images = batch()
+    attack = Standard("classification", steps=6, queries_of_square=8)
+    alike = Judge(lambda x: torch.zeros(len(x)))
+    found = attack(objective, images, 0.3, generator=seeded(0), judge=alike)
+    alone = APGD(6, shrink=True)(objective, images, 0.3, generator=seeded(0))
+    assert found.terms is not None
+    assert alone.terms is not None
+    assert (found.terms >= alone.terms - 1e-6).all()
+    assert (found.terms > objective(images)).all()
+
+
 @pytest.mark.parametrize("task", [task for task in LOSSES if task])
 def test_a_recipe_has_three_losses_or_more_and_a_price(task: str) -> None:
     members = Standard(task).members

@@ -153,6 +153,24 @@ def test_the_worst_of_all_is_no_better_than_any() -> None:
     assert found.curve("pgd2", ACCURACY) == found.curve("pgd2", ACCURACY.of)
 
 
+def test_every_metric_is_measured_on_its_own_worst() -> None:
+    """The mean of the first pixel is brought down by other images than those that cost the accuracy most."""
+    bright = Metric("bright", lambda s: float(s["image"][:, 0].mean()), per_sample=lambda s: s["image"][:, 0])
+    found = run()
+    for level in LEVELS[1:]:
+        rows = [found.at(m, level).scores["image"][:, 0] for m in found.members_of("standard")]
+        assert bright.of(found.scores("standard", level, bright)) <= np.min(rows, 0).mean() + 1e-9
+        assert bright.of(found.scores("standard", level, bright)) < bright.of(found.scores("standard", level)) - 0.01
+
+
+def test_the_smallest_noise_is_looked_for_by_the_criterion() -> None:
+    found = run()
+    one = found.at("standard/ddn", LEVELS[2])
+    broken = ~one.scores["right"] & found.clean.scores["right"]
+    assert broken.sum() >= 2
+    assert (one.norm[broken] < LEVELS[2] * 0.99).any()
+
+
 def test_each_sample_keeps_the_scores_of_one_image() -> None:
     """What the ensemble says of a sample is what one member found, all of it."""
     found = run()
