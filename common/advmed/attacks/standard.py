@@ -283,7 +283,7 @@ class _Record:
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with attacking(self.objective):
             terms = check_terms(self.objective(images), images)
-            value = self.judge.value(images).to(torch.float64 if images.device.type != "mps" else torch.float32)
+            value = self.judge.value(images)
         return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), terms
 
 

@@ -553,7 +553,8 @@ def _judge(loaded: LoadedBatch, criterion: Metric | None) -> Judge:
     def value(images: Tensor) -> Tensor:
         with inspecting(loaded.objective):
             scores = {key: _array(score) for key, score in (loaded.judged or loaded.score)(images).items()}
-        return torch.from_numpy(badness(criterion, scores)).to(images.device)
+        bad = torch.from_numpy(badness(criterion, scores))
+        return (bad.float() if images.device.type == "mps" else bad).to(images.device)  # which has no float64
 
     limit, lost = criterion.fails_at, criterion.lost_at
     return Judge(value, None if limit is None else sign * limit, float("inf") if lost is None else sign * lost)
