@@ -163,7 +163,9 @@ WRONG = ["cw", "pgd0", "pgd", "margin", "margin0", "margin20x0", "targeted", "ta
 
 def test_names_that_are_none_or_given_twice() -> None:
     """Answered under the name that was given, whoever might have been meant, with all there are."""
-    known = r"expected pgd<steps>, apgd<steps>.* gaussian, uniform, or standard .*; margin<steps> or targeted<steps>.* autoattack"
+    known = (
+        r"expected pgd<steps>, apgd<steps>.* gaussian, uniform, or standard.*; margin<steps> or targeted.* autoattack"
+    )
     for name in (*WRONG, "Apgd", "apgd 20", "autoattack2", ""):
         with pytest.raises(ValueError, match=f"unknown attack '{name}': {known}"):
             host_evaluate.parse(["pgd1", name], 2)
