@@ -190,6 +190,13 @@ def test_of_points_that_the_judge_finds_alike_the_larger_loss_is_kept() -> None:
     assert (found.terms > objective(images)).all()
 
 
+def test_without_a_source_of_randomness_the_global_one_stays() -> None:
+    objective, images = batch(2)
+    before = torch.get_rng_state()
+    small()(objective, images, 0.3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("task", [task for task in LOSSES if task])
 def test_a_recipe_has_three_losses_or_more_and_a_price(task: str) -> None:
     members = Standard(task).members

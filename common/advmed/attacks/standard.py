@@ -107,7 +107,7 @@ class Standard:
         task: one of :data:`LOSSES`; "": nothing is known but the loss.
         norm: 2 or inf.
         steps: of each gradient attack.
-        queries: of the Square Attack; 0: none, for images without spatial dimensions.
+        queries_of_square: of the Square Attack; 0: none, for images without spatial dimensions.
 
     Raises:
         ValueError: a setting out of its range.
@@ -186,8 +186,19 @@ class Standard:
         Yields:
             What every member found, level by level.
         """
-        record = _Record(objective, images, judge)
-        smallest = self._smallest(objective, images, levels[-1], judge, bounds)
+        yield from self._search(_Record(objective, images, judge), images, levels, generator, bounds)
+
+    def _search(
+        self,
+        record: _Record,
+        images: Tensor,
+        levels: Sequence[float],
+        generator: Callable[[str, float], torch.Generator],
+        bounds: Bounds,
+    ) -> Iterator[Found]:
+        """As :meth:`search`, with the books that it keeps."""
+        objective = record.objective
+        smallest = self._smallest(objective, images, levels[-1], record.judge, bounds)
         last: dict[str, Tensor] = {}  # by member, what it found at the level before
         for level in levels:
             for name, member in self.members.items():
@@ -233,14 +244,13 @@ class Standard:
         """
         if judge is None:
             judge = judge_of(objective)
-        source = generator if generator is not None else torch.Generator().manual_seed(torch.seed())
+        source = generator
+        if source is None:
+            source = torch.Generator()
+            source.seed()
         record = _Record(objective, images, judge)
         nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        steps = self.search(
-            objective, images, [float(radius)], judge=judge, generator=lambda name, level: source, bounds=bounds
-        )
-        for found in steps:
-            record.offer(found.images)
+        for found in self._search(record, images, [float(radius)], lambda name, level: source, bounds):
             nonfinite += found.nonfinite
         noise = (record.images.float() - images.float()).detach()
         return AttackResult(record.images, record.terms, norm(noise, self.norm), None, nonfinite)

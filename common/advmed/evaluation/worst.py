@@ -90,14 +90,13 @@ def greedy(metric: Metric, starts: Sequence[Scores], candidates: Sequence[Scores
 
     It begins with whichever start is the worst. Then, in the order of the samples, each is replaced by what every
     candidate has made of it, in the candidates' order, and the replacement is kept if the metric is the worse for it.
-    The result is never better than any start. It is a bound: another order can find worse.
+    The result is never better than any start. It is a bound: another order can find worse. The metric is computed
+    ``metric.resamples`` times at most, as for its interval: of more samples, as many as needed go together.
 
     Args:
         metric: any metric.
         starts: scores of all N samples.
         candidates: scores of all N samples.
-
-    The metric is computed ``2 * metric.resamples`` times at most: of more samples, as many as needed go together.
     """
     sign = 1 if metric.higher_is_better else -1
 
@@ -109,7 +108,7 @@ def greedy(metric: Metric, starts: Sequence[Scores], candidates: Sequence[Scores
     first = int(np.argmax(values))
     found = {name: np.array(score) for name, score in starts[first].items()}
     worst, count = values[first], len(next(iter(found.values())))
-    blocks = max(1, min(count, 2 * metric.resamples // max(1, len(candidates))))
+    blocks = max(1, min(count, metric.resamples // max(1, len(candidates))))
     for rows in np.array_split(np.arange(count), blocks):
         for candidate in candidates:
             if all(_alike(score[rows], candidate[name][rows]) for name, score in found.items()):
