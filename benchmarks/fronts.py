@@ -60,6 +60,13 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
             f"AMAT paper, mean+{std:g}std": amat(std, refinement="paper", train_on="sphere", start="delta")
             for std in (0, 2)
         },
+        **{
+            f"AMAT wide on the sphere, median+{spread}spread": amat(0, **wide, train_on="sphere")
+            | {"rule": f"median+{spread}spread"}
+            for spread in (2, 4)
+        },
+        "AMAT wide on the sphere, 5 steps, mean+4std": amat(4, **wide, train_on="sphere", steps=5, step_scale=2.3),
+        **{f"SAT {eps:g}, 5 steps": {"method": "SAT", "eps": eps, "steps": 5, "step_scale": 2.3} for eps in sat},
         "AMAT wide, 5 steps, mean+2std": amat(2, **wide, steps=5, step_scale=2.3),
         "AMAT wide, 2 steps, mean+2std": amat(2, **wide, steps=2, step_scale=1.5),
     }
@@ -67,6 +74,8 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
 
 AVERAGED: Settings = {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.99}
 """Lightning's average of the weights, which its checkpoints then hold."""
+SMOOTHED: Settings = {"model.label_smoothing": 0.1}
+"""The training loss of a classifier; attacks climb the plain one."""
 
 
 class Host:
@@ -173,6 +182,10 @@ class Classify(Lightning):
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
+        **{f"SAT {eps:g}, smoothed": {"method": "SAT", "eps": eps, **SMOOTHED} for eps in (0.4, 0.8)},
+        "AMAT wide on the sphere, mean+4std, smoothed": amat(
+            4, margin_min=0.01, margin_max=4.0, train_on="sphere", **SMOOTHED
+        ),
         **{f"SAT 0.4, rate {lr:g}": {"method": "SAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
     }
 
