@@ -100,8 +100,9 @@ class Standard:
     """The ensemble: APGD with shrinking radius on each loss of a task, DDN, and the Square Attack.
 
     Levels are attacked from small to large, each member from what it found at the last one. A sample that has nothing
-    left to lose is left alone: it is as bad at every larger level. Where the objective has ``take(rows)``, the
-    objective of some samples of its batch, the others cost nothing.
+    left to lose, as far as the judge can see, is left to the first member alone, because other metrics may see more: a
+    wrong class can be made surer, which average precision counts. Where the objective has ``take(rows)``, the objective
+    of some samples of its batch, the other members spend nothing on it.
 
     Args:
         task: one of :data:`LOSSES`; "": nothing is known but the loss.
@@ -201,8 +202,8 @@ class Standard:
         smallest = self._smallest(objective, images, levels[-1], record.judge, bounds)
         last: dict[str, Tensor] = {}  # by member, what it found at the level before
         for level in levels:
-            for name, member in self.members.items():
-                rows = record.open
+            for number, (name, member) in enumerate(self.members.items()):
+                rows = record.open if number else torch.arange(len(images), device=images.device)
                 nonfinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
                 whole = record.images
                 if isinstance(member, DDN):

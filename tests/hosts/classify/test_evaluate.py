@@ -210,7 +210,10 @@ def test_the_ensemble_is_the_worst_of_its_members(model: host_evaluate.TrainedMo
     right = [found.scores("standard", level)["probability"].argmax(1) for level in (0, 0.3, 1)]
     label = found.clean.scores["label"]
     assert (right[2] == label).mean() < (right[0] == label).mean()
-    # What is wrong already stays as it is.
+    # What is wrong already is made more so by the first member, and left alone by the others.
     lost = right[0] != label
-    for name in found.members_of("standard"):
-        assert (found.at(name, 1).norm[lost] == 0).all()
+    first, *others = found.members_of("standard")
+    assert (found.at(first, 1).norm[lost] > 0).all()
+    assert (found.at(first, 1).loss[lost] > found.clean.loss[lost]).all()
+    for name in others:
+        np.testing.assert_array_equal(found.at(name, 1).loss[lost], found.at("standard", 1).loss[lost])
