@@ -140,10 +140,10 @@ class Standard:
     @cached_property
     def members(self) -> Mapping[str, APGD | DDN | SquareAttack]:
         """The attacks by their names, in the order in which they run."""
-        found: dict[str, APGD | DDN | SquareAttack] = {
-            f"apgd-{name}": APGD(self.steps, self.norm, loss=loss, shrink=True)
-            for name, loss in LOSSES[self.task].items()
-        }
+        found: dict[str, APGD | DDN | SquareAttack] = {}
+        for name, loss in LOSSES[self.task].items():
+            steps = self.steps if loss is None or loss.goals == 1 else max(1, self.steps // 2)  # for each of its goals
+            found[f"apgd-{name}"] = APGD(steps, self.norm, loss=loss, shrink=True)
         found["ddn"] = DDN(self.steps, self.norm)
         if self.queries_of_square:
             found["square"] = SquareAttack(self.queries_of_square, self.norm)
