@@ -124,7 +124,7 @@ def nnunet(options: argparse.Namespace) -> None:
 
     def dice(images: Tensor) -> np.ndarray:
         with torch.no_grad():
-            return np.asarray(metric.per_sample({k: v.numpy() for k, v in loaded.score(images).items()}))  # type: ignore[misc]
+            return np.asarray(metric.per_sample({k: v.numpy() for k, v in loaded.score(images).items()}))
 
     kinds: dict[str, Callable[[], Tensor]] = {
         f"ALMA-prox, 500 steps, {share:.0%} of the voxels": lambda share=share: alma_prox(
@@ -140,7 +140,7 @@ def nnunet(options: argparse.Namespace) -> None:
         others[name] = kind().detach() * width + low
         print(f"{name}: done", flush=True)
     for level in options.levels:
-        own = np.asarray(metric.per_sample(found.scores("standard", level)))  # type: ignore[misc]
+        own = np.asarray(metric.per_sample(found.scores("standard", level)))
         print(f"\nLinf {level:g}: standard {np.nanmean(own):.4f}")
         for name, value in others.items():
             lengths_ = lengths(value - x, math.inf)

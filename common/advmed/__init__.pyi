@@ -5,7 +5,6 @@ from .attacks.apgd import apgd as apgd
 from .attacks.base import Attack as Attack
 from .attacks.losses import DLR as DLR
 from .attacks.losses import AttackLoss as AttackLoss
-from .attacks.losses import CosineWeighted as CosineWeighted
 from .attacks.losses import Margin as Margin
 from .attacks.names import parse_attacks as parse_attacks
 from .attacks.noise import Noise as Noise
@@ -13,6 +12,7 @@ from .attacks.pgd import PGD as PGD
 from .attacks.pgd import ifgsm as ifgsm
 from .attacks.pgd import pgd as pgd
 from .attacks.problem import AttackResult as AttackResult
+from .attacks.segmentation import CosineWeighted as CosineWeighted
 from .attacks.square import SquareAttack as SquareAttack
 from .attacks.square import square as square
 from .attacks.standard import Standard as Standard

@@ -141,8 +141,13 @@ def test_a_detector_that_finds_nothing_is_nobodys_robustness() -> None:
 
     def loaded(found: float) -> LoadedBatch:
         images = torch.rand(12, 1, 2, 2, generator=seeded(0))
-        objective = lambda x: x.flatten(1).sum(1, keepdim=True)  # noqa: E731
-        score = lambda x: {"iou": found * torch.ones(12) - 0.1 * found * (x != images).flatten(1).any(1)}  # noqa: E731
+
+        def objective(x: Tensor) -> Tensor:
+            return x.flatten(1).sum(1, keepdim=True)
+
+        def score(x: Tensor) -> dict[str, Tensor]:
+            return {"iou": found * torch.ones(12) - 0.1 * found * (x != images).flatten(1).any(1)}
+
         return LoadedBatch(images, objective, score)
 
     ids = [str(k) for k in range(12)]

@@ -45,7 +45,8 @@ def check_ensemble(
     # An objective can be cut: nothing less would leave lost samples alone.
     loaded = batches[0].load()
     rows = np.arange(len(loaded.images))[::-1].copy()
-    part = loaded.objective.take(loaded.images.new_tensor(rows).long())  # type: ignore[attr-defined]
+    objective: Any = loaded.objective
+    part = objective.take(loaded.images.new_tensor(rows).long())
     whole = loaded.objective(loaded.images)
     np.testing.assert_allclose(
         part(loaded.images[rows]).detach().numpy(), whole.detach().numpy()[rows], rtol=1e-3, atol=1e-4

@@ -7,6 +7,7 @@ the attack finds is judged, and reported, by the host's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from advmed.attacks.problem import AttackResult, Bounds, Worst, attacking
 from advmed.distances import at_least_float32
@@ -126,60 +126,46 @@ def queries_beside(loss: AttackLoss, runs: int) -> int:
     return loss.queries + (searches if searches > 1 else 0)
 
 
-@dataclass(frozen=True)
-class CosineWeighted:
-    """CosPGD (Agnihotri et al. 2024, "CosPGD: an efficient white-box adversarial attack for pixel-wise prediction
-    tasks").
+class TowardsClasses(ABC):
+    """Base of losses of the logits of images: frozen dataclasses with ``targets``.
 
-    A segmentation fails voxel by voxel. The summed cross-entropy goes on rising at voxels that are wrong already; this
-    loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
-    that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
-    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken. For
-    the same reason it is the host's loss that decides between runs.
-
-    Example:
-        >>> import torch
-        >>> from advmed import PGD, ClassScores, CosineWeighted
-        >>> attack = PGD(100, 5.0, loss=CosineWeighted())  # CosPGD
-        >>> logits, truth = torch.tensor([[[-9.0], [9.0]]]), torch.tensor([[[1.0], [0.0]]])  # one voxel, surely wrong
-        >>> loss = CosineWeighted.value(ClassScores(logits, truth, None, exclusive=True))
-        >>> round(loss.item(), 4)  # its cross-entropy is 18, but there is nothing left to break
-        0.0
+    That is the number of wrong classes which are made the target one after the other, beginning with the most likely of
+    the clean image; 0: the largest wrong class.
     """
 
-    name: ClassVar[str] = "cosine-weighted cross-entropy"
+    targets: int
+
     needs_classes: ClassVar[bool] = True
-    goals: ClassVar[int] = 1
-    queries: ClassVar[int] = 1
-    description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
+
+    @property
+    def goals(self) -> int:
+        """One, or one for each target."""
+        return max(1, self.targets)
+
+    @property
+    def queries(self) -> int:
+        """See :attr:`AttackLoss.queries`."""
+        return 1 + (self.targets > 0)
 
     def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
         """See :meth:`AttackLoss.objectives`."""
-        return [OfClasses(objective, self.value)]
+        if not self.targets:
+            return [OfClasses(objective, self.value)]
+        scores = objective.class_scores(objective.predictions(images))
+        return [OfClasses(objective, partial(self.value, targets=goal)) for goal in _likely(scores, self.targets)]
 
     def judge(self, objective: ClassObjective) -> Objective:
-        """See :meth:`AttackLoss.judge`."""
-        return objective  # not the value that was climbed: it is smallest where nothing is left to break
+        """See :meth:`AttackLoss.judge`: the margin, which is above 0 where the image is misclassified."""
+        return OfClasses(objective, margin)
 
     @staticmethod
-    def value(scores: ClassScores) -> Tensor:
-        """The mean over the voxels that count, (B, 1); the cosine is a weight, and no gradient goes through it."""
-        logits, truth, valid, exclusive = scores
-        logits, truth = logits.float(), truth.float()
-        if exclusive:
-            prediction, loss = logits.softmax(1), -(truth * logits.log_softmax(1)).sum(1, keepdim=True)
-        else:
-            prediction = torch.cat([logits.sigmoid(), (-logits).sigmoid()], 1)  # a region is a choice of two
-            loss = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1, keepdim=True)
-            truth = torch.cat([truth, 1 - truth], 1)
-        weighted = functional.cosine_similarity(prediction, truth, 1).detach()[:, None] * loss
-        if valid is None:
-            return weighted.flatten(1).mean(1, keepdim=True)
-        return (weighted * valid).flatten(1).sum(1, keepdim=True) / valid.flatten(1).sum(1, keepdim=True).clamp_min(1)
+    @abstractmethod
+    def value(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
+        """The loss, (B, 1); of the best wrong class, or of the classes ``targets``, (B,), int64."""
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(TowardsClasses):
     """How far the best wrong class of an image is above the true one: max_{j != y} z_j - z_y of the logits z.
 
     Above 0 where the image is misclassified, and nowhere else (Carlini and Wagner 2017, the function inside f_6).
@@ -202,17 +188,6 @@ class Margin:
     targets: int = 0
 
     name: ClassVar[str] = "margin of the logits"
-    needs_classes: ClassVar[bool] = True
-
-    @property
-    def goals(self) -> int:
-        """One, or one for each target."""
-        return max(1, self.targets)
-
-    @property
-    def queries(self) -> int:
-        """See :attr:`AttackLoss.queries`."""
-        return 1 + (self.targets > 0)
 
     @property
     def description(self) -> str:
@@ -220,20 +195,14 @@ class Margin:
         goal = f"each of up to {self.targets} wrong classes" if self.targets else "the largest wrong class"
         return f"climbs the margin of {goal}"
 
-    def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
-        """See :meth:`AttackLoss.objectives`."""
-        if not self.targets:
-            return [self.judge(objective)]
-        scores = objective.class_scores(objective.predictions(images))
-        return [OfClasses(objective, partial(margin, targets=goal)) for goal in _likely(scores, self.targets)]
-
-    def judge(self, objective: ClassObjective) -> Objective:
-        """See :meth:`AttackLoss.judge`."""
-        return OfClasses(objective, margin)
+    @staticmethod
+    def value(scores: ClassScores, targets: Tensor | None = None) -> Tensor:
+        """See :func:`margin`."""
+        return margin(scores, targets)
 
 
 @dataclass(frozen=True)
-class DLR:
+class DLR(TowardsClasses):
     """Difference of logits ratio: the margin of the logits over their spread (Croce and Hein 2020, eq. 6 and 7).
 
     Neither the scale of the logits nor a shift of them changes it, so that a network with huge logits, whose
@@ -255,34 +224,12 @@ class DLR:
     targets: int = 0
 
     name: ClassVar[str] = "difference of logits ratio"
-    needs_classes: ClassVar[bool] = True
-
-    @property
-    def goals(self) -> int:
-        """One, or one for each target."""
-        return max(1, self.targets)
-
-    @property
-    def queries(self) -> int:
-        """See :attr:`AttackLoss.queries`."""
-        return Margin(self.targets).queries
 
     @property
     def description(self) -> str:
         """What is climbed, for a report."""
         goal = f"for each of up to {self.targets} wrong classes" if self.targets else "for the largest wrong class"
         return f"climbs the difference of logits ratio {goal}"
-
-    def objectives(self, objective: ClassObjective, images: Tensor) -> Sequence[Objective]:
-        """See :meth:`AttackLoss.objectives`."""
-        if not self.targets:
-            return [OfClasses(objective, self.value)]
-        scores = objective.class_scores(objective.predictions(images))
-        return [OfClasses(objective, partial(self.value, targets=goal)) for goal in _likely(scores, self.targets)]
-
-    def judge(self, objective: ClassObjective) -> Objective:
-        """See :meth:`AttackLoss.judge`: the margin, which is above 0 where the image is misclassified."""
-        return OfClasses(objective, margin)
 
     @staticmethod
     def value(scores: ClassScores, targets: Tensor | None = None) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from advmed.attacks.apgd import APGD
 from advmed.attacks.base import Attack
-from advmed.attacks.losses import CosineWeighted
 from advmed.attacks.noise import Noise
 from advmed.attacks.pgd import PGD
+from advmed.attacks.segmentation import CosineWeighted
 from advmed.attacks.square import SquareAttack
 from advmed.attacks.standard import RECIPE, Standard
 

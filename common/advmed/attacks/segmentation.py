@@ -40,7 +40,7 @@ class VoxelLoss(ABC):
 
     def judge(self, objective: ClassObjective) -> Objective:
         """See :meth:`advmed.attacks.AttackLoss.judge`."""
-        return objective
+        return objective  # not the value that was climbed, see above
 
     @staticmethod
     @abstractmethod
@@ -173,6 +173,45 @@ class SoftDice(VoxelLoss):
         number = (there > 0).sum(1)
         loss = 1 - torch.where(there > 0, dice, 0.0).sum(1) / number.clamp_min(1)
         return torch.where(number > 0, loss, probability.sum((1, 2)))[:, None]
+
+
+@dataclass(frozen=True)
+class CosineWeighted(VoxelLoss):
+    """CosPGD (Agnihotri et al. 2024, "CosPGD: an efficient white-box adversarial attack for pixel-wise prediction
+    tasks").
+
+    A segmentation fails voxel by voxel. The summed cross-entropy goes on rising at voxels that are wrong already; this
+    loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
+    that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
+    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken. For
+    the same reason it is the host's loss that decides between runs.
+
+    Example:
+        >>> import torch
+        >>> from advmed import PGD, ClassScores, CosineWeighted
+        >>> attack = PGD(100, 5.0, loss=CosineWeighted())  # CosPGD
+        >>> logits, truth = torch.tensor([[[-9.0], [9.0]]]), torch.tensor([[[1.0], [0.0]]])  # one voxel, surely wrong
+        >>> loss = CosineWeighted.value(ClassScores(logits, truth, None, exclusive=True))
+        >>> round(loss.item(), 4)  # its cross-entropy is 18, but there is nothing left to break
+        0.0
+    """
+
+    name: ClassVar[str] = "cosine-weighted cross-entropy"
+    description: ClassVar[str] = "CosPGD (Agnihotri et al. 2024): voxels weigh what they still have right"
+
+    @staticmethod
+    def value(scores: ClassScores) -> Tensor:
+        """The mean over the voxels that count, (B, 1); the cosine is a weight, and no gradient goes through it."""
+        logits, truth, valid, exclusive = scores
+        logits, truth = logits.float(), truth.float()
+        if exclusive:
+            prediction, loss = logits.softmax(1), -(truth * logits.log_softmax(1)).sum(1, keepdim=True)
+        else:
+            prediction = torch.cat([logits.sigmoid(), (-logits).sigmoid()], 1)  # a region is a choice of two
+            loss = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1, keepdim=True)
+            truth = torch.cat((truth, 1 - truth), 1)
+        weighted = functional.cosine_similarity(prediction, truth, 1).detach()[:, None] * loss
+        return _mean(weighted, valid)
 
 
 def _per_voxel(scores: ClassScores) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,16 @@ from torch import Tensor
 
 from advmed.attacks.apgd import APGD
 from advmed.attacks.base import check_count
-from advmed.attacks.losses import DLR, AttackLoss, CosineWeighted, Margin
+from advmed.attacks.losses import DLR, AttackLoss, Margin
 from advmed.attacks.minimum import DDN
 from advmed.attacks.problem import AttackResult, Bounds, attacking, broadcast, total
-from advmed.attacks.segmentation import BalancedCrossEntropy, JensenShannon, MaskedCrossEntropy, SoftDice
+from advmed.attacks.segmentation import (
+    BalancedCrossEntropy,
+    CosineWeighted,
+    JensenShannon,
+    MaskedCrossEntropy,
+    SoftDice,
+)
 from advmed.attacks.square import SquareAttack
 from advmed.attacks.tasks import Appearing, Elsewhere, ExpectedError, HeldTargets, Terms, Vanishing
 from advmed.norms import check_norm, norm
@@ -84,7 +90,6 @@ class Found(NamedTuple):
         images: shape of the images; of a sample that the member was not run on, the worst known so far.
         terms: loss terms there, (B, K).
         nonfinite: steps that a non-finite gradient cost, (B,).
-        attacked: which samples it was run on, (B,), bool.
     """
 
     member: str
@@ -92,7 +97,6 @@ class Found(NamedTuple):
     images: Tensor
     terms: Tensor
     nonfinite: Tensor
-    attacked: Tensor
 
 
 @dataclass(frozen=True)
@@ -218,10 +222,7 @@ class Standard:
                     whole = whole.clone()
                     whole[part], nonfinite[part] = result.images, result.nonfinite
                     last[name] = whole
-                attacked = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-                attacked[rows] = True
-                terms = record.offer(whole)
-                yield Found(name, level, whole, terms, nonfinite, attacked)
+                yield Found(name, level, whole, record.offer(whole), nonfinite)
 
     def __call__(
         self,

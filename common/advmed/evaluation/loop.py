@@ -539,7 +539,7 @@ def _search(
         generator=lambda member, level: _generator(f"{name}/{member}", level, number, seed),
         bounds=bounds,
     )
-    for member, level, images, terms, nonfinite, _ in found:
+    for member, level, images, terms, nonfinite in found:
         noise = images.to(torch.promote_types(images.dtype, torch.float32)) - loaded.images
         yield member, level, AttackResult(images, terms, norm(noise, attack.norm), None, nonfinite)
 
