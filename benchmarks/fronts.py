@@ -48,6 +48,22 @@ def amat(std: float, **settings: Any) -> Settings:
     return {"method": "AMAT", "rule": f"mean+{std:g}std", **settings}
 
 
+AWP: Settings = {"trainer.callbacks+": "ingredients.AWP"}
+"""Adversarial weight perturbation, by a callback of ingredients.py."""
+
+
+def ingredients(sat: float, wide: Settings) -> dict[str, Settings]:
+    """What may move a front, on Lightning's hosts: perturbed weights; 20 steps from scratch, at equal visits."""
+    sphere = {**wide, "train_on": "sphere"}
+    scratch = {"preset": "paper", "scratch": True}
+    return {
+        f"SAT {sat:g}, AWP": {"method": "SAT", "eps": sat, **AWP},
+        "AMAT wide on the sphere, mean+4std, AWP": amat(4, **sphere, **AWP),
+        f"SAT {sat:g}, 20 steps from scratch": {"method": "SAT", "eps": sat, **scratch},
+        "AMAT wide, 20 steps from scratch, mean+4std": amat(4, **sphere, refinement="secant", **scratch),
+    }
+
+
 def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
     """The runs of a host: SAT's levels, and AMAT within wider bounds of its margins than the default's."""
     return {
@@ -133,7 +149,11 @@ class Lightning(Host):
         words = [self.tool, "fit", "--config", str(self.work / "demo.yaml"), "--seed_everything", str(self.seed)]
         settings = {"method": "STD"} if name == "STD" else dict(self.runs[name])
         chosen = {"model.method.name": settings.pop("method"), "trainer.default_root_dir": self.work / slug(name)}
-        if name != "STD":
+        if settings.pop("scratch", False):  # as many visits of an image as the other runs have in all
+            chosen["trainer.max_epochs"] = self.demo.EPOCHS + self.demo.EPOCHS // 4
+            if chosen["model.method.name"] == "AMAT":
+                chosen["model.method.thresholds"] = self.checkpoint("STD")
+        elif name != "STD":
             chosen |= {"model.network.weights": self.checkpoint("STD"), "trainer.max_epochs": self.demo.EPOCHS // 4}
         for key, value in settings.items():
             where = "attack" if key in ("steps", "step_scale", "norm") else "method"
@@ -172,6 +192,7 @@ class Landmark(Lightning):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0}),
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
+        **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}),
     }
 
 
@@ -182,6 +203,7 @@ class Classify(Lightning):
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
+        **ingredients(0.8, {"margin_min": 0.01, "margin_max": 4.0}),
         **{f"SAT {eps:g}, smoothed": {"method": "SAT", "eps": eps, **SMOOTHED} for eps in (0.4, 0.8)},
         "AMAT wide on the sphere, mean+4std, smoothed": amat(
             4, margin_min=0.01, margin_max=4.0, train_on="sphere", **SMOOTHED
@@ -224,7 +246,7 @@ class Yolo(Host):
             f"attacks={self.attack}",
             "checks=0",
         ]
-        return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.work / 'reports' / slug(name)}"]
+        return ["adv-yolo", "evaluate", *words, "batch=8", "examples=1", f"out={self.reports / slug(name)}"]
 
     def report(self, name: str) -> Path:
         return self.reports / slug(name) / "report.json"
@@ -240,6 +262,8 @@ def call(words: list[str], log: Path) -> None:
         return
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the first for ingredients.py
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     executable = Path(sysconfig.get_path("scripts")) / words[0]
     with log.open("w") as out:
         code = subprocess.run([str(executable), *words[1:]], env=environment, stdout=out, stderr=out).returncode
