@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed.attacks import APGD, DLR, PGD, Judge, Margin, SquareAttack, Standard
+from advmed.attacks import APGD, DDN, DLR, PGD, Judge, Margin, SoftDice, SquareAttack, Standard
 from advmed.attacks.losses import margin
 from advmed.attacks.standard import LOSSES
 from advmed.classification import ClassificationObjective
@@ -206,6 +206,33 @@ def test_without_a_source_of_randomness_the_global_one_stays() -> None:
     before = torch.get_rng_state()
     small()(objective, images, 0.3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_recipe_is_what_its_version_says() -> None:
+    """Whoever changes it gives it another version: two numbers under one name are of the same attack."""
+    recipe = {
+        "classification": "ce 100 shrinking, margin 100 shrinking, dlr-targeted 50 shrinking",
+        "segmentation": "sum 100 shrinking, ce-masked 100 shrinking, js 100 shrinking, dice 100 shrinking, "
+        "cosine 100 shrinking, sum-steady 100, dice-steady 100",
+        "detection": "sum 100 shrinking, class 100 shrinking, box 100 shrinking, held 100 shrinking, "
+        "vanish 100 shrinking, appear 100 shrinking, sum-steady 100",
+        "landmarks": "sum 100 shrinking, heatmap 100 shrinking, offsets 100 shrinking, error 100 shrinking, "
+        "elsewhere 100 shrinking, sum-steady 100",
+    }
+    assert Standard.recipe == "advmed-standard/2"
+    for task, wanted in recipe.items():
+        climbing = {name: m for name, m in Standard(task).members.items() if isinstance(m, APGD)}
+        told = [f"{name.removeprefix('apgd-')} {m.steps}{' shrinking' * m.shrink}" for name, m in climbing.items()]
+        assert ", ".join(told) == wanted
+        assert all(m.restarts == 1 and m.random_start == 1.0 for m in climbing.values())
+        assert Standard(task).members["ddn"] == DDN(100, 2.0)
+        assert Standard(task).members["square"] == SquareAttack(500, 2.0)
+
+
+def test_a_steady_run_climbs_what_its_name_says() -> None:
+    members = Standard("segmentation").members
+    assert members["apgd-sum-steady"].loss is None
+    assert members["apgd-dice-steady"].loss == SoftDice()
 
 
 @pytest.mark.parametrize("task", [task for task in LOSSES if task])

@@ -230,7 +230,7 @@ def test_the_recipe_is_part_of_what_the_numbers_are_made_of() -> None:
     told = run().configuration
     assert told["criterion"] == {"name": "accuracy", "fails_at": 0.5}
     own = told["attacks"]["standard"]
-    assert own["recipe"] == "advmed-standard/1"
+    assert own["recipe"] == "advmed-standard/2"
     assert own["members"]["apgd-margin"]["loss"] == {"name": "margin of the logits", "targets": 0}
     assert own["members"]["square"]["steps"] == 4
     assert "criterion" not in run(attacks={"pgd2": PGD(2, 2.0)}).configuration

@@ -357,7 +357,7 @@ def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
     """Versions of the host, devices of the batches, the kind of machine and a recipe; not whose machine it is."""
 
     class Recipe(PGD):
-        recipe = "advmed-standard/1"
+        recipe = "advmed-standard/2"
 
     curves = {name: AMAT["pgd100"] for name in ("pgd20", "pgd100")}
     attacks = {"pgd20": Recipe(20, 5.0), "pgd100": PGD(100, 5.0)}
@@ -372,12 +372,12 @@ def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
     assert record["versions"] | {"nnunetv2": "2.6.2", "python": platform.python_version()} == record["versions"]
     assert record["devices"] == dict(zip("abc", devices, strict=True))
     assert record["platform"] == {"system": platform.system(), "machine": platform.machine()}
-    assert [effort["recipe"] for effort in record["attacks"]["b"].values()] == ["advmed-standard/1", None]
+    assert [effort["recipe"] for effort in record["attacks"]["b"].values()] == ["advmed-standard/2", None]
     method = page.text.partition("How it was measured")[2].partition("Settings")[0]
     assert "Measured on NVIDIA H100, cpu. Written with advmed " in method
     assert f"numpy {np.__version__}, on {platform.system()} ({platform.machine()})." in method
     assert "nnunetv2 2.6.2" in method
-    assert method.count("(recipe advmed-standard/1 )") == 1
+    assert method.count("(recipe advmed-standard/2 )") == 1
     for name in ("report.json", "report.html"):
         assert str(Path.home()) not in (tmp_path / name).read_text()
 
