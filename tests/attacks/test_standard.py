@@ -226,7 +226,7 @@ def test_a_recipe_is_what_its_version_says() -> None:
         assert ", ".join(told) == wanted
         assert all(m.restarts == 1 and m.random_start == 1.0 for m in climbing.values())
         assert Standard(task).members["ddn"] == DDN(100, 2.0)
-        assert Standard(task).members["square"] == SquareAttack(500, 2.0)
+        assert Standard(task).members["square"] == SquareAttack(450, 2.0)
 
 
 def test_a_steady_run_climbs_what_its_name_says() -> None:

@@ -136,7 +136,7 @@ class Standard:
     task: str = ""
     norm: float = 2.0
     steps: int = 100
-    queries_of_square: int = 500
+    queries_of_square: int = 450
 
     access: ClassVar[str] = "white box"
     recipe: ClassVar[str] = RECIPE
