@@ -124,9 +124,12 @@ def test_a_level_begins_with_what_a_member_found_at_the_last(monkeypatch: pytest
 
     monkeypatch.setattr(APGD, "__call__", spy)
     found = list(small("").search(objective, images, [0.3, 0.6], judge=judge(objective), generator=generator))
-    first = next(f.images for f in found if f.member == "apgd-sum" and f.level == 0.3)
+    of = {f.member: f.images for f in found if f.level == 0.3}
+    assert list(starts) == [(0, 0.3), (1, 0.3), (2, 0.6), (3, 0.6)]
     assert starts[0, 0.3] is None
-    assert torch.equal(starts[1, 0.6], first)
+    assert starts[1, 0.3] is None
+    assert torch.equal(starts[2, 0.6], of["apgd-sum"])
+    assert torch.equal(starts[3, 0.6], of["apgd-sum-steady"])
 
 
 def test_a_start_is_where_the_first_run_begins() -> None:
