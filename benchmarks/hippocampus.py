@@ -1,4 +1,4 @@
-"""STD, SAT and AMAT on the hippocampus data of the AMAT paper, 2d, fold 0: training, attack, report.
+"""STD, SAT and AMAT on the hippocampus data of the AMAT paper, or others, 2d, fold 0: training, attack, report.
 
     python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset cpu --jobs 2
     python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset paper --device cuda
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-NAME, CONFIGURATION, FOLD = "Dataset004_Hippocampus", "2d", "0"
+CONFIGURATION, FOLD = "2d", "0"
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,12 @@ class Benchmark:
     work: Path
     device: str
     jobs: int
+    name: str = "Dataset004_Hippocampus"
+    number: str = field(init=False)
     plans: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.number = str(int(self.name.removeprefix("Dataset").partition("_")[0]))
         self.plans = "nnUNetPlans" if self.preset.batch_size is None else "nnUNetPlans_cpu"
         self.folders = {n: self.work / n for n in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for folder in (*self.folders.values(), self.work / "logs", self.work / "settings"):
@@ -147,11 +150,12 @@ class Benchmark:
             lines.append("")
         logs = {name: self.log(name) for name in ("STD", *self.preset.runs)}
         margins = {name: log for name, log in logs.items() if name.startswith("AMAT")}
-        epochs = range(max(len(log["adv_margin_q50"]) for log in margins.values()))
-        lines += [
-            "| margins 5 / 50 / 95 % after epoch | " + " | ".join(margins) + " |",
-            "|---" * (len(margins) + 1) + "|",
-        ]
+        epochs = range(max((len(log["adv_margin_q50"]) for log in margins.values()), default=0))
+        if margins:
+            lines += [
+                "| margins 5 / 50 / 95 % after epoch | " + " | ".join(margins) + " |",
+                "|---" * (len(margins) + 1) + "|",
+            ]
         for epoch in epochs:
             cells = [
                 " / ".join(f"{log[f'adv_margin_{q}'][epoch]:.2f}" for q in ("q05", "q50", "q95"))
@@ -167,11 +171,11 @@ class Benchmark:
         return log
 
     def prepare(self) -> None:
-        raw, preprocessed = (self.folders[n] / NAME for n in ("nnUNet_raw", "nnUNet_preprocessed"))
+        raw, preprocessed = (self.folders[n] / self.name for n in ("nnUNet_raw", "nnUNet_preprocessed"))
         if not raw.exists():
             shutil.copytree(self.data, raw)
         if not (preprocessed / "nnUNetPlans_2d").exists() or not (preprocessed / "splits_final.json").exists():
-            arguments = ["-d", "4", "-c", CONFIGURATION, "-np", "2", "--verify_dataset_integrity"]
+            arguments = ["-d", self.number, "-c", CONFIGURATION, "-np", "2", "--verify_dataset_integrity"]
             self.command("preprocess", ["nnUNetv2_plan_and_preprocess", *arguments])
         splits = json.loads((self.data / "splits_final.json").read_text())
         splits[0]["train"] = splits[0]["train"][:: self.preset.training_cases]
@@ -187,7 +191,7 @@ class Benchmark:
     def folder(self, name: str) -> Path:
         trainer = "nnUNetTrainerSTD" if name == "STD" else self.preset.runs[name][0]
         tag = "" if name == "STD" else "_" + name.removeprefix("SAT").removeprefix("AMAT.")
-        return self.folders["nnUNet_results"] / NAME / f"{trainer}{tag}__{self.plans}__{CONFIGURATION}"
+        return self.folders["nnUNet_results"] / self.name / f"{trainer}{tag}__{self.plans}__{CONFIGURATION}"
 
     def train(self, name: str, trainer: str, settings: dict[str, Any]) -> None:
         fold = self.folder(name) / f"fold_{FOLD}"
@@ -195,7 +199,7 @@ class Benchmark:
             return
         file = self.work / "settings" / f"{name}.yaml"
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
-        arguments = ["4", CONFIGURATION, FOLD, "-p", self.plans, "-tr", trainer, "-device", self.device]
+        arguments = [self.number, CONFIGURATION, FOLD, "-p", self.plans, "-tr", trainer, "-device", self.device]
         if any(fold.glob("checkpoint_*.pth")):
             arguments.append("--c")
         self.command(f"train_{name}", ["nnUNetv2_train", *arguments], nnUNet_adversarial=str(file))
@@ -203,7 +207,18 @@ class Benchmark:
     def thresholds(self, rule: str) -> Path:
         file = self.work / "settings" / f"thresholds_{rule}.json"
         if not file.exists():
-            arguments = ["-d", "4", "-c", CONFIGURATION, "-f", FOLD, "-p", self.plans, "-tr", "nnUNetTrainerSTD"]
+            arguments = [
+                "-d",
+                self.number,
+                "-c",
+                CONFIGURATION,
+                "-f",
+                FOLD,
+                "-p",
+                self.plans,
+                "-tr",
+                "nnUNetTrainerSTD",
+            ]
             arguments += ["--rule", rule, "-device", self.device, "-o", str(file)]
             self.command(f"thresholds_{rule}", ["adv-nnunet", "thresholds", *arguments])
         return file
@@ -217,7 +232,7 @@ class Benchmark:
                 source = self.work / "parts" / name / name
                 if source.exists():
                     shutil.copytree(source, output / name, dirs_exist_ok=True)
-        arguments = ["-d", "4", "-c", CONFIGURATION, "-f", FOLD, "-p", self.plans, "-device", self.device]
+        arguments = ["-d", self.number, "-c", CONFIGURATION, "-f", FOLD, "-p", self.plans, "-device", self.device]
         arguments += ["-m", *(f"{name}={self.folder(name)}" for name in names), "--levels", *self.preset.levels]
         arguments += [*self.preset.evaluate, "-o", str(output)]
         self.command(f"evaluate_{'all' if not alone else names[0]}", ["adv-nnunet", "evaluate", *arguments])
@@ -258,8 +273,10 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
+    parser.add_argument("--name", default=Benchmark.name, help="of the data set, as nnU-Net has it")
     args = parser.parse_args()
-    Benchmark(PRESETS[args.preset], args.data.resolve(), args.work.resolve(), args.device, args.jobs).run()
+    places = (args.data.resolve(), args.work.resolve())
+    Benchmark(PRESETS[args.preset], *places, args.device, args.jobs, args.name).run()
 
 
 if __name__ == "__main__":

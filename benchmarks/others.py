@@ -200,6 +200,9 @@ def yolo(options: argparse.Namespace) -> None:
         is_ultralytics=True,
         model_name=options.name,
     )
+    # ART's wrapper takes the parts of the loss for a list; Ultralytics names them since 8.4.
+    whole = estimator.model.model.criterion
+    estimator.model.model.criterion = lambda *given: (lambda loss, parts: (loss, [*parts.values()]))(*whole(*given))
     attack = ProjectedGradientDescent(
         estimator, eps=options.level, eps_step=options.level / 20, max_iter=100, verbose=False
     )
