@@ -20,9 +20,9 @@ from advmed.testing.lightning import unchanged_process
 from helpers.hosts import ROOT
 
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOLERANCE = 0.1
-"""How far a printed number may be from the page's, as a share of it: another processor rounds in another way."""
+"""How far a printed fraction may be from the page's, as a share of it: another processor rounds in another way."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run_page(path: Path, folder: Path) -> dict[str, Any]:
     """Runs the code of a page in a folder that has the repository's ``examples``, as a clone has them.
 
     Blocks of ``python`` run one after the other in one namespace. A block of ``text`` right behind one is what it
-    prints, numbers up to :data:`TOLERANCE`.
+    prints, fractions up to :data:`TOLERANCE`.
 
     Returns:
         The namespace at the end.
@@ -73,12 +73,13 @@ def run_page(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def check_printed(printed: str, block: Block, path: Path) -> None:
-    """What was printed has the words of the block, and its numbers or others near to them."""
+    """What was printed has the words and whole numbers of the block, and its fractions or others near to them."""
     where = f"{path.name}, line {block.line}: printed\n{printed}\nand the page has\n{block.text}"
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", block.text).split(), where
     for found, wanted in zip(NUMBER.findall(printed), NUMBER.findall(block.text), strict=True):
-        last = 10.0 ** -len(wanted.partition(".")[2])  # one in the last digit that is shown
-        assert abs(float(found) - float(wanted)) <= max(TOLERANCE * abs(float(wanted)), 1.01 * last), where
+        digits = len(wanted.partition(".")[2])
+        near = max(TOLERANCE * abs(float(wanted)), 1.01 * 10.0**-digits) if digits else 0.0  # one in the last digit
+        assert abs(float(found) - float(wanted)) <= near, where
 
 
 @contextmanager
