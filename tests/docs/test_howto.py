@@ -166,7 +166,7 @@ def test_the_files_with_ids_are_those_of_the_page(tmp_path: Path) -> None:
     told = re.findall(r"^\| `([\w./<>*]+)`[^|]*\| (yes|no)\b", page.read_text(encoding="utf-8"), re.MULTILINE)
     (code,) = [block.text for block in blocks_of(page.read_text()) if "def files_with" in block.text]
     space: dict[str, Any] = {}
-    exec(code.split("\n\n\n# ")[0], space)
+    exec(code, space)
     files_with = space["files_with"]
     draw = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 8)):
