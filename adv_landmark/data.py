@@ -454,7 +454,8 @@ class ISBI2015(LandmarkData):
     Args:
         root: folder in which the three folders of images lie, and the annotators', at any depth.
         annotators: names of the annotators' folders.
-        **options: see :class:`LandmarkData`; ``spacing`` is 0.1 mm if it is not given.
+        spacing: mm per pixel of the files, one number, or one for x and one for y.
+        **options: see :class:`LandmarkData`.
 
     Example:
         >>> import tempfile

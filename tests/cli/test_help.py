@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -78,6 +79,24 @@ def test_the_options_of_one_host_are_in_its_help(answers: Any) -> None:
     own = {"adv_classify": "--gradcam", "adv_landmark": "--radii", "adv_nnunet": "-step_size", "adv_yolo": "single_cls"}
     for host, option in own.items():
         assert option in answers[f"{host}.cli", "evaluate", "--help"]["out"]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_every_option_of_a_help_is_on_the_page_of_commands(call: tuple[str, ...], answers: Any) -> None:
+    """Under the heading of its command; NAME=... and --name stand at the beginning of a line of a help."""
+    module, *words = call
+    command = [word for word in words if word.isalpha() and word != "help"]
+    name = " ".join([module.partition(".")[0].replace("_", "-"), *command])
+    page = (Path(__file__).parents[2] / "docs/commands.md").read_text(encoding="utf-8")
+    (heading,) = [line for line in page.splitlines() if re.fullmatch(rf"###? {name}", line)]
+    section = re.split(r"\n#{2,3} ", page.partition(f"\n{heading}\n")[2])[0]
+    if f"{name.partition(' ')[0]} fit`" in section:  # says that its options are those of fit
+        assert command[0] in ("validate", "test", "predict")
+        return
+    found = re.findall(r"^  (?:(-{1,2}\w[\w.-]*)|(\w+=)\.\.\. )", answers[call]["out"], re.MULTILINE)
+    options = {dashed or named for dashed, named in found} - {"-h", "--help"}
+    assert options or not command or command == ["settings"]
+    assert {option for option in options if f"`{option}" not in section} == set()
 
 
 @pytest.mark.parametrize("host", LIGHTNING)

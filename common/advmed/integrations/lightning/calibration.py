@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from advmed.guard import preserved
 from advmed.integrations.lightning.data import SampleData
 from advmed.thresholds import TermStatistics, Thresholds, sha256
-from lightning.pytorch.utilities import rank_zero_warn
 
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""

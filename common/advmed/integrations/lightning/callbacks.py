@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from advmed.files import replacing
-from advmed.integrations.lightning.weights import read_tensors
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+
+from advmed.files import replacing
+from advmed.integrations.lightning.weights import read_tensors
 
 
 class AfterWarmup(Callback):

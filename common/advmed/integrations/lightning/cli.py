@@ -150,12 +150,13 @@ class LightningCommand(ABC):
         return "\n".join([*lines, runner.DEBUG])
 
     def _lightning(self, argv: list[str]) -> None:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
         from advmed.distributed import gathered
         from advmed.files import check_whole
         from advmed.integrations.lightning.callbacks import BestCheckpoint, waiting
         from advmed.integrations.lightning.module import ROBUST, is_adversarial, validation_steps_of
-        from lightning.pytorch.callbacks import ModelCheckpoint
-        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
         host = self
 

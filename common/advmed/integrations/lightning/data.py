@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from advmed.copies import Sample, contents, digest, warnings_of_copies
 from advmed.distributed import from_first_rank, patient, place
 from advmed.integrations.lightning.images import check_files
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 SPLITS = ("train", "val", "test")
 

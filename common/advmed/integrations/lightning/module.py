@@ -14,6 +14,10 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from advmed.attacks import PGD
@@ -34,10 +38,6 @@ from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import RunSettings, TrainingSettings
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 STATE = "advmed"
 """Key of our state in a checkpoint; plain values."""

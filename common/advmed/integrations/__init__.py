@@ -1,0 +1,1 @@
+"""What hosts on one framework share; each folder knows that framework."""
