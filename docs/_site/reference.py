@@ -69,7 +69,6 @@ def _value(value: Any) -> str:
 def _commands() -> Iterator[str]:
     from adv_nnunet.cli import _parser as nnunet
     from adv_yolo import cli as yolo
-    from advmed.cli import runner
     from advmed.cli.main import COMMANDS
     from advmed.cli.main import _parser as advmed
 
@@ -87,7 +86,6 @@ def _commands() -> Iterator[str]:
         helps = {action.dest: action.help for action in _subparsers_action(nnunet())._choices_actions}
         parser.description = parser.description or helps[name]
         yield from _argparse(f"adv-nnunet {name}", parser)
-    assert runner.DEBUG
     yield from _yolo(yolo)
     for package, title in (("adv_classify", "Classification"), ("adv_landmark", "Landmarks")):
         yield from _lightning(import_module(f"{package}.cli").main.__self__, title)
