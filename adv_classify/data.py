@@ -29,7 +29,7 @@ from advmed.integrations.lightning.images import (
     common_bits,
     common_channels,
     files_of,
-    header,
+    headers_of,
     hidden,
     image_files,
     read_image,
@@ -530,7 +530,7 @@ def check_samples(
     absent = [names[k] for k in range(len(names)) if not (splits["train"].labels == k).any()]
     if absent:
         raise ValueError(f"no training image of class(es) {', '.join(absent)}")
-    headers = [(i, header(i)) for part in splits.values() for i in part.images if isinstance(i, Path)]
+    headers = headers_of([i for part in splits.values() for i in part.images if isinstance(i, Path)])
     check_distinct(splits, lambda split, index: f"label {names[splits[split].labels[index]]}")
     arrays = [part.images for part in splits.values() if isinstance(part.images, np.ndarray)]
     sizes = {head.size for _, head in headers} | {images.shape[1:3] for images in arrays}

@@ -31,7 +31,7 @@ from advmed.integrations.lightning.images import (
     common_bits,
     common_channels,
     files_of,
-    header,
+    headers_of,
     hidden,
     image_files,
     read_image,
@@ -258,7 +258,7 @@ class LandmarkData(SampleData):
         if unit == "mm" and not measured:
             raise ValueError("errors in mm need the pixel spacing: set spacing, mm per pixel, or take unit px")
         self.unit: Literal["mm", "px"] = unit or ("mm" if measured else "px")
-        headers = [(path, header(path)) for part in self.splits.values() for path in part.images]
+        headers = headers_of([path for part in self.splits.values() for path in part.images])
         self.size: tuple[int, int] = _one_size(size, {head.size for _, head in headers})
         self.channels = channels or common_channels(headers)
         self.bits = common_bits(headers, bits)
@@ -622,7 +622,7 @@ def check_samples(splits: dict[str, Samples], names: Sequence[str]) -> dict[str,
     for split in () if set(splits) == {"test"} else ("train", "val"):
         if not len(splits.get(split, ())):
             raise ValueError(f"the data has no {split} images")
-    headers = {split: [header(path) for path in samples.images] for split, samples in splits.items()}
+    headers = {split: [head for _, head in headers_of(samples.images)] for split, samples in splits.items()}
     check_distinct(splits, lambda split, index: splits[split].points[index].tolist())
     check_units(splits, names, headers)
     checked, outside, lost, bare = {}, [], [], 0

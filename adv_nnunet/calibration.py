@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.objective import SampleTerms
 from advmed.distributed import gathered, place
+from advmed.progress import ProgressBar
 from advmed.thresholds import DEFAULT_RULE, TermStatistics, Thresholds, sha256
 from advmed.training.run import differing_notes, load_thresholds
 
@@ -219,7 +219,7 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
             torch.random.fork_rng(),
             torch.no_grad(),
             _whole_batches(trainer) as size,
-            tqdm(total=samples, desc="thresholds", unit="sample", disable=None if rank == 0 else True) as bar,
+            ProgressBar("thresholds", samples, "samples", shown=rank == 0) as bar,
         ):
             network = standard_network(trainer, checkpoint).train()
             _seed(seed)

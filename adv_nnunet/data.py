@@ -7,7 +7,6 @@ and holds as long as the case's files stay as they are.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,11 +19,10 @@ import numpy as np
 from advmed.copies import Sample, digest, warnings_of_copies
 from advmed.distributed import from_first_rank, gathered, place
 from advmed.files import remember, remembered
+from advmed.progress import watched
 
 OUTSIDE = -1
 """The host's mark for voxels that its preprocessing found outside of the body."""
-_SAY_EVERY = 30.0
-"""Seconds between two words on the progress."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +160,10 @@ def _read(
                 f"(nnUNetv2_preprocess), or take it out of splits_final.json."
             ) from error
 
-    found: dict[str, Found] = {}
-    said = time.monotonic()
     with ThreadPoolExecutor(max(1, min(4, get_allowed_n_proc_DA()))) as pool:
-        for case, content in zip(cases, pool.map(look, cases), strict=True):
-            found[case] = content
-            if time.monotonic() - said > _SAY_EVERY:
-                said = time.monotonic()
-                say(f"Data check: {len(found)} of {len(cases)} case(s) read")
-    return found
+        shown = place()[0] == 0
+        found = watched(pool.map(look, cases), "Data check", "cases", total=len(cases), shown=shown, say=say)
+        return dict(zip(cases, found, strict=True))
 
 
 def _states(folder: Path, cases: Iterable[str]) -> dict[str, list[list[Any]]]:

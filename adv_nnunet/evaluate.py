@@ -38,11 +38,13 @@ from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import STATE
 from advmed.attacks import Attack
 from advmed.cli.evaluate import EvaluationHost
+from advmed.distributed import place
 from advmed.evaluation.dice import Counts, adi, dice_per_sample, tvdi
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject, spread
 from advmed.objective import ClassScores
+from advmed.progress import watched
 from advmed.report import Example, View
 
 Case = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -310,8 +312,8 @@ def list_samples(model: TrainedModel, cases: dict[str, Case], limit: int | None 
         ValueError: for a case with labels that the model's data set does not declare; they would count as background.
     """
     sizes = {}
-    for name, load in cases.items():
-        image, segmentation = load()
+    for name in watched(cases, "reading the cases", "cases", shown=place()[0] == 0):
+        image, segmentation = cases[name]()
         if strange := undeclared({*np.unique(segmentation).tolist()} - {PADDING}, model.labels):
             raise ValueError(
                 f"the segmentation of {name} holds the label(s) {', '.join(map(str, strange))}, which dataset.json "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +37,7 @@ from adv_nnunet.loader import (
     without_measuring,
 )
 from adv_nnunet.objective import SampleTerms, SegmentationObjective, check_terms
+from adv_nnunet.picture import add_panels
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import FILE, STATE, find_settings
 from advmed.attacks.pgd import PGD
@@ -48,7 +50,8 @@ from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
 
-LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), "adv_robust_dice", "adv_ema_robust_dice")
+_OF_VALIDATION = ("adv_robust_dice", "adv_ema_robust_dice")
+LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), *_OF_VALIDATION)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
 
 
@@ -316,6 +319,7 @@ class AdversarialTraining(_Host):
             steps_per_epoch=self.num_iterations_per_epoch,
             say=self.print_to_log_file,
             shown=lambda sample: not sample.endswith(BACKGROUND),
+            every_epoch=True,
         )
         if state is not None:
             if state["method"]["method"] == self.method_name:
@@ -521,9 +525,10 @@ class AdversarialTraining(_Host):
                 f"are of earlier epochs. Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
             )
         values = {f"adv_{key}": value for key, value in self.run.end_epoch().items()}
-        _open_log(self.logger, self.current_epoch)
-        for key in values:
-            self.logger.log(key, values[key], self.current_epoch)
+        _open_log(self.logger, self.current_epoch, values)
+        for key in host.logged(self.logger):
+            if key.startswith("adv_") and key not in _OF_VALIDATION:
+                self.logger.log(key, values.get(key, math.nan), self.current_epoch)
         shown = {key.removeprefix("adv_"): value for key, value in values.items() if not math.isnan(value)}
         self.print_to_log_file(self.method_name, ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
         if values["adv_nonfinite"] > 0:
@@ -580,7 +585,7 @@ class AdversarialTraining(_Host):
             known = [value for value in self._logged("adv_ema_robust_dice") if not math.isnan(value)]
             average = 0.9 * known[-1] + 0.1 * robust if known else robust
             self.print_to_log_file(f"Pseudo dice at noise level {self.settings.eps:g}: {robust:.4f}")
-        for key, value in (("adv_robust_dice", robust), ("adv_ema_robust_dice", average)):
+        for key, value in zip(_OF_VALIDATION, (robust, average), strict=True):
             self.logger.log(key, value, self.current_epoch)
 
     def _logged(self, key: str) -> list[float]:
@@ -601,6 +606,11 @@ class AdversarialTraining(_Host):
         self._best_ema = math.inf  # no epoch is better: the host saves no best one by itself
         super().on_epoch_end()
         self._best_ema = max(value for value in clean if value is not None)
+        if self.local_rank == 0:
+            try:
+                add_panels(Path(self.output_folder) / "progress.png", host.logged(self.logger))
+            except (OSError, ValueError) as error:  # a training is worth more than a picture of it
+                self.print_to_log_file(f"WARNING: progress.png is without our panels: {error}")
 
     # Checkpoints
 
@@ -828,10 +838,10 @@ _ROBUST_STEPS = 5
 """Of the attack on validation batches."""
 
 
-def _open_log(logger: Any, epoch: int) -> None:
-    """Gives the host's log our keys; epochs before ours began (a stock checkpoint continued) are NaN."""
+def _open_log(logger: Any, epoch: int, more: Iterable[str] = ()) -> None:
+    """Gives the host's log our keys, and those that a method has more; epochs before they began are NaN."""
     lists = host.logged(logger)
-    for key in LOG_KEYS:
+    for key in (*LOG_KEYS, *more):
         lists.setdefault(key, [float("nan")] * epoch)
 
 

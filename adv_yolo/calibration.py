@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ultralytics.data import build_dataloader, build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT, TQDM
+from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 
 from adv_yolo.checkpoint import read_checkpoint
@@ -27,6 +27,7 @@ from adv_yolo.objective import ImageTerms, check_model
 from adv_yolo.scores import joined, make_validator, mean_average_precision, score
 from advmed.evaluation.subjects import spread
 from advmed.guard import preserved
+from advmed.progress import watched
 from advmed.thresholds import TermStatistics, Thresholds, sha256
 from advmed.training.run import fingerprint
 
@@ -112,7 +113,7 @@ def measure_network(
     statistics = TermStatistics(terms.names, keep=True)
     with seeded(int(args.seed)), preserved(network), torch.no_grad():
         batches = TrainingBatches(network, data, args, device, split)
-        for batch in TQDM(batches, desc="thresholds"):
+        for batch in watched(batches, "thresholds", "batches"):
             statistics.update(terms(network(batch["img"]), batch))
     notes = {
         "data": Path(data.get("yaml_file", "")).name,
@@ -188,7 +189,7 @@ def quality(
         validator = make_validator(network, data, args, device, source.loader, folder)
         labels = source.dataset.labels
         chosen = spread([i for i, label in enumerate(labels) if len(label["cls"])], QUALITY_IMAGES)
-        for start in range(0, len(chosen), size):
+        for start in watched(range(0, len(chosen), size), "how good the network is", "batches"):
             batch = batch_of(source.dataset, chosen[start : start + size], device)
             parts.append(score(network, validator, batch, batch["img"]))
     return mean_average_precision(joined(parts), network.names)[1] if parts else 0.0

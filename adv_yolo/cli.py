@@ -50,6 +50,11 @@ EVALUATE = (
 OWN = {"thresholds": THRESHOLDS, "evaluate": EVALUATE}
 HOST = ("imgsz", "batch", "device", "conf", "iou", "max_det", "nms", "workers", "single_cls", "classes")
 """The host's arguments that our own commands take, too."""
+NO_TUNE = (
+    "there is no tune here: Ultralytics' tuner takes no trainer and no argument of ours, and chooses by clean images. "
+    "'advmed search STUDY.yaml' chooses delta, or any other argument, by AUC_robust; begin with "
+    "examples/search/yolo.yaml, see docs/search.md"
+)
 _ASKED = {"help", "-h", "--help", "-help"}
 
 
@@ -71,6 +76,8 @@ def _dispatch(argv: list[str]) -> None:
             print(_help_of(argv[0]))
         else:
             (_thresholds if argv[0] == "thresholds" else _evaluate)(_own(argv[1:], argv[0]))
+    elif "tune" in argv or "mode=tune" in argv:
+        raise SyntaxError(NO_TUNE)
     elif not (("train" in argv or "mode=train" in argv) and _train(argv)):
         _host(argv)
 

@@ -12,11 +12,13 @@ every copy and checkpoint.
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -68,8 +70,10 @@ from advmed.training.run import (
 FILE = "adversarial.yaml"
 """The resolved settings, in the run's folder."""
 MARGINS = "margins.csv"
-COLUMNS = {key: f"train/adv_{key}" for key in LOG_KEYS}
-"""What we add to results.csv and the loggers; the host plots those with ``loss`` in their name."""
+COLUMNS = {key: f"{'metrics' if key.startswith('margin') else 'train'}/adv_{key}" for key in LOG_KEYS}
+"""What we add to results.csv and the loggers; the host plots those with ``loss`` or ``metric`` in their name."""
+_OLD_COLUMNS = {f"train/adv_{key}": name for key, name in COLUMNS.items()}
+"""Of earlier releases, whose runs can be resumed."""
 ROBUST = "metrics/robust_mAP50-95(B)"
 """The column of mAP50-95 on attacked validation images."""
 _JUDGE_STEPS, _JUDGE_SCALE = 5, 2.0
@@ -250,6 +254,7 @@ class AdversarialTraining(_Host):
                 epochs=self.epochs,
                 steps_per_epoch=len(self.train_loader),
                 say=_log,
+                every_epoch=True,
             )
         if state is not None:
             self._check_images(state)
@@ -528,12 +533,16 @@ class AdversarialTraining(_Host):
     # Logs and checkpoints
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too."""
-        ours = {COLUMNS[key]: value for key, value in self._epoch_values.items()}
-        if self._judges():
-            ours[ROBUST] = self._robust
-        self.metrics: dict[str, Any] = {key: value for key, value in self.metrics.items() if key not in ours} | ours
-        super().save_metrics({k: v for k, v in metrics.items() if k not in ours} | ours)
+        """The host's results.csv, with our columns last; the loggers and the checkpoint get them, too.
+
+        A column begins with its first value: the host's plot has none that stays empty.
+        """
+        values = {COLUMNS.get(key, f"train/adv_{key}"): value for key, value in self._epoch_values.items()}
+        ours = {key: value for key, value in (values | {ROBUST: self._robust}).items() if not math.isnan(value)}
+        hosts = {key: value for key, value in metrics.items() if not _is_ours(key)}
+        self.metrics: dict[str, Any] = {k: v for k, v in self.metrics.items() if not _is_ours(k)} | ours
+        columns = widened(self.csv, ours)
+        super().save_metrics(hosts | dict.fromkeys(columns, math.nan) | ours)
 
     def save_model(self) -> bool:
         """The host's checkpoints, in which our state rides as an attribute of the network: one write, one state."""
@@ -785,6 +794,30 @@ def on_first_rank(look: Callable[[], T]) -> T:
         raise problem
     result: T = value
     return result
+
+
+def _is_ours(column: str) -> bool:
+    return column == ROBUST or column.partition("/")[2].startswith("adv_")
+
+
+def widened(path: Path, columns: Iterable[str]) -> list[str]:
+    """Makes room for columns in results.csv, where there is one; returns those of ours that it has then.
+
+    Rows that are there have no value in a new column. Those of earlier releases get the names that they have today.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    names = [_OLD_COLUMNS.get(name, name) for name in head]
+    new = [name for name in columns if name not in names]
+    if new or names != head:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [[*names, *new], *([*row, *["nan"] * len(new)] for row in rows)]
+        )
+        write_whole(path, text.getvalue())
+    return [name for name in [*names, *new] if _is_ours(name)]
 
 
 def _sentence(summary: Mapping[str, Any]) -> str:

@@ -219,7 +219,7 @@ class Benchmark:
 
 def margin_cell(row: dict[str, str]) -> str:
     """The margins of an epoch, and the share of its visits that let one grow (none in a clean epoch)."""
-    margins = " / ".join(f"{float(row[f'train/adv_margin_{q}']):.2f}" for q in ("q05", "q50", "q95"))
+    margins = " / ".join(f"{float(row[f'metrics/adv_margin_{q}']):.2f}" for q in ("q05", "q50", "q95"))
     grown = float(row["train/adv_expanded"] or "nan")
     return f"{margins}, clean" if math.isnan(grown) else f"{margins}, {grown:.0%}"
 

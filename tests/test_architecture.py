@@ -30,6 +30,7 @@ GROUND = {
     "guard",
     "clock",
     "objective",
+    "progress",
     "margins",
     "thresholds",
     "lazy",
@@ -53,7 +54,7 @@ FRAMEWORKS = {
     "advmed.integrations": {"lightning", "PIL", "safetensors"},
     "adv_classify": {"lightning", "timm", "torchattacks", "torchmetrics", "torchvision"},
     "adv_landmark": {"lightning", "PIL", "segmentation_models_pytorch", "timm", "torchvision"},
-    "adv_nnunet": {"nnunetv2"},
+    "adv_nnunet": {"nnunetv2", "PIL"},
     "adv_yolo": {"ultralytics"},
 }
 """Who imports what more."""

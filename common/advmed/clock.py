@@ -9,6 +9,8 @@ from types import TracebackType
 
 import torch
 
+from advmed.progress import duration
+
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
@@ -64,6 +66,7 @@ class Pace:
         warmup: epochs of standard training at the beginning.
         steps: batches of an epoch; None: not known, and nothing is said before the first epoch is over.
         cost: of a step after the warm-up, in standard steps.
+        every_epoch: whether each epoch begins with a line, not only every tenth of a training.
         clock: seconds; another one for tests.
 
     Example:
@@ -82,8 +85,11 @@ class Pace:
         steps: int | None,
         cost: float,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        every_epoch: bool = False,
     ) -> None:
         self.epochs, self.warmup, self.steps, self.cost, self._clock = epochs, warmup, steps, cost, clock
+        self._every_epoch = every_epoch
         self._epoch = self._made = 0
         self._first = self._begun = math.nan
         self._told, self._known, self._tenth = False, 0, -1
@@ -91,7 +97,7 @@ class Pace:
 
     def begin_epoch(self, epoch: int) -> str | None:
         """To be called when an epoch, counted from 0, begins; a line for the log after a first one, and at every tenth
-        of a training."""
+        of a training, or every epoch."""
         now = self._clock()
         if epoch == self._epoch + 1 and self._made:
             self._last[self._epoch < self.warmup] = now - self._begun
@@ -99,7 +105,7 @@ class Pace:
         if not self._last:
             return None
         tenth = 10 * epoch // self.epochs
-        if self._told and len(self._last) == self._known and tenth == self._tenth:
+        if not self._every_epoch and self._told and len(self._last) == self._known and tenth == self._tenth:
             return None
         self._told, self._known, self._tenth = True, len(self._last), tenth
         return f"About {duration(self._left(self._of_epochs(), epoch))} to the end ({self.epochs - epoch} epochs)"
@@ -138,13 +144,3 @@ class Pace:
 
 _ENOUGH = 12
 """Steps after which an estimate is made."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the units that one would say it in."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{max(1, round(seconds))} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 60 * 48 else f"{minutes / 1440:.1f} days"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from advmed.files import remember, remembered, state_of
+from advmed.progress import watched
 
 _PIECE = 1 << 20
 
@@ -95,7 +94,8 @@ def contents(paths: Sequence[Path], memory: Sequence[Path] = (), threads: int = 
     unread = [path for path, state in states.items() if state not in known]
     if unread:
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            read = list(tqdm(pool.map(_of_file, unread), total=len(unread), desc="looking for copies", leave=False))
+            found = pool.map(_of_file, unread)
+            read = list(watched(found, "looking for copies", "images", total=len(unread)))
         known |= {states[path]: found for path, found in zip(unread, read, strict=True)}
         remember(known, memory)
     return [known[states[path]] if path in states else None for path in paths]

@@ -88,6 +88,17 @@ def _as_written(archive: ZipFile, part: ZipInfo) -> bool:
     return True
 
 
+def clickable(path: str | Path) -> str:
+    """A file as terminals make it clickable, wherever the command was called: absolute, with spaces quoted.
+
+    Example:
+        >>> from advmed.files import clickable
+        >>> clickable("/tmp/my report/report.html")
+        'file:///tmp/my%20report/report.html'
+    """
+    return Path(path).absolute().as_uri()
+
+
 def state_of(path: Path) -> str:
     """Tells the state of a file from others: a digest of its name, size and time of change, which shows none."""
     status = path.stat()

@@ -19,6 +19,7 @@ from advmed.cli.thresholds import Quality, ThresholdsOptions, write_thresholds
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject
+from advmed.files import clickable
 from advmed.thresholds import Thresholds
 from helpers.evaluations import record_of
 
@@ -221,7 +222,7 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
         curve = found["results"]["loss"]["models"]["a"]["attacks"]["ifgsm4"]
         assert curve["levels"] == levels
         assert curve["values"] == pytest.approx([level * factor for level in levels], rel=1e-4)
-        assert f"Report: {page}" in "".join(said)
+        assert f"Report: {clickable(page)}" in "".join(said)
     assert host.seen == [
         ("ifgsm4", 2.0, [1, 2], ["0"], 5),
         ("ifgsm4", math.inf, [0.25], ["0"], 5),

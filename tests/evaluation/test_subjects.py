@@ -20,6 +20,7 @@ from advmed.cli.evaluate import compare
 from advmed.evaluation.checks import QUESTIONS, probes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.subjects import Subject, with_control
+from advmed.files import clickable
 from advmed.report import Example, Metric, View
 from helpers.evaluations import record_of
 
@@ -152,7 +153,7 @@ def test_the_tables_are_said_and_then_the_page(
     page, said = run(tmp_path / "own", models)
     assert len(said) == 3
     assert all(text.startswith("\n") for text in said)
-    assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {page}"
+    assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {clickable(page)}"
     for text, metric in zip(said, (ERROR, SHARE), strict=False):
         lines = text.strip("\n").splitlines()
         assert lines[0].split() == ["pgd3", "ifgsm2", "worst", "attack", "gaussian"]
@@ -174,12 +175,12 @@ def test_the_tables_are_said_and_then_the_page(
 def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_path: Path, subject: Any) -> None:
     drawn = Drawn()
     page, _ = run(tmp_path / "own", [subject("steep")], examples=drawn)
-    assert drawn.calls == [("pgd3", ATTACKS["pgd3"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
+    assert drawn.calls == [("pgd3", ATTACKS["pgd3"], [0.5, 2], [id_]) for id_ in ("0a", "0b", "1a", "1b")]
     text = page.read_text()
     assert "as attacked" in text
     turned = Drawn()
     run(tmp_path / "turned", [subject("steep")], examples=turned, attacks=dict(reversed(ATTACKS.items())))
-    assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2], ["0a", "0b", "1a", "1b"])]
+    assert turned.calls == [("ifgsm2", ATTACKS["ifgsm2"], [0.5, 2], [id_]) for id_ in ("0a", "0b", "1a", "1b")]
 
 
 RIGHT = Metric(
@@ -247,14 +248,14 @@ def test_pictures_are_of_samples_that_fail_first_and_last(tmp_path: Path, subjec
     drawn = Drawn()
     how: dict[str, Any] = {"metrics": [RIGHT], "levels": list(grid), "attacks": parse_attacks(["ifgsm3"])}
     run(tmp_path / "own", [model], examples=drawn, shown=2, **how)
-    assert drawn.calls[0][3] == [order[0], order[-1]]
+    assert [ids for *_, ids in drawn.calls] == [[order[0]], [order[-1]]]
     none = Drawn()
     page, _ = run(tmp_path / "none", [model], examples=none, shown=0, **how)
     assert none.calls == []
     assert "as attacked" not in page.read_text()
     plain = Drawn()
     run(tmp_path / "plain", [model], examples=plain, shown=3)  # no metric knows failures: at even distances
-    assert plain.calls[0][3] == ["0a", "0b", "1b"]
+    assert [ids for *_, ids in plain.calls] == [["0a"], ["0b"], ["1b"]]
 
 
 def test_groups_are_drawn_whole(tmp_path: Path, subject: Any) -> None:

@@ -17,6 +17,7 @@ from advmed.cli.main import main
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.intervals import interval
 from advmed.evaluation.metric import Metric
+from advmed.files import clickable
 from advmed.report import Entry, write_report
 from advmed.report.comparison import Report, compare_reports
 from helpers.evaluations import by_hand, mean_of, record_of
@@ -103,6 +104,8 @@ def test_numbers_differences_and_files(evaluated: Evaluated, said: Said, tmp_pat
     assert record["format"] == "advmed.comparison/1"
     assert len(record["rows"]) == len(rows)
     assert (tmp_path / "out" / "compare.md").read_text() in text
+    page = clickable(tmp_path / "out" / "compare.md")
+    assert text.splitlines()[-1] == f"Report: {page} (beside it compare.csv, compare.json, compare.png)"
     # Another task becomes a panel of its own.
     third = evaluated("three", {"far": 3.0}, metrics=[DISTANCE])
     said(first, third, "--tasks", "--out", tmp_path / "tasks")

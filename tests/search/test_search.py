@@ -23,6 +23,7 @@ from matplotlib.image import imread
 
 from advmed.cli.main import main
 from advmed.evaluation.auc import auc_robust
+from advmed.files import clickable
 from advmed.report import Entry, Metric, write_report
 from advmed.search import claim as claims
 from advmed.search import command, loop
@@ -177,6 +178,8 @@ def test_a_grid(toy: Toy, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert "Best: delta 1, with the highest AUC_robust of 3 settings, 0.7794 (accuracy under pgd100)." in out
     assert "| 1 | 0.9000 | 0.6750 | 0.4500 | 0.5625 | 0.7794 | best |" in (FOLDER / "search.md").read_text()
     assert imread(FOLDER / "search.png").std() > 0
+    page = clickable(FOLDER / "search.md")
+    assert out.splitlines()[-1] == f"Report: {page} (beside it search.csv, search.png)"
     assert calls() == [f"{what} delta_{d}" + (" new" if what == "train" else "") for d in ("0.5", 1, 2)
                        for what in ("train", "evaluate")]  # fmt: skip
     assert (FOLDER / "delta_1" / "train.log").read_text().endswith("epoch 1\n")

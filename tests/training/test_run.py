@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from advmed.clock import Pace, duration
+from advmed.clock import Pace
+from advmed.progress import duration
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import (
     LOG_KEYS,
@@ -527,6 +528,18 @@ def test_a_long_training_says_so_ten_times() -> None:
     lines = [line for line in said if line]
     assert len(lines) == 10
     assert (lines[0], lines[1]) == ("About 50 min to the end (499 epochs)", "About 45 min to the end (450 epochs)")
+
+
+def test_a_log_with_lines_for_each_epoch_has_the_time_that_is_left_in_each() -> None:
+    now, said = 0.0, []
+    run = MethodRun("SAT", TrainingSettings(eps=1.0), epochs=500, say=said.append, every_epoch=True)
+    run._pace._clock = lambda: now
+    for epoch in range(500):
+        run.begin_epoch(epoch)
+        run._pace.step()
+        now += 6.0
+    assert len(said) == 499, "in the first epoch nothing is known yet"
+    assert (said[0], said[-1]) == ("About 50 min to the end (499 epochs)", "About 6 s to the end (1 epochs)")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares the reports; returns the exit status."""
+    from advmed.cli.runner import report_line
     from advmed.report.comparison import Report, compare_reports, format_sections, write_comparison
 
     reports = [Report.read(path) for path in args.reports]
@@ -28,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     sections = compare_reports(reports, metric=args.metric, attack=args.attack, tasks=args.tasks)
     print(format_sections(sections, args.baseline))
     if args.out is not None:
-        print("Written: " + ", ".join(str(path) for path in write_comparison(args.out, sections, args.baseline)))
+        print(report_line(*write_comparison(args.out, sections, args.baseline)))
     return 0

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from advmed.attacks import Attack, parse_attacks
+from advmed.cli.runner import report_line
 from advmed.distributed import Processes
 from advmed.evaluation.auc import check_levels
 from advmed.evaluation.checks import pictured
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Subject, check_alike, measure_subjects, spread, with_control, with_worst
 from advmed.norms import check_norm
+from advmed.progress import watched
 from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
 from advmed.report.summary import verdict
@@ -332,15 +334,17 @@ def compare(
         )
         for table in tabulate(entries, metrics, resample=False):
             say(f"\n{format_table(table)}")
-        say(f"\n{verdict(entries)[1]}\n\nReport: {page}")
+        say(f"\n{verdict(entries)[1]}\n\n{report_line(page)}")
     processes.wait()
     return page
 
 
-def _made(examples: Examples, *what: Any) -> Sequence[Example]:
-    """The pictures; none where they cannot be made, because what was measured is worth more than they are."""
+def _made(
+    examples: Examples, attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str]
+) -> Sequence[Example]:
+    """The pictures, sample by sample; none where they cannot be made: what was measured is worth more than they are."""
     try:
-        return examples(*what)
+        return [example for id_ in watched(ids, "pictures", "samples") for example in examples(attack, levels, [id_])]
     except Exception as error:  # whatever a host's pictures raise
         logger.warning("the report has no pictures of samples: %s: %s", type(error).__name__, error, exc_info=True)
         return []

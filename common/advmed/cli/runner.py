@@ -6,7 +6,9 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
+from advmed.files import clickable
 from advmed.lazy import missing
 
 DEBUG = "--debug shows the whole traceback of an error."
@@ -58,6 +60,17 @@ def run(
             text = f"{' '.join([name, *(word for word in argv[:1] if word in subcommands)])}: {message(error)}"
         print(text, file=sys.stderr)
         return 1
+
+
+def report_line(page: Path, *others: Path) -> str:
+    """The last line of a command that wrote a report: where it is, so that a terminal opens it by a click.
+
+    Args:
+        page: what a user reads.
+        others: files in the same folder.
+    """
+    beside = f" (beside it {', '.join(path.name for path in others)})" if others else ""
+    return f"Report: {clickable(page)}{beside}"
 
 
 def is_mistake(error: Exception) -> bool:

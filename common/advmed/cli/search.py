@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from advmed.cli.runner import report_line
 from advmed.search.command import Interrupted, Stop
 from advmed.search.loop import Search, claim_folder
 from advmed.search.plan import Plan, Setting, fill, name_of, read_plan
@@ -66,8 +67,8 @@ def _search(plan: Plan, study: Any, args: argparse.Namespace) -> int:
         print(f"Stopped. Call advmed search {args.study} again to go on where it stopped.", file=sys.stderr)
         return 130
     table = Table.of(plan, list(Trials(plan, study).by_setting().values()))
-    table.write()
-    print(f"\n{table.text()}\n\nWritten to {plan.folder / 'search.md'}, search.csv" + _failures(table))
+    written = table.write()
+    print(f"\n{table.text()}\n\n{report_line(*written)}" + _failures(table))
     return 1 if any(trial.state == "FAILED" for trial in table.trials) else 0
 
 

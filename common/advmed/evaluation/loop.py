@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 import advmed
 from advmed.attacks import Attack, AttackResult, Standard
@@ -39,12 +38,15 @@ from advmed.evaluation.worst import WorstOf, badness, curve_of, select, worst_of
 from advmed.files import replacing
 from advmed.norms import norm
 from advmed.objective import Objective, check_terms, inspecting
+from advmed.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "advmed.evaluation/2"
 ALONE = Processes()
 _CLEAN = ("clean", 0.0)
+EARLIER = "finished earlier"
+"""What progress calls a batch that an earlier run has finished."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (passes done, passes in total, what was just done); a pass is a batch at one attack and level."""
@@ -284,7 +286,7 @@ def evaluate(
 
     for number in sorted(finished.keys() & mine):
         _check_content(_part(parts, number), batches[number])
-        report("finished earlier", len(passes))
+        report(EARLIER, len(passes))
     processes.wait()  # all have read what was there before the first writes
     for number in mine:
         if number in finished:
@@ -423,11 +425,10 @@ def evaluate_with_bar(
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
     processes.wait()
     passes = len(range(processes.rank, len(batches), processes.size)) * len(passes_of(attacks, levels))
-    with tqdm(total=passes, desc=name, unit="pass", disable=processes.rank > 0 or None) as bar:  # no bar in a log file
+    with ProgressBar(name, passes, "passes", shown=processes.rank == 0) as bar:
 
         def progress(done: int, total: int, text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(done - bar.n)
+            bar.update(done - bar.done, text, earlier=text == EARLIER)
 
         return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, processes=processes, **how)
 

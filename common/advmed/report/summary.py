@@ -14,6 +14,7 @@ from advmed.evaluation.intervals import LEAST, interval, resamples, share_interv
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
+from advmed.progress import ProgressBar
 from advmed.report.floor import lost, nobody
 
 Array = NDArray[Any]
@@ -196,14 +197,18 @@ def tabulate(
                 f"{entry.name} and {entries[0].name} were not evaluated alike: they differ in {', '.join(differ)}. "
                 "Evaluate both on the same samples with the same attacks, levels, seed and bounds"
             )
-    return [_tabulate(entries, metric, groups, metric.resamples if resample else 0) for metric in metrics]
+    curves = len(metrics) * len(entries) * len(first.attacks)
+    with ProgressBar("intervals", curves, "curves", shown=resample) as bar:
+        return [_tabulate(entries, metric, groups, metric.resamples if resample else 0, bar) for metric in metrics]
 
 
-def _tabulate(entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | None, count: int) -> Table:
+def _tabulate(
+    entries: Sequence[Entry], metric: Metric, groups: Sequence[str] | None, count: int, bar: ProgressBar
+) -> Table:
     first = entries[0].evaluation
     values = np.array([[e.evaluation.curve(attack, metric) for attack in first.attacks] for e in entries])
     drawn = resamples(first.ids, groups, count=count)
-    draws = np.stack([_draw(entry.evaluation, metric, drawn) for entry in entries], axis=1)
+    draws = np.stack([_draw(entry.evaluation, metric, drawn, bar) for entry in entries], axis=1)
     scale = metric.scale
     if scale is None:
         scale = 1.0 if metric.higher_is_better else float(np.max(values[np.isfinite(values)], initial=0))
@@ -238,13 +243,13 @@ def _samples_of(metric: Metric, entries: Sequence[Entry]) -> tuple[Array | None,
     return np.asarray(np.isfinite(values).any(0)), share
 
 
-def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array]) -> Array:
+def _draw(evaluation: Evaluation, metric: Metric, drawn: Sequence[Array], bar: ProgressBar) -> Array:
     """The metric on resampled samples under every attack at every level, shape (count, A, L)."""
-    clean = metric.resampled(evaluation.clean.scores, drawn)
-    curves = [
-        [clean, *(metric.resampled(evaluation.scores(attack, level, metric), drawn) for level in evaluation.levels[1:])]
-        for attack in evaluation.attacks
-    ]
+    clean, curves = metric.resampled(evaluation.clean.scores, drawn), []
+    for attack in evaluation.attacks:
+        scores = (evaluation.scores(attack, level, metric) for level in evaluation.levels[1:])
+        curves.append([clean, *(metric.resampled(found, drawn) for found in scores)])
+        bar.update()
     return np.moveaxis(np.array(curves), 2, 0)
 
 

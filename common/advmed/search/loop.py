@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from advmed.files import write_whole
+from advmed.progress import ProgressBar, write
 from advmed.search.claim import Claim, Lost, Watch
 from advmed.search.command import Interrupted, Stop, run_command
 from advmed.search.curve import Curve, Incomparable, differences, read_curve, refuse, row
@@ -25,7 +24,7 @@ TRIAL_FILE = "trial.json"
 class Search:
     """A search in this process; others may work at the same study."""
 
-    def __init__(self, plan: Plan, study: Any, stop: Stop, say: Callable[[str], object] = tqdm.write) -> None:
+    def __init__(self, plan: Plan, study: Any, stop: Stop, say: Callable[[str], object] = write) -> None:
         self._plan, self._stop, self._say = plan, stop, say
         self._trials = Trials(plan, study)
         self._watch = Watch(plan.patience)
@@ -40,7 +39,7 @@ class Search:
         if retry_failed:
             self._trials.retry_failed()
         total = self._trials.left()
-        with tqdm(total=total, disable=None, unit="trial", desc=self._plan.study) as bar:
+        with ProgressBar(self._plan.study, total, "trials", say=self._say) as bar:
             while True:
                 self._take_over()
                 trial = self._trials.take()
@@ -49,7 +48,7 @@ class Search:
                 if trial is None:
                     continue
                 failed = not self._run(trial)
-                bar.update(max(0, total - self._trials.left() - bar.n))
+                bar.update(max(0, total - self._trials.left() - bar.done))
                 if failed and stop_on_failure:
                     return
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from advmed.files import write_whole
 from advmed.search.curve import Curve, Incomparable, differences
@@ -179,12 +180,13 @@ class Table:
         figure.savefig(image, format="png", dpi=130)
         return image.getvalue()
 
-    def write(self) -> None:
-        """Writes search.csv, search.md and search.png into the folder of the search."""
-        contents = {"csv": self.csv().encode(), "md": self.markdown().encode(), "png": self.picture()}
-        for ending, content in contents.items():
-            if content is not None:
-                write_whole(self.plan.folder / f"search.{ending}", content)
+    def write(self) -> list[Path]:
+        """Writes search.md, search.csv and, where it can be drawn, search.png into the folder of the search."""
+        contents = {"md": self.markdown().encode(), "csv": self.csv().encode(), "png": self.picture()}
+        found = {self.plan.folder / f"search.{ending}": content for ending, content in contents.items() if content}
+        for path, content in found.items():
+            write_whole(path, content)
+        return list(found)
 
 
 def _order(value: Value) -> tuple[bool, float, str]:

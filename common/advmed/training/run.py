@@ -55,6 +55,8 @@ class MethodRun:
         steps_per_epoch: batches of an epoch, for an estimate of the time left; None: not known.
         say: takes a line for the host's log.
         shown: whether the margin of a sample with that id counts in the quantiles of the log.
+        every_epoch: whether the time that is left is said at every epoch, in a log that has lines for each; otherwise
+            at every tenth of the training.
 
     Attributes:
         method: the :class:`advmed.methods.Method`.
@@ -85,6 +87,7 @@ class MethodRun:
         steps_per_epoch: int | None = None,
         say: Callable[[str], None] = lambda line: None,
         shown: Callable[[str], bool] = lambda sample: True,
+        every_epoch: bool = False,
     ) -> None:
         self.name, self.settings, self.epochs = name, settings.for_method(name), epochs
         settings = self.settings
@@ -94,7 +97,7 @@ class MethodRun:
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
         self._epoch, self._remarked = 0, False
-        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.method.cost)
+        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.method.cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._snapshot: tuple[int, dict[str, Any]] | None = None

@@ -23,6 +23,7 @@ import yaml
 from adv_nnunet.cli import main
 from adv_nnunet.settings import Settings
 from adv_nnunet.trainer import STATE
+from advmed.files import clickable
 from advmed.thresholds import Thresholds, sha256
 from advmed.training.settings import read_settings
 from helpers.hosts import BLOCKER, margins_of
@@ -213,7 +214,7 @@ def test_evaluate_in_two_processes(shell: Shell, monkeypatch: pytest.MonkeyPatch
     report, whole = shell.root / "report", shell.root / "whole"
     twice = ["torchrun", "--nproc-per-node", "2", "--no-python", SCRIPTS / "adv-nnunet", *EVALUATE, report]
     text = shell.finish("evaluate", shell.start("evaluate", *twice))
-    assert text.count(f"Report: {report / 'report.html'}") == 1
+    assert text.count(f"Report: {clickable(report / 'report.html')}") == 1
     for name in ("STD", "AMAT", "pgd2", "ADI", "TVDI", "AUC"):
         assert name in text, name
     assert main([*EVALUATE, str(whole)]) == 0

@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,11 +27,13 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.callbacks import tensorboard, wb
+from ultralytics.utils.plotting import plot_results
 
 from adv_yolo import AMATDetectionTrainer, attack, calibration
 from adv_yolo.checkpoint import STATE
 from adv_yolo.settings import argument_names
-from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion
+from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, widened
 from advmed.thresholds import RunningThresholds, Thresholds
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, DataSet, divergence, epochs, save
 from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
@@ -74,8 +79,12 @@ def test_noise_of_nothing_is_the_stock_training_bit_for_bit(run: Any, arguments:
     assert not changed(stock.ema.ema, ours.ema.ema)
     expected, rows = (table(trainer.save_dir / "results.csv") for trainer in (stock, ours))
     for row in rows:
-        assert list(row) == [*expected[0], *COLUMNS.values()], "columns keep their order"
+        assert list(row)[: len(expected[0])] == list(expected[0]), "ours are the last ones"
         assert all(row.values()), "as many values as names"
+    kinds = ("loss_clean", "loss_adversarial", "nonfinite", "attack_seconds")
+    assert list(rows[0])[len(expected[0]) :] == [COLUMNS[kind] for kind in kinds], (
+        "none that this method has no value of"
+    )
     other = run("sat", "other", eps=2.0, bn="clean", **{**given, "val": False})
     assert len(changed(stock.model, other.model)) > 20
     assert all(value.isfinite().all() for value in other.model.state_dict().values())
@@ -388,7 +397,7 @@ def test_results_and_noise_levels_are_written_down(finished: Any, data: Any) -> 
     adaptive, folder = finished.method_name == "AMAT", finished.save_dir
     assert epochs(folder) == [1, 2, 3]
     for row, values in zip(table(folder / "results.csv"), finished.measured, strict=True):
-        written = {key: float(row[column]) for key, column in COLUMNS.items()}
+        written = {key: float(row.get(column, "nan")) for key, column in COLUMNS.items()}
         assert written == pytest.approx(values, rel=1e-3, abs=1e-5, nan_ok=True)
         clean = adaptive and row["epoch"] == "1"
         assert (written["loss_adversarial"] > 0) == (written["attack_seconds"] > 0) == (not clean)
@@ -402,6 +411,86 @@ def test_results_and_noise_levels_are_written_down(finished: Any, data: Any) -> 
         assert set(expected) == set(data.ids("train"))
         assert (folder / "results.png").stat().st_size > 1000
         assert (folder / "train_batch2.jpg").stat().st_size > 1000, "the host plots the first attacked batch"
+
+
+def panels(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """What the stock plot of a run shows: the values of the first line of each panel, by its title."""
+    with patch.context() as kept:
+        kept.setattr(plt, "close", lambda *_: None)
+        plot_results(folder / "results.csv")
+        figure = plt.gcf()
+    shown = {axes.get_title(): list(axes.get_lines()[0].get_ydata()) for axes in figure.axes if axes.get_visible()}
+    plt.close(figure)
+    return shown
+
+
+@of_amat
+def test_the_stock_plot_shows_margins_losses_and_what_an_epoch_is_judged_by(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = panels(finished.save_dir, monkeypatch)
+    ours = {name: values for name, values in found.items() if "adv_" in name or "robust" in name}
+    margins = [COLUMNS[f"margin_{q}"] for q in ("q05", "q50", "q95")]
+    assert set(ours) == {*margins, COLUMNS["loss_clean"], COLUMNS["loss_adversarial"], ROBUST}
+    for name, values in found.items():
+        assert np.isfinite(values).sum() >= 2, f"the panel {name} is empty"
+    for name in margins:
+        key = next(key for key, column in COLUMNS.items() if column == name)
+        assert ours[name] == pytest.approx([values[key] for values in finished.measured], rel=1e-4)
+
+
+def test_the_results_of_an_earlier_release_go_on_under_the_names_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    assert widened(path, ["train/adv_loss_clean"]) == [], "there is no file yet"
+    path.write_text("epoch,train/box_loss,lr/pg0,train/adv_loss_sync,train/adv_margin_q50\n1,2.5,0.1,nan,0.7\n")
+    names = ["train/adv_loss_sync", "metrics/adv_margin_q50", "train/adv_own"]
+    assert widened(path, ["metrics/adv_margin_q50", "train/adv_own"]) == names
+    assert table(path) == [
+        dict(zip(["epoch", "train/box_loss", "lr/pg0", *names], ["1", "2.5", "0.1", "nan", "0.7", "nan"], strict=True))
+    ]
+    before = path.stat().st_mtime_ns
+    assert widened(path, names) == names
+    assert path.stat().st_mtime_ns == before, "it is not written where nothing is to be changed"
+
+
+class Recorder:
+    """In the place of a writer of TensorBoard, or a run of W&B."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.scalars: list[dict[str, Any]] = []
+
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
+        self.scalars.append({name: value, "epoch": step})
+
+    def log(self, values: dict[str, Any], commit: bool = True) -> None:
+        self.scalars.append(values)
+
+    def of(self, name: str) -> list[float]:
+        return [float(values[name]) for values in self.scalars if name in values]
+
+
+def test_loggers_of_the_host_have_our_values(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's own callbacks read them; in a test it leaves out the packages that they write to."""
+    board, wandb = Recorder(), Recorder()
+    monkeypatch.setattr(tensorboard, "WRITER", board, raising=False)
+    monkeypatch.setattr(wb, "wb", SimpleNamespace(run=wandb, Image=str))
+    monkeypatch.setattr(wb, "_processed_plots", {}, raising=False)
+
+    def both(trainer: Any) -> None:
+        for logger in (tensorboard, wb):
+            logger.on_fit_epoch_end(trainer)
+
+    trainer = run("amat", "own", {"on_fit_epoch_end": both}, epochs=3, delta=0.5, eps=1.0)
+    rows = table(trainer.save_dir / "results.csv")
+    names = [name for name in rows[0] if "adv_" in name or name == ROBUST]
+    assert {COLUMNS["margin_q50"], COLUMNS["loss_adversarial"], ROBUST} <= set(names)
+    for name in names:
+        expected = [value for row in rows if not math.isnan(value := float(row[name]))]
+        for logger in (board, wandb):
+            assert logger.of(name) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+    prefixes = ("train/", "lr/", "metrics/", "val/")
+    assert all(name.startswith(prefixes) for name in names), "the host gives these the epoch as their step in W&B"
 
 
 def test_checkpoints_hold_plain_values_while_training_and_nothing_afterwards(finished: Any, data: Any) -> None:
@@ -756,6 +845,17 @@ def test_a_run_of_an_earlier_release_goes_on_without_what_it_did_not_know(broken
     settings = resume("sat", last).settings
     assert (settings.schedule, settings.share_gradient, settings.robust_batches) == ("equal", False, 0)
     assert (settings.steps, settings.eps) == (2, 0.5)
+
+
+@pytest.mark.parametrize("words", [{"trainer": AMATDetectionTrainer}, {"method": "amat"}, {"delta": 1.0}], ids=str)
+def test_the_hosts_tuner_refuses_our_trainers_and_arguments(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, Any]
+) -> None:
+    """So that nobody tunes a standard training, and thinks it was another: the page says what to do in its place."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SyntaxError, match=f"'{next(iter(words))}' is not a valid YOLO argument"):
+        YOLO(ONE_HEAD).tune(data=str(data.yaml), iterations=1, epochs=1, device="cpu", **words)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("own", [{}, {"time": 0.5}], ids=str)

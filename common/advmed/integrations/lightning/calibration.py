@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from tqdm import tqdm
 
+from advmed.distributed import place
 from advmed.guard import preserved
 from advmed.integrations.lightning.data import SampleData
+from advmed.progress import watched
 from advmed.thresholds import TermStatistics, Thresholds, sha256
 
 FILE = "thresholds.json"
@@ -86,7 +87,7 @@ def measure(
     found: list[dict[str, torch.Tensor]] = []
     with preserved(model), torch.no_grad():
         torch.manual_seed(seed)  # of dropout
-        for batch in tqdm(data.draws(split, LEAST, MOST, seed), desc="thresholds", disable=None):
+        for batch in watched(data.draws(split, LEAST, MOST, seed), "thresholds", "batches", shown=place()[0] == 0):
             batch = model.transfer_batch_to_device(batch, device, 0)
             objective, images, _ = model.objective(batch)
             _, terms, predictions = objective.loss_and_predictions(images)

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from advmed.distributed import from_first_rank, gathered, place
 from advmed.files import remember, remembered, state_of
+from advmed.progress import watched
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _UNREADABLE = (OSError, ImportError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -101,6 +101,12 @@ def header(path: Path) -> Header:
     _check_mode(path, mode)
     size = (width, height) if orientation >= 5 else (height, width)
     return Header(size, 1 if mode in _GREY else 3, mode.startswith("I"), orientation != 1)
+
+
+def headers_of(paths: Sequence[Path]) -> list[tuple[Path, Header]]:
+    """The paths, each with its header; see :func:`header`."""
+    shown = place()[0] == 0
+    return [(path, header(path)) for path in watched(paths, "reading headers", "images", shown=shown)]
 
 
 def common_channels(headers: Sequence[tuple[Path, Header]]) -> int:
@@ -205,9 +211,7 @@ def check_files(paths: Sequence[Path], threads: int, memory: Sequence[Path] = ()
     unread = [path for path, state in zip(paths, states, strict=True) if state not in known]
     own = unread[rank::size]
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        said = tqdm(
-            pool.map(_mistake, own), total=len(own), desc="images", leave=False, disable=None if rank == 0 else True
-        )
+        said = watched(pool.map(_mistake, own), "reading all images once", "images", total=len(own), shown=rank == 0)
         found = [mistake for mistake in said if mistake is not None]
     every = [mistake for part in gathered(found) for mistake in part]
     if every:
