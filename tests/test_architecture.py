@@ -163,6 +163,11 @@ def test_only_hosts_and_integrations_know_frameworks() -> None:
     assert found == {"": set(), "optuna": {"optuna"}, **FRAMEWORKS}
 
 
+def test_long_work_is_watched_in_one_way() -> None:
+    """By advmed.progress: nobody has bars, or lines on the way, of their own, nor those of a host."""
+    assert {m for m, tree in MODULES.items() if any("tqdm" in n.lower() for n in imports(tree))} == {"advmed.progress"}
+
+
 def test_there_are_no_cycles() -> None:
     graph = {name: {other for other in imports(tree) if other in MODULES} for name, tree in MODULES.items()}
     try:

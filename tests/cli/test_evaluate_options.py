@@ -22,6 +22,7 @@ from advmed.evaluation.subjects import Subject
 from advmed.files import clickable
 from advmed.thresholds import Thresholds
 from helpers.evaluations import record_of
+from helpers.hosts import as_on_a_terminal
 
 DEFAULTS = {option.name: option.default for option in options.EVALUATE}
 
@@ -237,6 +238,17 @@ def test_options_and_what_the_host_says_reach_the_numbers(host: Linear, tmp_path
     assert [path.name for path in (tmp_path / "out" / "a").glob("checks_2_*")]
     assert found["checks"]["a"]
     assert found["bootstrap"]["groups"] == 1
+
+
+def test_an_evaluation_shows_how_far_it_is(
+    host: Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_on_a_terminal(monkeypatch)
+    report(host, examples=2, checks=2, out=tmp_path / "out")
+    shown = capsys.readouterr().err
+    # clean, and two attacks at two levels, of one batch; a curve for each attack; two samples
+    for text in ("a: 100%", "5/5 passes", "a/checks_2_1: 100%", "intervals: 100%", "2/2 curves", "2/2 samples"):
+        assert text in shown, text
 
 
 def test_a_report_is_written_even_if_its_pictures_fail(

@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 
+from advmed import progress
 from advmed.methods.base import Step
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,12 @@ def overflow(patch: Any, row: int) -> None:
         return (gradient,)
 
     patch.setattr(torch.autograd, "grad", overflowing)
+
+
+def as_on_a_terminal(patch: Any) -> None:
+    """From here on bars are shown on the standard error, and at once."""
+    patch.setattr(progress, "on_terminal", lambda: True)
+    patch.setattr(progress, "_DELAY", 0.0)
 
 
 def binary_divergence(clean: Tensor, other: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from advmed.testing.lightning import QUIET, LightningHost, runs
+from advmed.testing.lightning import QUIET, LightningHost, runs, unchanged_process
 from advmed.training.run import LOG_KEYS
-from helpers.hosts import ROOT
+from helpers.hosts import ROOT, as_on_a_terminal
 
 NAMES: dict[str, set[str]] = {
     "adv-classify": {"accuracy", "mAP"},
@@ -70,7 +72,11 @@ def test_callback_metrics_and_loggers_have_our_values_under_the_names_of_the_pag
 def test_a_printed_configuration_can_be_fed_back(host: LightningHost, tmp_path: Path) -> None:
     given = {**host.easy, "model__method__name": "SAT", "model__validation_steps": 1, "trainer__max_epochs": 1}
     words = host.words(tmp_path / "first", **given)
-    printed = host.ok("fit", *words, "--print_config")
+    out = io.StringIO()
+    with unchanged_process(), redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        host.main(["fit", *words, "--print_config"])
+    assert ended.value.code == 0
+    printed = out.getvalue()
     assert not (tmp_path / "first").exists(), "it only prints"
     content = yaml.safe_load(printed)
     assert content["model"]["method"]["name"] == "SAT"
@@ -87,3 +93,17 @@ def test_a_printed_configuration_can_be_fed_back(host: LightningHost, tmp_path: 
     # and so is what a run leaves
     host.ok("fit", "--config", first.folder / "config.yaml", "--trainer.default_root_dir", tmp_path / "third")
     assert len(runs(tmp_path / "third")) == 1
+
+
+@pytest.mark.slow
+def test_thresholds_and_looks_at_the_images_show_how_far_they_are(
+    host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = host.standard.last
+    as_on_a_terminal(monkeypatch)
+    words = ["thresholds", checkpoint, "--device", "cpu", *host.reading()[:-4], "--out", tmp_path / "thresholds.json"]
+    status, _, shown = host.call(*words)
+    assert status == 0, shown
+    assert "thresholds: 100%" in shown
+    if any(isinstance(image, Path) for image in host.read().splits["train"].images):
+        assert "reading headers: 100%" in shown

@@ -15,7 +15,7 @@ import torch
 
 from adv_nnunet import calibration as standard
 from advmed.thresholds import RunningThresholds, TermStatistics, Thresholds, sha256
-from helpers.hosts import different
+from helpers.hosts import as_on_a_terminal, different
 
 FOUND = Thresholds((0.6,), ("ce+dice",), "mean+1std", (0.5,), (0.1,), 10)
 
@@ -90,7 +90,9 @@ def test_self_calibrated_where_there_is_no_finished_standard_training(
     assert "2 epoch(s) of clean warm-up" in bench.log(trainer)
 
 
-def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_mean_is_that_of_the_samples(
+    bench: Any, stock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By hand: the same draws through the same network. Repeatable, and without a trace."""
     trainer = bench.make("AMAT", threshold_samples=12, terms="separate", rule="mean+2std")
     trainer.initialize()
@@ -104,7 +106,9 @@ def test_the_measured_mean_is_that_of_the_samples(bench: Any, stock: Path, monke
     monkeypatch.setattr(standard, "SampleTerms", Spy)
     np.random.seed(98)  # another seed than that of the measurement
     state, weights = np.random.get_state()[1].copy(), {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    as_on_a_terminal(monkeypatch)
     found = standard.measure(trainer, checkpoint)
+    assert "12/12 samples" in capsys.readouterr().err
     values = torch.cat(rows).double().numpy()
     assert values.shape == (12, 2)
     assert found.names == ("ce", "dice")

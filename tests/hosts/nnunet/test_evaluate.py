@@ -22,7 +22,7 @@ from advmed.attacks.names import parse_attacks
 from advmed.evaluation.dice import Counts, adi, tvdi
 from advmed.evaluation.loop import evaluate
 from helpers.ensemble import check_ensemble
-from helpers.hosts import different, table
+from helpers.hosts import as_on_a_terminal, different, table
 
 pytestmark = pytest.mark.slow
 
@@ -123,11 +123,15 @@ def test_gradients_through_recomputed_tiles(size: tuple[int, int]) -> None:
     assert len(passes) == tiles, "without gradients nothing is computed again"
 
 
-def test_adi_and_tvdi_of_clean_slices_and_the_harm_of_an_attack(stock_model: Any, world: Any) -> None:
+def test_adi_and_tvdi_of_clean_slices_and_the_harm_of_an_attack(
+    stock_model: Any, world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Against nnU-Net's own logits, the preprocessed labels, and Dice of sets of pixels."""
     cases = host.validation_cases(stock_model, 0)
     assert list(cases) == world.cases[6:]
+    as_on_a_terminal(monkeypatch)
     samples = host.list_samples(stock_model, cases, 30)
+    assert "reading the cases: 100%" in capsys.readouterr().err
     _predict_foreground(stock_model, cases)
     batches = host.make_batches(stock_model, cases, samples, 7)
     assert [id_ for batch in batches for id_ in batch.ids] == [sample.id for sample in samples]

@@ -36,7 +36,17 @@ from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, widened
 from advmed.thresholds import RunningThresholds, Thresholds
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, DataSet, divergence, epochs, save
-from helpers.hosts import BLOCKER, Interrupted, different, margins_of, overflow, plain, table, watched
+from helpers.hosts import (
+    BLOCKER,
+    Interrupted,
+    as_on_a_terminal,
+    different,
+    margins_of,
+    overflow,
+    plain,
+    table,
+    watched,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -693,12 +703,22 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), DIFFERENT, ids=str)
 def test_a_thresholds_file_of_another_training_is_refused(
-    make: Any, known: Any, trained: Path, tmp_path: Path, change: dict[str, Any], message: str
+    make: Any,
+    known: Any,
+    trained: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Before the first epoch; an augmentation that differs is told."""
+    as_on_a_terminal(monkeypatch)
     info = check_det_dataset(str(known.yaml))
     args = get_cfg(overrides={"imgsz": 96, "batch": 4, "workers": 0, "mosaic": 0.0})
     found = calibration.measure(trained, info, args, rule="mean", device=torch.device("cpu"))
+    shown = capsys.readouterr().err
+    assert all(text in shown for text in ("how good the network is: 100%", "thresholds: 100%", "2/2 batches"))
     found.save(tmp_path / "t.json")
     assert str(tmp_path) not in str(dict(found.notes))
     given = {"source": known, "imgsz": 96, "epochs": 1, "val": False, **change}
