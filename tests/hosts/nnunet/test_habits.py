@@ -20,6 +20,7 @@ from PIL import Image
 
 from adv_nnunet.picture import HEIGHT, add_panels
 from adv_nnunet.trainer import LOG_KEYS
+from advmed.training.run import MethodRun
 
 PLOT = LocalLogger.plot_progress_png
 """The host's, which other tests leave out."""
@@ -92,6 +93,15 @@ def test_each_epoch_of_the_log_says_how_long_the_whole_run_will_take(bench: Any)
         *("(3 epochs)", "(2 epochs)", "(1 epochs)"),
     ]
     assert all("About " in line for line in lines)
+
+
+def test_a_value_that_only_a_method_of_ones_own_has_is_logged(bench: Any) -> None:
+    """The host wants a value for every key in every epoch."""
+    end_epoch = MethodRun.end_epoch
+    more: dict[int, dict[str, float]] = {1: {"own": 2.5}}
+    bench.patch.setattr(MethodRun, "end_epoch", lambda run: end_epoch(run) | more.get(run._epoch, {}))
+    log = bench.saved(bench.train("SAT", epochs=3))["logging"]
+    assert np.array_equal(log["adv_own"], [math.nan, 2.5, math.nan], equal_nan=True)
 
 
 def test_wandb_gets_our_values(bench: Any) -> None:

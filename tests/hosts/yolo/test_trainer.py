@@ -35,6 +35,7 @@ from adv_yolo.checkpoint import STATE
 from adv_yolo.settings import argument_names
 from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, widened
 from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.run import MethodRun
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, DataSet, divergence, epochs, save
 from helpers.hosts import (
     BLOCKER,
@@ -491,8 +492,12 @@ def test_loggers_of_the_host_have_our_values(run: Any, monkeypatch: pytest.Monke
         for logger in (tensorboard, wb):
             logger.on_fit_epoch_end(trainer)
 
+    end_epoch = MethodRun.end_epoch
+    more: dict[int, dict[str, float]] = {1: {"own": 2.5}}  # of a method of one's own
+    monkeypatch.setattr(MethodRun, "end_epoch", lambda run: end_epoch(run) | more.get(run._epoch, {}))
     trainer = run("amat", "own", {"on_fit_epoch_end": both}, epochs=3, delta=0.5, eps=1.0)
     rows = table(trainer.save_dir / "results.csv")
+    assert [row["train/adv_own"] for row in rows] == ["nan", "2.5", "nan"]
     names = [name for name in rows[0] if "adv_" in name or name == ROBUST]
     assert {COLUMNS["margin_q50"], COLUMNS["loss_adversarial"], ROBUST} <= set(names)
     for name in names:
@@ -718,7 +723,8 @@ def test_a_thresholds_file_of_another_training_is_refused(
     args = get_cfg(overrides={"imgsz": 96, "batch": 4, "workers": 0, "mosaic": 0.0})
     found = calibration.measure(trained, info, args, rule="mean", device=torch.device("cpu"))
     shown = capsys.readouterr().err
-    assert all(text in shown for text in ("how good the network is: 100%", "thresholds: 100%", "2/2 batches"))
+    assert "how good the network is: 100%" in shown
+    assert "thresholds: 100%" in shown
     found.save(tmp_path / "t.json")
     assert str(tmp_path) not in str(dict(found.notes))
     given = {"source": known, "imgsz": 96, "epochs": 1, "val": False, **change}
