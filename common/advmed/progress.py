@@ -5,6 +5,7 @@ Every loop of ours that can take more than some seconds is watched by this, on e
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -60,8 +61,9 @@ class ProgressBar:
         self._what, self._unit, self._say, self._clock = what, unit, say or _to_standard_error, clock
         terminal = on_terminal()
         self._lines = shown and not terminal
+        disable = not (shown and terminal)
         self._bar = tqdm(
-            total=total, desc=what, unit=unit, bar_format=_FORMAT, delay=_DELAY, disable=not (shown and terminal)
+            total=total, desc=what, unit=unit, bar_format=_FORMAT, delay=_DELAY, disable=disable, **_unknown_size()
         )
         self._begun, self._before = clock(), 0
         self._next, self._wait = self._begun + _FIRST, _FIRST
@@ -148,6 +150,15 @@ def duration(seconds: float) -> str:
 def on_terminal() -> bool:
     """Whether a person looks at the standard error."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _unknown_size() -> dict[str, int]:
+    """For a terminal that does not know how large it is, as some of containers: there tqdm would show nothing."""
+    try:
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # it is none
+        return {}
+    return {} if columns and lines else {"ncols": 80, "nrows": 24}
 
 
 def write(line: str) -> None:

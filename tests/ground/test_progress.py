@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +95,28 @@ def test_a_terminal_has_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> N
     with ProgressBar("hidden", 4, "pieces", shown=False) as bar:
         bar.update(4)
     assert "hidden" not in shown.getvalue()
+
+
+SMALL = """
+from advmed import progress
+progress._DELAY = 0.0
+with progress.ProgressBar("work", 4, "pieces") as bar:
+    bar.update(4)
+"""
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 100), (30, 0), (30, 100)], ids=str)
+def test_a_terminal_that_does_not_know_its_size_has_a_bar(size: tuple[int, int]) -> None:
+    """As in some containers: tqdm would show nothing there."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, size)
+    process = subprocess.Popen([sys.executable, "-c", SMALL], stderr=theirs)
+    assert process.wait(timeout=60) == 0
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "work: 100%" in shown
+    assert "4/4 pieces" in shown
 
 
 def test_a_terminal_is_spared_what_is_soon_over(monkeypatch: pytest.MonkeyPatch) -> None:
