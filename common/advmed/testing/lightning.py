@@ -55,6 +55,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from advmed.attacks import PGD
+from advmed.cli.runner import report_line
 from advmed.integrations.lightning import RobustModule, SampleData
 from advmed.integrations.lightning.calibration import measure
 from advmed.methods import METHODS, AdaptiveRadiusMethod, AdversarialMethod, method_class
@@ -1435,7 +1436,7 @@ class LightningTrainingContract(OwnFolder):
         assert "Whether the attacks are strong enough was not checked." in text
         assert "AUC_robust" in text
         folder = Path("own", "Linf")
-        assert f"Report: {folder / 'report.html'}" in text
+        assert report_line(folder / "report.html") in text
         assert not Path("own", "L2").exists()
         ids = host.ids("test")
         assert {row["id"] for row in Run(folder).table("samples.csv")} == {ids[0], ids[-1]}
