@@ -61,9 +61,16 @@ class ProgressBar:
         self._what, self._unit, self._say, self._clock = what, unit, say or _to_standard_error, clock
         terminal = on_terminal()
         self._lines = shown and not terminal
-        disable = not (shown and terminal)
+        columns, lines = _size()
         self._bar = tqdm(
-            total=total, desc=what, unit=unit, bar_format=_FORMAT, delay=_DELAY, disable=disable, **_unknown_size()
+            total=total,
+            desc=what,
+            unit=unit,
+            bar_format=_FORMAT,
+            delay=_DELAY,
+            ncols=columns,
+            nrows=lines,
+            disable=not (shown and terminal),
         )
         self._begun, self._before = clock(), 0
         self._next, self._wait = self._begun + _FIRST, _FIRST
@@ -152,13 +159,16 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _unknown_size() -> dict[str, int]:
-    """For a terminal that does not know how large it is, as some of containers: there tqdm would show nothing."""
+def _size() -> tuple[int | None, int | None]:
+    """Columns and lines for a terminal that does not know how many it has, as in some containers; None: it does.
+
+    A bar of no columns is none.
+    """
     try:
         columns, lines = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # it is none
-        return {}
-    return {} if columns and lines else {"ncols": 80, "nrows": 24}
+        return None, None
+    return (None, None) if columns and lines else (80, 24)
 
 
 def write(line: str) -> None:
