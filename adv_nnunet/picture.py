@@ -34,7 +34,7 @@ def add_panels(path: Path, log: Mapping[str, Sequence[float]]) -> None:
     """
     if not path.is_file():
         return
-    with Image.open(path) as opened:
+    with _opened(path) as opened:
         height = int(opened.info.get(HEIGHT, opened.height))
         hosts = opened.convert("RGB").crop((0, 0, opened.width, height))
     ours = _draw(log, hosts.width)
@@ -45,6 +45,14 @@ def add_panels(path: Path, log: Mapping[str, Sequence[float]]) -> None:
     note.add_text(HEIGHT, str(height))
     with replacing(path) as temporary:
         whole.save(temporary, "PNG", pnginfo=note, compress_level=1)
+
+
+def _opened(path: Path) -> Image.Image:
+    """The picture; not by Image.open, in whose place other packages (Ultralytics) put functions of their own."""
+    try:
+        return PngImagePlugin.PngImageFile(path)
+    except SyntaxError as error:  # Pillow's word for a damaged file
+        raise OSError(f"{path.name} cannot be read ({error})") from error
 
 
 def _draw(log: Mapping[str, Sequence[float]], width: int) -> Image.Image:
