@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from advmed.cli import init, options, runner
+from advmed.cli.completion import add_completion
 
 PLANS = "nnUNetPlans"
 DESCRIPTION = "Adversarial training for nnU-Net v2. Train with: nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerAMAT"
@@ -30,6 +31,7 @@ def _dispatch(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("adv-nnunet", description=DESCRIPTION, epilog=runner.DEBUG)
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
 
     t = commands.add_parser(

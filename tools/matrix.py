@@ -36,8 +36,13 @@ CELLS = {
 }
 """Cell: its Python, and which versions uv takes of what pyproject.toml allows."""
 EXTRAS = "nnunet,yolo,classify,landmark,search"
-TOOLS = ("pytest>=8.2", "pytest-xdist>=3.6", "hatchling>=1.27", "editables>=0.5", "mypy>=1.14")
+TOOLS = (
+    *("pytest>=8.2", "pytest-xdist>=3.6", "hatchling>=1.27", "hatch-fancy-pypi-readme>=24.1", "editables>=0.5"),
+    "shtab>=1.7",
+)
 """What runs the tests, at its newest in every cell: it is not what is tested."""
+PEERS = ("torchattacks>=3.5.1",)
+"""What the tests compare with, without what it asks for: its requests of 2021 would hold the rest back."""
 OWN = ("advmed", "editables")
 """What is installed of this repository, and what the build puts beside it."""
 SHOWN = (
@@ -90,7 +95,7 @@ def make(cell: str, torch: list[str]) -> Path:
     version, resolution = CELLS[cell]
     folder = BUILD / cell / "env"
     interpreter, stamp = folder / "bin" / "python", folder / ".complete"
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + repr((TOOLS, torch)).encode()).hexdigest()
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + repr((TOOLS, PEERS, torch)).encode()).hexdigest()
     if stamp.is_file() and stamp.read_text() == wanted:
         return interpreter
     print(f"{cell}: making the environment (Python {version}, {resolution} versions)", flush=True)
@@ -104,6 +109,7 @@ def make(cell: str, torch: list[str]) -> Path:
     chosen = {name: version for name, version in packages(interpreter).items() if name not in OWN}
     kept.write_text("".join(f"{name}=={version}\n" for name, version in chosen.items()))
     subprocess.run([*install, "--constraint", kept, *TOOLS], cwd=ROOT, check=True)
+    subprocess.run([*install, "--no-deps", *PEERS], cwd=ROOT, check=True)
     stamp.write_text(wanted)
     return interpreter
 

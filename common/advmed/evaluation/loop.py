@@ -405,7 +405,11 @@ def evaluate_with_bar(
     folder: Path,
     overwrite: bool = False,
     processes: Processes = ALONE,
-    **how: Any,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    fingerprint: str = "",
+    packages: Sequence[str] = (),
+    criterion: Metric | None = None,
 ) -> Evaluation:
     """:func:`evaluate` as a command runs it: with a progress bar, and the finished batches in ``folder/name``.
 
@@ -417,7 +421,11 @@ def evaluate_with_bar(
         folder: of the report.
         overwrite: forget the batches that an earlier run has finished.
         processes: the processes that share the work; only the first shows a bar.
-        **how: ``bounds``, ``seed``, ``fingerprint`` and ``packages`` of :func:`evaluate`.
+        bounds: as in :func:`evaluate`, like what follows.
+        seed: of the random starts.
+        fingerprint: what the numbers depend on.
+        packages: distributions whose versions they depend on.
+        criterion: the metric that attacks are compared by.
     """
     if overwrite and processes.rank == 0:
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
@@ -429,7 +437,19 @@ def evaluate_with_bar(
             bar.set_postfix_str(text, refresh=False)
             bar.update(done - bar.n)
 
-        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, processes=processes, **how)
+        return evaluate(
+            batches,
+            attacks,
+            levels,
+            folder=folder / name,
+            progress=progress,
+            processes=processes,
+            bounds=bounds,
+            seed=seed,
+            fingerprint=fingerprint,
+            packages=packages,
+            criterion=criterion,
+        )
 
 
 def attack_batch(
