@@ -70,13 +70,13 @@ def test_the_home_folder_of_the_user_is_not_told(
     (tmp_path / "raw").mkdir()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "raw"))
     text = page(capsys, broken=False)
-    assert "~/raw" in text and f"{tmp_path}/" not in text
+    assert "~/raw" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize(
     ("part", "answer", "said"),
     [
-        ("importlib.import_module", "Killed", "advmed: the interpreter ended (Killed)"),
+        ("importlib.import_module", "Killed", "the interpreter ended (Killed)"),
         (
             "importlib.import_module",
             lambda words: [f'["{name}", "{"RuntimeError: no nms" if "yolo" in name else ""}"]' for name in words],
@@ -91,7 +91,7 @@ def test_what_does_not_work_is_said(
 ) -> None:
     answers[part] = (lambda _: answer) if isinstance(answer, str) else answer
     text = page(capsys, broken=True)
-    assert said.replace("advmed: the", "the") in text.split("\nBroken\n")[1]
+    assert said in text.split("\nBroken\n")[1]
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "read-only"])

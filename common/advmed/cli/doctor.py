@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,7 @@ class Page:
                 lines += [title, *(f"  - {line}" for line in found), ""]
         lines.append("Something is broken, see above." if self.broken else "Nothing is broken.")
         text, home = "\n".join(lines), os.path.expanduser("~").rstrip("/")
-        return text.replace(home + "/", "~/") if home else text
+        return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 def _writable(folder: Path) -> bool:
@@ -139,7 +140,7 @@ def requirements() -> dict[str, list[Requirement]]:
     found: dict[str, list[Requirement]] = {}
     for line in requires("advmed") or []:
         requirement = Requirement(line)
-        names = ["", *(host.removeprefix("adv_") for host in OURS), "search"]
+        names = ["", *(host.removeprefix("adv_") for host in OURS[1:]), "search"]
         for extra in names:
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 found.setdefault(extra, []).append(requirement)
