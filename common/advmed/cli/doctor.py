@@ -81,12 +81,12 @@ class Page:
             self.add(title, name, "not set")
             return
         place = Path(path)
-        state = "" if place.is_dir() else " (is a file)" if place.exists() else " (does not exist)"
-        if not state and write and not _writable(place):
-            state = " (cannot be written)"
-        self.add(title, name, path + state)
-        if state:
-            self.broken.append(f"{name} names the folder {path}, which{state.strip().strip('()').join((' ', ''))}")
+        wrong = "" if place.is_dir() else "is a file" if place.exists() else "does not exist"
+        if not wrong and write and not _writable(place):
+            wrong = "cannot be written"
+        self.add(title, name, f"{path} ({wrong})" if wrong else path)
+        if wrong:
+            self.broken.append(f"{name} names the folder {path}, which {wrong}")
 
     def text(self) -> str:
         """The page; the user's home folder is shown as ~."""
@@ -110,14 +110,14 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def ask(code: str, *words: str, environment: dict[str, str] | None = None) -> tuple[list[str], str]:
+def ask(code: str, *words: str) -> tuple[list[str], str]:
     """What code prints in a fresh interpreter of this environment.
 
     Returns:
         Its lines, and why it ended, empty for well.
     """
     command = [sys.executable, "-P", "-c", code, *words]
-    given = {**os.environ, **QUIET, **(environment or {})}
+    given = {**os.environ, **QUIET}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=given, check=False)
     except subprocess.TimeoutExpired:
