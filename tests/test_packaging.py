@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import advmed
-from advmed.versions import tested
+from advmed.versions import ranges
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,7 +77,7 @@ def test_lower_bounds_are_what_was_tested() -> None:
         for part in requirement.specifier:
             assert part.operator == ">=", "upper bounds only where a break is known"
             bounds.setdefault(canonicalize_name(requirement.name), set()).add(part.version)
-    for name, known in tested().items():
+    for name, known in ranges().items():
         (bound,) = bounds[name]
         assert Version(bound) == Version(known.oldest)
         assert Version(known.oldest) <= Version(known.newest)

@@ -43,12 +43,12 @@ class Tested:
 
 
 @cache
-def tested() -> dict[str, Tested]:
+def ranges() -> dict[str, Tested]:
     """The packages that were tested, by their normalised names.
 
     Example:
-        >>> from advmed.versions import tested
-        >>> tested()["torch"].is_older_than("99.0"), tested()["torch"].is_older_than("2.4.0+cpu")
+        >>> from advmed.versions import ranges
+        >>> ranges()["torch"].is_older_than("99.0"), ranges()["torch"].is_older_than("2.4.0+cpu")
         (True, False)
     """
     text = files("advmed").joinpath("tested.toml").read_text("utf-8")
@@ -69,7 +69,7 @@ def newer_than_tested(packages: Iterable[str]) -> list[str]:
     """A sentence for each package that is installed in a version newer than those that were tested."""
     found = []
     for package in packages:
-        known, here = tested().get(canonicalize_name(package)), installed(package)
+        known, here = ranges().get(canonicalize_name(package)), installed(package)
         if known is not None and here is not None and known.is_older_than(here):
             found.append(
                 f"{package} {here} is newer than {known.newest}, the newest release that this Advmed was tested with. "

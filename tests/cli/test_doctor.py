@@ -14,7 +14,7 @@ import pytest
 
 from advmed.cli import doctor
 from advmed.cli.main import main
-from advmed.versions import newer_than_tested, tell_if_newer, tested
+from advmed.versions import newer_than_tested, ranges, tell_if_newer
 
 Said = Callable[..., str]
 
@@ -54,10 +54,10 @@ def page(capsys: pytest.CaptureFixture[str], *, broken: bool) -> str:
 
 def test_the_page_names_what_a_report_needs(answers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     text = page(capsys, broken=False)
-    for name, known in tested().items():
+    for name, known in ranges().items():
         assert f"{known.package} " in text
         assert f"{version(name)} " in text and f"tested: {known.oldest} to {known.newest}" in text
-    for part in ("Python ", "platform ", "advmed[nnunet]  works", "advmed[yolo] ", "adv_nnunet.trainer", "none that"):
+    for part in ("Python ", "platform ", "advmed[nnunet]    works", "advmed[yolo] ", "adv_nnunet.trainer", "none that"):
         assert part in text
     assert "nnUNet_raw " in text and "YOLO_CONFIG_DIR" in text and "runs_dir" in text
 
@@ -178,7 +178,7 @@ def test_a_newer_host_is_pointed_out(
     ("installed", "newer"), [("{newest}", 0), ("{newest}+cpu", 0), ("{newest}.post1", 1), ("x", 0)]
 )
 def test_newer_is_what_no_test_has_seen(installed: str, newer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_versions(monkeypatch, timm=installed.format(newest=tested()["timm"].newest))
+    with_versions(monkeypatch, timm=installed.format(newest=ranges()["timm"].newest))
     assert len(newer_than_tested(["timm", "a-stranger"])) == newer
 
 
@@ -189,7 +189,7 @@ def test_a_newer_host_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         tell_if_newer(("ultralytics", "timm"), said.append)
     (line,) = said
-    assert f"install ultralytics=={tested()['ultralytics'].newest}" in line
+    assert f"install ultralytics=={ranges()['ultralytics'].newest}" in line
 
 
 def test_the_processes_are_real(tmp_path: Path) -> None:

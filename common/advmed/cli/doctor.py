@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from advmed.lazy import OURS
-from advmed.versions import installed, newer_than_tested, tested
+from advmed.versions import installed, newer_than_tested, ranges
 
 PATIENCE = 180
 """Seconds that a process may take: the first import of a framework on a slow disk takes one or two minutes."""
@@ -197,20 +197,20 @@ def _versions(page: Page) -> dict[str, list[str]]:
             how = f"'advmed[{extra}]'" if extra else "advmed"
             text = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install {how}"
             # One of two hosts may have brought what another one needs, too.
-            hosts = {canonicalize_name(name) for name in missing} & tested().keys()
+            hosts = {canonicalize_name(name) for name in missing} & ranges().keys()
             (page.notes if extra and hosts else page.broken).append(text)
         modules[extra] = [requirement.name for requirement in needed if requirement.name not in missing]
         for requirement in needed:
             got = installed(requirement.name)
             if got is not None and not requirement.specifier.contains(got, prereleases=True):
                 page.broken.append(f"advmed asks for {requirement.name}{requirement.specifier}, got {got}")
-    for name, known in tested().items():
+    for name, known in ranges().items():
         version = installed(name)
         judged = "" if version is None else _judged(known.is_older_than(version), known.is_newer_than(version))
         shown = "not installed" if version is None else f"{version}{judged}"
         page.add("Versions", known.package, f"{shown:<26} tested: {known.oldest} to {known.newest}")
-    page.notes.extend(newer_than_tested(tested()))
-    for name in (*tested(), "torchattacks"):
+    page.notes.extend(newer_than_tested(ranges()))
+    for name in (*ranges(), "torchattacks"):
         if installed(name) is not None:
             (page.notes if name == "torchattacks" else page.broken).extend(unmet(name))
     if installed("torchattacks") is not None:
