@@ -157,6 +157,15 @@ def test_versions_that_do_not_fit_are_broken(
     assert said in page(capsys, broken=True).split("\nBroken\n")[1]
 
 
+def test_a_version_that_only_matters_elsewhere_is_a_note(
+    answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_versions(monkeypatch, setuptools="1.0")
+    asked = doctor.requires
+    monkeypatch.setattr(doctor, "requires", lambda name: ["setuptools>=70"] if name == "torch" else asked(name))
+    assert "asks for setuptools>=70, got 1.0" in page(capsys, broken=False).split("\nTo know\n")[1]
+
+
 def test_a_host_that_is_missing_is_no_fault(
     answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

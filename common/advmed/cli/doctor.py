@@ -148,8 +148,8 @@ def requirements() -> dict[str, list[Requirement]]:
     return found
 
 
-def unmet(package: str) -> list[str]:
-    """What an installed package asks for that is installed in another version."""
+def unmet(package: str) -> list[tuple[str, str]]:
+    """What an installed package asks for that is installed in another version: its name, and a sentence."""
     found = []
     for line in requires(package) or []:
         requirement = Requirement(line)
@@ -157,9 +157,8 @@ def unmet(package: str) -> list[str]:
         if here is None or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
             continue
         if not requirement.specifier.contains(here, prereleases=True):
-            found.append(
-                f"{package} {installed(package)} asks for {requirement.name}{requirement.specifier}, got {here}"
-            )
+            text = f"{package} {installed(package)} asks for {requirement.name}{requirement.specifier}, got {here}"
+            found.append((requirement.name, text))
     return found
 
 
@@ -211,8 +210,10 @@ def _versions(page: Page) -> dict[str, list[str]]:
         page.add("Versions", known.package, f"{shown:<26} tested: {known.oldest} to {known.newest}")
     page.notes.extend(newer_than_tested(ranges()))
     for name in (*ranges(), "torchattacks"):
-        if installed(name) is not None:
-            (page.notes if name == "torchattacks" else page.broken).extend(unmet(name))
+        for other, text in unmet(name) if installed(name) is not None else ():
+            # An old pip or setuptools does no harm until something is built.
+            counts = name in ranges() and canonicalize_name(other) in ranges()
+            (page.broken if counts else page.notes).append(text)
     if installed("torchattacks") is not None:
         page.notes.append(
             "torchattacks holds requests at 2.25 and with it an urllib3 of 2023, whose holes are known: leave it out "

@@ -1133,4 +1133,4 @@ def test_a_release_newer_than_those_that_were_tested_is_pointed_out(
     monkeypatch.setattr("advmed.versions.installed", lambda package: "99.0")
     make("sat", tmp_path, eps=1.0)
     (line,) = [line for line in said if "newer than" in line]
-    assert line.startswith("WARNING: ultralytics 99.0 is newer than")
+    assert line.startswith("WARNING: ") and "ultralytics 99.0 is newer than" in line
