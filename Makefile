@@ -11,6 +11,7 @@ DOCS_VENV ?= .venv-docs
 # Both in one go: torch and torchvision must be built alike. On a machine without a GPU the ordinary builds work too.
 TORCH ?= torch torchvision
 PYTEST_ARGS ?=
+CELLS ?=
 # A process for every core, four at most; a file of tests stays in one, which makes what its tests share once.
 PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -32,7 +33,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-yolo demo-classify demo-landmark env test test-fast lint format docs clean
+.PHONY: help demo demo-yolo demo-classify demo-landmark env test test-fast test-matrix lint format docs clean
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
@@ -42,6 +43,7 @@ help:
 	@echo 'make env     environment and installation of everything, for work on Advmed itself'
 	@echo 'make test    environment, installation, lint, then the whole test suite'
 	@echo 'make test-fast  the tests that take seconds, for daily work'
+	@echo 'make test-matrix  the fast suite on Python 3.11 to 3.13 and on the lowest versions; CELLS=... for some of them'
 	@echo 'make lint    formatting, style, and types of all packages'
 	@echo 'make format  let ruff rewrite formatting and what it can mend by itself'
 	@echo 'make docs    build the documentation into build/site'
@@ -67,6 +69,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-matrix:
+	@$(PYTHON) tools/matrix.py $(CELLS)
 
 lint: $(VENV)/.installed-dev
 	@$(PY) -m ruff format --check .

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 from zipfile import BadZipFile
 
 import numpy as np
@@ -104,6 +104,23 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if len(tensor) > self.channels:
             return functional.rgb_to_grayscale(tensor)
         return tensor.expand(3, -1, -1) if len(tensor) < self.channels else tensor
+
+
+class DataOptions(TypedDict, total=False):
+    """The arguments of :class:`ClassificationData`, for the signatures of what derives from it."""
+
+    batch_size: int
+    size: int | tuple[int, int] | None
+    channels: int | None
+    bits: int | None
+    flip: float
+    rotate: float
+    zoom: float
+    color: float
+    transform: Callable[[Tensor], Any] | None
+    sampler: Literal["shuffle", "balanced"]
+    workers: int
+    seed: int
 
 
 class ClassificationData(SampleData):
@@ -245,7 +262,7 @@ class ImageTable(ClassificationData):
         images: str = "images",
         table: str = "labels.csv",
         classes: Sequence[str] | None = None,
-        **options: Any,
+        **options: Unpack[DataOptions],
     ) -> None:
         self.root, self.images, self.table, self.classes = Path(root), images, table, classes
         super().__init__(**options)
@@ -365,7 +382,7 @@ class MedMNIST(ClassificationData):
         ([1, 1], ['val/000000', 'val/000001'])
     """
 
-    def __init__(self, file: str, *, classes: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(self, file: str, *, classes: Sequence[str] | None = None, **options: Unpack[DataOptions]) -> None:
         self.file, self.classes = Path(file), classes
         super().__init__(**options)
 
@@ -431,7 +448,7 @@ class ImageFolder(ClassificationData):
         (['benign', 'malignant'], 1)
     """
 
-    def __init__(self, root: str, **options: Any) -> None:
+    def __init__(self, root: str, **options: Unpack[DataOptions]) -> None:
         self.root = Path(root)
         super().__init__(**options)
 

@@ -76,6 +76,7 @@ class RobustClassifier(RobustModule):
     """
 
     command = "adv-classify"
+    packages = ("lightning", "timm")
     objective_class = ClassificationObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
     better: ClassVar = {"accuracy": "max", "mAP": "max"}

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -187,6 +187,28 @@ def transform(
     return image, moved.to(points.dtype)
 
 
+class DataOptions(TypedDict, total=False):
+    """The arguments of :class:`LandmarkData` but ``spacing``, for the signatures of what derives from it."""
+
+    batch_size: int
+    size: int | tuple[int, int] | None
+    channels: int | None
+    bits: int | None
+    unit: Literal["mm", "px"] | None
+    rotate: float
+    zoom: float
+    shift: float
+    color: float
+    workers: int
+    seed: int
+
+
+class SpacedOptions(DataOptions, total=False):
+    """All of them."""
+
+    spacing: Spacing
+
+
 class LandmarkData(SampleData):
     """Training, validation and test images with landmarks; a subclass reads them.
 
@@ -356,7 +378,7 @@ class LandmarkTable(LandmarkData):
         table: str = "landmarks.csv",
         split_table: str = "split.csv",
         origin: Literal["centre", "corner"] = "centre",
-        **options: Any,
+        **options: Unpack[SpacedOptions],
     ) -> None:
         self.root, self.images, self.table, self.split_table = Path(root), images, table, split_table
         if origin not in ("centre", "corner"):
@@ -482,7 +504,7 @@ class ISBI2015(LandmarkData):
         *,
         annotators: Sequence[str] = ("400_senior", "400_junior"),
         spacing: Spacing = 0.1,
-        **options: Any,
+        **options: Unpack[DataOptions],
     ) -> None:
         self.root, self.annotators = Path(root), list(annotators)
         super().__init__(spacing=spacing, **options)
@@ -582,7 +604,7 @@ class Images(LandmarkData):
         (['a.png'], (32, 32))
     """
 
-    def __init__(self, root: str, landmarks: int | Sequence[str], **options: Any) -> None:
+    def __init__(self, root: str, landmarks: int | Sequence[str], **options: Unpack[SpacedOptions]) -> None:
         self.root, self.landmarks = Path(root), landmarks
         super().__init__(**options)
 

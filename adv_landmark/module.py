@@ -90,6 +90,7 @@ class RobustLandmarks(RobustModule):
     """
 
     command = "adv-landmark"
+    packages = ("lightning", "segmentation-models-pytorch", "timm")
     objective_class = LandmarkObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": LandmarkAttack}
     better: ClassVar = {"MRE": "min", "SDR": "max"}

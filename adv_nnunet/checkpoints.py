@@ -7,6 +7,7 @@ training that is continued takes them again.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import pickle
@@ -27,8 +28,14 @@ _IDS = "ids_sha256"
 
 def _plain_types() -> list[Any]:
     """What the numbers in the host's log are made of, by NumPy 1 or 2, whose functions lie in other modules."""
+    # codecs.encode: of their bytes, which PyTorch allows by itself from a release after 2.4 on.
     functions = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
-    made: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "bool"))]
+    made: list[Any] = [
+        codecs.encode,
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "bool")),
+    ]
     for function in functions:
         for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             made.append(_renamed(function, module))

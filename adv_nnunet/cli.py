@@ -1,4 +1,4 @@
-"""The command ``adv-nnunet``: thresholds, evaluate, settings."""
+"""The command ``adv-nnunet``: init, thresholds, evaluate, settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from advmed.cli import options, runner
+from advmed.cli import init, options, runner
+from advmed.cli.completion import add_completion
 
 PLANS = "nnUNetPlans"
 DESCRIPTION = "Adversarial training for nnU-Net v2. Train with: nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerAMAT"
@@ -30,6 +31,7 @@ def _dispatch(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("adv-nnunet", description=DESCRIPTION, epilog=runner.DEBUG)
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
 
     t = commands.add_parser(
@@ -66,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--batch_size", type=int, default=32, help="slices at a time, 2d only (default: 32)")
     e.add_argument("-step_size", type=float, default=0.5, help="as in nnUNetv2_predict (default: 0.5)")
 
+    i = commands.add_parser("init", help=init.LINE, description=f"{init.LINE.capitalize()}.", epilog=runner.DEBUG)
+    init.add_arguments(i)
+
     commands.add_parser(
         "settings",
-        help="print the default settings, to be edited and saved as adversarial.yaml",
+        help="print all settings with their defaults",
         epilog=runner.DEBUG,
     )
     return parser
@@ -80,6 +85,10 @@ def _dataset_arguments(parser: argparse.ArgumentParser, plans: str | None = PLAN
     parser.add_argument("-f", default="0", metavar="FOLD", help="fold, a number or 'all' (default: 0)")
     parser.add_argument("-p", default=plans, metavar="PLANS", help=f"plans (default: {PLANS})")
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda")
+
+
+def _init(args: argparse.Namespace) -> None:
+    init.write("adv_nnunet", args.folder, args.overwrite, page="docs/nnunet.md")
 
 
 def _settings(args: argparse.Namespace) -> None:
@@ -209,7 +218,7 @@ def _require_environment(*names: str) -> None:
     require_environment(*names)
 
 
-COMMANDS = {"thresholds": _thresholds, "evaluate": _evaluate, "settings": _settings}
+COMMANDS = {"init": _init, "thresholds": _thresholds, "evaluate": _evaluate, "settings": _settings}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from advmed.files import write_whole
 
+PACKAGES = ("nnunetv2",)
+"""Whose releases may break us: a newer one than those that were tested is pointed out."""
 READ_STEP = "e5ba754489b9d7d7405b3f2eb2a4432326ab6930b6fe6e3ce46a13a9c6ed34a7"
 """Of nnUNetTrainer.train_step as it was when ours was written after it (2.8.1), without comments."""
 COMPILE = "nnUNet_compile"

@@ -49,6 +49,7 @@ from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
+from advmed.versions import tell_if_newer
 
 _OF_VALIDATION = ("adv_robust_dice", "adv_ema_robust_dice")
 LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), *_OF_VALIDATION)
@@ -180,6 +181,7 @@ class AdversarialTraining(_Host):
 
     def _tell_about_the_host(self) -> None:
         """What is not as a user of the host expects it, or not as it was when this was written."""
+        tell_if_newer(host.PACKAGES, lambda line: self.print_to_log_file(f"WARNING: {line}"))
         if self._host_compiles() != self._do_i_compile():
             self.print_to_log_file(
                 f"{self.method_name} is trained without torch.compile, where nnU-Net compiles by default, because its "
@@ -420,7 +422,7 @@ class AdversarialTraining(_Host):
             seed += 10_000 * self.current_epoch + 1_000 * self.local_rank
         return with_loader(own, loader, seed)
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+    def get_training_transforms(self, *args: object, **kwargs: object) -> Any:
         """The host's; with a seed, the same in every run."""
         made = super().get_training_transforms(*args, **kwargs)
         return made if self.settings.seed is None else without_measuring(made)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advmed.cli import options, runner
+from advmed.cli import init, options, runner
 from advmed.cli.options import Option
 
 HELP = """
@@ -32,6 +32,9 @@ HELP = """
     3. Trained models under attack, in one report for each norm; see adv-yolo evaluate --help:
         adv-yolo evaluate model=a.pt,b.pt data=data.yaml split=val levels=0,5,10,15
                           {evaluate}
+
+    4. A commented study for advmed search, into a folder of yours:
+        adv-yolo init [FOLDER]
 
     Everything else is what 'yolo' does: adv-yolo detect val|predict|export ...; see 'yolo help'.
 """
@@ -71,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in _ASKED:
         print(HELP.format(evaluate=" ".join(f"[{o.name}=]" for o in EVALUATE[3:] if o.name != "levels")))
+    elif argv[0] == "init":
+        init.main("adv-yolo", "adv_yolo", argv[1:], page="docs/search.md")
     elif argv[0] in OWN:
         if _ASKED & set(argv):
             print(_help_of(argv[0]))

@@ -142,7 +142,7 @@ class ImageTerms:
         """How the host gives the anchors to the objects for such predictions."""
         own, kept = self._followed.assigner, []
 
-        def assigner(*arguments: Any, **more: Any) -> Any:
+        def assigner(*arguments: object, **more: object) -> Any:
             kept.append(own(*arguments, **more))
             return kept[-1]
 
@@ -291,7 +291,7 @@ class _Listener:
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def __call__(self, *arguments: Any, **more: Any) -> Any:
+    def __call__(self, *arguments: object, **more: object) -> Any:
         return self.function(*arguments, **more)
 
 

@@ -66,7 +66,10 @@ from advmed.training.run import (
     saved_thresholds,
     self_calibrated,
 )
+from advmed.versions import tell_if_newer
 
+PACKAGES = ("ultralytics",)
+"""Whose releases may break us: a newer one than those that were tested is pointed out."""
 FILE = "adversarial.yaml"
 """The resolved settings, in the run's folder."""
 MARGINS = "margins.csv"
@@ -129,6 +132,7 @@ class AdversarialTraining(_Host):
             LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
         if method_class(self.method_name, DetectionObjective).keeps_sizes and not host.get("resume"):
             separate_images(host, self.method_name)
+        tell_if_newer(PACKAGES, lambda line: _log(f"WARNING: {line}"))
         self.run: MethodRun | None = None
         self.terms: ImageTerms | None = None
         self._held = ExitStack()
@@ -179,7 +183,7 @@ class AdversarialTraining(_Host):
 
     # Before training: everything that can go wrong goes wrong here.
 
-    def get_model(self, *arguments: Any, **named: Any) -> Any:
+    def get_model(self, *arguments: object, **named: object) -> Any:
         """The host's model, if it is one for detection; notes whether it begins with weights that know the classes."""
         cfg = named["cfg"] if "cfg" in named else arguments[0] if arguments else None
         if cfg is not None:  # another kind of model may fail while it is made, and not say why

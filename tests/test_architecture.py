@@ -34,6 +34,7 @@ GROUND = {
     "margins",
     "thresholds",
     "lazy",
+    "versions",
 }
 LAYERS = [
     {"ground"},
@@ -48,7 +49,19 @@ LAYERS = [
     {"testing"},
 ]
 """From the ground up. A module imports from its own room and from lower layers; rooms of one layer not each other."""
-CORE = {"jinja2", "jsonargparse", "lazy_loader", "matplotlib", "numpy", "scipy", "torch", "tqdm", "yaml"}
+CORE = {
+    "jinja2",
+    "jsonargparse",
+    "lazy_loader",
+    "matplotlib",
+    "numpy",
+    "packaging",
+    "scipy",
+    "shtab",
+    "torch",
+    "tqdm",
+    "yaml",
+}
 """What the core imports beside the standard library."""
 FRAMEWORKS = {
     "advmed.integrations": {"lightning", "PIL", "safetensors"},

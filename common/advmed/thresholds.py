@@ -261,12 +261,21 @@ class TermStatistics:
             raise ValueError(f"the rule {rule!r} needs all losses (keep=True); 'mean' and 'mean+2std' do not")
         return found[0] + factor * found[1]
 
-    def thresholds(self, rule: str, **provenance: Any) -> Thresholds:
+    def thresholds(
+        self,
+        rule: str,
+        *,
+        source: str | None = None,
+        source_sha256: str | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Thresholds:
         """The thresholds by ``rule``.
 
         Args:
             rule: ``mean``, ``mean+2std``, ``median`` or ``median+2spread``, with any number.
-            **provenance: ``source``, ``source_sha256``, ``notes`` of :class:`Thresholds`.
+            source: what they are measured on, such as a checkpoint.
+            source_sha256: of that file.
+            notes: plain values that say more of it.
 
         Raises:
             ValueError: if nothing was taken in; for a rule of the median, if losses are not kept.
@@ -287,7 +296,9 @@ class TermStatistics:
             tuple(self.std.tolist()),
             round(n),
             **robust,
-            **provenance,
+            source=source,
+            source_sha256=source_sha256,
+            notes={} if notes is None else notes,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -230,6 +230,18 @@ def test_a_report_for_each_norm(host: Linear, tmp_path: Path) -> None:
     ]
 
 
+def test_a_host_newer_than_what_was_tested_is_pointed_out(
+    host: Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmed.versions._told", set())
+    monkeypatch.setattr("advmed.versions.newer_than_tested", lambda packages: [f"{name} is new" for name in packages])
+    host.packages = ("torch",)  # type: ignore[misc]  # as below
+    said: list[str] = []
+    given = made(norm=[2, "inf"], attacks=["ifgsm4"], examples=0, checks=0, out=tmp_path / "out")
+    evaluate_models(host, given, say=said.append)
+    assert [line for line in said if "is new" in line] == ["WARNING: torch is new"]
+
+
 def test_options_and_what_the_host_says_reach_the_numbers(host: Linear, tmp_path: Path) -> None:
     host.bounds, host.groups = (-1.0, 0.1), lambda id_: "all"  # type: ignore[misc]  # bounds are of the class otherwise
     _, found = report(host, attacks=["ifgsm4"], checks=2, seed=5, out=tmp_path / "out")

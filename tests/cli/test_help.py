@@ -39,6 +39,7 @@ CALLS = [
         for words in (["--help"], ["evaluate", "--help"], ["thresholds", "-h"])
     ),
     ("adv_nnunet.cli", "settings", "--help"),
+    *((f"{host}.cli", "init", "--help") for host in HOSTS),
     ("adv_yolo.cli",),
     ("adv_yolo.cli", "help"),
     ("adv_yolo.cli", "evaluate", "help"),

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from advmed.cli.init import write_configurations
+from advmed.lazy import OURS
 from advmed.testing.lightning import unchanged_process
 from helpers.hosts import ROOT
 
@@ -84,9 +86,14 @@ def check_printed(printed: str, block: Block, path: Path) -> None:
 
 @contextmanager
 def clone(folder: Path) -> Iterator[None]:
-    """A working folder that looks like a clone of the repository, as far as pages name files of one."""
+    """A working folder that looks like a clone of the repository, as far as pages name files of one.
+
+    With what ``init`` writes into it.
+    """
     for name in ("examples", "docs"):
         (folder / name).symlink_to(ROOT / name)
+    for host in OURS[1:]:
+        write_configurations(host, folder)
     with chdir(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

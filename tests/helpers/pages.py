@@ -12,12 +12,26 @@ from contextlib import chdir, redirect_stdout, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from advmed.testing.lightning import LightningHost, unchanged_process
 from helpers.hosts import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def write_images(folder: Path) -> None:
+    """Folders of images as a user of classifiers has them: two classes, coloured noise with and without a square."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for kind in ("plain", "square"):
+            (folder / split / kind).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 200, (32, 40, 3), np.uint8)
+                pixels[8:24, 8:24] += np.uint8(55 * (kind == "square"))
+                Image.fromarray(pixels).save(folder / split / kind / f"{number}.png")
 
 
 def block(text: str, language: str, part: str) -> str:
@@ -42,17 +56,17 @@ def python(folder: Path, code: str, *flags: str) -> str:
 
 
 def type_commands(folder: Path, page: str, host: LightningHost, network: Sequence[str], samples: int) -> None:
-    """Runs what a page tells to type, shorter and with a small network, in this process."""
+    """Runs what a page tells to type, shorter and with a small network, in this process; the folder holds the data."""
     name = host.module.command
     (script,) = entry_points(group="console_scripts", name=name)
     assert script.value == host.entry
-    (folder / "examples").symlink_to(ROOT / "examples")
     documented = commands(page, name)
-    assert [words[1] for words in documented] == ["fit", "fit", "evaluate", "predict"]
+    assert [words[1] for words in documented] == ["init", "fit", "fit", "evaluate", "predict"]
     short = [*network, "--model.attack.steps", "1", "--data.init_args.workers", "0", "--trainer.max_epochs", "1"]
     short += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
     few = ["--attacks", "[pgd1]", "--samples", str(samples), "--examples", "1", "--checks", "2", "--device", "cpu"]
     more = {  # later words win, so that these go behind what is documented
+        "init": [],
         "fit": [*short, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"],
         "predict": [*short, "--trainer.limit_predict_batches", "2"],
         "evaluate": few,
@@ -62,7 +76,7 @@ def type_commands(folder: Path, page: str, host: LightningHost, network: Sequenc
             host.ok(*words, *more[words[0]])
     assert list(folder.rglob("predictions.csv"))
     readme = [words for words in commands(README, name) if words[1] != "predict"]
-    assert readme == documented[:3]
+    assert readme == documented[:4]
 
 
 def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: str) -> str:
@@ -75,7 +89,7 @@ def run_without_us(folder: Path, code: str, replaced: Mapping[str, str], end: st
 
 
 def check_configuration(path: Path, host: LightningHost) -> dict[str, object]:
-    """An example configuration is read by the command itself as it is written; returns what is made of it."""
+    """A configuration of ours is read by the command itself as it is written; returns what is made of it."""
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
     printed = io.StringIO()
@@ -85,6 +99,6 @@ def check_configuration(path: Path, host: LightningHost) -> dict[str, object]:
     assert shown["model"]["method"]["name"] == wanted["model"]["method"]["name"]
     assert shown["data"]["class_path"] == wanted["data"]["class_path"]
     assert shown["data"]["init_args"].keys() >= wanted["data"]["init_args"].keys()
-    assert text.startswith(f"# {host.module.command} fit --config {path.relative_to(ROOT)}")
+    assert text.startswith(f"# {host.module.command} fit --config {path.name}")
     found: dict[str, dict[str, object]] = shown["model"]
     return found

@@ -71,10 +71,10 @@ def test_lightning(package: str, make: Callable[..., Any], name: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "objective", "example"),
-    [("classify", "ClassificationObjective", "pneumoniamnist"), ("landmark", "LandmarkObjective", "hippocampus")],
+    [("classify", "ClassificationObjective", "pneumoniamnist"), ("landmark", "LandmarkObjective", "table")],
 )
 def test_lists_in_configurations(host: str, objective: str, example: str) -> None:
     wanted = possible(getattr(import_module(f"adv_{host}.objective"), objective))
-    for path in (ROOT / f"docs/{host}.md", ROOT / f"examples/{host}/{example}.yaml"):
+    for path in (ROOT / f"docs/{host}.md", ROOT / f"adv_{host}/configurations/{example}.yaml"):
         (names,) = re.findall(r"^ +name: .*# (STD, .*)$", path.read_text(), re.MULTILINE)
         assert set(names.split(", ")) == wanted, path

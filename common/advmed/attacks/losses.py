@@ -68,7 +68,7 @@ def attack_by_loss(
     *,
     bounds: Bounds,
     generator: torch.Generator | None,
-    **where: Any,
+    initial: Tensor | None = None,
 ) -> AttackResult:
     """Attacks every objective of a loss, run by run, and keeps of each sample the point that its judge finds worst.
 
@@ -80,7 +80,7 @@ def attack_by_loss(
         radius: noise bound.
         bounds: lowest and highest value of an input.
         generator: source of randomness.
-        **where: what else the attack is told, such as where it starts.
+        initial: where the first run starts, for an attack that can be told.
 
     Raises:
         TypeError: for an objective that does not offer what the loss needs, such as classes.
@@ -96,6 +96,7 @@ def attack_by_loss(
     # Each pass by itself: a random layer draws for every attack what it would draw for one alone.
     with attacking(objective):
         goals = [over_draws(goal) for goal in loss.objectives(shown, images)]
+    where = {} if initial is None else {"initial": initial}
     # Only the first run begins where it is told to; the others are there to begin somewhere else.
     searches = [
         (run, goal, {} if number else where) for goal in goals for number, run in enumerate(getattr(own, "runs", [own]))

@@ -27,6 +27,7 @@ from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
 from advmed.report.summary import verdict
 from advmed.report.writer import FILES, configure, refuse_another
+from advmed.versions import tell_if_newer
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +300,8 @@ def compare(
     if not overwrite:
         refuse_other_report(folder, subjects, metrics, level_unit, settings or {})
     processes = Processes.of_environment()
+    if processes.rank == 0:
+        tell_if_newer(packages, lambda line: say(f"WARNING: {line}"))
     attacks = with_control(with_worst(attacks))
     entries = measure_subjects(
         folder,

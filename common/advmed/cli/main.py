@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from advmed.cli import runner
+from advmed.cli.completion import add_completion, asks_for_completion
 
 COMMANDS = {
     "compare": ("advmed.cli.compare", "put the reports of several runs into one table and figure"),
+    "doctor": ("advmed.cli.doctor", "print versions, devices, folders and known problems, to paste into a bug report"),
     "search": ("advmed.cli.search", "choose delta, or any other setting, by AUC_robust on validation data"),
 }
 """Subcommand: its module, and one line of help."""
@@ -35,9 +37,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "advmed", description="Tools of Advmed for trainings and reports of every host.", epilog=runner.DEBUG
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    add_completion(parser)
     for name, (module, line) in COMMANDS.items():
         command = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.", epilog=runner.DEBUG)
-        if name in argv:  # the others are not imported, so that a mistyped command is answered at once
+        # The others are not imported, so that a mistyped command is answered at once.
+        if name in argv or asks_for_completion(argv):
             import_module(module).add_arguments(command)
     return parser
 

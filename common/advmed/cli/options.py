@@ -73,7 +73,7 @@ THRESHOLDS = (
 """The options of every ``thresholds``."""
 
 
-def with_defaults(options: Sequence[Option], **defaults: Any) -> tuple[Option, ...]:
+def with_defaults(options: Sequence[Option], **defaults: object) -> tuple[Option, ...]:
     """The options, some of them with a host's own defaults."""
     return tuple(replace(o, default=defaults[o.name]) if o.name in defaults else o for o in options)
 

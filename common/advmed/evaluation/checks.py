@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmed.attacks import APGD, DDN, PGD, Attack, AttackResult, Noise, SquareAttack, Standard
-from advmed.attacks.problem import attacking
+from advmed.attacks.problem import Bounds, attacking
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric, Scores
 from advmed.evaluation.worst import WorstOf
@@ -68,9 +68,18 @@ class Unlimited:
         """What it does, for a report."""
         return f"{self.attack.description}; the noise may be as large as the image"
 
-    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
+    def __call__(
+        self,
+        objective: Any,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        bounds: Bounds = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
         """Attacks a batch; see :class:`advmed.attacks.PGD`."""
-        return self.attack(objective, images, norm(images, self.norm).clamp_min(radius), **how)
+        radius = norm(images, self.norm).clamp_min(radius)
+        return self.attack(objective, images, radius, bounds=bounds, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,15 @@ class Again:
     queries: ClassVar[int] = 2
     description: ClassVar[str] = "no attack: a second pass over the clean images"
 
-    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, **how: Any) -> AttackResult:
+    def __call__(
+        self,
+        objective: Any,
+        images: Tensor,
+        radius: float | Tensor,
+        *,
+        bounds: Bounds = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
         """Asks twice; see :class:`advmed.attacks.PGD`, whose arguments these are."""
         with attacking(objective):
             terms = check_terms(objective(images), images)

@@ -407,7 +407,11 @@ def evaluate_with_bar(
     folder: Path,
     overwrite: bool = False,
     processes: Processes = ALONE,
-    **how: Any,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    fingerprint: str = "",
+    packages: Sequence[str] = (),
+    criterion: Metric | None = None,
 ) -> Evaluation:
     """:func:`evaluate` as a command runs it: with a progress bar, and the finished batches in ``folder/name``.
 
@@ -419,7 +423,11 @@ def evaluate_with_bar(
         folder: of the report.
         overwrite: forget the batches that an earlier run has finished.
         processes: the processes that share the work; only the first shows a bar.
-        **how: ``bounds``, ``seed``, ``fingerprint`` and ``packages`` of :func:`evaluate`.
+        bounds: as in :func:`evaluate`, like what follows.
+        seed: of the random starts.
+        fingerprint: what the numbers depend on.
+        packages: distributions whose versions they depend on.
+        criterion: the metric that attacks are compared by.
     """
     if overwrite and processes.rank == 0:
         shutil.rmtree(folder / name / "parts", ignore_errors=True)
@@ -430,7 +438,19 @@ def evaluate_with_bar(
         def progress(done: int, total: int, text: str) -> None:
             bar.update(done - bar.done, text, earlier=text == EARLIER)
 
-        return evaluate(batches, attacks, levels, folder=folder / name, progress=progress, processes=processes, **how)
+        return evaluate(
+            batches,
+            attacks,
+            levels,
+            folder=folder / name,
+            progress=progress,
+            processes=processes,
+            bounds=bounds,
+            seed=seed,
+            fingerprint=fingerprint,
+            packages=packages,
+            criterion=criterion,
+        )
 
 
 def attack_batch(

@@ -42,7 +42,7 @@ class WorstOf:
         """What it is, for a report."""
         return f"the worst of {', '.join(self.attacks)} for the metric, sample by sample"
 
-    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, /, **how: Any) -> AttackResult:
+    def __call__(self, objective: Any, images: Tensor, radius: float | Tensor, /, **how: object) -> AttackResult:
         """Raises NotImplementedError: it is put together from what attacks have found."""
         raise NotImplementedError("the worst of several attacks is put together from what they found; run those")
 

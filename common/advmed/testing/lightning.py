@@ -236,7 +236,7 @@ class LightningHost(ABC):
         assert told.count("\n") <= 2
         return told
 
-    def words(self, folder: Path, **changes: Any) -> list[str]:
+    def words(self, folder: Path, **changes: object) -> list[str]:
         """The options of a short training whose runs go to a folder."""
         given = {
             "data": self.data.__name__,
@@ -254,18 +254,18 @@ class LightningHost(ABC):
         }
         return in_words({**given, **changes})
 
-    def reading(self, images: Options | None = None, **changes: Any) -> list[str]:
+    def reading(self, images: Options | None = None, **changes: object) -> list[str]:
         """The words by which a command reads images, those of :attr:`folder` if none are given, on the CPU."""
         options = {**(self.images if images is None else images), "workers": 0, **changes}
         quick = {"trainer__accelerator": "cpu", "trainer__enable_progress_bar": "false"}
         return in_words({"data": self.data.__name__, **{f"data__{k}": v for k, v in options.items()}, **quick})
 
-    def fit(self, folder: Path, **changes: Any) -> Run:
+    def fit(self, folder: Path, **changes: object) -> Run:
         """Trains by the command."""
         self.ok("fit", *self.words(folder, **changes))
         return runs(folder)[-1]
 
-    def refused(self, **changes: Any) -> str:
+    def refused(self, **changes: object) -> str:
         """The message of a training that must not begin."""
         with tempfile.TemporaryDirectory() as name:
             message = self.fails("fit", *self.words(Path(name), **changes))
@@ -274,7 +274,7 @@ class LightningHost(ABC):
         assert left <= {"config.yaml", "hparams.yaml"}  # Lightning writes them before it asks anybody
         return message
 
-    def kept(self, name: str, **changes: Any) -> Run:
+    def kept(self, name: str, **changes: object) -> Run:
         """A training that several tests look at, done once."""
         if name not in self._kept:
             self._kept[name] = self.fit(self.folder / name, **changes)
@@ -291,7 +291,7 @@ class LightningHost(ABC):
         """A training by AMAT, of augmented images."""
         return self.kept("adaptive", trainer__max_epochs=3, model__method__name="AMAT", **self.augmented)
 
-    def read(self, **changes: Any) -> Any:
+    def read(self, **changes: object) -> Any:
         """The data module of the images."""
         return self.data(**{**self.images, "batch_size": self.batch_size, "workers": 0, **changes})
 
@@ -1632,7 +1632,7 @@ class LightningTrainingContract(OwnFolder):
             assert together.logged(key) == pytest.approx(alone.logged(key), rel=1e-5), key
 
 
-def data_of(run: Run, **changes: Any) -> list[str]:
+def data_of(run: Run, **changes: object) -> list[str]:
     """The data section of a run's configuration as a file of its own, with changes."""
     content = {"data": run.yaml()["data"]}
     content["data"]["init_args"].update(changes)

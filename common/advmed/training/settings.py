@@ -183,7 +183,7 @@ def make_settings(kind: type[S], values: Mapping[str, Any], origin: str) -> S:
     raise ValueError(f"{origin}: " + "; ".join(problems) + more)
 
 
-def settings_text(settings: TrainingSettings, **notes: Any) -> str:
+def settings_text(settings: TrainingSettings, **notes: object) -> str:
     """Settings with every default filled in, as YAML that :func:`read_settings` reads.
 
     Args:

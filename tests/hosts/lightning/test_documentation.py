@@ -23,7 +23,7 @@ NETWORK = {"encoder": "tu-test_resnet", "decoder_channels": [16, 16, 8, 8, 8]}
 TYPED: dict[str, tuple[Any, ...]] = {
     "classify": (
         *({"name": "test_resnet"}, {"L2", "Linf"}, "import timm"),
-        *('"resnet18", num_classes=7', '"test_resnet", num_classes=2, in_chans=1', ("2, 1, 28, 28", "(2, 2)")),
+        *('"resnet18", num_classes=7', '"test_resnet", num_classes=2', ("2, 3, 128, 128", "(2, 2)")),
     ),
     "landmark": (
         *(NETWORK, {"L2"}, "import segmentation_models_pytorch"),
@@ -43,6 +43,8 @@ def test_the_commands_of_a_page_work(host: LightningHost, tmp_path: Path, monkey
     monkeypatch.setattr(host.module, "judge", lambda *_: Judgement("quality", 1.0, "of a test", False, False))
     name = host.module.command.removeprefix("adv-")
     network, norms, imported, stock, own, shape = TYPED[name]
+    pages.write_images(tmp_path / "images")
+    (tmp_path / "landmarks").symlink_to(EXAMPLES / "data" / "hippocampus_landmarks")
     words = [word for option, value in network.items() for word in (f"--model.network.{option}", str(value))]
     pages.type_commands(tmp_path, PAGES[name], host, words, 6)
     assert {path.parent.name for path in (tmp_path / "runs").glob("*/report/*/report.html")} == norms
@@ -98,12 +100,12 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert 0.5 < float(capsys.readouterr().out.rsplit(":", 1)[1]) <= 1
 
 
-def test_the_example_configurations_are_understood(host: LightningHost) -> None:
+def test_the_configurations_are_understood(host: LightningHost) -> None:
     """The names in the table of the classifiers' page are those of the settings."""
     name = host.module.command.removeprefix("adv-")
-    paths = sorted((EXAMPLES / name).glob("*.yaml"))
-    assert len(paths) == 3
-    for path in paths:
+    paths = sorted((ROOT / f"adv_{name}" / "configurations").glob("*.yaml"))
+    assert len(paths) == 4
+    for path in (path for path in paths if not path.name.startswith("search")):
         shown = pages.check_configuration(path, host)
         if name == "classify":
             told = {name for section in ("method", "attack") for name in shown[section]} - {"backward", "seed"}

@@ -324,3 +324,18 @@ def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
             lambda data=data: load_model("own", run.last, data, "val", torch.device("cpu"), gradcam=False),
         ):
             check() if fits else told(ValueError, check, f"{run.last} {said}")
+
+
+def test_releases_newer_than_those_that_were_tested_are_pointed_out(
+    host: LightningHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Lightning, and of what the networks are from; once."""
+    monkeypatch.setattr("advmed.versions._told", set())
+    monkeypatch.setattr("advmed.versions.installed", lambda package: "99.0")
+    module = host.module.__new__(host.module)  # of the whole module it takes the class
+    with pytest.warns(UserWarning, match=r"99\.0 is newer than") as told:
+        module.setup("validate")
+        module.setup("validate")
+    named = [str(warning.message).split()[0] for warning in told]
+    assert named == list(host.module.packages)
+    assert {"lightning", "timm"} <= set(named)

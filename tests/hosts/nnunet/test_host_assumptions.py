@@ -164,3 +164,16 @@ def test_the_training_step_is_the_one_that_ours_repeats(bench: Any, monkeypatch:
     trainer = bench.make("SAT", tag="x")
     trainer.initialize()
     assert "WARNING: this release of nnU-Net has another training step" in bench.log(trainer)
+
+
+def test_a_release_newer_than_those_that_were_tested_is_pointed_out(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmed.versions._told", set())
+    trainer = bench.make("SAT", tag="known")
+    trainer.initialize()
+    assert "newer than" not in bench.log(trainer)
+    monkeypatch.setattr("advmed.versions.installed", lambda package: "99.0")
+    trainer = bench.make("SAT", tag="new")
+    trainer.initialize()
+    assert "WARNING: nnunetv2 99.0 is newer than" in bench.log(trainer)

@@ -1250,3 +1250,13 @@ def test_what_cannot_be_trained_is_refused_before_the_first_epoch(
         trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
         trainer.train()
     assert (kind, arguments, message) in LATE or not (tmp_path / "runs").exists()
+
+
+def test_a_release_newer_than_those_that_were_tested_is_pointed_out(
+    make: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmed.versions._told", set())
+    monkeypatch.setattr("advmed.versions.installed", lambda package: "99.0")
+    make("sat", tmp_path, eps=1.0)
+    (line,) = [line for line in said if "newer than" in line]
+    assert line.startswith("WARNING: ") and "ultralytics 99.0 is newer than" in line

@@ -1,4 +1,4 @@
-"""The command of a Lightning host: LightningCLI's ``fit|validate|test|predict``, and ``thresholds`` and ``evaluate``.
+"""The command of a Lightning host: LightningCLI's ``fit|validate|test|predict``, and ``init|thresholds|evaluate``.
 
 A host says what is particular to it in a subclass of :class:`LightningCommand`, and imports its packages where they are
 needed, so that a request for help and a mistyped command are answered at once.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from advmed.cli import options, runner
+from advmed.cli import init, options, runner
 
 if TYPE_CHECKING:
     from advmed.integrations.lightning import RobustModule, SampleData
@@ -22,6 +22,7 @@ OWN = {
     "thresholds": "Thresholds for AMAT from a trained standard model.",
     "evaluate": "Trained models under attack, in one report for each norm.",
 }
+INIT = "init"
 LIGHTNING = {
     "fit": "train",
     "validate": "measure a checkpoint on the validation split",
@@ -102,6 +103,8 @@ class LightningCommand(ABC):
                 self._parser(argv[0], full=False).print_help()
             else:
                 (self._thresholds if argv[0] == "thresholds" else self._evaluate)(argv[1:])
+        elif argv and argv[0] == INIT:
+            init.main(self.name, self.name.replace("-", "_"), argv[1:], page=self._page)
         elif help_wanted:
             print(self._help(argv[0] if argv[0] in LIGHTNING else None))
         else:
@@ -110,11 +113,16 @@ class LightningCommand(ABC):
                 sys.argv[1:] = argv  # LightningCLI warns where it is given others
             self._lightning(argv)
 
+    @property
+    def _page(self) -> str:
+        """Of the documentation."""
+        return f"docs/{self.extra}.md"
+
     def _help(self, subcommand: str | None) -> str:
         """A short help: to list every option of Lightning's takes the import of all of Lightning."""
-        page = f"docs/{self.extra}.md"
+        page = self._page
         if subcommand is None:
-            names = {**LIGHTNING, **{name: text[0].lower() + text[1:-1] for name, text in OWN.items()}}
+            names = {INIT: init.LINE, **LIGHTNING, **{name: text[0].lower() + text[1:-1] for name, text in OWN.items()}}
             lines = [
                 f"usage: {self.name} {{{','.join(names)}}} ...",
                 "",
@@ -122,7 +130,8 @@ class LightningCommand(ABC):
                 "",
                 *(f"  {name:<12}{text}" for name, text in names.items()),
                 "",
-                f"The first four are LightningCLI's. {self.name} NAME --help says more of each; see also {page}.",
+                f"{', '.join(LIGHTNING)} are LightningCLI's. {self.name} NAME --help says more of each; see also",
+                f"{page}.",
             ]
         else:
             checkpoint = "" if subcommand == "fit" else " --ckpt_path CHECKPOINT"

@@ -38,6 +38,7 @@ from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import RunSettings, TrainingSettings
+from advmed.versions import tell_if_newer
 
 STATE = "advmed"
 """Key of our state in a checkpoint; plain values."""
@@ -105,6 +106,8 @@ class RobustModule(LightningModule):
     """The class of its objectives."""
     sections: ClassVar[Mapping[str, type]]
     """The arguments that are dataclasses, by name."""
+    packages: ClassVar[tuple[str, ...]] = ("lightning",)
+    """Whose releases may break it: a newer one than those that were tested is pointed out."""
     better: ClassVar[Mapping[str, str]] = {}
     """Whether a metric is better when it is larger, "max", or smaller, "min"; by what its name begins with."""
     run: MethodRun | None
@@ -212,6 +215,7 @@ class RobustModule(LightningModule):
         Raises:
             ValueError: for a callback that does.
         """
+        tell_if_newer(self.packages, lambda line: say(f"WARNING: {line}"))
         for callback in self.trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # as below
             if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
                 raise ValueError(
