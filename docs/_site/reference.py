@@ -69,6 +69,7 @@ def _value(value: Any) -> str:
 def _commands() -> Iterator[str]:
     from adv_nnunet.cli import _parser as nnunet
     from adv_yolo import cli as yolo
+    from advmed.cli.completion import OPTION
     from advmed.cli.main import COMMANDS
     from advmed.cli.main import _parser as advmed
 
@@ -78,10 +79,13 @@ def _commands() -> Iterator[str]:
     yield "whole traceback of an error. The exit status is 0, or 1 after an error, which is said in one line; 130 if"
     yield "`advmed search` was interrupted. Settings of a training are [another page](settings.md)."
     yield ""
-    yield from _section("advmed", "What concerns every host: reports side by side, and the choice of settings.")
+    completion = f"`{OPTION} SHELL` prints the completion of a shell ([how](installation.md))."
+    yield from _section(
+        "advmed", f"What concerns every host: reports side by side, and the choice of settings. {completion}"
+    )
     for name in COMMANDS:
         yield from _argparse(f"advmed {name}", _subparsers(advmed([name]))[name])
-    yield from _section("adv-nnunet", "Beside the stock `nnUNetv2_*` commands ([nnU-Net](nnunet.md)).")
+    yield from _section("adv-nnunet", f"Beside the stock `nnUNetv2_*` commands ([nnU-Net](nnunet.md)). {completion}")
     for name, parser in _subparsers(nnunet()).items():
         helps = {action.dest: action.help for action in _subparsers_action(nnunet())._choices_actions}
         parser.description = parser.description or helps[name]
@@ -111,6 +115,14 @@ def _argparse(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from ("It has no options.", "")
         return
     yield from _table(("option", "what it is"), [(_spelling(action), _help(action)) for action in actions])
+
+
+def _init(name: str) -> Iterator[str]:
+    from advmed.cli import init
+
+    parser = argparse.ArgumentParser(description=init.LINE)
+    init.add_arguments(parser)
+    yield from _argparse(f"{name} init", parser)
 
 
 def _spelling(action: argparse.Action) -> str:
@@ -146,6 +158,7 @@ def _yolo(cli: Any) -> Iterator[str]:
         "[settings](settings.md#ultralytics-yolo) beside the host's.",
         "",
     )
+    yield from _init("adv-yolo")
     texts = {
         "thresholds": "Thresholds for AMAT from a trained standard model.",
         "evaluate": "Trained models under attack, in one report for each norm.",
@@ -168,9 +181,10 @@ def _lightning(command: Any, title: str) -> Iterator[str]:
     name, page = command.name, f"[{title}]({command.extra}.md)"
     yield from _section(
         name,
-        f"[LightningCLI](https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html) with two commands of ours "
+        f"[LightningCLI](https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html) with three commands of ours "
         f"({page}). `{name} fit --help-all` prints every option of Lightning's, too.",
     )
+    yield from _init(name)
     anchor = f"[settings](settings.md#{title.lower()})"
     for subcommand, text in cli.LIGHTNING.items():
         yield from (f"### {name} {subcommand}", "", _sentence(text), "")
