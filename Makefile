@@ -41,7 +41,7 @@ help:
 	@echo 'make demo-classify  STD, SAT and DPAAT on real chest X-rays'
 	@echo 'make demo-landmark  STD, SAT and AMAT on real MRI slices with landmarks'
 	@echo 'make env     environment and installation of everything, for work on Advmed itself'
-	@echo 'make test    environment, installation, lint, then the whole test suite'
+	@echo 'make test    environments, installation, lint, then the whole test suite'
 	@echo 'make test-fast  the tests that take seconds, for daily work'
 	@echo 'make test-matrix  the fast suite on Python 3.11 to 3.13 and on the lowest versions; CELLS=... for some of them'
 	@echo 'make lint    formatting, style, and types of all packages'
@@ -63,7 +63,7 @@ demo-classify: $(VENV)/.installed-classify
 demo-landmark: $(VENV)/.installed-landmark
 	@$(PY) examples/demo_landmark.py
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(DOCS_VENV)/.installed
 	@$(MAKE) --no-print-directory lint
 	@$(PYTEST) $(PYTEST_ARGS)
 

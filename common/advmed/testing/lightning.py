@@ -845,7 +845,11 @@ class LightningTrainingContract(OwnFolder):
         assert 1e-3 < length <= host.steps * 1.001e-3
 
         watched.ids.clear()
-        given |= {"optimizer__lr": 0.0, "lr_scheduler": "ExponentialLR", "lr_scheduler__gamma": 0.5}
+        given |= {
+            "optimizer__lr": 0.0,
+            "lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR",
+            "lr_scheduler__gamma": 0.5,
+        }
         host.fit(tmp_path, **given, checkpoint__dirpath=tmp_path / "kept", checkpoint__filename="top")
         assert {path.name for path in (tmp_path / "kept").iterdir()} == {"top.ckpt", "last.ckpt"}
         state = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)
