@@ -56,7 +56,7 @@ HOST = ("imgsz", "batch", "device", "conf", "iou", "max_det", "nms", "workers", 
 NO_TUNE = (
     "there is no tune here: Ultralytics' tuner takes no trainer and no argument of ours, and chooses by clean images. "
     "'advmed search STUDY.yaml' chooses delta, or any other argument, by AUC_robust; begin with "
-    "examples/search/yolo.yaml, see docs/search.md"
+    "search_yolo.yaml, which adv-yolo init writes"
 )
 _ASKED = {"help", "-h", "--help", "-help"}
 

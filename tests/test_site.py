@@ -56,6 +56,23 @@ def test_pages_of_results_have_one_form(page: str) -> None:
     assert "$ " in text.partition("## What was run")[2].partition("## Results")[0], "the command that was run"
 
 
+def test_what_is_named_in_the_repository_is_there() -> None:
+    """Pages, messages and comments name files by their path; one that has moved must take its names along."""
+    named = re.compile(
+        r"(?<![\w/.-])(?:examples|benchmarks|docs|tools|common|adv_\w+)/[\w/.-]+\.(?:py|yaml|md|ipynb|toml)\b"
+    )
+    folders = [ROOT / name for name in ("examples", "benchmarks", "docs", "common", *PACKAGES[1:])]
+    files = [path for folder in folders for kind in ("*.py", "*.md", "*.yaml") for path in folder.rglob(kind)]
+    lost = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*files, ROOT / "README.md"]
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert len(files) > 200
+    assert not lost
+
+
 # What is built
 
 
