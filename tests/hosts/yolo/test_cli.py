@@ -246,7 +246,10 @@ THRESHOLDS, EVALUATE = ([name, "model={model}", "data={data}", "device=cpu"] for
         ([*THRESHOLDS, "out=no/such/t.json"], r"t.json cannot be written to .*/no/such \(No such file"),
         ([*TRAIN, "method=sat", "model=yolov8s-worldv2.yaml"], "with the head WorldDetect.*YOLO-World"),
         ([*TRAIN, "method=sat", "model=yoloe-11s.yaml"], "with the head YOLOEDetect"),
-        *((words, "no tune here.*advmed search.*search_yolo.yaml, which adv-yolo init writes") for words in (["detect", "tune"], ["mode=tune"])),
+        *(
+            (words, "no tune here.*advmed search.*search_yolo.yaml, which adv-yolo init writes")
+            for words in (["detect", "tune"], ["mode=tune"])
+        ),
         (["train", "resume"], r"train resume needs model=\.\.\., the last.pt of the run"),
         (["train", "resume", "model=no/last.pt"], "there is no model file no/last.pt"),
         (["train", "resume", "model={model}"], "best.pt is a finished training, there is nothing to resume"),
