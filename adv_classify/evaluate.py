@@ -168,7 +168,7 @@ def metrics(gradcam: bool = True) -> list[Metric]:
         found.append(
             Metric(
                 "Grad-CAM agreement",
-                lambda scores: float(np.clip(np.nanmean(scores["cam"]), 0, 1)),
+                mean_agreement,
                 description="Mean correlation of the Grad-CAM maps of clean and attacked image, for the class that is "
                 "predicted on the clean one; images whose map is empty are left out.",
                 per_sample=lambda scores: scores["cam"],
@@ -192,6 +192,12 @@ def correct(scores: Scores) -> np.ndarray:
 def accuracy(scores: Scores) -> float:
     """Share of images whose class is predicted."""
     return float(correct(scores).mean())
+
+
+def mean_agreement(scores: Scores) -> float:
+    """Mean over the images whose map is not empty; NaN where all are."""
+    known = scores["cam"][~np.isnan(scores["cam"])]
+    return float(np.clip(known.mean(), 0, 1)) if known.size else float("nan")
 
 
 def balanced_accuracy(scores: Scores) -> float:

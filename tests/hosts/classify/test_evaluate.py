@@ -63,6 +63,12 @@ def test_metrics_are_those_of_scikit_learn(absent: bool) -> None:
     assert [metric.name for metric in host_evaluate.metrics(False)] == ["mAP", "accuracy", "balanced accuracy"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_every_map_is_empty_the_agreement_is_no_number() -> None:
+    (agreement,) = (metric for metric in host_evaluate.metrics() if metric.name == "Grad-CAM agreement")
+    assert np.isnan(agreement.of({"cam": np.full(4, np.nan)}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["L2", "Linf"])
 def test_the_report_says_whether_to_believe_it(host: Classify, audit: Any, kind: str) -> None:
