@@ -120,6 +120,9 @@ OUTSIDE = """[...document.querySelectorAll('.md-content *')]
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
 CUT = """[...document.querySelectorAll('pre > code')].filter(e => e.innerText.startsWith('$ '))
     .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"""
+SCROLLS = """[...document.querySelectorAll('.language-python pre > code')].filter(e => !e.closest('.doc-contents'))
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"""
+"""Code of the pages that a desk's screen does not hold; that of docstrings is as wide as they are."""
 BROKEN = r"""(() => { const broken = [];
     for (const cell of document.querySelectorAll('td, th')) {
         const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
@@ -141,7 +144,7 @@ BROKEN = r"""(() => { const broken = [];
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_every_page_is_whole_at_a_desk_and_on_a_phone(site: Path, browser: Browser, width: int) -> None:
-    """Nothing hangs over the edge or is fetched from elsewhere, no command is cut, no name is broken."""
+    """Nothing hangs over the edge or is fetched from elsewhere, no command or code is cut, no name is broken."""
     found: dict[str, Any] = {}
     pages = sorted(path for path in site.rglob("*.html") if path.name != "404.html")  # which is for a server
     assert len(pages) > 30
@@ -151,6 +154,7 @@ def test_every_page_is_whole_at_a_desk_and_on_a_phone(site: Path, browser: Brows
         wide = browser.value("document.documentElement.scrollWidth")
         seen = [wide] if wide > width else []
         seen += troubles(browser) + browser.value(OUTSIDE) + browser.value(CUT) + browser.value(BROKEN)
+        seen += browser.value(SCROLLS) if width == DESK else []
         if seen:
             found[page] = seen
     assert not found
