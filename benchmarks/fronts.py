@@ -35,6 +35,8 @@ import demo_classify  # noqa: E402  # found by the line above
 import demo_landmark  # noqa: E402  # found by the line above
 import demo_yolo  # noqa: E402  # found by the line above
 
+from advmed.margins import read_margins  # noqa: E402
+
 Settings = dict[str, Any]
 """Of a training by its method, beside the defaults."""
 
@@ -62,6 +64,12 @@ def ingredients(sat: float, wide: Settings) -> dict[str, Settings]:
         f"SAT {sat:g}, 20 steps from scratch": {"method": "SAT", "eps": sat, **scratch},
         "AMAT wide, 20 steps from scratch, mean+4std": amat(4, **sphere, refinement="secant", **scratch),
     }
+
+
+def controls() -> dict[str, Settings]:
+    """SAT at the median of what AMAT has learnt, and at a level drawn from it for each sample anew."""
+    of = {"method": "SAT", "of": "AMAT wide on the sphere, mean+4std"}
+    return {"SAT at AMAT's median, mean+4std": of, "SAT drawn from AMAT's margins, mean+4std": {**of, "drawn": True}}
 
 
 def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
@@ -148,6 +156,13 @@ class Lightning(Host):
     def train(self, name: str) -> list[str]:
         words = [self.tool, "fit", "--config", str(self.work / "demo.yaml"), "--seed_everything", str(self.seed)]
         settings = {"method": "STD"} if name == "STD" else dict(self.runs[name])
+        if of := settings.pop("of", None):
+            margins = self.work / slug(of) / "lightning_logs" / "version_0" / "margins.csv"
+            learnt = read_margins(margins)
+            assert learnt is not None, f"{margins} is of a run that comes first"
+            settings["eps"] = round(float(np.median(learnt)), 4)
+            if settings.pop("drawn", False):
+                settings |= {"trainer.callbacks+": "ingredients.Drawn", "trainer.callbacks.margins": margins}
         chosen = {"model.method.name": settings.pop("method"), "trainer.default_root_dir": self.work / slug(name)}
         if settings.pop("scratch", False):  # as many visits of an image as the other runs have in all
             chosen["trainer.max_epochs"] = self.demo.EPOCHS + self.demo.EPOCHS // 4
@@ -193,6 +208,7 @@ class Landmark(Lightning):
         **runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0}),
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
         **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}),
+        **controls(),
     }
 
 
@@ -204,6 +220,7 @@ class Classify(Lightning):
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
         **ingredients(0.8, {"margin_min": 0.01, "margin_max": 4.0}),
+        **controls(),
         **{f"SAT {eps:g}, smoothed": {"method": "SAT", "eps": eps, **SMOOTHED} for eps in (0.4, 0.8)},
         "AMAT wide on the sphere, mean+4std, smoothed": amat(
             4, margin_min=0.01, margin_max=4.0, train_on="sphere", **SMOOTHED
@@ -340,7 +357,9 @@ def main() -> None:
         hosts = [kind(work / str(seed), seed) for seed in options.seeds]
         for host in hosts:
             host.prepare()
-        for names in (["STD"], [name for name in kind.runs if re.search(options.only, name)]):
+        chosen = [name for name in kind.runs if re.search(options.only, name)]
+        later = [name for name in chosen if "of" in kind.runs[name]]  # they need what another one has learnt
+        for names in (["STD"], [name for name in chosen if name not in later], later):
             with ThreadPoolExecutor(options.jobs) as pool:
                 list(pool.map(lambda one: work_on(*one), [(host, name) for host in hosts for name in names]))
     print(table(kind, work, options.seeds))

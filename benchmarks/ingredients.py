@@ -1,4 +1,5 @@
-"""What others add to adversarial training, as callbacks for Lightning: measured by fronts.py, and no part of Advmed.
+"""What others add to adversarial training, and a control, as callbacks for Lightning: measured by fronts.py, and no
+part of Advmed.
 
 Adversarial weight perturbation: D. Wu, S.-T. Xia, Y. Wang, "Adversarial Weight Perturbation Helps Robust
 Generalization", NeurIPS 2020, arXiv 2004.05884: the gradient that the optimizer gets is taken at weights that were
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from advmed.margins import read_margins
 from advmed.objective import training_pass
 
 GAMMA = 0.005
@@ -70,3 +72,27 @@ class AWP(Callback):
                 length = weight.grad.norm()
                 found.append((weight, self.gamma * weight.detach().norm() / (length + 1e-12) * weight.grad))
         return found
+
+
+class Drawn(Callback):
+    """SAT with a level for each sample of the batch, drawn anew from the margins that AMAT has learnt.
+
+    The control that says whether it matters *which* sample gets which level.
+
+    Args:
+        margins: AMAT's margins.csv.
+        seed: of the draws.
+    """
+
+    def __init__(self, margins: str, seed: int = 0) -> None:
+        found = read_margins(margins)
+        if found is None:
+            raise ValueError(f"there are no margins in {margins}")
+        self.levels = torch.as_tensor(found, dtype=torch.float32)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Gives the method its levels for this batch."""
+        images = batch["image"]
+        chosen = torch.randint(len(self.levels), (len(images),), generator=self.generator)
+        pl_module.run.method.eps = self.levels[chosen].to(images.device)
