@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from advmed import ClassificationObjective, Thresholds, TrainingSettings
 from advmed.methods import AMAT, AT, DPAAT, METHODS, SAT, STD, TRADES, AdaptiveRadiusMethod
 from advmed.testing.objectives import Classification
 from helpers.tensors import ORDERS, QUICK, assert_close, comparing, divergence, gradients, lengths, loss_by_hand, names
@@ -277,3 +278,31 @@ SIZES = "perturbation sizes need eps_min <= eps_0 <= eps_max, got eps_min {}, ep
 def test_settings_that_do_not_go_together(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make(name, **settings)
+
+
+# What other processes wait for
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_makes_unequal_passes_says_so(name: str, preset: Any) -> None:
+    """Of batches with samples that are new, that were met before, and of either kind."""
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    model.register_forward_hook(count)
+    images, labels = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    settings = TrainingSettings(preset=preset, eps=0.5, delta=0.1, bounds=(0.0, 1.0)).for_method(name)
+    method = settings.make_method(name, Thresholds((2.0,), ("ce",)))
+    made = []
+    for ids in ("abcd", "abcd", "abef", "abcd"):
+        before = passes
+        method.step(ClassificationObjective(model, labels), images, list(ids))
+        made.append(passes - before)
+    assert method.even_passes == (len(set(made)) == 1)
+    assert method.even_passes == ((name, preset) != ("AMAT", "fast"))

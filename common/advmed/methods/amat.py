@@ -214,6 +214,11 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         """E, one margin for each sample."""
         return self.store
 
+    @property
+    def even_passes(self) -> bool:
+        """See :meth:`Method.even_passes`: an estimate is one pass more for a batch with samples that are new."""
+        return self.begin_with != "estimate"
+
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`.
 
