@@ -33,13 +33,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-yolo demo-classify demo-landmark env test test-fast test-matrix lint format docs clean
+.PHONY: help demo demo-yolo demo-classify demo-landmark zoo env test test-fast test-matrix lint format docs clean
 
 help:
 	@echo 'make demo    environment, installation, then train STD, SAT and AMAT on real MRI, attack them, write a report'
 	@echo 'make demo-yolo  the same with YOLO on real images of blood cells'
 	@echo 'make demo-classify  STD, SAT and DPAAT on real chest X-rays'
 	@echo 'make demo-landmark  STD, SAT and AMAT on real MRI slices with landmarks'
+	@echo 'make zoo     attack the trained networks of zoo/, without training any'
 	@echo 'make env     environment and installation of everything, for work on Advmed itself'
 	@echo 'make test    environments, installation, lint, then the whole test suite'
 	@echo 'make test-fast  the tests that take seconds, for daily work'
@@ -62,6 +63,9 @@ demo-classify: $(VENV)/.installed-classify
 
 demo-landmark: $(VENV)/.installed-landmark
 	@$(PY) examples/demo_landmark.py
+
+zoo: $(VENV)/.installed $(VENV)/.installed-yolo $(VENV)/.installed-classify
+	@$(PY) examples/attack_zoo.py
 
 test: $(VENV)/.installed-dev $(DOCS_VENV)/.installed
 	@$(MAKE) --no-print-directory lint

@@ -24,6 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+from ultralytics.nn.tasks import yaml_model_load
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -76,7 +79,19 @@ PRESETS = {
     "batchnorm": replace(
         SMALL, runs={f"SAT10.{bn}": ("method=sat", "eps=4", f"bn={bn}") for bn in ("both", "adversarial")}
     ),
+    # The networks of zoo/ (with --model narrow): the product's default preset.
+    "zoo": Preset(
+        imgsz=256,
+        standard=("epochs=120", "optimizer=AdamW", "lr0=0.002", "warmup_epochs=1", "mosaic=0"),
+        adversarial=("optimizer=AdamW", "lr0=0.001", "warmup_epochs=0", "mosaic=0"),
+        from_standard=True,
+        runs={"SAT3": ("method=sat", "eps=3"), "AMAT": ("method=amat", "eps=3", "rule=mean+4std")},
+        levels="0,2,4,8",
+        evaluate=("attacks=apgd100", "checks=8"),
+    ),
 }
+NARROW = "narrow"
+"""YOLOv8 with half the width of its smallest size: 0.9 million weights."""
 HOST = ("batch=16", "amp=False", "val=False", "plots=False")
 
 
@@ -97,16 +112,33 @@ class Benchmark:
         return PRESETS[self.name]
 
     def run(self) -> None:
+        self.train_all()
+        names = ["STD", *self.preset.runs]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.evaluate, [[name] for name in names]))
+        self.evaluate(names)
+        self.write_tables()
+
+    def train_all(self) -> None:
+        """The standard model, then the others."""
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        if self.model == NARROW:
+            self.model = self.narrow()
         self.train("STD", self.model, self.preset.standard)
         self.thresholds()
         start = str(self.checkpoint("STD")) if self.preset.from_standard else self.model
         jobs = [(name, start, (*self.preset.adversarial, *own)) for name, own in self.preset.runs.items()]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda job: self.train(*job), jobs))
-            list(pool.map(self.evaluate, [[name] for name in ("STD", *self.preset.runs)]))
-        self.evaluate(["STD", *self.preset.runs])
-        self.write_tables()
+
+    def narrow(self) -> str:
+        """A model's file like that of Ultralytics, with one size."""
+        layers = yaml_model_load("yolov8n.yaml")
+        for key in ("scales", "scale", "yaml_file"):
+            layers.pop(key)
+        file = self.work / "yolov8_narrow.yaml"
+        file.write_text(yaml.safe_dump(layers | {"depth_multiple": 0.33, "width_multiple": 0.125}))
+        return str(file)
 
     def folder(self, name: str) -> Path:
         return self.work / "runs" / name
@@ -229,7 +261,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/bccd"))
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--model", default="yolov8n.yaml", help="yolov8n.yaml (default), yolov5n.yaml, ...")
+    parser.add_argument("--model", default="yolov8n.yaml", help="yolov8n.yaml (default), yolov5n.yaml, narrow, ...")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")

@@ -84,6 +84,29 @@ PRESETS = {
         },
         evaluate=("--samples", "100"),
     ),
+    # The networks of zoo/: all training cases, a network of a megabyte, the product's default preset.
+    "zoo": Preset(
+        training_cases=1,
+        batch_size=24,
+        features=(16, 32, 64, 128),
+        standard={
+            "epochs": 100,
+            "iterations_per_epoch": 60,
+            "val_iterations_per_epoch": 5,
+            "initial_lr": 0.03,
+            "seed": 0,
+        },
+        adversarial={
+            "iterations_per_epoch": 60,
+            "val_iterations_per_epoch": 5,
+            "initial_lr": 0.01,
+            "seed": 0,
+        },
+        runs={
+            "SAT3.5": ("nnUNetTrainerSAT", {"eps": 3.5}),
+            "AMAT": ("nnUNetTrainerAMAT", {"rule": "mean+2std"}),
+        },
+    ),
 }
 
 
@@ -115,6 +138,15 @@ class Benchmark:
             self.environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
     def run(self) -> None:
+        self.train_all()
+        names = ["STD", *self.preset.runs]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.evaluate, [[name] for name in names]))
+        self.evaluate(names)
+        self.write_tables()
+
+    def train_all(self) -> None:
+        """The standard network, then those that begin with it."""
         self.prepare()
         self.train("STD", "nnUNetTrainerSTD", self.preset.standard)
         runs = [
@@ -128,9 +160,6 @@ class Benchmark:
                     settings["thresholds"] = str(file)
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self.train(*run), runs))
-            list(pool.map(self.evaluate, [["STD"], *([name] for name, _, _ in runs)]))
-        self.evaluate(["STD", *(name for name, _, _ in runs)])
-        self.write_tables()
 
     def write_tables(self) -> None:
         """results.md: ADI and AUC_robust of every run, margins over the epochs, time of an epoch."""

@@ -35,6 +35,7 @@ GROUND = {
     "thresholds",
     "lazy",
     "versions",
+    "zoo",
 }
 LAYERS = [
     {"ground"},

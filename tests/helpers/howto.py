@@ -157,6 +157,8 @@ def _stock_nnunet(words: list[str], _: Path) -> None:
     with (
         mock.patch.object(sys, "argv", ["nnUNetv2_train", *words]),
         mock.patch.object(run_training, "run_training", side_effect=Reached) as training,
+        mock.patch.object(torch, "set_num_threads"),  # for this process, and the second for once only
+        mock.patch.object(torch, "set_num_interop_threads"),
         suppress(Reached),
     ):
         run_training.run_training_entry()

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("advmed.cli.compare", "put the reports of several runs into one table and figure"),
     "doctor": ("advmed.cli.doctor", "print versions, devices, folders and known problems, to paste into a bug report"),
     "search": ("advmed.cli.search", "choose delta, or any other setting, by AUC_robust on validation data"),
+    "zoo": ("advmed.cli.zoo", "list the trained networks of a clone, and how the stock hosts predict with them"),
 }
 """Subcommand: its module, and one line of help."""
 
