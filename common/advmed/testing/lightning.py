@@ -914,7 +914,7 @@ class LightningTrainingContract(OwnFolder):
         values = run.logged(host.monitor[0])
         best, worst = (max, min) if host.monitor[1] == "max" else (min, max)
         assert run.state("best")["epoch"] == values.index(best(values)) != values.index(worst(values))
-        assert run.state("best")["epoch"] < run.state()["epoch"] == host.wavering["trainer__max_epochs"] - 1
+        assert run.state()["epoch"] == host.wavering["trainer__max_epochs"] - 1  # on some machines it is the best, too
         assert {path.name for path in run.last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
 
     def scripted(self, host: LightningHost, patch: pytest.MonkeyPatch, clean: list[float], robust: list[float]) -> None:
