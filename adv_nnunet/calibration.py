@@ -17,8 +17,9 @@ from torch import nn
 from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.objective import SampleTerms
 from advmed.distributed import gathered, place
+from advmed.files import sha256
 from advmed.progress import ProgressBar
-from advmed.thresholds import DEFAULT_RULE, TermStatistics, Thresholds, sha256
+from advmed.thresholds import DEFAULT_RULE, TermStatistics, Thresholds
 from advmed.training.run import differing_notes, load_thresholds
 
 FILE = "thresholds.json"

@@ -26,9 +26,10 @@ from adv_yolo.checkpoint import read_checkpoint
 from adv_yolo.objective import ImageTerms, check_model
 from adv_yolo.scores import joined, make_validator, mean_average_precision, score
 from advmed.evaluation.subjects import spread
+from advmed.files import sha256
 from advmed.guard import preserved
 from advmed.progress import watched
-from advmed.thresholds import TermStatistics, Thresholds, sha256
+from advmed.thresholds import TermStatistics, Thresholds
 from advmed.training.run import fingerprint
 
 SPLITS = ("train", "val", "test")

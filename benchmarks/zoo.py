@@ -41,8 +41,8 @@ import bccd  # noqa: E402  # a neighbour, as are the next ones
 import hippocampus  # noqa: E402
 import stock  # noqa: E402  # found by the line above
 
-from advmed.files import write_whole  # noqa: E402
-from advmed.zoo import CARD, Embedded, Network, networks, sha256  # noqa: E402
+from advmed.files import sha256, write_whole  # noqa: E402
+from advmed.zoo import CARD, Embedded, Network, networks  # noqa: E402
 
 ZOO = ROOT / "zoo"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -133,3 +133,9 @@ def remember(content: Mapping[str, Any], memory: Sequence[Path]) -> None:
             return
         except OSError:
             continue
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

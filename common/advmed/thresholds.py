@@ -8,7 +8,6 @@ wrong, or whose term is out of all proportion, raise a mean, and more so a stand
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -448,9 +447,3 @@ class RunningThresholds:
     def merge(self) -> None:
         """Makes the statistics of all processes equal (:meth:`TermStatistics.merge`)."""
         self.statistics.merge(average=True)
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,13 +7,14 @@ evaluations; nothing here imports a framework.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from advmed.files import sha256
 
 CARD = "CARD.md"
 FOLDER = Path(__file__).resolve().parents[2] / "zoo"
@@ -93,17 +94,16 @@ class Network:
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
-        return sum((self.folder / name).stat().st_size for name in self.files)
+        """Bytes of its files, of those that are there."""
+        return sum(path.stat().st_size for path in self._paths().values() if path.is_file())
 
     def damaged(self) -> list[str]:
         """The files that are missing, or not those that the card was written for."""
-        return [name for name, wanted in self.files.items() if sha256(self.folder / name) != wanted]
+        paths = self._paths()
+        return [name for name, path in paths.items() if not path.is_file() or sha256(path) != self.files[name]]
 
-
-def sha256(path: Path) -> str:
-    """The sum of a file; nothing where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    def _paths(self) -> dict[str, Path]:
+        return {name: self.folder / name for name in self.files}
 
 
 def read_card(path: Path) -> Network:
@@ -128,7 +128,7 @@ def read_card(path: Path) -> Network:
 
 
 def networks(folder: Path | None = None) -> list[Network]:
-    """The networks of a folder, by name, those of a task in the order standard, fixed, adaptive noise.
+    """The networks of a folder, by name; of a task the standard one, with which the others began, comes first.
 
     Args:
         folder: None: that of the clone.
@@ -152,5 +152,4 @@ def networks(folder: Path | None = None) -> list[Network]:
             f"there is no card of a network in {folder}: the networks lie in the folder zoo of a clone of the "
             f"repository, which --folder names"
         )
-    order = {"STD": 0, "SAT": 1}
-    return sorted(map(read_card, cards), key=lambda one: (one.folder.parent.name, order.get(one.folder.name, 2)))
+    return sorted(map(read_card, cards), key=lambda one: (one.folder.parent.name, len(one.training), one.name))

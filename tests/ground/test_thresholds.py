@@ -13,7 +13,8 @@ import pytest
 import torch
 from scipy.stats import median_abs_deviation
 
-from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, parse_rule, sha256
+from advmed.files import sha256
+from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, parse_rule
 
 NAMES = ("ce", "dice", "box")
 

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from advmed.zoo import Network, networks
+from advmed.zoo import CARD, Network, networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def table(found: list[Network]) -> str:
     """A line for each network."""
     rows = [["network", "host", "clean", "under attack, at", "AUC_robust", "MB", "licence of the data"]]
     for one in found:
-        values = ["-" if value is None else f"{value:.3f}" for value in one.values]
+        values = [f"{value:.3f}" for value in one.values]
         levels = "/".join(f"{level:g}" for level in one.levels[1:])
         attacked = f"{' / '.join(values[1:])}  ({levels})"
         cells = [one.name, one.host, f"{one.metric} {values[0]}", attacked, f"{one.auc_robust:.3f}"]
@@ -81,5 +81,5 @@ def describe(network: Network) -> str:
     commands = "\n".join(f"  {command}" for command in network.predict)
     return (
         f"{network.name} ({network.host})\n\n" + "\n".join(text) + "\n\nTo predict with it (no Advmed needed), in the "
-        f"clone's folder:\n{commands}\n\nIts card, with what it is not for: {network.folder / 'CARD.md'}"
+        f"clone's folder:\n{commands}\n\nIts card, with what it is not for: {network.folder / CARD}"
     )

@@ -16,7 +16,7 @@ from advmed.evaluation.checks import Check, check, level_to_check, probes, stron
 from advmed.evaluation.loop import ALONE, Evaluation, EvaluationBatch, evaluate_with_bar
 from advmed.evaluation.metric import Array, Metric
 from advmed.evaluation.worst import WorstOf
-from advmed.thresholds import sha256
+from advmed.files import sha256
 
 WORST = "worst attack"
 """The row of a report that is the worst of all its attacks."""

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from adv_nnunet import calibration as standard
-from advmed.thresholds import RunningThresholds, TermStatistics, Thresholds, sha256
+from advmed.files import sha256
+from advmed.thresholds import RunningThresholds, TermStatistics, Thresholds
 from helpers.hosts import as_on_a_terminal, different
 
 FOUND = Thresholds((0.6,), ("ce+dice",), "mean+1std", (0.5,), (0.1,), 10)

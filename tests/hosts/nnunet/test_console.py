@@ -23,8 +23,8 @@ import yaml
 from adv_nnunet.cli import main
 from adv_nnunet.settings import Settings
 from adv_nnunet.trainer import STATE
-from advmed.files import clickable
-from advmed.thresholds import Thresholds, sha256
+from advmed.files import clickable, sha256
+from advmed.thresholds import Thresholds
 from advmed.training.settings import read_settings
 from helpers.hosts import BLOCKER, margins_of
 

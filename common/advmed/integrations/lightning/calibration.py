@@ -15,10 +15,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from advmed.distributed import place
+from advmed.files import sha256
 from advmed.guard import preserved
 from advmed.integrations.lightning.data import SampleData
 from advmed.progress import watched
-from advmed.thresholds import TermStatistics, Thresholds, sha256
+from advmed.thresholds import TermStatistics, Thresholds
 
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""
