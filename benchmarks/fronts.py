@@ -147,11 +147,16 @@ class Lightning(Host):
     demo: Any
     tool = ""
 
+    @property
+    def content(self) -> Settings:
+        """Of the configuration."""
+        return dict(self.demo.CONTENT)
+
     def checkpoint(self, name: str) -> Path:
         return self.work / slug(name) / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
 
     def prepare(self) -> None:
-        (self.work / "demo.yaml").write_text(yaml.safe_dump(self.demo.CONTENT, sort_keys=False))
+        (self.work / "demo.yaml").write_text(yaml.safe_dump(self.content, sort_keys=False))
 
     def train(self, name: str) -> list[str]:
         words = [self.tool, "fit", "--config", str(self.work / "demo.yaml"), "--seed_everything", str(self.seed)]
@@ -354,15 +359,20 @@ def main() -> None:
     kind, work = HOSTS[options.host], options.work.resolve() / options.host
     kind.attack = options.attack
     if not options.table:
-        hosts = [kind(work / str(seed), seed) for seed in options.seeds]
-        for host in hosts:
-            host.prepare()
-        chosen = [name for name in kind.runs if re.search(options.only, name)]
-        later = [name for name in chosen if "of" in kind.runs[name]]  # they need what another one has learnt
-        for names in (["STD"], [name for name in chosen if name not in later], later):
-            with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda one: work_on(*one), [(host, name) for host in hosts for name in names]))
+        run_all(kind, work, options.seeds, options.jobs, options.only)
     print(table(kind, work, options.seeds))
+
+
+def run_all(kind: type[Host], work: Path, seeds: list[int], jobs: int, only: str) -> None:
+    """Whatever is not finished; standard networks first."""
+    hosts = [kind(work / str(seed), seed) for seed in seeds]
+    for host in hosts:
+        host.prepare()
+    chosen = [name for name in kind.runs if re.search(only, name)]
+    later = [name for name in chosen if "of" in kind.runs[name]]  # they need what another one has learnt
+    for names in (["STD"], [name for name in chosen if name not in later], later):
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda one: work_on(*one), [(host, name) for host in hosts for name in names]))
 
 
 if __name__ == "__main__":

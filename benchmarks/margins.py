@@ -2,7 +2,6 @@
 
     python benchmarks/margins.py --data FOLDER --work FOLDER --jobs 2 [--seeds 0 1 2] [--only REGEX]
     python benchmarks/margins.py --work FOLDER --table [--stronger]
-    python benchmarks/margins.py --data FOLDER --work FOLDER --ids      what a margin should belong to
 
 FOLDER of --data holds the data set in nnU-Net's raw layout with splits_final.json. A standard network is trained for
 each seed, thresholds are measured on what training sees, and every run starts from that network, with as many slices.
@@ -40,7 +39,6 @@ from advmed import AMAT, APGD, PGD, SAT, STD, TermStatistics
 from advmed.evaluation.auc import auc_robust
 from advmed.guard import preserved
 from advmed.methods import Method
-from advmed.methods.amat import expected_crossing
 
 SHAPE, BATCH, LEVELS = (56, 40), 16, (0.0, 2.0, 6.0, 10.0)
 STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 1000, 0.01, 0.01  # a quarter, as the hosts' preset has it
@@ -222,53 +220,6 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, name: str = "dice
     return results
 
 
-def agreement(groups: list[Any], values: Any) -> float:
-    """Intraclass correlation of values (n, visits) whose rows belong to groups, (n,): 1 if visits of a group agree."""
-    rows = defaultdict(list)
-    for group, row in zip(groups, values, strict=True):
-        rows[group] += row.tolist()
-    sizes = np.array([len(row) for row in rows.values()])
-    means, whole = np.array([np.mean(row) for row in rows.values()]), np.mean(np.concatenate([*rows.values()]))
-    within = sum(np.sum((np.array(row) - np.mean(row)) ** 2) for row in rows.values()) / (sizes.sum() - len(rows))
-    between = np.sum(sizes * (means - whole) ** 2) / (len(rows) - 1)
-    size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(rows) - 1)
-    return float((between - within) / (between + (size - 1) * within))
-
-
-def ids(data: Path, work: Path, visits: int = 8) -> None:
-    """How far the visits of a slice, and the slices of a case, agree about what noise the standard network bears."""
-    torch.set_num_threads(1)
-    fold = json.loads((data / "splits_final.json").read_text())[0]
-    model = network(0)
-    model.load_state_dict(torch.load(work / "standard_0.pt")["weights"])
-    parts = [load(data, [case]) for case in fold["train"][:12]]
-    cases = [case for case, (images, _) in zip(fold["train"], parts, strict=False) for _ in images]
-    images, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
-    torch.manual_seed(0)
-    statistics_ = thresholds(model, images, labels)
-    attack = PGD(4, 2.0, schedule="decreasing")
-    for rule in ("mean", "mean+2std"):
-        xi = torch.tensor(statistics_.thresholds(rule).values)
-        found = torch.zeros(len(images), visits)
-        for visit in range(visits):
-            for chosen in torch.arange(len(images)).split(64):
-                x, y = augmented(images[chosen], labels[chosen])
-                objective = task(model, y)
-                points = []
-                for radius in (0.5, 1.0, 2.0, 4.0, 8.0):
-                    result = attack(objective, x, radius)
-                    points.append((result.norms, result.terms))
-                with torch.no_grad():
-                    clean = objective(x)
-                found[chosen, visit] = expected_crossing(clean, points, xi).clamp(max=20.0)
-        logs = (found + 0.1).log().numpy()
-        print(
-            f"{rule}: noise borne, quartiles {np.quantile(found, (0.25, 0.5, 0.75)).round(2).tolist()}; visits agree "
-            f"(intraclass correlation of the logarithm) by slice {agreement(list(range(len(images))), logs):.2f}, "
-            f"by case {agreement(cases, logs):.2f}; {len(images)} slices of {len(parts)} cases, {visits} visits"
-        )
-
-
 def run(name: str, seed: int, data: Path, work: Path) -> None:
     torch.set_num_threads(1)
     fold = json.loads((data / "splits_final.json").read_text())[0]
@@ -353,15 +304,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
-    parser.add_argument("--ids", action="store_true", help="measure what a margin should belong to")
     parser.add_argument("--table", action="store_true", help="print what there is")
     parser.add_argument("--stronger", action="store_true", help="print what APGD-50 found")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.ids:
-        ids(options.data, options.work)
-        return
     if options.run:
         run(options.run[0], int(options.run[1]), options.data, options.work)
         return

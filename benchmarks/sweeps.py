@@ -1,0 +1,225 @@
+"""Fronts on whole classification data: every method's dial, with as many passes each, three seeds, and a figure.
+
+    python benchmarks/sweeps.py pneumonia --data FILE [--seeds 0 1 2] [--attack apgd50] [--jobs 2] [--only REGEX]
+    python benchmarks/sweeps.py ham10000 --data FOLDER
+    python benchmarks/sweeps.py pneumonia --table [--write docs/results]
+
+--data: MedMNIST's npz file of PneumoniaMNIST, or a folder of HAM10000 with images and labels.csv. Per seed a standard
+network is trained; every run begins with its weights and makes as many passes (a forward pass and each half of a
+backward pass count alike) as the standard training did. What is finished is not done again. --write puts a figure, and
+the numbers behind it, into a folder.
+
+A method's front is the line through its dial's settings, from the standard network on. "At STD's clean - 1" is the
+highest worst-case metric on that line where the clean metric is at most a point below the standard network's; a method
+that costs nothing has it at the end of its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import matplotlib.pyplot as plt
+import numpy as np
+from fronts import Classify, Settings, amat, curve, margins, run_all
+from numpy.typing import NDArray
+
+from advmed.files import write_whole
+from advmed.methods import METHODS
+from advmed.methods.base import AttackOptions
+
+DIALS = ("SAT", "AT", "TRADES", "AMAT", "DPAAT")
+XRAYS: Settings = {"classes": ["normal", "pneumonia"], "flip": 0, "rotate": 10, "zoom": 0.1}
+LESIONS: Settings = {"size": [36, 48], "rotate": 180, "zoom": 0.2, "color": 0.1}
+"""What the readers are told."""
+LOSSES = (0.5, 1.0, 2.0)
+"""Points of the clean metric that a network may lose in the table of fronts."""
+
+
+def equal_passes(method: str, epochs: int) -> Settings:
+    """How long a method of the preset "fast" is trained to make as many passes as so many standard epochs."""
+    kind = METHODS[method]
+    fast = {name: value for name, value in kind.presets["fast"].items() if name in AttackOptions.__annotations__}
+    own = {"STD": {}, "AMAT": {"delta": 1.0, "thresholds": 1.0}, "DPAAT": {"eps_0": 1.0}}.get(method, {"eps": 1.0})
+    cost = kind(**own, **fast).cost
+    whole = math.ceil(epochs / cost)
+    return {"trainer.max_epochs": whole, "trainer.limit_train_batches": min(epochs / cost / whole, 1.0)}
+
+
+def sweep(epochs: int, eps: Sequence[float], stds: Sequence[float], sizes: Sequence[float]) -> dict[str, Settings]:
+    """The dials of all methods of classification, and what they are held against; as many passes each."""
+    fixed = {
+        f"{method} {level:g}": {"method": method, "eps": level, **equal_passes(method, epochs)}
+        for method in ("SAT", "AT", "TRADES")
+        for level in eps
+    }
+    adaptive = {f"AMAT mean+{std:g}std": amat(std, eps=0.5, **equal_passes("AMAT", epochs)) for std in stds}
+    adaptive |= {f"DPAAT {size:g}": {"method": "DPAAT", "eps": size, **equal_passes("DPAAT", epochs)} for size in sizes}
+    of = {"method": "SAT", "of": f"AMAT mean+{stds[-2]:g}std", **equal_passes("SAT", epochs)}
+    against = {"SAT at AMAT's median": of, "SAT drawn from AMAT's margins": {**of, "drawn": True}}
+    return {"STD, as long again": {"method": "STD", **equal_passes("STD", epochs)}} | fixed | adaptive | against
+
+
+class Pneumonia(Classify):
+    """All of PneumoniaMNIST, 4,708 + 524 images, with the demo's network and augmentation."""
+
+    data: ClassVar[Path | None] = None
+    runs = sweep(Classify.demo.EPOCHS, (0.2, 0.4, 0.8, 1.2), (1, 2, 4, 8), (0.1, 0.2, 0.4, 0.8))
+    attack = "apgd50"
+
+    @property
+    def content(self) -> Settings:
+        return super().content | {"data": self.reader("MedMNIST", file=str(self.data), **XRAYS)}
+
+    def reader(self, name: str, **own: Any) -> Settings:
+        return {"class_path": f"adv_classify.data.{name}", "init_args": {**own, "batch_size": 64, "workers": 0}}
+
+
+class Ham(Pneumonia):
+    """The subset of HAM10000, 3,144 + 452 dermatoscopic images of seven kinds of lesions, at 36 x 48 pixels."""
+
+    metric = "balanced accuracy"
+
+    @property
+    def content(self) -> Settings:
+        content = super().content
+        model = content["model"] | {"class_weights": "balanced"}
+        return content | {"model": model, "data": self.reader("ImageTable", root=str(self.data), **LESIONS)}
+
+
+SETS: dict[str, type[Pneumonia]] = {"pneumonia": Pneumonia, "ham10000": Ham}
+
+
+def found(kind: type[Pneumonia], work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Everything that was measured, as JSON has it."""
+    rows: dict[str, Any] = {}
+    for name in ["STD", *kind.runs]:
+        hosts = [kind(work / str(seed), seed) for seed in seeds]
+        hosts = [host for host in hosts if host.report(name).is_file()]
+        if hosts:
+            values = {str(host.seed): curve(host, name) for host in hosts}
+            rows[name] = {"curves": values, "margins": {str(host.seed): margins(host, name) for host in hosts}}
+            levels = levels_of(hosts[0].report(name), kind)
+    packages = {name: version(name) for name in ("advmed", "torch", "timm", "lightning")}
+    return {"metric": kind.metric, "attack": kind.attack, "levels": levels, "versions": packages, "runs": rows}
+
+
+def levels_of(report: Path, kind: type[Pneumonia]) -> list[float]:
+    (model,) = json.loads(report.read_text())["results"][kind.metric]["models"].values()
+    levels: list[float] = model["attacks"][kind.attack]["levels"]
+    return levels
+
+
+def of_dial(result: dict[str, Any], method: str) -> list[str]:
+    """The settings of a method's dial, in their order."""
+    return [name for name in result["runs"] if re.fullmatch(rf"{method} [0-9a-z.+]+", name)]
+
+
+def points(result: dict[str, Any], names: Sequence[str], seed: str) -> NDArray[np.float64]:
+    """Clean metric and mean over the levels of each, (settings, 2)."""
+    return np.array([[curve[0], curve[-1]] for curve in (result["runs"][name]["curves"][seed] for name in names)])
+
+
+def attainable(line: NDArray[np.float64], clean: float) -> float:
+    """The highest worst-case metric on the line through the points where the clean metric is at least ``clean``."""
+    best = [worst for at, worst in line if at >= clean]
+    for (a, x), (b, y) in pairwise(line):
+        if (a - clean) * (b - clean) < 0:
+            best.append(x + (y - x) * (clean - a) / (b - a))
+    return max(best, default=math.nan)
+
+
+def said(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
+def tables(result: dict[str, Any]) -> str:
+    """A row for each run, and one for each method's front; means over the seeds, ± their standard error."""
+    levels = " / ".join(f"{level:g}" for level in result["levels"][1:])
+    heads = [result["metric"], "seeds", "clean", levels, "mean of the curve", "AUC_robust"]
+    lines = ["| " + " | ".join([*heads, "margins: least, quartiles, largest"]) + " |", "|---" * 7 + "|"]
+    for name, row in result["runs"].items():
+        values = np.array(list(row["curves"].values()))
+        means = values.mean(0)
+        cells = [name, f"{len(values)}", said(values[:, 0]), " / ".join(f"{value:.3f}" for value in means[1:-1])]
+        cells += [said(values[:, -1]), said((values[:, 0] + values[:, -1]) / 2)]
+        learnt = [one for one in row["margins"].values() if one]
+        cells.append(" / ".join(f"{value:.2f}" for value in np.mean(learnt, 0)) if learnt else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| worst case at STD's clean, less | " + " | ".join(f"{loss:g} points" for loss in LOSSES) + " |"]
+    lines.append("|---" * (1 + len(LOSSES)) + "|")
+    for method in DIALS:
+        names = ["STD", *of_dial(result, method)]
+        seeds = set.intersection(*(set(result["runs"][name]["curves"]) for name in names))
+        if len(names) < 2 or not seeds:
+            continue
+        cells = [method]
+        for loss in LOSSES:
+            lines_ = [points(result, names, seed) for seed in sorted(seeds)]
+            cells.append(said([attainable(line, line[0, 0] - loss / 100) for line in lines_]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(result: dict[str, Any], file: Path) -> None:
+    """The fronts: means over the seeds with their standard errors."""
+    figure_, axes = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    for method in DIALS:
+        names = ["STD", *of_dial(result, method)]
+        if len(names) < 2:
+            continue
+        values = [np.array(list(result["runs"][name]["curves"].values()))[:, [0, -1]] for name in names]
+        means = np.array([one.mean(0) for one in values])
+        errors = np.array([one.std(0, ddof=min(1, len(one) - 1)) / math.sqrt(len(one)) for one in values])
+        axes.errorbar(*means.T, *errors.T[::-1], marker="o", capsize=2, label=method)
+        for name, (x, y) in zip(names[1:], means[1:], strict=True):
+            axes.annotate(name.split()[-1], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for name, marker in (("SAT at AMAT's median", "s"), ("SAT drawn from AMAT's margins", "D")):
+        if name in result["runs"]:
+            x, y = np.array(list(result["runs"][name]["curves"].values()))[:, [0, -1]].mean(0)
+            axes.plot(x, y, marker, color="black", markersize=5, linestyle="none", label=name)
+    axes.set_xlabel(f"clean {result['metric']}")
+    axes.set_ylabel(f"{result['metric']} under {result['attack'].upper()}, mean over the levels")
+    axes.legend(fontsize=8)
+    figure_.savefig(file, dpi=130)
+    plt.close(figure_)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--data", type=Path, help="the file or folder of the data")
+    parser.add_argument("--work", type=Path, default=Path("build/sweeps"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
+    parser.add_argument("--attack", default="apgd50", help="of the evaluation, default: apgd50")
+    parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="for the figure and the numbers behind it")
+    options = parser.parse_args()
+    kind, work = SETS[options.set], options.work.resolve() / options.set
+    kind.attack = options.attack
+    if not options.table:
+        if options.data is None:
+            parser.error("--data is needed, the file or folder of the data")
+        kind.data = options.data.resolve()
+        run_all(kind, work, options.seeds, options.jobs, options.only)
+    result = found(kind, work, options.seeds)
+    print(tables(result))
+    if options.write:
+        options.write.mkdir(parents=True, exist_ok=True)
+        write_whole(options.write / f"fronts_{options.set}.json", json.dumps(result, indent=1) + "\n")
+        figure(result, options.write / f"fronts_{options.set}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What `benchmarks/visits.py` and `benchmarks/sweeps.py` make of their measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from advmed import AMAT
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+
+
+@pytest.fixture
+def visits() -> ModuleType:
+    import visits
+
+    return visits
+
+
+@pytest.fixture
+def sweeps() -> ModuleType:
+    import sweeps
+
+    return sweeps
+
+
+# Visits
+
+
+def test_agreement_is_that_of_the_analysis_of_variance(visits: ModuleType) -> None:
+    # Mean squares by hand: groups (1, 3), (5, 7), (8, 12); means 2, 6, 10 about 6: between 2 (16 + 0 + 16) / 2 = 32,
+    # within (2 + 2 + 8) / 3 = 4; the variance between is (32 - 4) / 2 = 14, and 14 / (14 + 4) lies between groups.
+    groups, values = ["a", "a", "b", "b", "c", "c"], np.array([1.0, 3, 5, 7, 8, 12])
+    assert visits.agreement(groups, values) == pytest.approx(14 / 18)
+
+
+def test_agreement_finds_the_variances_that_made_the_data_whatever_the_sizes_of_the_groups(visits: ModuleType) -> None:
+    draw = np.random.default_rng(0)
+    groups = [str(k) for k in range(4000) for _ in range(draw.integers(1, 9))]
+    effect = dict(zip(dict.fromkeys(groups), draw.normal(0, 2.0, 4000), strict=True))
+    values = np.array([effect[group] for group in groups]) + draw.normal(0, 1.0, len(groups))
+    assert visits.agreement(groups, values) == pytest.approx(4 / 5, abs=0.01)
+    assert visits.agreement(groups, draw.normal(0, 1, len(groups))) == pytest.approx(0, abs=0.02)
+
+
+def test_earlier_visits_foretell_what_repeats_and_nothing_else(visits: ModuleType) -> None:
+    groups = [str(k) for k in range(300)] * 3
+    own = np.random.default_rng(0).normal(size=300)
+    assert visits.foretold(groups, np.tile(own, 3)) == (pytest.approx(1.0), pytest.approx(2 / 3))
+    correlation, _ = visits.foretold(groups, np.random.default_rng(1).normal(size=900))
+    assert abs(correlation) < 0.1
+
+
+def test_an_id_is_made_coarser_part_by_part(visits: ModuleType) -> None:
+    found = visits.groupings(["a:foreground:0,0,0", "a:background:0,0,0"])
+    assert found["case"] == ["a", "a"]
+    assert found["case, part"] == ["a:foreground", "a:background"]
+    assert found["case, cell"] == ["a:0,0,0", "a:0,0,0"]
+    assert len(set(found["case, part, cell"])) == 2
+    assert list(visits.groupings(["case:3"])) == ["case", "case, slice"]
+    assert list(visits.groupings(["images/a.jpg"])) == ["image"]
+
+
+def test_a_watched_method_computes_the_same_and_writes_what_its_visits_found(
+    visits: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def objective(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).sum(1, keepdim=True)
+
+    arguments: dict[str, Any] = {"delta": 0.25, "thresholds": 1.5, "refinement": "secant", "start": "estimate"}
+    plain, ids = AMAT(**arguments), ["a", "b"]
+    images = torch.tensor([[0.0, 0.0], [0.5, 0.5]]).view(2, 1, 1, 2)
+    for _ in range(2):
+        plain.step(objective, images, ids)
+    monkeypatch.setattr(visits.amat, "expected_crossing", visits.noted(visits.amat.expected_crossing))
+    with (tmp_path / "visits.csv").open("w", newline="") as visits.Watched.out:
+        visits.Watched.head()
+        watched = visits.Watched(**arguments)
+        for _ in range(2):
+            watched.step(objective, images, ids)
+    torch.testing.assert_close(watched.margins.get(ids), plain.margins.get(ids), rtol=0, atol=0)
+    rows = (tmp_path / "visits.csv").read_text().split()
+    assert rows[0] == "id,crossing,margin" and len(rows) == 5
+    # the loss is sqrt(2) times the noise's norm above its clean value, 0 and 1
+    found = {row.split(",")[0]: float(row.split(",")[1]) for row in rows[1:]}
+    assert found == {"a": pytest.approx(1.5 / 2**0.5, abs=1e-4), "b": pytest.approx(0.5 / 2**0.5, abs=1e-4)}
+    assert "ids" in visits.table([tmp_path / "visits.csv"]).splitlines()[0]
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize("method", ["STD", "SAT", "AT", "TRADES", "AMAT", "DPAAT"])
+def test_every_method_makes_as_many_passes(sweeps: ModuleType, method: str) -> None:
+    length = sweeps.equal_passes(method, 20)
+    cost = {"STD": 3, "SAT": 10, "AT": 9, "TRADES": 12, "AMAT": 10, "DPAAT": 11}[method]  # docs/presets.md, in thirds
+    assert length["trainer.max_epochs"] * length["trainer.limit_train_batches"] * cost == pytest.approx(60)
+    assert 0 < length["trainer.limit_train_batches"] <= 1
+
+
+def test_a_front_is_read_where_the_clean_metric_is_high_enough(sweeps: ModuleType) -> None:
+    line = np.array([[0.95, 0.2], [0.94, 0.6], [0.90, 0.8], [0.92, 0.7]])
+    assert sweeps.attainable(line, 0.945) == pytest.approx(0.4)  # half way
+    assert sweeps.attainable(line, 0.92) == pytest.approx(0.7)
+    assert sweeps.attainable(line, 0.91) == pytest.approx(0.75)  # on either of two pieces
+    assert sweeps.attainable(line, 0.5) == pytest.approx(0.8)  # the best of all
+    assert np.isnan(sweeps.attainable(line, 0.96))
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """Two seeds of a standard network and two levels of SAT; one of AT."""
+    curves = {
+        "STD": [[0.95, 0.3, 0.1, 0.2], [0.93, 0.3, 0.1, 0.2]],
+        "SAT 0.4": [[0.94, 0.7, 0.5, 0.6], [0.92, 0.7, 0.5, 0.6]],
+        "SAT 0.8": [[0.90, 0.8, 0.8, 0.8], [0.88, 0.8, 0.8, 0.8]],
+        "SAT drawn from AMAT's margins": [[0.92, 0.5, 0.5, 0.5], [0.92, 0.5, 0.5, 0.5]],
+        "AT 0.4": [[0.94, 0.7, 0.5, 0.6]],
+    }
+    runs = {
+        name: {"curves": {str(k): row for k, row in enumerate(rows)}, "margins": {"0": []}}
+        for name, rows in curves.items()
+    }
+    return {"metric": "accuracy", "attack": "apgd50", "levels": [0, 0.4, 0.8], "versions": {}, "runs": runs}
+
+
+def test_tables_say_means_and_fronts(sweeps: ModuleType, result: dict[str, Any]) -> None:
+    lines = sweeps.tables(result).splitlines()
+    assert "| SAT 0.4 | 2 | 0.930 ± 0.010 | 0.700 / 0.500 | 0.600 ± 0.000 | 0.765 ± 0.005 |  |" in lines
+    assert "| SAT | 0.400 ± 0.000 | 0.600 ± 0.000 | 0.650 ± 0.000 |" in lines  # half, one and two points of STD's
+    assert "| AT | 0.400 | 0.600 | 0.600 |" in lines  # of the seed that it has; no further than its line goes
+    assert not [line for line in lines if line.startswith("| TRADES")]
+
+
+def test_the_figure_shows_every_front(sweeps: ModuleType, result: dict[str, Any], tmp_path: Path) -> None:
+    sweeps.figure(result, tmp_path / "fronts.png")
+    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+    assert sweeps.of_dial(result, "SAT") == ["SAT 0.4", "SAT 0.8"]
