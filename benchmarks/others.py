@@ -1,6 +1,7 @@
 """Do attacks of other libraries find what `standard` does not? Minimum-norm and fixed-radius ones, on trained networks.
 
     python benchmarks/others.py digits [--images 300]            foolbox and torchattacks, L2 and Linf
+    python benchmarks/others.py xrays --model zoo/pneumonia/AMAT [--images 100]            foolbox, L2
     python benchmarks/others.py nnunet --model FOLDER [--samples 24] [--levels 0.05 0.1]     adv-lib, Linf
     python benchmarks/others.py yolo --model last.pt --data bccd.yaml [--samples 12] [--level 0.004]   ART, Linf
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ import torch
 from autoattack import LEVELS, trained
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import stock  # found by the line above
 
 from advmed import ClassificationObjective, Standard
 from advmed.attacks.problem import broadcast
@@ -41,9 +47,6 @@ def within(images: Tensor, found: Tensor, level: float, norm: float) -> Tensor:
 
 def digits(options: argparse.Namespace) -> None:
     """Accuracy of a small network on digits."""
-    import foolbox
-    import torchattacks
-
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     labels = torch.from_numpy(data.target).long()
@@ -51,40 +54,59 @@ def digits(options: argparse.Namespace) -> None:
     x, y = images[:count], labels[:count]
     for norm, levels in LEVELS.items():
         model = trained(0, norm, images[count:], labels[count:])
-        objective = ClassificationObjective(model, y)
-        theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        if norm == 2:
-            kinds: dict[str, Any] = {
-                "foolbox L2PGD, 100 steps": foolbox.attacks.L2PGD(steps=100),
-                "foolbox DDN, 100 steps": foolbox.attacks.DDNAttack(steps=100),
-                "foolbox Carlini-Wagner, 9 x 200 steps": foolbox.attacks.L2CarliniWagnerAttack(9, 200),
-                "foolbox FMN, 100 steps": foolbox.attacks.L2FMNAttack(steps=100),
-            }
-        else:
-            kinds = {
-                "foolbox LinfPGD, 100 steps": foolbox.attacks.LinfPGD(steps=100),
-                "foolbox FMN, 100 steps": foolbox.attacks.LInfFMNAttack(steps=100),
-            }
-        smallest = {name: kind(theirs, x, y, epsilons=None)[0] for name, kind in kinds.items() if "PGD" not in name}
-        for level in levels:
-            found = Standard("classification", norm)(
-                objective,
-                x,
-                level,
-                bounds=(0.0, 1.0),
-                generator=torch.Generator().manual_seed(0),
-                judge=judge_of(objective),
-            )
-            right = ~objective.terms_and_errors(found.images)[1]
-            print(f"\nL{norm:g}, {level:g}: standard {right.float().mean():.3f}")
-            others = {name: within(x, value, level, norm) for name, value in smallest.items()}
-            others |= {name: kind(theirs, x, y, epsilons=level)[1] for name, kind in kinds.items() if "PGD" in name}
+        classify(model, x, y, norm, levels, 10)
+
+
+def xrays(options: argparse.Namespace) -> None:
+    """Accuracy of a network of the zoo on the first chest X-rays that validate it."""
+    with np.load(stock.DATA / "pneumoniamnist" / "pneumoniamnist.npz") as archive:
+        images, labels = (archive[f"val_{name}"][: options.images] for name in ("images", "labels"))
+    x, y = torch.from_numpy(images).float()[:, None] / 255, torch.from_numpy(labels).flatten().long()
+    classify(stock.classifier(options.model), x, y, 2, (0.2, 0.4, 0.8), 2)
+
+
+def classify(model: nn.Module, x: Tensor, y: Tensor, norm: float, levels: Sequence[float], classes: int) -> None:
+    """Accuracy under `standard`, foolbox and torchattacks, whose AutoAttack wants four classes."""
+    import foolbox
+
+    objective = ClassificationObjective(model, y)
+    theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    if norm == 2:
+        kinds: dict[str, Any] = {
+            "foolbox L2PGD, 100 steps": foolbox.attacks.L2PGD(steps=100),
+            "foolbox DDN, 100 steps": foolbox.attacks.DDNAttack(steps=100),
+            "foolbox Carlini-Wagner, 9 x 200 steps": foolbox.attacks.L2CarliniWagnerAttack(9, 200),
+            "foolbox FMN, 100 steps": foolbox.attacks.L2FMNAttack(steps=100),
+        }
+    else:
+        kinds = {
+            "foolbox LinfPGD, 100 steps": foolbox.attacks.LinfPGD(steps=100),
+            "foolbox FMN, 100 steps": foolbox.attacks.LInfFMNAttack(steps=100),
+        }
+    smallest = {name: kind(theirs, x, y, epsilons=None)[0] for name, kind in kinds.items() if "PGD" not in name}
+    print(f"clean {(~objective.terms_and_errors(x)[1]).float().mean():.3f}")
+    for level in levels:
+        found = Standard("classification", norm)(
+            objective,
+            x,
+            level,
+            bounds=(0.0, 1.0),
+            generator=torch.Generator().manual_seed(0),
+            judge=judge_of(objective),
+        )
+        right = ~objective.terms_and_errors(found.images)[1]
+        print(f"\nL{norm:g}, {level:g}: standard {right.float().mean():.3f}")
+        others = {name: within(x, value, level, norm) for name, value in smallest.items()}
+        others |= {name: kind(theirs, x, y, epsilons=level)[1] for name, kind in kinds.items() if "PGD" in name}
+        if classes >= 4:
+            import torchattacks
+
             torch.manual_seed(0)
-            single = torchattacks.AutoAttack(model, "L2" if norm == 2 else "Linf", level, n_classes=10)
+            single = torchattacks.AutoAttack(model, "L2" if norm == 2 else "Linf", level, n_classes=classes)
             others["torchattacks AutoAttack"] = single(x, y)
-            for name, value in others.items():
-                own = ~objective.terms_and_errors(value)[1]
-                print(f"  {name}: {own.float().mean():.3f}; only it succeeds: {int((right & ~own).sum())}", flush=True)
+        for name, value in others.items():
+            own = ~objective.terms_and_errors(value)[1]
+            print(f"  {name}: {own.float().mean():.3f}; only it succeeds: {int((right & ~own).sum())}", flush=True)
 
 
 class Rescaled(nn.Module):
@@ -214,7 +236,7 @@ def yolo(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("digits", "nnunet", "yolo"))
+    parser.add_argument("what", choices=("digits", "xrays", "nnunet", "yolo"))
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--model", type=Path)
@@ -224,7 +246,7 @@ def main() -> None:
     parser.add_argument("--levels", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--level", type=float, default=2 / 255)
     options = parser.parse_args()
-    {"digits": digits, "nnunet": nnunet, "yolo": yolo}[options.what](options)
+    {"digits": digits, "xrays": xrays, "nnunet": nnunet, "yolo": yolo}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,25 @@ def detection(network: Path, data: Path, work: Path) -> float:
     return float(found.box.map)
 
 
+def classifier(network: Path) -> torch.nn.Sequential:
+    """The model of timm with the weights of the checkpoint, for images in [0, 1], shape (N, 1, 28, 28).
+
+    Args:
+        network: folder with model.ckpt.
+    """
+    import timm
+    from torchvision.transforms.v2 import Normalize
+
+    weights = torch.load(network / "model.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    own = {
+        key.removeprefix("network.model."): value for key, value in weights.items() if key.startswith("network.model.")
+    }
+    model = timm.create_model("test_resnet", num_classes=2, in_chans=1)
+    model.load_state_dict(own)
+    mean, std = (weights[f"network.{name}"].flatten().tolist() for name in ("mean", "std"))
+    return torch.nn.Sequential(Normalize(mean, std), model).eval()
+
+
 def classification(network: Path, data: Path) -> float:
     """Accuracy of a model of timm with the weights of the checkpoint.
 
@@ -79,19 +98,12 @@ def classification(network: Path, data: Path) -> float:
         data: a file of MedMNIST.
     """
     import numpy as np
-    import timm
 
-    weights = torch.load(network / "model.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    own = {
-        key.removeprefix("network.model."): value for key, value in weights.items() if key.startswith("network.model.")
-    }
-    model = timm.create_model("test_resnet", num_classes=2, in_chans=1)
-    model.load_state_dict(own)
     with np.load(data) as archive:
         images, labels = archive["val_images"], archive["val_labels"].reshape(-1)
     batch = torch.from_numpy(images).unsqueeze(1).float() / 255  # (N, 1, 28, 28)
     with torch.no_grad():
-        scores = model.eval()((batch - weights["network.mean"]) / weights["network.std"])
+        scores = classifier(network)(batch)
     return float((scores.argmax(1).numpy() == labels).mean())
 
 

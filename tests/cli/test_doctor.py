@@ -174,6 +174,23 @@ def test_a_host_that_is_missing_is_no_fault(
     assert "advmed[yolo]      not installed" in text and "nnUNet_raw" not in text
 
 
+def test_an_extra_that_came_in_part_with_another_host_is_no_fault(
+    answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pip install advmed[nnunet]: nnU-Net brings timm, which the classifiers need as well."""
+    none = {"lightning": None, "segmentation-models-pytorch": None, "ultralytics": None, "torchattacks": None}
+    with_versions(monkeypatch, **none)
+    answers["importlib.import_module"] = lambda words: [
+        f'["{name}", "{"" if name.startswith(("advmed", "adv_nnunet")) else "No module named lightning"}"]'
+        for name in words
+    ]
+    text = page(capsys, broken=False)
+    assert "advmed[classify]  not installed, without lightning\n" in text
+    assert "advmed[landmark]  not installed, without lightning and segmentation-models-pytorch\n" in text
+    assert "advmed[nnunet]    works" in text
+    assert "pip install" not in text
+
+
 def test_a_newer_host_is_pointed_out(
     answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

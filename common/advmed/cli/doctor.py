@@ -171,8 +171,13 @@ def alike(torch: str, torchvision: str) -> bool:
     return None in local or local[0] == local[1]
 
 
-def _versions(page: Page) -> dict[str, list[str]]:
-    """Versions of ours and of the packages that we were tested with; returns the modules to import, by extra."""
+def _versions(page: Page) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Versions of ours and of the packages that we were tested with.
+
+    Returns:
+        By extra, its packages where it is installed; and what it lacks where it is not, but has come in part with
+        another one: nnU-Net brings timm.
+    """
     page.add("Versions", "Python", f"{platform.python_version()} ({platform.python_implementation()})")
     page.add("Versions", "platform", platform.platform())
     page.add("Versions", "environment", sys.prefix)
@@ -188,16 +193,18 @@ def _versions(page: Page) -> dict[str, list[str]]:
         )
         asked = {}
     modules: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
     for extra, needed in asked.items():
         missing = [requirement.name for requirement in needed if installed(requirement.name) is None]
         if extra and len(missing) == len(needed):
             continue
+        if extra and {canonicalize_name(name) for name in missing} & ranges().keys():
+            lacking[extra] = missing
+            continue
         if missing:
             how = f"'advmed[{extra}]'" if extra else "advmed"
-            text = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install {how}"
-            # One of two hosts may have brought what another one needs, too.
-            hosts = {canonicalize_name(name) for name in missing} & ranges().keys()
-            (page.notes if extra and hosts else page.broken).append(text)
+            be = "is" if len(missing) == 1 else "are"
+            page.broken.append(f"{', '.join(missing)} {be} not installed: pip install {how}")
         modules[extra] = [requirement.name for requirement in needed if requirement.name not in missing]
         for requirement in needed:
             got = installed(requirement.name)
@@ -225,14 +232,14 @@ def _versions(page: Page) -> dict[str, list[str]]:
             f"torch {torch} and torchvision {torchvision} are built for different devices: install both in one "
             f"command, from the same place"
         )
-    return modules
+    return modules, lacking
 
 
 def _judged(newer: bool, older: bool) -> str:
     return " (newer)" if newer else " (older)" if older else ""
 
 
-def _imports(page: Page, modules: dict[str, list[str]]) -> None:
+def _imports(page: Page, modules: dict[str, list[str]], lacking: dict[str, list[str]]) -> None:
     """Whether our packages can be imported, with the modules of the hosts."""
     wanted = {"": ["advmed.attacks", "advmed.methods", "advmed.report"]}
     for host in OURS[1:]:
@@ -253,8 +260,10 @@ def _imports(page: Page, modules: dict[str, list[str]]) -> None:
         if wrong is not None:
             page.broken.append(f"{title} cannot be imported: {wrong.splitlines()[0]}")
     for host in OURS[1:]:
-        if host.removeprefix("adv_") not in modules:
-            page.add("Imports", f"advmed[{host.removeprefix('adv_')}]", "not installed")
+        extra = host.removeprefix("adv_")
+        if extra not in modules:
+            without = f", without {' and '.join(lacking[extra])}" if extra in lacking else ""
+            page.add("Imports", f"advmed[{extra}]", f"not installed{without}")
 
 
 def _exists(host: str, part: str) -> bool:
@@ -278,8 +287,8 @@ def _devices(page: Page) -> None:
 def examine() -> Page:
     """Looks at everything; see :class:`Page`."""
     page = Page()
-    modules = _versions(page)
-    _imports(page, modules)
+    modules, lacking = _versions(page)
+    _imports(page, modules, lacking)
     if installed("torch") is not None:
         _devices(page)
     for host in OURS[1:]:
