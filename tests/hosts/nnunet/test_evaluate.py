@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
 from adv_nnunet import evaluate as host
-from adv_nnunet.cli import main
+from adv_nnunet.cli import _model_folders, main
 from adv_nnunet.evaluate import SlidingWindow
 from adv_nnunet.objective import inference_loss
 from advmed.attacks.names import parse_attacks
@@ -301,3 +302,12 @@ def test_the_ensemble_is_the_worst_of_its_members(stock_model: Any) -> None:
     samples = host.list_samples(stock_model, cases, 6)
     batches = host.make_batches(stock_model, cases, samples, 3)
     check_ensemble("segmentation", batches, host.metrics(planar=True), (0, 2, 6), None)
+
+
+def test_trainers_are_named_by_what_tells_them_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    trainers = ["nnUNetTrainer", "nnUNetTrainer_250epochs", "nnUNetTrainerAMAT", "MyTrainer"]
+    args = argparse.Namespace(m=None, tr=trainers, d="Dataset004_Hippocampus", p=None, c="2d")
+    folders = _model_folders(args)
+    assert [name for name, _ in folders] == ["STD", "250epochs", "AMAT", "MyTrainer"]
+    assert folders[1][1].name == "nnUNetTrainer_250epochs__nnUNetPlans__2d"
