@@ -190,7 +190,10 @@ def _model_folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
     _require_environment("nnUNet_results")
     results = Path(os.environ["nnUNet_results"]) / maybe_convert_to_dataset_name(args.d)
     return [
-        (trainer.removeprefix("nnUNetTrainer").lstrip("_") or "STD", results / f"{trainer}__{args.p or PLANS}__{args.c}")
+        (
+            trainer.removeprefix("nnUNetTrainer").lstrip("_") or "STD",
+            results / f"{trainer}__{args.p or PLANS}__{args.c}",
+        )
         for trainer in args.tr or ["nnUNetTrainerAMAT"]
     ]
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,14 @@ def test_the_tables_are_said_and_then_the_page(
     assert said[-1] == f"\nWhether the attacks are strong enough was not checked.\n\nReport: {clickable(page)}"
     for text, metric in zip(said, (ERROR, SHARE), strict=False):
         lines = text.strip("\n").splitlines()
-        assert lines[0].split() == ["pgd3", "ifgsm2", "worst", "attack", "gaussian"]
-        assert lines[1].startswith(metric.label)
+        assert lines[0].startswith(metric.label)
+        blocks = [line for line in lines[2:] if not line.startswith((" ", "*"))]
+        assert blocks == ["pgd3", "ifgsm2", "worst attack", "gaussian"]
         results = record_of(tmp_path / "own")["results"][metric.name]["models"]
-        for line, (name, found) in zip(lines[3:], results.items(), strict=True):
-            numbers = [found["clean"]]
-            for curve in found["attacks"].values():
-                numbers += [*curve["values"][1:], curve["attacked_mean"], curve["auc_robust"]]
+        rows = iter(line for line in lines[2:] if line.startswith(" "))
+        for line, (attack, name) in zip(rows, product(blocks, results), strict=True):
+            curve = results[name]["attacks"][attack]
+            numbers = [results[name]["clean"], *curve["values"][1:], curve["attacked_mean"], curve["auc_robust"]]
             own_name, *shown = line.replace("*", " ").split()
             assert own_name == name
             digits = [len(word.partition(".")[2]) for word in shown]
@@ -170,6 +172,16 @@ def test_the_tables_are_said_and_then_the_page(
     capsys.readouterr()
     run(tmp_path / "own", models, say=...)
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)  # printed where nobody says how
+
+
+def test_what_stands_before_the_numbers_of_a_report_is_said_in_the_terminal_too(tmp_path: Path, subject: Any) -> None:
+    odd = replace(ERROR, name="gain", higher_is_better=True)  # attacks raise it
+    page, said = run(tmp_path / "own", [subject("steep", 3.0)], metrics=[odd])
+    record = record_of(tmp_path / "own")
+    assert "improves as the noise" in record["cautions"][0]
+    warnings = "\n".join(f"WARNING: {note}" for note in record["cautions"])
+    unchecked = "Whether the attacks are strong enough was not checked."
+    assert said[-1] == f"\n{unchecked}\n{warnings}\n\nReport: {clickable(page)}"
 
 
 def test_pictures_are_of_the_first_attack_and_of_all_levels_above_nothing(tmp_path: Path, subject: Any) -> None:

@@ -25,7 +25,7 @@ from advmed.norms import check_norm
 from advmed.progress import watched
 from advmed.report import Example, format_table, tabulate, write_report
 from advmed.report.failures import count_failures
-from advmed.report.summary import verdict
+from advmed.report.summary import cautions, verdict
 from advmed.report.writer import FILES, configure, refuse_another
 from advmed.versions import tell_if_newer
 
@@ -335,9 +335,11 @@ def compare(
             groups=None if groups is None else [groups(id_) for id_ in samples],
             overwrite=overwrite,
         )
-        for table in tabulate(entries, metrics, resample=False):
+        tables = tabulate(entries, metrics, resample=False)
+        for table in tables:
             say(f"\n{format_table(table)}")
-        say(f"\n{verdict(entries)[1]}\n\n{report_line(page)}")
+        warnings = [f"WARNING: {note}" for note in cautions(entries, tables)]
+        say("\n".join(["", verdict(entries)[1], *warnings, "", report_line(page)]))
     processes.wait()
     return page
 

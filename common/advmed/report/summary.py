@@ -401,26 +401,26 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
 
 
 def format_table(table: Table) -> str:
-    """The table as aligned plain text, the best of each column marked with ``*``."""
-    columns = table.columns
-    starts = {1 + a * (len(table.levels) + 1): attack for a, attack in enumerate(table.attacks)}
-    head = [
-        ["", *(starts.get(k, "") for k in range(len(columns)))],
-        [table.metric.label, *(heading for _, heading in columns)],
-    ]
-    marked = [
-        [model, *(text + ("*" if best else " ") for text, best in zip(texts, bests, strict=True))]
-        for model, texts, bests in zip(table.models, table.text, table.best, strict=True)
-    ]
-    head = [[row[0], *(cell + " " for cell in row[1:])] for row in head]
-    widths = [max(map(len, column)) for column in zip(*head, *marked, strict=True)]
+    """The table as aligned plain text for a terminal: a block for each attack, a row for each model.
+
+    The best of each column of a block is marked with ``*``, where there are several models.
+    """
+    each = len(table.levels) + 1  # columns of an attack: its levels, their mean and AUC_robust
+    rows = [[table.metric.label, *(f"{heading} " for _, heading in table.columns[: 1 + each])]]
+    for a, attack in enumerate(table.attacks):
+        rows.append([attack])
+        for model, texts, bests in zip(table.models, table.text, table.best, strict=True):
+            cells = [text + ("*" if best else " ") for text, best in zip(texts, bests, strict=True)]
+            rows.append([f"  {model}", cells[0], *cells[1 + a * each : 1 + (a + 1) * each]])
+    widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(2 + each)]
     lines = [
-        row[0].ljust(widths[0])
-        + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in [*head, *marked]
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # numbers under each other
+        for row in rows
     ]
-    rule = "-" * max(map(len, lines))
-    return "\n".join(line.rstrip() for line in [*lines[:2], rule, *lines[2:]])
+    lines.insert(1, "-" * max(map(len, lines)))
+    if table.best.any():
+        lines.append("* the best of its column, by attack")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _last(values: Array) -> Array:
