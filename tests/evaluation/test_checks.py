@@ -264,6 +264,30 @@ def test_what_cannot_be_measured_is_said() -> None:
     assert verdicts(measured(), replace(ACCURACY, fails_at=None))["unlimited"] == "not measured"
 
 
+@pytest.mark.filterwarnings("error")
+def test_samples_without_a_value_of_the_metric_fail_no_check() -> None:
+    """Slices without a structure have no Dice: of them nothing is known, and of the others what there is."""
+
+    def dice(known: int) -> Metric:
+        def per_sample(scores: Any) -> Any:
+            return np.where(np.arange(len(scores["correct"])) < known, scores["correct"], np.nan)
+
+        def of(scores: Any) -> float:
+            found = per_sample(scores)
+            return float(np.nanmean(found)) if known else math.nan
+
+        return replace(ACCURACY, name="Dice", of=of, per_sample=per_sample)
+
+    measuring = ["steps", "restarts", "black box", "unlimited"]
+    none = {one.name: one for one in check(measured(), "checked", measured(), dice(0))}
+    assert [name for name, one in none.items() if one.verdict == "not measured"] == measuring
+    assert none["steps"].finding == "Dice has no value on these samples."
+    some = {one.name: one for one in check(measured(), "checked", measured(), dice(40))}
+    assert all(one.verdict == "passed" for one in some.values())
+    assert some["unlimited"].finding == "100% of 40 samples fail."
+    assert level_to_check(measured(), "checked", dice(0)) == measured().levels[1]
+
+
 def test_what_is_checked_and_with_what() -> None:
     # Attacks on a loss of their own are not: the checks compare losses of the host.
     attacks = parse_attacks(["gaussian", "square100", "cospgd10", "apgd10", "pgd20"])

@@ -9,6 +9,7 @@ look robust; here they are told apart from one that is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -211,8 +212,8 @@ def level_to_check(evaluation: Evaluation, attack: str, metric: Metric) -> float
     levels = evaluation.levels[1:]
     if metric.fails_at is None:
         return levels[(len(levels) - 1) // 2]
-    shares = [np.nanmean(metric.failed(evaluation.scores(attack, level))) for level in levels]
-    return levels[int(np.argmin(np.abs(np.array(shares) - 0.5)))]
+    shares = np.array([_failing(metric, evaluation.scores(attack, level))[0] for level in levels])
+    return levels[int(np.argmin(np.nan_to_num(np.abs(shares - 0.5), nan=np.inf)))]
 
 
 def check(evaluation: Evaluation, attack: str, probed: Evaluation | None, metric: Metric) -> list[Check]:
@@ -260,8 +261,24 @@ def _rises(evaluation: Evaluation, attack: str) -> Check:
     return _check("radius", share >= LEAST_SHARE, f"It does for {share:.0%} of {loss.shape[1]} samples.", share=share)
 
 
+def _failing(metric: Metric, scores: Scores) -> tuple[float, int]:
+    """The share of samples that fail, of those that have a value of the metric, and their number; NaN of none.
+
+    A slice without a structure, in the truth and in the prediction, has no Dice.
+    """
+    failed = metric.failed(scores)
+    known = failed[~np.isnan(failed)]
+    return float(known.mean()) if len(known) else math.nan, len(known)
+
+
+def _unknown(name: str, metric: Metric) -> Check:
+    return Check(name, QUESTIONS[name], "not measured", f"{metric.label} has no value on these samples.", {})
+
+
 def _stronger(probed: Evaluation, name: str, metric: Metric, scores: Scores) -> Check:
     before, after, gain = _gain(probed, metric, scores)
+    if math.isnan(gain):
+        return _unknown(name, metric)
     finding = f"{metric.label} goes from {before:.4g} to {after:.4g}."
     return _check(name, gain <= _allowed(probed), finding, before=before, after=after, gain=gain)
 
@@ -269,6 +286,8 @@ def _stronger(probed: Evaluation, name: str, metric: Metric, scores: Scores) -> 
 def _black_box(probed: Evaluation, metric: Metric) -> Check:
     level = probed.levels[-1]
     white, black, gain = _gain(probed, metric, probed.scores("black box", level))
+    if math.isnan(gain):
+        return _unknown("black box", metric)
     share = float((probed.at("black box", level).loss > _at_least(probed, "checked")).mean())
     finding = (
         f"{metric.label} is {white:.4g} with gradients and {black:.4g} without; without them the loss is the larger "
@@ -281,8 +300,10 @@ def _black_box(probed: Evaluation, metric: Metric) -> Check:
 def _unlimited(probed: Evaluation, metric: Metric) -> Check:
     if metric.fails_at is None:
         return Check("unlimited", QUESTIONS["unlimited"], "not measured", "The metric has no notion of failure.", {})
-    share = float(np.nanmean(metric.failed(probed.scores("unlimited", probed.levels[-1]))))
-    return _check("unlimited", share >= LEAST_SHARE, f"{share:.0%} of {len(probed.ids)} samples fail.", share=share)
+    share, known = _failing(metric, probed.scores("unlimited", probed.levels[-1]))
+    if not known:
+        return _unknown("unlimited", metric)
+    return _check("unlimited", share >= LEAST_SHARE, f"{share:.0%} of {known} samples fail.", share=share)
 
 
 def _noise(probed: Evaluation) -> Check:
