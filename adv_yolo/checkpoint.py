@@ -38,13 +38,21 @@ def read_checkpoint(path: str | Path) -> tuple[Any, dict[str, Any]]:
         ValueError: if it is damaged.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no model file {path}; name a trained .pt")
+        others = " or ".join(map(str, _others(Path(path))))
+        hint = f"there is {others}, though: the host numbers runs of one name" if others else "name a trained .pt"
+        raise FileNotFoundError(f"there is no model file {path}; {hint}")
     check_whole(path)
     try:
         network, checkpoint = load_checkpoint(path)
     except (AttributeError, KeyError, IndexError) as error:
         raise TypeError(f"{path} is no checkpoint of Ultralytics, which holds a network and its arguments") from error
     return network, checkpoint
+
+
+def _others(path: Path) -> list[Path]:
+    """The same file in runs that the host has given the same name and a number: train2, standard-2."""
+    run, named = path.parent.parent, path.parent.name == "weights"
+    return sorted(run.parent.glob(f"{run.name}*/weights/{path.name}")) if named and run.name else []
 
 
 def is_finished(checkpoint: Mapping[str, Any]) -> bool:

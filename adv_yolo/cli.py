@@ -205,7 +205,9 @@ def _train(argv: Sequence[str]) -> bool:
         raise SyntaxError("train needs model=..., for example model=yolov8n.yaml or a .pt file")
     if not found.get("data") and not found.get("resume"):
         raise SyntaxError("train needs data=..., the YAML file of your data set")
-    if Path(str(model)).suffix == ".pt" and Path(str(model)).is_file():
+    file = Path(str(model))
+    # Of a bare name that is not here (yolov8n.pt) the host knows where to have it.
+    if file.suffix == ".pt" and (file.is_file() or file.parent != Path()):
         read_checkpoint(model)  # says what is wrong with it
     YOLO(model, task=task).train(trainer=TRAINERS[method], **found)
     return True

@@ -221,6 +221,10 @@ THRESHOLDS, EVALUATE = ([name, "model={model}", "data={data}", "device=cpu"] for
         ([*TRAIN, "method=sat", "eps"], "'eps' is missing an '=' sign"),
         ([*TRAIN, "method=sat", "data=no/such.yaml"], "no/such.yaml"),
         ([*TRAIN, "method=sat", "model=nothing.yaml"], "nothing.yaml"),
+        (
+            [*TRAIN, "method=sat", "model=no/weights/best.pt"],
+            "no model file no/weights/best.pt; name a trained",
+        ),
         *(
             ([*TRAIN, "method=amat", f"{wrong}=1"], f"'{wrong}' is not a valid .*Similar arguments.*'{right}")
             for wrong, right in (("delt", "delta"), ("stepscale", "step_scale"), ("treshold", "thresholds"))
@@ -265,6 +269,16 @@ def test_mistakes_are_named_before_anything_is_trained_or_measured(
     assert said.startswith("adv-yolo: ")
     assert re.search(message, said, re.DOTALL), said
     assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"best.pt", "args.yaml"}
+
+
+def test_a_model_that_lies_in_a_numbered_run_is_pointed_out(capsys: pytest.CaptureFixture[str], data: Any) -> None:
+    """A second run of one name goes to a folder with a number, and so the first one can be empty."""
+    save(DetectionModel(ONE_HEAD, nc=len(CLASSES), verbose=False), Path("runs/standard-2/weights/best.pt"))
+    for words in ([*TRAIN, "method=sat"], EVALUATE, THRESHOLDS):
+        words = [word for word in words if not word.startswith("model=")]
+        given = [word.format(data=data.yaml, here=Path.cwd()) for word in words]
+        said = mistake_of(main, capsys, *given, "model=runs/standard/weights/best.pt")
+        assert "there is runs/standard-2/weights/best.pt, though" in said, said
 
 
 def terms_in_training(path: Path, data: Any, arguments: dict[str, Any]) -> Tensor:
