@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch import Tensor
 
 from adv_nnunet.data import OUTSIDE
 
@@ -53,6 +54,25 @@ BACKGROUND = ":background"
 """How the id of a patch without foreground ends."""
 
 
+def has_foreground(target: Tensor | Sequence[Tensor], ignore: int | None) -> list[bool]:
+    """For each sample of a batch, whether there is a structure in it.
+
+    Args:
+        target: the host's, (B, 1, *spatial) or with a channel for each region (and one for what is to be ignored); or a
+            list of them, the finest first.
+        ignore: the label to ignore, if there is one.
+    """
+    finest = target if isinstance(target, Tensor) else target[0]
+    if finest.shape[1] > 1:
+        foreground = (finest if ignore is None else finest[:, :-1]) > 0
+    else:
+        foreground = finest > 0
+        if ignore is not None:
+            foreground = foreground & (finest != ignore)
+    found: list[bool] = foreground.flatten(1).any(1).tolist()
+    return found
+
+
 class PartLoader(nnUNetDataLoader):
     """Adds ``ids`` to every batch: ``case:foreground`` or ``case:background``, as the patch holds foreground or not."""
 
@@ -63,14 +83,8 @@ class PartLoader(nnUNetDataLoader):
     def generate_train_batch(self) -> dict[str, Any]:
         """The host's batch, with ``ids``."""
         batch: dict[str, Any] = super().generate_train_batch()
-        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-        if target.shape[1] > 1:  # regions, and a channel more for what is to be ignored
-            foreground = (target[:, :-1] if self.has_ignore else target) > 0
-        else:
-            foreground = target > 0
-            if self.has_ignore:
-                foreground = foreground & (target != self._ignore)
-        parts = ["foreground" if found else "background" for found in foreground.flatten(1).any(1).tolist()]
+        found = has_foreground(batch["target"], self._ignore if self.has_ignore else None)
+        parts = ["foreground" if some else "background" for some in found]
         batch["ids"] = [f"{case}:{part}" for case, part in zip(batch["keys"], parts, strict=True)]
         return batch
 

@@ -245,6 +245,9 @@ class SegmentationObjective:
         target: of the batch.
         precision: makes the context that the attack's passes run in.
 
+    Attributes:
+        empty: for each sample, whether there is no structure in it; None: not said.
+
     Example:
         >>> import torch
         >>> from adv_nnunet import SampleTerms, SegmentationObjective
@@ -272,6 +275,7 @@ class SegmentationObjective:
         self.target = ordinary(target) if isinstance(target, Tensor) else [ordinary(scale) for scale in target]
         self.precision = precision
         self.names = terms.names
+        self.empty: Sequence[bool] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """The terms, for an attack."""

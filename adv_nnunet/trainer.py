@@ -32,6 +32,7 @@ from adv_nnunet.loader import (
     SliceLoader,
     case_of,
     drawn_slices,
+    has_foreground,
     slice_ids,
     with_loader,
     without_measuring,
@@ -493,6 +494,8 @@ class AdversarialTraining(_Host):
         objective = SegmentationObjective(
             self.network, host.bare(self.network), self.loss, self.terms, target, self._attack_precision
         )
+        # of the batch as it came, in the host's memory: nothing waits for the device
+        objective.empty = [not found for found in has_foreground(batch["target"], self.label_manager.ignore_label)]
         # A shared first gradient needs the clean pass's own backward pass: with the host's scaler, and through its
         # distributed wrapper, which knows no other.
         shares = getattr(self.method, "clean_gradients", None) is not None and not self.run.warming_up

@@ -14,7 +14,7 @@ detaches; otherwise there would be no gradient to follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -342,6 +342,10 @@ class DetectionObjective:
             statistics.
         loss_scale: what the host scales its loss by against float16 underflow, a scalar tensor; None: it does not.
 
+    Attributes:
+        items: the loss items of the first training pass, see :meth:`loss`.
+        empty: for each image, whether there is no object in it; None: not said.
+
     Example:
         >>> import torch
         >>> from adv_yolo import DetectionObjective, ImageTerms
@@ -369,6 +373,7 @@ class DetectionObjective:
         self.loss_scale = loss_scale
         self._given, self._hold = given, hold
         self.items: dict[str, Tensor] | None = None
+        self.empty: Sequence[bool] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """The terms, for an attack; of the host's own predictions where they are at hand and no gradient is asked."""

@@ -136,6 +136,7 @@ class AdversarialTraining(_Host):
         self.run: MethodRun | None = None
         self.terms: ImageTerms | None = None
         self._held = ExitStack()
+        self._empty: list[bool] | None = None  # of the batch at hand: images without an object
         self._ids: dict[str, str] = {}
         self._epoch_values: dict[str, float] = {}
         self._knows_classes = False
@@ -432,6 +433,8 @@ class AdversarialTraining(_Host):
 
         Its images ask for their gradient where an attack is to begin with that of the host's pass.
         """
+        objects = set(batch["batch_idx"].tolist())  # in the host's memory still: nothing waits for the device
+        self._empty = [number not in objects for number in range(len(batch["img"]))]
         batch = super().preprocess_batch(batch)
         self._held.close()
         if self._shares():
@@ -457,6 +460,7 @@ class AdversarialTraining(_Host):
         # What is multiplied by it is known to the host's scaler only: gradients that are taken at once need it, too.
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         objective = DetectionObjective(model, self.terms, batch, predictions, hold, scale)
+        objective.empty = self._empty
         sequential = self.settings.backward == "sequential"
         ids = [self._ids.get(name, name) for name in batch["im_file"]]
         step = self.run.step(objective, batch["img"], ids, self._backward if sequential else None)

@@ -3,11 +3,13 @@
 An objective is any callable ``images -> terms`` closed over model and targets: images of shape (B, C, *spatial) as the
 network receives them, terms of shape (B, K), the host's own training loss split into its K terms, one row per sample,
 gradients attached. An attack scales the loss against float16 underflow where it sees float16 autocast around it, so
-autocast belongs around the attack, not only inside the objective. Four attributes are optional:
+autocast belongs around the attack, not only inside the objective. Five attributes are optional:
 
 - ``model``: the ``torch.nn.Module`` that is held still while it is attacked (:mod:`advmed.guard`); without it nothing
   protects running statistics, weight gradients and the random state;
 - ``names``: the K names of the terms;
+- ``empty``: for each sample, in the host's memory, whether its truth holds nothing to find (a slice without a
+  structure, an image without an object): what such a sample bears is no measure, see ``empty_samples`` of AMAT;
 - ``take(rows) -> objective``: the objective of some samples of the batch, by their numbers, (n,), int64: an ensemble of
   attacks (:class:`advmed.attacks.Standard`) then spends nothing on those that have failed;
 - ``loss(images) -> (loss, terms)``: the host's own batch loss (a scalar to back-propagate) and the terms of the same

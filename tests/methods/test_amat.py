@@ -359,3 +359,58 @@ def test_numbers_as_thresholds_ask_for_no_names() -> None:
         method = AMAT(0.1, thresholds, **QUICK)
         method.step(objective, images, names(5))
         torch.testing.assert_close(method.margins.values(), torch.full((5,), 0.2))
+
+
+# Samples with nothing to find
+
+
+class Halves:
+    """The sum of each image as its loss, of which some are empty."""
+
+    def __init__(self, empty: list[bool] | None) -> None:
+        self.empty = empty
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_sample_has_the_least_noise_and_teaches_no_margin(rule: str) -> None:
+    images, ids = torch.tensor([0.0, -9.0, 0.3, -5.0]).view(4, 1, 1, 1), ["a", "void", "b", "void too"]
+    given: dict[str, Any] = {"margin_min": 0.1, **FAST, **RULES[rule]}
+    method = AMAT(0.25, [1.0], empty_samples="floor", **given)
+    alone = AMAT(0.25, [1.0], **given)
+    for _ in range(6):
+        step = method.step(Halves([False, True, False, True]), images, ids)
+        alone.step(Halves(None), images[[0, 2]], ["a", "b"])
+        assert step.adversarial is not None
+        noise = (step.adversarial - images).flatten()
+        assert noise[[1, 3]].tolist() == pytest.approx([0.1, 0.1], abs=1e-5)
+        assert method.margins.ids() == ["a", "b"]
+    # What the others learn is what they learn without them.
+    torch.testing.assert_close(method.margins.get(["a", "b"]), alone.margins.get(["a", "b"]), rtol=0, atol=0)
+    others = AMAT(0.25, [1.0], empty_samples="as_others", **given)
+    for _ in range(6):
+        others.step(Halves([False, True, False, True]), images, ids)
+    assert float(others.margins.get(["void"])) > 2 * float(others.margins.get(["a"])), "they bear noise of any size"
+
+
+def test_empty_samples_cost_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no margin, and are met for the first time again and again."""
+    given: dict[str, Any] = {"start": "estimate", "refinement": "secant", "empty_samples": "floor", **FAST}
+    method, estimate, batches = AMAT(0.25, [1.0], **given), AMAT._estimate, []
+    monkeypatch.setattr(AMAT, "_estimate", lambda *told: batches.append(ids) or estimate(*told))
+    for ids in (["a", "b"], ["a", "b"], ["a", "void"], ["void", "void"]):
+        step = method.step(Halves([name == "void" for name in ids]), torch.zeros(2, 1, 2, 2), ids)
+        assert math.isfinite(float(step.logs["expanded"]))
+    assert batches == [["a", "b"]]
+
+
+def test_who_is_empty_is_said_of_every_sample() -> None:
+    method = AMAT(0.25, [1.0], empty_samples="floor")
+    with pytest.raises(ValueError, match="calls 1 samples empty or not, of 2"):
+        method.step(Halves([True]), torch.zeros(2, 1, 2, 2), ["a", "b"])
+    with pytest.raises(ValueError, match="empty_samples must be 'floor' or 'as_others', got 'none'"):
+        AMAT(0.25, [1.0], empty_samples="none")  # type: ignore[arg-type]
+    for preset in ("fast", "paper"):
+        assert TrainingSettings(preset=preset).for_method("AMAT").empty_samples == "as_others"

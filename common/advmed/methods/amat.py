@@ -70,6 +70,10 @@ class AMATSettings(MethodSettings):
             the margin is that large.
         start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
             (xi - L) / ||g||, eps at most, for one pass more in every batch that holds a sample for the first time.
+        empty_samples: what is done with samples in whose truth there is nothing to find (slices without a structure,
+            images without an object). "as_others": as algorithm 1 has it; as a rule they bear noise of any size.
+            "floor": they are trained with the lowest margin, and have none of their own. (The authors' release, too,
+            keeps theirs at delta.)
         margin_min: lowest margin, >= 0; None: for "secant" and "balanced" a quarter of delta where margins begin with
             an estimate and delta where they do not, else none.
         margin_max: highest margin, > 0; None: 8 eps for "secant" and "balanced", else none.
@@ -79,6 +83,7 @@ class AMATSettings(MethodSettings):
     refinement: Literal["paper", "crossing", "secant", "balanced"] | None = None
     train_on: Literal["sphere", "crossing"] | None = None
     start: Literal["delta", "estimate"] | None = None
+    empty_samples: Literal["floor", "as_others"] = "as_others"
     margin_min: float | None = None
     margin_max: float | None = None
 
@@ -92,6 +97,7 @@ class AMATSettings(MethodSettings):
             ("refinement", get_args(Rule)),
             ("train_on", ("sphere", "crossing")),
             ("start", ("delta", "estimate")),
+            ("empty_samples", ("floor", "as_others")),
         ):
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -108,9 +114,10 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
     Args:
         delta: expansion step, and every margin's first value, > 0.
         thresholds: K thresholds xi, one per loss term: fixed, self-calibrated, or plain numbers.
-        refinement: see :class:`AMATSettings`, as the next four.
+        refinement: see :class:`AMATSettings`, as the next five.
         train_on: "sphere" or "crossing".
         start: "delta" or "estimate".
+        empty_samples: "floor" or "as_others", for objectives that say which of their samples are empty.
         start_max: highest first value of a margin that begins with an estimate, or None. A network that has not learnt
             anything yet is flat, and seems to bear any noise: margins that begin there teach it to stay flat.
         margin_min: lowest margin, or None.
@@ -152,16 +159,23 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         refinement: Rule = "paper",
         train_on: Literal["sphere", "crossing"] = "sphere",
         start: Literal["delta", "estimate"] = "delta",
+        empty_samples: Literal["floor", "as_others"] = "as_others",
         start_max: float | None = None,
         margin_min: float | None = AMATSettings.margin_min,
         margin_max: float | None = AMATSettings.margin_max,
         **attack: Unpack[AttackOptions],
     ) -> None:
         AMATSettings(
-            refinement=refinement, train_on=train_on, start=start, margin_min=margin_min, margin_max=margin_max
+            refinement=refinement,
+            train_on=train_on,
+            start=start,
+            empty_samples=empty_samples,
+            margin_min=margin_min,
+            margin_max=margin_max,
         )
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
+        self.empty_samples = empty_samples
         self.start_max = math.inf if start_max is None else check_positive("start_max", start_max)
         floor = self.delta * (_FLOOR_OF_DELTA if start == "estimate" else 1.0) if refinement in TRACKING else 0.0
         if margin_min is None and margin_max is not None and margin_max < floor:
@@ -203,6 +217,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             refinement=refinement,
             train_on=own.train_on or "sphere",
             start=own.start or "delta",
+            empty_samples=own.empty_samples,
             start_max=None if not eps else max(eps, own.delta),
             margin_min=own.margin_min,
             margin_max=highest,
@@ -229,8 +244,14 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         xi = self._limits(objective, images)
         assert xi is not None
         mixed = MixedLoss(objective, backward, self.clean_gradients)
-        unmet = [self.begin_with == "estimate" and sample not in self.margins for sample in ids]
+        empty = self._empty(objective, images)
+        unmet = [
+            self.begin_with == "estimate" and not nothing and sample not in self.margins
+            for sample, nothing in zip(ids, empty, strict=True)
+        ]
         new = torch.tensor(unmet, device=images.device) if any(unmet) else None
+        if any(empty):
+            margin = margin.masked_fill(torch.tensor(empty, device=images.device), self.lowest)
         first: CleanPass | None
         if new is not None:
             first, estimate = self._estimate(objective, images, xi)
@@ -265,16 +286,28 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             moved = torch.where(new, torch.minimum(expected, 2 * margin), moved)
         moved = moved.where(~(terms.isnan() | clean_terms.isnan()).any(1), math.nan)  # a broken pass moves no margin
         moved = self._bounded(moved)
+        grown = inside if self.refinement in ("paper", "crossing") else moved > margin
+        if any(empty):  # nothing is learnt from them
+            kept = [row for row, nothing in enumerate(empty) if not nothing]
+            ids, moved, grown = [ids[row] for row in kept], moved[kept], grown[kept]
         self.margins.set(ids, moved)
         if isinstance(self.thresholds, RunningThresholds):
             self.thresholds.update(clean_terms)
         logs = {
             "loss_clean": clean,
             "loss_adversarial": adversarial,
-            "expanded": (inside if self.refinement in ("paper", "crossing") else moved > margin).float().mean(),
+            "expanded": grown.float().sum() / max(len(grown), 1),
             "nonfinite": attacked.nonfinite.sum(),
         }
         return Step(mixed.total(), logs, clean_terms, noisy)
+
+    def _empty(self, objective: Objective, images: Tensor) -> list[bool]:
+        """Which samples have nothing to find in their truth, and are not to have margins."""
+        said = getattr(objective, "empty", None) if self.empty_samples == "floor" else None
+        found = [False] * len(images) if said is None else [bool(nothing) for nothing in said]
+        if len(found) != len(images):
+            raise ValueError(f"the objective calls {len(found)} samples empty or not, of {len(images)}")
+        return found
 
     def _estimate(self, objective: Objective, images: Tensor, xi: Tensor) -> tuple[CleanPass, Tensor]:
         """A clean pass, and the noise that takes every sample's loss to the threshold to first order, (B,)."""

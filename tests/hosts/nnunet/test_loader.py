@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nnunetv2.training.dataloading import data_loader as host_module
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host_trainer_module
 
-from adv_nnunet.loader import CellLoader, SliceLoader, case_of, with_loader
+from adv_nnunet.loader import CellLoader, SliceLoader, case_of, has_foreground, with_loader
 
 
 def test_slice_ids_name_the_stored_slices(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,15 @@ def test_cells_are_those_of_the_centre_of_the_patch() -> None:
     assert loader._id("case", [3, 1, 3]) == "case:1,1,1"  # 8, 8, 8
     assert loader._id("case", [-9, -9, 12]) == "case:0,0,2"  # outside below: the first cell; 17
     assert case_of("case:0,0,2") == "case"
+
+
+def test_a_structure_is_no_background_nothing_to_ignore_and_nothing_outside() -> None:
+    labels = torch.tensor([[0, 0], [0, 2], [-1, 0], [3, 3]]).view(4, 1, 1, 2)
+    assert has_foreground(labels, None) == [False, True, False, True]
+    assert has_foreground([labels, labels[:, :, :, :1]], 3) == [False, True, False, False]  # deep supervision
+    regions = torch.tensor([[[0, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 1]]]).unsqueeze(2).float()
+    assert has_foreground(regions, None) == [False, True, True]
+    assert has_foreground(regions, 3) == [False, True, False]  # the last channel is what is to be ignored
 
 
 def test_cells_in_3d(bench: Any) -> None:

@@ -506,6 +506,18 @@ def test_a_checkpoint_names_a_trainer_of_the_same_network(
     assert list(map(type, built.modules())) == list(map(type, trainer.network.modules()))
 
 
+def test_slices_without_a_structure_have_no_margin(bench: Any) -> None:
+    trainer = bench.ready("AMAT", thresholds=bench.thresholds(9.0), empty_samples="floor")
+    met: dict[str, set[bool]] = {}
+    for batch in bench.batches(trainer, 8):
+        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        for sample, found in zip(batch["ids"], (target > 0).flatten(1).any(1).tolist(), strict=True):
+            met.setdefault(sample, set()).add(found)
+        trainer.train_step(batch)
+    assert {False} in met.values() and {True} in met.values()
+    assert set(trainer.method.margins.ids()) == {sample for sample, found in met.items() if True in found}
+
+
 def test_a_training_step_of_a_base_is_not_dropped(bench: Any) -> None:
     """Standard training is that step; a method says that it would take its place, unless its class has one."""
     with pytest.raises(TypeError, match=r"Clipped has a training step of its own .* which SAT would take the place of"):

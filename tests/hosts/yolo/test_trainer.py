@@ -636,6 +636,14 @@ def test_checkpoints_work_where_our_packages_are_not_installed(finished: Any, da
     assert "fine without us" in done.stdout
 
 
+def test_images_without_an_object_have_no_margin(run: Any, data: Any) -> None:
+    images = zip(data.ids("train"), data.names("train"), strict=True)
+    (background,) = [sample for sample, name in images if not len(data.labels(name))]
+    trainer = run("amat", epochs=2, delta=0.5, val=False, empty_samples="floor")
+    assert sorted({*trainer.run.method.margins.ids(), background}) == data.ids("train")
+    assert background not in trainer.run.method.margins
+
+
 def test_self_calibrated_thresholds_begin_after_the_warm_up(run: Any, data: Any, said: list[str]) -> None:
     """With images that are mixed on request, which have the ids of the first."""
     given = {"mosaic": 1.0, "mixup": 0.5, "close_mosaic": 1, "preset": "paper"}
