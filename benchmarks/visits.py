@@ -154,16 +154,24 @@ def table(files: Sequence[Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    recorder = kinds.add_parser("record")
+    recorder = kinds.add_parser("record", epilog="after --: the training")
     recorder.add_argument("file", type=Path)
     recorder.add_argument("--finest", action="store_true", help="nnU-Net in 3D: ids of case, part and cell")
-    recorder.add_argument("words", nargs=argparse.REMAINDER, help="the training, after --")
     kinds.add_parser("table").add_argument("files", type=Path, nargs="+")
-    options = parser.parse_args()
+    own, words = split(sys.argv[1:])
+    options = parser.parse_args(own)
     if options.kind == "table":
         print(table(options.files))
+    elif not words:
+        parser.error("say the training after --")
     else:
-        record(options.file, options.finest, [word for word in options.words if word != "--"])
+        record(options.file, options.finest, words)
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first ``--``, and behind it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def test_a_watched_method_computes_the_same_and_writes_what_its_visits_found(
     assert "ids" in visits.table([tmp_path / "visits.csv"]).splitlines()[0]
 
 
+def test_the_training_is_what_stands_behind_two_dashes(visits: ModuleType) -> None:
+    words = ["record", "a.csv", "--finest", "--", "nnUNetv2_train", "4", "--", "x"]
+    assert visits.split(words) == (["record", "a.csv", "--finest"], ["nnUNetv2_train", "4", "--", "x"])
+    assert visits.split(["table", "a.csv"]) == (["table", "a.csv"], [])
+
+
 # Sweeps
 
 
