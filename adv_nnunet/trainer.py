@@ -494,8 +494,9 @@ class AdversarialTraining(_Host):
         objective = SegmentationObjective(
             self.network, host.bare(self.network), self.loss, self.terms, target, self._attack_precision
         )
-        # of the batch as it came, in the host's memory: nothing waits for the device
-        objective.empty = [not found for found in has_foreground(batch["target"], self.label_manager.ignore_label)]
+        if self.settings.empty_samples == "floor":  # of the batch as it came, in the host's memory: no device waits
+            found = has_foreground(batch["target"], self.label_manager.ignore_label)
+            objective.empty = [not some for some in found]
         # A shared first gradient needs the clean pass's own backward pass: with the host's scaler, and through its
         # distributed wrapper, which knows no other.
         shares = getattr(self.method, "clean_gradients", None) is not None and not self.run.warming_up

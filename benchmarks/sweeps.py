@@ -100,6 +100,7 @@ SETS: dict[str, type[Pneumonia]] = {"pneumonia": Pneumonia, "ham10000": Ham}
 def found(kind: type[Pneumonia], work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Everything that was measured, as JSON has it."""
     rows: dict[str, Any] = {}
+    levels: list[float] = []
     for name in ["STD", *kind.runs]:
         hosts = [kind(work / str(seed), seed) for seed in seeds]
         hosts = [host for host in hosts if host.report(name).is_file()]
@@ -107,6 +108,8 @@ def found(kind: type[Pneumonia], work: Path, seeds: Sequence[int]) -> dict[str, 
             values = {str(host.seed): curve(host, name) for host in hosts}
             rows[name] = {"curves": values, "margins": {str(host.seed): margins(host, name) for host in hosts}}
             levels = levels_of(hosts[0].report(name), kind)
+    if not rows:
+        raise SystemExit(f"nothing has been attacked by {kind.attack} in {work}: leave out --table")
     packages = {name: version(name) for name in ("advmed", "torch", "timm", "lightning")}
     return {"metric": kind.metric, "attack": kind.attack, "levels": levels, "versions": packages, "runs": rows}
 

@@ -91,7 +91,7 @@ def by_part_and_cell() -> None:
             batch["ids"] = [cell.replace(":", f":{part}:") for cell, part in zip(cells, parts, strict=True)]
             return batch
 
-    trainer.PartLoader = FinestLoader  # type: ignore[misc]
+    trainer.PartLoader = FinestLoader
 
 
 def groupings(ids: Sequence[str]) -> dict[str, list[str]]:

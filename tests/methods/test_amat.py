@@ -411,6 +411,8 @@ def test_who_is_empty_is_said_of_every_sample() -> None:
     with pytest.raises(ValueError, match="calls 1 samples empty or not, of 2"):
         method.step(Halves([True]), torch.zeros(2, 1, 2, 2), ["a", "b"])
     with pytest.raises(ValueError, match="empty_samples must be 'floor' or 'as_others', got 'none'"):
-        AMAT(0.25, [1.0], empty_samples="none")  # type: ignore[arg-type]
+        AMAT(0.25, [1.0], empty_samples="none")
+    with pytest.raises(ValueError, match="needs to be told which samples are empty"):  # as every classifier's
+        method.step(Halves(None), torch.zeros(2, 1, 2, 2), ["a", "b"])
     for preset in ("fast", "paper"):
         assert TrainingSettings(preset=preset).for_method("AMAT").empty_samples == "as_others"

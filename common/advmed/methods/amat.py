@@ -303,8 +303,15 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
 
     def _empty(self, objective: Objective, images: Tensor) -> list[bool]:
         """Which samples have nothing to find in their truth, and are not to have margins."""
-        said = getattr(objective, "empty", None) if self.empty_samples == "floor" else None
-        found = [False] * len(images) if said is None else [bool(nothing) for nothing in said]
+        if self.empty_samples != "floor":
+            return [False] * len(images)
+        said = getattr(objective, "empty", None)
+        if said is None:
+            raise ValueError(
+                "empty_samples 'floor' needs to be told which samples are empty, and nothing is in this task; leave it "
+                "at 'as_others', or give the objective an attribute 'empty'"
+            )
+        found = [bool(nothing) for nothing in said]
         if len(found) != len(images):
             raise ValueError(f"the objective calls {len(found)} samples empty or not, of {len(images)}")
         return found
