@@ -140,6 +140,9 @@ class Host:
     def checkpoint(self, name: str) -> Path:
         raise NotImplementedError
 
+    def clear(self, name: str) -> None:
+        """What a training that was cut off has left, where the next one would not write over it."""
+
     def train(self, name: str) -> list[str]:
         raise NotImplementedError
 
@@ -155,6 +158,8 @@ class Lightning(Host):
 
     demo: Any
     tool = ""
+    only: ClassVar[tuple[str, ...]] = ()
+    """Words of the evaluation that leave out what is not looked at."""
 
     @property
     def content(self) -> Settings:
@@ -163,6 +168,9 @@ class Lightning(Host):
 
     def checkpoint(self, name: str) -> Path:
         return self.work / slug(name) / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    def clear(self, name: str) -> None:
+        shutil.rmtree(self.work / slug(name), ignore_errors=True)  # or the next one would be its "version_1"
 
     def prepare(self) -> None:
         (self.work / "demo.yaml").write_text(yaml.safe_dump(self.content, sort_keys=False))
@@ -210,6 +218,7 @@ class Lightning(Host):
             "--out",
             str(self.reports / slug(name)),
             *words,
+            *self.only,
         ]
 
     def report(self, name: str) -> Path:
@@ -219,7 +228,8 @@ class Lightning(Host):
 class Landmark(Lightning):
     demo, tool, metric, rising = demo_landmark, "adv-landmark", "MRE", False
     runs: ClassVar[dict[str, Settings]] = {
-        **runs([0.2, 0.4, 0.7, 1.0, 1.5], {"margin_min": 0.05, "margin_max": 6.0}),
+        **runs([0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0], {"margin_min": 0.05, "margin_max": 6.0}),
+        "AMAT wide on the sphere, mean+8std": amat(8, margin_min=0.05, margin_max=12.0, train_on="sphere"),
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
         **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}),
         **shorter(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
@@ -229,6 +239,7 @@ class Landmark(Lightning):
 
 class Classify(Lightning):
     demo, tool, metric = demo_classify, "adv-classify", "accuracy"
+    only = ("--norm", "[2]", "--gradcam", "false")
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.1, 0.2, 0.4, 0.8], {"margin_min": 0.01, "margin_max": 4.0}),
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
@@ -308,6 +319,8 @@ def call(words: list[str], log: Path) -> None:
 def work_on(host: Host, name: str) -> None:
     logs = host.work / "logs"
     logs.mkdir(exist_ok=True)
+    if not (logs / f"{slug(name)}.train.done").exists():
+        host.clear(name)
     call(host.train(name), logs / f"{slug(name)}.train.log")
     call(host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log")
     print(f"{time.strftime('%H:%M:%S')} {host.work.name} {name} {curve(host, name)}", flush=True)

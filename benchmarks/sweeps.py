@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from advmed.files import write_whole
 from advmed.methods import METHODS
 from advmed.methods.base import AttackOptions
+from advmed.report.front import attainable
 
 DIALS = ("SAT", "AT", "TRADES", "AMAT", "DPAAT")
 XRAYS: Settings = {"classes": ["normal", "pneumonia"], "flip": 0, "rotate": 10, "zoom": 0.1}
@@ -130,15 +130,6 @@ def points(result: dict[str, Any], names: Sequence[str], seed: str) -> NDArray[n
     return np.array([[curve[0], curve[-1]] for curve in (result["runs"][name]["curves"][seed] for name in names)])
 
 
-def attainable(line: NDArray[np.float64], clean: float) -> float:
-    """The highest worst-case metric on the line through the points where the clean metric is at least ``clean``."""
-    best = [worst for at, worst in line if at >= clean]
-    for (a, x), (b, y) in pairwise(line):
-        if (a - clean) * (b - clean) < 0:
-            best.append(x + (y - x) * (clean - a) / (b - a))
-    return max(best, default=math.nan)
-
-
 def said(values: Sequence[float]) -> str:
     """Mean and standard error."""
     mean = f"{np.mean(values):.3f}"
@@ -168,7 +159,7 @@ def tables(result: dict[str, Any]) -> str:
         cells = [method]
         for loss in LOSSES:
             lines_ = [points(result, names, seed) for seed in sorted(seeds)]
-            cells.append(said([attainable(line, line[0, 0] - loss / 100) for line in lines_]))
+            cells.append(said([float(attainable(*line.T, line[0, 0] - loss / 100)) for line in lines_]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

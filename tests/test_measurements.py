@@ -115,15 +115,6 @@ def test_every_method_makes_as_many_passes(sweeps: ModuleType, method: str) -> N
     assert 0 < length["trainer.limit_train_batches"] <= 1
 
 
-def test_a_front_is_read_where_the_clean_metric_is_high_enough(sweeps: ModuleType) -> None:
-    line = np.array([[0.95, 0.2], [0.94, 0.6], [0.90, 0.8], [0.92, 0.7]])
-    assert sweeps.attainable(line, 0.945) == pytest.approx(0.4)  # half way
-    assert sweeps.attainable(line, 0.92) == pytest.approx(0.7)
-    assert sweeps.attainable(line, 0.91) == pytest.approx(0.75)  # on either of two pieces
-    assert sweeps.attainable(line, 0.5) == pytest.approx(0.8)  # the best of all
-    assert np.isnan(sweeps.attainable(line, 0.96))
-
-
 @pytest.fixture
 def result() -> dict[str, Any]:
     """Two seeds of a standard network and two levels of SAT; one of AT."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy import stats
 
 from advmed.attacks.names import parse_attacks
 from advmed.cli.main import main
@@ -20,6 +21,7 @@ from advmed.evaluation.metric import Metric
 from advmed.files import clickable
 from advmed.report import Entry, write_report
 from advmed.report.comparison import Report, compare_reports
+from advmed.report.front import attainable
 from helpers.evaluations import by_hand, mean_of, record_of
 from helpers.hosts import table
 
@@ -218,6 +220,120 @@ def test_without_draws_there_are_numbers_and_no_intervals(evaluated: Evaluated) 
     gain, bounds = section.differences(section.rows[1], section.rows[0])
     assert np.isfinite(gain).all()
     assert np.isnan(bounds).all()
+
+
+# Several trainings of each, and fronts
+
+
+def seeds(evaluated: Evaluated, widths: dict[str, Sequence[float]]) -> list[Path]:
+    """A report for each training, all in folders of the same name; a width of 0 is of a model that it lacks."""
+    count = len(next(iter(widths.values())))
+    return [
+        evaluated(f"{k}/report", {name: those[k] for name, those in widths.items() if those[k]}) for k in range(count)
+    ]
+
+
+def test_repeated_trainings_are_one_row_with_student_s_interval(
+    evaluated: Evaluated, said: Said, tmp_path: Path
+) -> None:
+    widths = {"a": (1.0, 1.2, 0.9), "b": (2.0, 2.6, 2.2)}
+    folders = seeds(evaluated, widths)
+    section = section_of(*folders, repeats=True)
+    single = {
+        name: np.stack([one.numbers(one.rows[k].curve) for one in map(section_of, folders)])
+        for k, name in enumerate(widths)
+    }
+    a, b = section.rows
+    for row in (a, b):
+        values = single[row.model]
+        np.testing.assert_allclose(section.values(row), values.mean(0))
+        wide = values.std(0) > 0
+        wanted = stats.t.interval(0.95, 2, values.mean(0)[wide], stats.sem(values, axis=0)[wide])
+        np.testing.assert_allclose(section.intervals(row)[:, wide], wanted)
+    gain, bounds = section.differences(b, a)
+    paired = stats.ttest_rel(single["b"], single["a"])
+    np.testing.assert_allclose(gain, (single["b"] - single["a"]).mean(0))
+    found = paired.confidence_interval()
+    np.testing.assert_allclose(bounds[:, 1:], np.stack([found.low, found.high])[:, 1:])
+    text = said(*folders, "--repeats", "--out", tmp_path / "out")
+    assert "Means over 3 trainings of each" in text
+    assert "Differences from a, paired by training" in text
+    rows = table(tmp_path / "out" / "compare.csv")
+    assert {(row["model"], row["report"], row["trainings"]) for row in rows} == {
+        (name, "0/report, 1/report, 2/report", "3") for name in widths
+    }
+
+
+def test_a_training_that_is_missing_is_left_out_of_the_pairs(evaluated: Evaluated, said: Said) -> None:
+    folders = seeds(evaluated, {"a": (1.0, 1.2, 0.9), "b": (2.0, 0, 2.2), "c": (0, 3.0, 0)})
+    section = section_of(*folders, repeats=True)
+    a, b, c = section.rows
+    gain, _ = section.differences(b, a)
+    alone = [section_of(folders[k]) for k in (0, 2)]
+    wanted = np.mean([one.numbers(one.rows[1].curve) - one.numbers(one.rows[0].curve) for one in alone], axis=0)
+    np.testing.assert_allclose(gain, wanted)
+    assert np.isnan(section.intervals(c)).all()
+    assert np.isnan(section.differences(c, a)[1]).all() and np.isfinite(section.differences(c, a)[0]).all()
+    text = said(*folders, "--repeats", "--baseline", "b")
+    assert "Means over the trainings, 3 of a, 2 of b, 1 of c, with" in text
+    assert "In no report of b, hence without differences: c." in text
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "distance"])
+def test_beyond_a_front(metric: str, evaluated: Evaluated, said: Said) -> None:
+    """By hand: a model between two settings of the front is held against the straight line between these."""
+    folder = evaluated("one", {"low": 1.0, "high": 3.0, "between": 1.7, "better": 9.0})
+    section = section_of(folder, metric=metric)
+    rows = {row.model: row for row in section.rows}
+    front = section.front(["low", "h*h"])
+    assert [row.model for row in front] == ["low", "high"]
+    (x1, y1), (x2, y2), (x, y) = ((rows[n].curve[0], rows[n].curve[1:].mean()) for n in ("low", "high", "between"))
+    sign = 1 if section.higher_is_better else -1
+    if x1 == x2:  # all are right when clean: the best of both
+        wanted = y - max(y1, y2)
+    else:
+        # a better clean value counts, too, and the front's is the more robust one
+        wanted = sign * (y - y2) if sign * x2 >= sign * x else sign * (y - np.interp(x, [x1, x2], [y1, y2]))
+    gain, (low, high) = section.beyond(rows["between"], front)
+    assert gain == pytest.approx(wanted) and low <= gain <= high
+    text = said(folder, "--metric", metric, "--front", "low", "high")
+    assert f"| between | {gain:+.4g} (" in text.replace("**", "")
+    if metric == "distance":
+        assert "| better | none of the front is as good on clean images |" in text
+    assert "no model is called 'SAT*', of the front; there are low, high" in said(folder, "--front", "SAT*", status=1)
+
+
+def test_beyond_a_front_with_repeated_trainings(evaluated: Evaluated, said: Said, tmp_path: Path) -> None:
+    folders = seeds(evaluated, {"low": (1.0, 1.2, 0.9), "high": (3.0, 3.4, 3.2), "mine": (2.0, 2.6, 2.2)})
+    section = section_of(*folders, repeats=True, metric="distance")
+    *front, mine = section.rows
+    gains = []
+    for folder in folders:
+        one = section_of(folder, metric="distance")
+        gains.append(one.beyond(one.rows[2], one.rows[:2])[0])
+    gain, bounds = section.beyond(mine, front)
+    assert gain == pytest.approx(np.mean(gains))
+    np.testing.assert_allclose(bounds, stats.t.interval(0.95, 2, np.mean(gains), stats.sem(gains)))
+    said(*folders, "--repeats", "--metric", "distance", "--front", "low", "high", "--out", tmp_path / "out")
+    (row,) = (r for r in table(tmp_path / "out" / "compare.csv") if "front" in r["column"] and r["model"] == "mine")
+    assert float(row["value"]) == pytest.approx(gain) and row["difference"] == ""
+
+
+def test_repeats_want_models_of_the_same_names(evaluated: Evaluated, said: Said) -> None:
+    folders = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0})
+    assert "no model is in two of these reports" in said(*folders, "--repeats", status=1)
+
+
+def test_attainable_is_the_highest_point_of_the_line_at_that_clean_value_or_a_better_one() -> None:
+    generator = np.random.default_rng(0)
+    clean, attacked, at = generator.random((50, 4)), generator.random((50, 4)), generator.random(50)
+    found = attainable(clean, attacked, at)
+    for k in range(50):
+        along = np.linspace(0, 3, 30_001)
+        x, y = (np.interp(along, range(4), values[k]) for values in (clean, attacked))
+        fine = y[x >= at[k]]
+        assert found[k] == pytest.approx(fine.max(), abs=1e-3) if len(fine) else np.isnan(found[k])
+    assert 0 < np.isnan(found).sum() < 50
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", default=None, help="model to compare the others with; default: the first")
     parser.add_argument("--tasks", action="store_true", help="put reports of other tasks side by side, in one figure")
     parser.add_argument(
+        "--repeats",
+        action="store_true",
+        help="models of the same name are trainings of one, other seeds or folds, a report each: one row, the mean",
+    )
+    parser.add_argument(
+        "--front",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="settings of one method in their order, names or patterns ('SAT*'): the others are compared with what "
+        "these reach at the same clean value",
+    )
+    parser.add_argument(
         "--out", type=Path, default=None, help="write compare.md, .csv, .json and .png into this folder"
     )
 
@@ -26,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     reports = [Report.read(path) for path in args.reports]
     if len({report.path.resolve() for report in reports}) < len(reports):
         raise ValueError("a report is given twice")
-    sections = compare_reports(reports, metric=args.metric, attack=args.attack, tasks=args.tasks)
-    print(format_sections(sections, args.baseline))
+    sections = compare_reports(reports, metric=args.metric, attack=args.attack, tasks=args.tasks, repeats=args.repeats)
+    print(format_sections(sections, args.baseline, args.front))
     if args.out is not None:
-        print(report_line(*write_comparison(args.out, sections, args.baseline)))
+        print(report_line(*write_comparison(args.out, sections, args.baseline, args.front)))
     return 0

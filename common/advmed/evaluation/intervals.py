@@ -124,6 +124,29 @@ def share_interval(shares: Array, *, units: int, confidence: float = CONFIDENCE)
     return found
 
 
+def repeats_interval(values: Array, *, confidence: float = CONFIDENCE) -> Array:
+    """Student's interval of a mean over repeated trainings, with other seeds or on other folds.
+
+    Args:
+        values: shape (n, ...), a number for each training.
+        confidence: of the interval.
+
+    Returns:
+        Lowest and highest, shape (2, ...); NaN with fewer than two trainings.
+
+    Example:
+        >>> repeats_interval(np.array([[0.70], [0.72], [0.74]])).round(3).ravel().tolist()
+        [0.67, 0.77]
+    """
+    from scipy.stats import t
+
+    count = len(values)
+    if count < 2:
+        return np.full((2, *values.shape[1:]), np.nan)
+    half = t.ppf((1 + confidence) / 2, count - 1) * values.std(0, ddof=1) / np.sqrt(count)
+    return np.asarray(values.mean(0) + np.stack([-half, half]))
+
+
 def units_of(count: int, groups: Sequence[str] | None = None, known: Array | None = None) -> int:
     """How many independent samples, or groups, there are.
 

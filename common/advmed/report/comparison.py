@@ -1,7 +1,8 @@
 """The reports of several runs in one table and one figure, with paired differences.
 
 Reports of the same samples have drawn the same resamples (:mod:`advmed.evaluation.intervals`), so that the difference
-of two models has an interval of its own, which is narrower than those of the models suggest.
+of two models has an interval of its own, which is narrower than those of the models suggest. It says nothing of another
+training: models that were trained several times (seeds, folds) become one row, whose interval is over the trainings.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmed.evaluation.auc import auc_robust_of_curves
-from advmed.evaluation.intervals import CONFIDENCE, interval, share_interval
+from advmed.evaluation.intervals import CONFIDENCE, interval, repeats_interval, share_interval
 from advmed.files import replacing, write_whole
 from advmed.report import figures
 from advmed.report.floor import nobody
+from advmed.report.front import attainable
 from advmed.report.writer import FORMAT as REPORT
 
 Array = NDArray[Any]
@@ -29,6 +33,8 @@ Array = NDArray[Any]
 FORMAT = "advmed.comparison/1"
 SUMMARY = ("clean", "mean", "AUC_robust")
 """The numbers that are compared."""
+BEYOND = "mean beyond the front"
+"""The column of what a model has more than the front at its clean value."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +121,12 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One model.
+    """One model, or the mean of one that was trained several times.
 
     Attributes:
-        report: name of its report.
+        report: name of its report, or of all.
         model: name, unique in the comparison.
         curve: the metric at each level, (L,).
         draws: the same on resampled samples, (count, L); None without.
@@ -128,6 +134,7 @@ class Row:
         units: independent samples, or groups of them, that were drawn from.
         is_share: whether the values are shares of independent samples.
         doubts: names of the checks of the attack that failed.
+        runs: the curve of each training by the name of its report, where several are one row.
     """
 
     report: str
@@ -138,6 +145,7 @@ class Row:
     units: int
     is_share: bool
     doubts: tuple[str, ...]
+    runs: Mapping[str, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,8 +203,16 @@ class Section:
         mean, auc = curves[..., 1:].mean(-1), auc_robust_of_curves(self.levels, curves, self.scale)
         return np.concatenate([curves, mean[..., None], auc[..., None]], axis=-1)
 
+    def values(self, row: Row) -> Array:
+        """The numbers of a model, (L + 2,); of several trainings their mean."""
+        if row.runs is not None:
+            return np.asarray(self.numbers(np.stack(list(row.runs.values()))).mean(0))
+        return self.numbers(row.curve)
+
     def intervals(self, row: Row) -> Array:
-        """Of the numbers of a model, (2, L + 2); NaN without draws."""
+        """Of the numbers of a model, (2, L + 2); NaN without draws, or with one training of those that are repeated."""
+        if row.runs is not None:
+            return repeats_interval(self.numbers(np.stack(list(row.runs.values()))))
         if row.draws is None:
             return np.full((2, len(self.columns)), np.nan)
         found = interval(self.numbers(row.draws), units=row.units)
@@ -205,26 +221,91 @@ class Section:
         return found
 
     def others(self, baseline: Row) -> list[Row]:
-        """The models that can be compared with it sample by sample."""
-        return [row for row in self.rows if row is not baseline and row.seed == baseline.seed]
+        """The models that can be compared with it sample by sample, or training by training."""
+        return [row for row in self.rows if row is not baseline and _paired(row, baseline)]
 
     def differences(self, row: Row, baseline: Row) -> tuple[Array, Array]:
         """Numbers of a model less those of another, (L + 2,), and the paired intervals, (2, L + 2).
 
         The intervals hold for all models that are compared with the baseline at once (Bonferroni). NaN where the two
-        are of other samples.
+        are of other samples. Repeated trainings are paired by their report: the same seed, or fold.
         """
-        gain = self.numbers(row.curve) - self.numbers(baseline.curve)
-        paired = row.seed == baseline.seed
+        gain = self.values(row) - self.values(baseline)
+        paired = _paired(row, baseline)
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(self.others(baseline)))
+        if paired and row.runs is not None and baseline.runs is not None:
+            both = [name for name in row.runs if name in baseline.runs]
+            gains = np.stack([self.numbers(row.runs[name]) - self.numbers(baseline.runs[name]) for name in both])
+            return gains.mean(0), repeats_interval(gains, confidence=confidence)
         if not paired or row.draws is None or baseline.draws is None:
             return (gain if paired else np.full_like(gain, np.nan)), np.full((2, gain.size), np.nan)
-        confidence = 1 - (1 - CONFIDENCE) / max(1, len(self.others(baseline)))
         drawn = self.numbers(row.draws) - self.numbers(baseline.draws)
         return gain, interval(drawn, units=row.units, confidence=confidence)
 
+    def front(self, names: Sequence[str]) -> list[Row]:
+        """The models of a front, in the order of their names.
+
+        Args:
+            names: of models, or patterns of them such as "SAT*".
+
+        Raises:
+            ValueError: for a name that no model has.
+        """
+        found: dict[str, Row] = {}
+        for name in names:
+            fitting = [row for row in self.rows if row.model == name or fnmatchcase(row.model, name)]
+            if not fitting:
+                raise ValueError(
+                    f"no model is called {name!r}, of the front; there are {', '.join(row.model for row in self.rows)}"
+                )
+            found |= {row.model: row for row in fitting}
+        return list(found.values())
+
+    def beyond(self, row: Row, front: Sequence[Row]) -> tuple[float, Array]:
+        """Mean over the levels, better by so much than that of the front at the same clean value; and its interval.
+
+        See :func:`advmed.report.front.attainable`. NaN where no model of the front is as good on clean images. The
+        interval holds for all models beside the front at once (Bonferroni), and is NaN where trainings, or resampled
+        samples, do not pair or leave the front.
+        """
+        gain = float(self._beyond(row.curve, [one.curve for one in front]))
+        members = [row, *front]
+        unknown = np.full(2, np.nan)
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(self.rows) - len(front))
+        if row.runs is not None:
+            both = [name for name in row.runs if all(one.runs is not None and name in one.runs for one in front)]
+            runs = [np.stack([one.runs[name] for name in both]) for one in members if one.runs is not None and both]
+            gains = self._beyond(runs[0], runs[1:]) if both else np.full(1, np.nan)
+            if np.isnan(gains).any():
+                return gain, unknown
+            return float(gains.mean()), repeats_interval(gains, confidence=confidence)
+        if any(one.draws is None or not _paired(one, row) for one in front) or row.draws is None:
+            return gain, unknown
+        drawn = self._beyond(row.draws, [one.draws for one in front if one.draws is not None])
+        return gain, unknown if np.isnan(drawn).any() else interval(drawn, units=row.units, confidence=confidence)
+
+    def _beyond(self, curves: Array, front: Sequence[Array]) -> Array:
+        """Of curves (..., L), beside as many of each model of the front."""
+        sign = 1 if self.higher_is_better else -1
+        line = sign * np.stack(front, axis=-2)
+        reached = attainable(line[..., 0], line[..., 1:].mean(-1), sign * curves[..., 0])
+        return np.asarray(sign * curves[..., 1:].mean(-1) - reached)
+
+
+def _paired(one: Row, other: Row) -> bool:
+    """Whether two models saw the same samples, or have trainings in the same reports."""
+    if one.runs is not None and other.runs is not None:
+        return bool(set(one.runs) & set(other.runs))
+    return one.seed == other.seed
+
 
 def compare_reports(
-    reports: Sequence[Report], *, metric: str | None = None, attack: str | None = None, tasks: bool = False
+    reports: Sequence[Report],
+    *,
+    metric: str | None = None,
+    attack: str | None = None,
+    tasks: bool = False,
+    repeats: bool = False,
 ) -> list[Section]:
     """The models of all reports, side by side.
 
@@ -233,9 +314,12 @@ def compare_reports(
         metric: the metric; default: the first of each report.
         attack: the attack; default: the first of each report.
         tasks: reports that measured something else become sections of their own, instead of being refused.
+        repeats: models of one name are trainings of the same (other seeds, other folds), one in each report, and become
+            one row, their mean.
 
     Raises:
-        ValueError: for reports that lack the metric or attack, or whose numbers cannot stand in one column.
+        ValueError: for reports that lack the metric or attack, or whose numbers cannot stand in one column; for
+            repeats of which there are none.
     """
     chosen = [(report, *_choose(report, metric, attack)) for report in reports]
     first = chosen[0][0].setting(*chosen[0][1:])
@@ -251,7 +335,19 @@ def compare_reports(
             )
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append((report, name, method))
     twice = len({model for report in reports for model in report.models}) < sum(len(r.models) for r in reports)
-    return [_section(members, twice) for members in groups.values()]
+    if repeats and not twice:
+        raise ValueError(
+            "no model is in two of these reports: --repeats wants a report for each seed or fold, in which the models "
+            "have the same names"
+        )
+    names = _apart([report.path.resolve().parent for report in reports]) if repeats else None
+    return [_section(members, twice, names) for members in groups.values()]
+
+
+def _apart(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder by what tells it from the others, such as "0/report" and "1/report"."""
+    above = Path(os.path.commonpath(folders))
+    return {folder: folder.relative_to(above).as_posix() for folder in folders}
 
 
 def _choose(report: Report, metric: str | None, attack: str | None) -> tuple[str, str]:
@@ -264,9 +360,14 @@ def _choose(report: Report, metric: str | None, attack: str | None) -> tuple[str
     return metric or next(iter(report.metrics)), attack or report.aimed[0]
 
 
-def _section(members: Sequence[tuple[Report, str, str]], twice: bool) -> Section:
+def _section(members: Sequence[tuple[Report, str, str]], twice: bool, repeats: Mapping[Path, str] | None) -> Section:
+    """``repeats``: names of the reports' folders, where models of one name become one row."""
     report, metric, attack = members[0]
-    rows = [row for member in members for row in _rows(*member, twice)]
+    if repeats is None:
+        rows = [row for member in members for row in _rows(*member, twice)]
+    else:
+        named = [(repeats[member[0].path.resolve().parent], member) for member in members]
+        rows = _means([replace(row, report=name) for name, member in named for row in _rows(*member, False)])
     names = [row.model for row in rows]
     if len(set(names)) < len(names):
         raise ValueError(f"two models are called alike in reports of the same name, {sorted(names)}; rename a folder")
@@ -305,6 +406,27 @@ def _rows(report: Report, metric: str, attack: str, twice: bool) -> Iterator[Row
         )
 
 
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """One row for all that are called alike."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.model, []).append(row)
+    return [
+        Row(
+            ", ".join(row.report for row in group),
+            model,
+            np.mean([row.curve for row in group], axis=0),
+            None,
+            group[0].seed,
+            group[0].units,
+            False,
+            tuple(dict.fromkeys(doubt for row in group for doubt in row.doubts)),
+            {row.report: row.curve for row in group},
+        )
+        for model, group in groups.items()
+    ]
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 160 else text[:157] + "..."
@@ -313,32 +435,68 @@ def _short(value: Any) -> str:
 # What is written
 
 
-def format_sections(sections: Sequence[Section], baseline: str | None = None) -> str:
-    """Tables in Markdown: the models, then their differences from the baseline (default: the first model)."""
+def format_sections(sections: Sequence[Section], baseline: str | None = None, front: Sequence[str] = ()) -> str:
+    """Tables in Markdown: the models, their differences from the baseline (default: the first model), and from a front.
+
+    Raises:
+        ValueError: if a section has no model of the names.
+    """
     lines = []
     for section in sections:
         rows, reference = section.rows, _reference(section, baseline)
         lines += [f"**{section.label}** under {section.attack}; noise level: {section.level_unit}", ""]
+        repeated = rows[0].runs is not None
+        if repeated:
+            counts = {row.model: len(row.runs or ()) for row in rows}
+            alike = len(set(counts.values())) == 1
+            each = f"{counts[rows[0].model]} trainings of each" if alike else f"the trainings, {_listed(counts)}"
+            lines += [f"Means over {each}, with Student's 95 % intervals over these.", ""]
         lines += _markdown(["model", *section.columns], [[_mark(row), *_cells(section, row)] for row in rows])
         if section.nobody is not None:
             lines += ["", f"! {section.nobody}"]
         others = section.others(reference)
         if others:
             many = f" (95 % for all {len(others)} models at once, by Bonferroni)" if len(others) > 1 else ""
-            lines += ["", f"Differences from {reference.model}, paired by sample, with 95 % intervals{many}:", ""]
+            by = "training" if repeated else "sample"
+            lines += ["", f"Differences from {reference.model}, paired by {by}, with 95 % intervals{many}:", ""]
             changes = [[_mark(row), *_changes(section, row, reference)] for row in others]
             lines += _markdown(["model", *section.columns], changes)
-        left = [row.model for row in rows if row.seed != reference.seed]
+        left = [row.model for row in rows if not _paired(row, reference)]
         if left:
-            lines += [
-                "",
-                f"Of other samples than {reference.model}, hence without differences: {', '.join(left)}.",
-            ]
+            other = "In no report of" if repeated else "Of other samples than"
+            lines += ["", f"{other} {reference.model}, hence without differences: {', '.join(left)}."]
+        if front:
+            lines += ["", *_beside(section, section.front(front))]
         doubted = [f"{row.model} ({', '.join(row.doubts)})" for row in rows if row.doubts]
         if doubted:
             lines += ["", f"! Checks of the attack failed, do not rely on the robustness of: {'; '.join(doubted)}."]
         lines.append("")
     return "\n".join(lines)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in counts.items())
+
+
+def _beside(section: Section, front: Sequence[Row]) -> Iterator[str]:
+    """What the models have beyond a front, or why that cannot be said."""
+    yield (
+        f"Beyond the front of {', '.join(row.model for row in front)}: mean over the levels, less what these reach at "
+        f"the same clean value or a better one; 95 % for all at once:"
+    )
+    yield ""
+    cells = [[_mark(row), _beyond_cell(section, row, front)] for row in section.rows if row not in front]
+    yield from _markdown(["model", BEYOND], cells)
+
+
+def _beyond_cell(section: Section, row: Row, front: Sequence[Row]) -> str:
+    gain, (low, high) = section.beyond(row, front)
+    if math.isnan(gain):
+        return "none of the front is as good on clean images"
+    text = f"{gain:+.4g}" + (f" ({low:+.4g} to {high:+.4g})" if np.isfinite([low, high]).all() else "")
+    sound = not any(one.doubts for one in (row, *front))
+    better = low > 0 or high < 0
+    return f"**{text}**" if sound and better else text
 
 
 def _reference(section: Section, baseline: str | None) -> Row:
@@ -363,7 +521,7 @@ def _cells(section: Section, row: Row) -> list[str]:
     low, high = section.intervals(row)
     return [
         f"{value:.4g}" + (f" ({a:.4g} to {b:.4g})" if np.isfinite([a, b]).all() else "")
-        for value, a, b in zip(section.numbers(row.curve), low, high, strict=True)
+        for value, a, b in zip(section.values(row), low, high, strict=True)
     ]
 
 
@@ -382,19 +540,22 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
-def write_comparison(folder: Path, sections: Sequence[Section], baseline: str | None = None) -> list[Path]:
+def write_comparison(
+    folder: Path, sections: Sequence[Section], baseline: str | None = None, front: Sequence[str] = ()
+) -> list[Path]:
     """Writes compare.md, compare.csv (one number per row), compare.json and compare.png.
 
     Args:
         folder: made if it is not there; a comparison in it is renewed.
         sections: see :func:`compare_reports`.
         baseline: the model that the others are compared with; default: the first of each section.
+        front: names of models, or patterns of them, in the order of their dial, that are one method's front.
 
     Raises:
         ValueError: if a section has no such model; nothing is written.
     """
-    table, picture = format_sections(sections, baseline), draw(sections)
-    rows = [row for section in sections for row in _tidy(section, _reference(section, baseline))]
+    table, picture = format_sections(sections, baseline, front), draw(sections, front)
+    rows = [row for section in sections for row in _tidy(section, _reference(section, baseline), front)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"compare.{kind}" for kind in ("md", "csv", "json", "png")]
     write_whole(paths[0], table)
@@ -407,19 +568,26 @@ def write_comparison(folder: Path, sections: Sequence[Section], baseline: str | 
     return paths
 
 
-def _tidy(section: Section, reference: Row) -> Iterator[dict[str, Any]]:
+def _tidy(section: Section, reference: Row, front: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One number per row."""
 
     def plain(value: float) -> float | None:
         return float(value) if math.isfinite(value) else None
 
+    members = section.front(front)
     for row in section.rows:
         gain, bounds = section.differences(row, reference)
-        intervals = section.intervals(row)
-        for k, (column, value) in enumerate(zip(section.columns, section.numbers(row.curve), strict=True)):
+        columns, values, intervals = section.columns, section.values(row), section.intervals(row)
+        if front:
+            more, its = section.beyond(row, members) if row not in members else (math.nan, np.full(2, np.nan))
+            columns, values = [*columns, BEYOND], np.append(values, more)
+            intervals = np.column_stack([intervals, its])
+            gain, bounds = np.append(gain, np.nan), np.column_stack([bounds, np.full(2, np.nan)])
+        for k, (column, value) in enumerate(zip(columns, values, strict=True)):
             yield {
                 "report": row.report,
                 "model": row.model,
+                "trainings": 1 if row.runs is None else len(row.runs),
                 "metric": section.metric,
                 "higher_is_better": section.higher_is_better,
                 "attack": section.attack,
@@ -436,15 +604,27 @@ def _tidy(section: Section, reference: Row) -> Iterator[dict[str, Any]]:
 
 
 @figures.own_style()
-def draw(sections: Sequence[Section]) -> bytes:
-    """One panel for each section: the metric over the noise level, with intervals."""
+def draw(sections: Sequence[Section], front: Sequence[str] = ()) -> bytes:
+    """Two panels for each section, with intervals: the metric over the noise level, and attacked over clean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * len(sections), 4.0), layout="constrained", facecolor=figures.LIGHT.background)
-    for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):
+    figure = Figure(figsize=(11.2 * len(sections), 4.0), layout="constrained", facecolor=figures.LIGHT.background)
+    panels = figure.subplots(1, 2 * len(sections), squeeze=False)[0]
+    for section, axes, beside in zip(sections, panels[::2], panels[1::2], strict=True):
         for m, row in enumerate(section.rows):
             low, high = section.intervals(row)[:, : len(section.levels)]
             figures.draw_line(axes, section.levels, row.curve, low, high, m, _mark(row), figures.LIGHT)
         figures.finish(axes, section.levels, section.label, section.higher_is_better, figures.LIGHT)
         axes.set_title(figures.verbatim(section.attack), loc="left", fontsize=11, color=figures.LIGHT.ink)
+        chosen = [0, section.columns.index("mean")]
+        figures.draw_points(
+            beside,
+            np.stack([section.values(row)[chosen] for row in section.rows]),
+            np.stack([section.intervals(row)[:, chosen] for row in section.rows]),
+            [_mark(row) for row in section.rows],
+            [section.rows.index(row) for row in section.front(front)],
+            f"{section.label}",
+            section.higher_is_better,
+            figures.LIGHT,
+        )
     return figures.png(figure)

@@ -178,6 +178,42 @@ def finish(axes: Axes, levels: Sequence[float], label: str, higher_is_better: bo
     _style(axes, theme)
 
 
+def draw_points(
+    axes: Axes,
+    points: Array,
+    intervals: Array,
+    labels: Sequence[str],
+    front: Sequence[int],
+    label: str,
+    higher_is_better: bool,
+    theme: Theme,
+) -> None:
+    """Attacked over clean: a point for each of M models, in the colour of its curve.
+
+    Args:
+        axes: to draw into.
+        points: clean value, and mean over the noise levels, (M, 2).
+        intervals: of these, (M, 2, 2), the second axis lowest and highest; NaN for none.
+        labels: names of the models.
+        front: which models are joined by a line, in its order.
+        label: of the metric.
+        higher_is_better: direction.
+        theme: colours.
+    """
+    if front:
+        axes.plot(*points[list(front)].T, color=theme.faint, linewidth=1.5, zorder=0)
+    for m, (point, (low, high), name) in enumerate(zip(points, intervals, labels, strict=True)):
+        colour, marker = theme.lines[m % len(theme.lines)], _MARKERS[m % len(_MARKERS)]
+        (clean,), (attacked,) = np.split(point, 2)
+        axes.plot([low[0], high[0]], [attacked, attacked], color=colour, linewidth=1.2)
+        axes.plot([clean, clean], [low[1], high[1]], color=colour, linewidth=1.2)
+        axes.plot(clean, attacked, color=colour, marker=marker, markersize=7, linestyle="none", label=verbatim(name))
+    axes.set_xlabel(f"{verbatim(label)} of clean images, {'higher' if higher_is_better else 'lower'} is better")
+    axes.set_ylabel("mean over the noise levels")
+    _style(axes, theme)
+    axes.grid(axis="x", color=theme.faint, linewidth=0.8)
+
+
 @own_style()
 def failure_curves(failures: Failures, theme: Theme) -> bytes:
     """The share of samples that have failed up to each level."""
