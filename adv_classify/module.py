@@ -54,7 +54,7 @@ class RobustClassifier(RobustModule):
         method: the training method. ``eps`` None: 2/255 of every value (4/255 in Linf); ``delta`` None: 0.5/255
             (1/255 in Linf).
         attack: its attack.
-        class_weights: "balanced" weighs the loss of every class by its inverse frequency.
+        class_weights: "balanced" weighs the training loss of every class by its inverse frequency.
         label_smoothing: of the training loss.
         lr: learning rate of the default optimizer, AdamW with a cosine schedule over all epochs.
         weight_decay: of the default optimizer.

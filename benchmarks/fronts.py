@@ -230,6 +230,7 @@ class Landmark(Lightning):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0], {"margin_min": 0.05, "margin_max": 6.0}),
         "AMAT wide on the sphere, mean+8std": amat(8, margin_min=0.05, margin_max=12.0, train_on="sphere"),
+        **{f"AMAT, margins to 2, mean+{std}std": amat(std, margin_min=0.05, margin_max=2.0) for std in (4, 8)},
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
         **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}),
         **shorter(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),

@@ -15,9 +15,10 @@ class ClassificationObjective:
     Args:
         model: images in the attack's units (here [0, 1]) to logits, (B, classes). Normalisation belongs inside.
         labels: class numbers, (B,), integers.
-        weight: of the classes, (classes,), or None. The loss is the mean over the batch of weighted cross-entropies, so
-            that weights whose mean over the data is 1 leave its scale as it is.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`; for the training loss, not for the attack.
+        weight: of the classes, (classes,), or None. The training loss is the mean over the batch of weighted
+            cross-entropies, so that weights whose mean over the data is 1 leave its scale as it is. The terms know no
+            weights: how far the loss of an image may rise must not depend on how common its class is (AMAT).
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`; for the training loss, too.
 
     Raises:
         ValueError: for labels that are no class numbers; when it is called, for anything but two or more logits an
@@ -62,16 +63,19 @@ class ClassificationObjective:
         )
 
     def loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The training loss, and the terms of the same pass (without label smoothing)."""
+        """The training loss, and the terms of the same pass (without weights and label smoothing)."""
         return self.loss_and_predictions(images)[:2]
 
     def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The training loss, the terms and the logits of one pass."""
         logits = self.model(images)
         terms = self._terms(logits)
-        if not self.label_smoothing:
+        if self.weight is None and not self.label_smoothing:
             return terms.mean(), terms, logits
-        return self._terms(logits, self.label_smoothing).mean(), terms.detach(), logits
+        trained = self._terms(logits, self.label_smoothing)[:, 0]
+        if self.weight is not None:
+            trained = trained * self.weight[self.labels]
+        return trained.mean(), terms.detach(), logits
 
     def terms_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The terms, and whether the class is wrong, of one pass."""
@@ -95,7 +99,4 @@ class ClassificationObjective:
                 f"{tuple(logits.shape)}; a network with one logit z has the two logits torch.cat([0 * z, z], 1)"
             )
         logits = at_least_float32(logits)
-        loss = functional.cross_entropy(logits, self.labels, reduction="none", label_smoothing=label_smoothing)
-        if self.weight is not None:
-            loss = loss * self.weight[self.labels]
-        return loss[:, None]
+        return functional.cross_entropy(logits, self.labels, reduction="none", label_smoothing=label_smoothing)[:, None]
