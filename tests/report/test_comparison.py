@@ -298,6 +298,8 @@ def test_beyond_a_front(metric: str, evaluated: Evaluated, said: Said) -> None:
     assert gain == pytest.approx(wanted) and low <= gain <= high
     text = said(folder, "--metric", metric, "--front", "low", "high")
     assert f"| between | {gain:+.4g} (" in text.replace("**", "")
+    further = said(folder, "--metric", metric, "--front", "between", "high")
+    assert ("its next setting may have as much" in further) == (rows["low"].curve[0] != rows["between"].curve[0])
     if metric == "distance":
         assert "| better | none of the front is as good on clean images |" in text
     assert "no model is called 'SAT*', of the front; there are low, high" in said(folder, "--front", "SAT*", status=1)

@@ -494,6 +494,9 @@ def _beyond_cell(section: Section, row: Row, front: Sequence[Row]) -> str:
     if math.isnan(gain):
         return "none of the front is as good on clean images"
     text = f"{gain:+.4g}" + (f" ({low:+.4g} to {high:+.4g})" if np.isfinite([low, high]).all() else "")
+    sign = 1 if section.higher_is_better else -1
+    if sign * row.curve[0] < min(sign * one.curve[0] for one in front):
+        return f"{text}, and less accurate on clean images than all of the front: its next setting may have as much"
     sound = not any(one.doubts for one in (row, *front))
     better = low > 0 or high < 0
     return f"**{text}**" if sound and better else text
