@@ -28,7 +28,14 @@ SETTINGS: dict[str, dict[str, object]] = {
     "nnUNetTrainerSTD": {**SHORT, "epochs": 20, "initial_lr": 0.1},
     # eps: radius of the noise, L2 over one slice in z-score units.
     "nnUNetTrainerSAT": {**SHORT, "initial_lr": 0.03, "eps": 3.5},
-    "nnUNetTrainerAMAT": {**SHORT, "initial_lr": 0.03, "rule": "mean+2std", "threshold_samples": 640},
+    # empty_samples: slices without a structure, a quarter of them, bear any noise, and are trained with little.
+    "nnUNetTrainerAMAT": {
+        **SHORT,
+        "initial_lr": 0.03,
+        "rule": "mean+2std",
+        "threshold_samples": 640,
+        "empty_samples": "floor",
+    },
 }
 # The network, smaller than nnU-Net plans it for this data.
 BATCH_SIZE = 16

@@ -367,7 +367,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         if high > _MANY_AT_CAP:
             return (
                 f"WARNING: {high:.0%} of the margins rest on their cap, {self.highest:.4g}: these samples bear more "
-                f"noise than that. Raise margin_max, or choose lower thresholds, if they are to be told apart"
+                f"noise than that. Choose lower thresholds, or set margin_max: to the largest noise level that matters "
+                f"if the cap is above it, higher if these samples are to be told apart"
             )
         return None
 
