@@ -481,8 +481,8 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _beside(section: Section, front: Sequence[Row]) -> Iterator[str]:
     """What the models have beyond a front, or why that cannot be said."""
     yield (
-        f"Beyond the front of {', '.join(row.model for row in front)}: mean over the levels, less what these reach at "
-        f"the same clean value or a better one; 95 % for all at once:"
+        f"Beyond the front of {', '.join(row.model for row in front)}: mean over the levels, better by so much (worse: "
+        f"-) than these reach at the same clean value or a better one; 95 % for all at once:"
     )
     yield ""
     cells = [[_mark(row), _beyond_cell(section, row, front)] for row in section.rows if row not in front]
