@@ -626,7 +626,7 @@ def draw(sections: Sequence[Section], front: Sequence[str] = ()) -> bytes:
             np.stack([section.intervals(row)[:, chosen] for row in section.rows]),
             [_mark(row) for row in section.rows],
             [section.rows.index(row) for row in section.front(front)],
-            f"{section.label}",
+            section.label,
             section.higher_is_better,
             figures.LIGHT,
         )
