@@ -2,6 +2,8 @@
 
     python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset cpu --jobs 2
     python benchmarks/hippocampus.py --data FOLDER --work FOLDER --preset paper --device cuda
+    python benchmarks/hippocampus.py --data FOLDER --work FOLDER/0 --preset front --seed 0; advmed compare --repeats
+        --front STD 'SAT*' FOLDER/*/report
 
 FOLDER of --data holds the data set in nnU-Net's raw layout with splits_final.json. Everything goes through the
 installed commands (nnUNetv2_plan_and_preprocess, nnUNetv2_train, adv-nnunet). A training that is finished is not done
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ class Preset:
     levels: tuple[str, ...] = ("0", "2", "6", "10")
 
 
+FLOOR = {"empty_samples": "floor", "margin_max": 10}
 _SAT = {f"SAT{eps}": ("nnUNetTrainerSAT", {"eps": eps}) for eps in (1, 5, 10)}
 
 PRESETS = {
@@ -108,6 +111,16 @@ PRESETS = {
         },
     ),
 }
+# The same networks, more levels of SAT and more of AMAT's dial; slices without a structure at the floor.
+PRESETS["front"] = replace(
+    PRESETS["zoo"],
+    runs={
+        **{f"SAT{eps:g}": ("nnUNetTrainerSAT", {"eps": eps}) for eps in (2, 3.5, 5, 7)},
+        "AMAT": ("nnUNetTrainerAMAT", {"rule": "mean+2std"}),
+        **{f"AMAT.floor{std}": ("nnUNetTrainerAMAT", {"rule": f"mean+{std}std", **FLOOR}) for std in (1, 2, 3)},
+    },
+    evaluate=("--samples", "256", "--attacks", "pgd20", "apgd50", "--checks", "0"),
+)
 
 
 @dataclass
@@ -303,9 +316,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
     parser.add_argument("--name", default=Benchmark.name, help="of the data set, as nnU-Net has it")
+    parser.add_argument("--seed", type=int, default=0, help="of all trainings; each seed wants a --work of its own")
     args = parser.parse_args()
     places = (args.data.resolve(), args.work.resolve())
-    Benchmark(PRESETS[args.preset], *places, args.device, args.jobs, args.name).run()
+    preset = PRESETS[args.preset]
+    seed = {"seed": args.seed}
+    preset = replace(preset, standard={**preset.standard, **seed}, adversarial={**preset.adversarial, **seed})
+    Benchmark(preset, *places, args.device, args.jobs, args.name).run()
 
 
 if __name__ == "__main__":

@@ -170,9 +170,8 @@ def _yolo(cli: Any) -> Iterator[str]:
             for o in options
         ]
         yield from _table(("option", "what it is"), rows)
-        yield from ("Of the host's arguments it takes " + ", ".join(f"`{name}`" for name in cli.HOST), "")
-        if name == "thresholds":
-            yield from ("and `seed`, and those of augmentation and loss weights.", "")
+        more = ", `seed`, and those of augmentation and loss weights" if name == "thresholds" else ""
+        yield from ("Of the host's arguments it takes " + ", ".join(f"`{name}`" for name in cli.HOST) + more + ".", "")
 
 
 def _lightning(command: Any, title: str) -> Iterator[str]:

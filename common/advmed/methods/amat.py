@@ -56,7 +56,8 @@ class AMATSettings(MethodSettings):
     """The settings of AMAT. What is None is chosen by the preset of the training, where nothing else is said.
 
     Attributes:
-        delta: expansion step, and every margin's first value, > 0; None: the host's default.
+        delta: expansion step, > 0: the most that a margin moves in a visit in the long run, and every margin's first
+            value where none is estimated; None: the host's default.
         refinement: what a visit makes of a margin (lines 10 to 12). "paper": the noise reached is ||x~ - x||_p of the
             last iterate. It sits on the sphere whenever step_scale >= 1 and no bound interferes, so the refinement
             leaves the margin where it is. "crossing": the norm of the last iterate on the attack's path at which every

@@ -34,7 +34,8 @@ class RunSettings(MethodSettings):
         thresholds: "auto", or the path of a thresholds file (AMAT, FAT).
         rule: how thresholds are made of the losses of the standard network: "mean" or "mean+2std" (its standard
             deviation), "median" or "median+2spread" (its median absolute deviation, for losses with outliers); None: as
-            the thresholds file was made, and "mean" where there is none.
+            the thresholds file was made; where there is none, "mean" (nnU-Net, classification) or "mean+2std" (YOLO,
+            landmarks).
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
