@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from adv_nnunet import host
 from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.objective import SampleTerms
 from advmed.distributed import gathered, place
@@ -59,12 +60,18 @@ def find_checkpoint(trainer: Any) -> Path | None:
 def conditions(trainer: Any) -> dict[str, Any]:
     """What thresholds depend on beside the checkpoint: their notes, and what a run compares with them."""
     terms = SampleTerms(trainer.loss, trainer.settings.terms, trainer.settings.absent_classes)
+    scales = None if terms.weights is None else [round(weight, 4) for weight in terms.weights]  # (DDP: 1e-6 for 0)
     return {
         "dataset": trainer.plans_manager.dataset_name,
         "plans": trainer.plans_manager.plans_name,
         "configuration": trainer.configuration_name,
         "fold": trainer.fold,
         "absent_classes": "skip" if terms.skip_absent else "count",
+        "deep_supervision": scales,
+        "loss": trainer.loss_made_by,
+        "augmentation": trainer.samples_made_by,
+        "oversampling": trainer.oversampling,
+        "probabilistic_oversampling": trainer.probabilistic_oversampling,
         "measured_on": "training batches with their augmentation, statistics of the batch",
     }
 
@@ -151,16 +158,26 @@ def doubts(found: Thresholds, origin: str, refuse: bool) -> str | None:
 
 
 def standard_network(trainer: Any, checkpoint: Path) -> nn.Module:
-    """The network of a finished standard training, on the trainer's device."""
-    network: nn.Module = trainer.build_network_architecture(
-        trainer.plans_manager,
-        trainer.configuration_manager,
-        trainer.num_input_channels,
-        trainer.label_manager.num_segmentation_heads,
-        trainer.enable_deep_supervision,
-    ).to(trainer.device)
-    network.load_state_dict(read_checkpoint(checkpoint)["network_weights"])
+    """The network of a finished standard training, on the trainer's device; see :func:`load_weights`."""
+    network = host.build_network(trainer).to(trainer.device)
+    load_weights(network, checkpoint)
     return network
+
+
+def load_weights(network: nn.Module, checkpoint: Path) -> None:
+    """Loads the weights of a training.
+
+    Raises:
+        ValueError: if they are those of another network.
+    """
+    try:
+        network.load_state_dict(read_checkpoint(checkpoint)["network_weights"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} is of another network than the one that is to have its weights (another architecture or "
+            f"other plans). Name the training of the same network: with 'std_trainer' or 'start_from' in the settings, "
+            f"or with -tr for adv-nnunet thresholds."
+        ) from error
 
 
 @contextmanager

@@ -136,8 +136,7 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
     """An AMAT trainer for data set, configuration and fold, with settings of the command line."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-    from adv_nnunet.trainer import nnUNetTrainerAMAT
-
+    kind = _amat_before(args.tr or "nnUNetTrainer")
     name = maybe_convert_to_dataset_name(args.d)
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     for needed in (folder / f"{args.p}.json", folder / "dataset.json"):
@@ -146,9 +145,29 @@ def _trainer(args: argparse.Namespace, device: Any, overrides: dict[str, Any]) -
     plans = json.loads((folder / f"{args.p}.json").read_text())
     plans["continue_training"] = False
     dataset = json.loads((folder / "dataset.json").read_text())
-    trainer = nnUNetTrainerAMAT(plans, args.c, _fold(args.f), dataset, device)
+    trainer = kind(plans, args.c, _fold(args.f), dataset, device)
     trainer.settings = replace(trainer.settings, **{k: v for k, v in overrides.items() if v is not None})
     return trainer
+
+
+def _amat_before(name: str) -> Any:
+    """The AMAT trainer whose samples and loss are those of a standard training's trainer, named as its folder is."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from adv_nnunet.host import find_trainer
+    from adv_nnunet.trainer import TRAINERS, AdversarialTraining
+
+    own = {kind.__name__: kind for kind in TRAINERS.values()}
+    names = [name, name.rpartition("_")[0]]  # a run with a 'tag' has it after its trainer's name
+    found = next((kind for n in names if n and (kind := own.get(n) or find_trainer(n)) is not None), None)
+    if found is None:
+        raise ValueError(
+            f"nnU-Net finds no trainer {name!r}, whose samples and loss thresholds are to be measured with. Correct "
+            f"-tr, or put the trainer's file into a folder that nnUNet_extTrainer names."
+        )
+    bases = (found,) if issubclass(found, AdversarialTraining) else (AdversarialTraining, found)
+    # It trains nothing: a training step of the base's own is no hindrance.
+    return type(f"{found.__name__}AMAT", bases, {"method_name": "AMAT", "train_step": nnUNetTrainer.train_step})
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -25,7 +25,6 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adv_nnunet.checkpoints import read_checkpoint
 from adv_nnunet.data import declaration, undeclared
+from adv_nnunet.host import channels
 from adv_nnunet.objective import SampleTerms, inference_loss, training_target
 from adv_nnunet.scores import segmentation_counts
 from adv_nnunet.settings import STATE
@@ -255,7 +255,7 @@ def raw_cases(model: TrainedModel, images: Path, labels: Path) -> dict[str, Case
     if missing:
         raise FileNotFoundError(f"{len(missing)} image(s) have no label file in {labels}: {', '.join(missing[:10])}")
     plans, config = model.predictor.plans_manager, model.predictor.configuration_manager
-    needed = determine_num_input_channels(plans, config, model.predictor.dataset_json)
+    needed = channels(model.predictor)
     for name in {len(files): name for name, files in cases.items()}.values():  # one for every number of files
         found = len(plans.image_reader_writer_class().read_images(cases[name])[0])
         if found != needed:
@@ -591,8 +591,9 @@ class SegmentationEvaluation(EvaluationHost):
         return found
 
     def default_levels(self, norm: float) -> list[float]:
-        """The paper's levels for hippocampus (2, 6, 10 on 56 x 40 pixels), scaled to the patch."""
-        size = 1.0 if norm == math.inf else math.sqrt(math.prod(self.first.window.patch_size))
+        """The paper's levels for hippocampus (2, 6, 10 on 56 x 40 values), scaled to channels x patch."""
+        values = channels(self.first.predictor) * math.prod(self.first.window.patch_size)
+        size = 1.0 if norm == math.inf else math.sqrt(values)
         return [0.0, *(float(f"{factor * size:.2g}") for factor in (0.04, 0.12, 0.2))]
 
     @property

@@ -31,6 +31,14 @@ READ_STEP = "e5ba754489b9d7d7405b3f2eb2a4432326ab6930b6fe6e3ce46a13a9c6ed34a7"
 """Of nnUNetTrainer.train_step as it was when ours was written after it (2.8.1), without comments."""
 COMPILE = "nnUNet_compile"
 """Environment variable by which a user decides whether the host compiles the network."""
+MAKERS_OF_SAMPLES = (
+    "get_training_transforms",
+    "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+    "get_dataloaders",
+)
+"""Methods of a trainer that decide how its training samples are cut and augmented."""
+MAKERS_OF_LOSS = ("_build_loss", "_get_deep_supervision_scales")
+"""Methods of a trainer that decide what its loss is."""
 
 
 def fingerprint_of_step() -> str | None:
@@ -53,6 +61,11 @@ def class_below(kind: type, ours: type, name: str) -> type:
     return next(base for base in below if name in vars(base))
 
 
+def owners_of(kind: type, names: Collection[str], ours: type) -> list[str]:
+    """The names of the classes, without ours, that define one of these methods, in the order of a call."""
+    return [base.__name__ for base in kind.__mro__ if base is not ours and any(name in vars(base) for name in names)]
+
+
 def standard_class(kind: type, ours: type) -> type:
     """The trainer that a checkpoint of ours names, so that prediction builds the network that was trained.
 
@@ -67,16 +80,34 @@ def standard_class(kind: type, ours: type) -> type:
     return next((base for base in bases if owner_of(base, "build_network_architecture") is builder), kind)
 
 
+def build_network(trainer: Any) -> torch.nn.Module:
+    """A new network of an initialised trainer, not on its device yet, as ``nnUNetTrainer.initialize`` builds it."""
+    plan = trainer.configuration_manager
+    if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
+        described = [trainer.plans_manager, plan]
+    else:  # a trainer of before, which the host still takes
+        described = [plan.network_arch_class_name, plan.network_arch_init_kwargs]
+        described.append(plan.network_arch_init_kwargs_req_import)
+    network: torch.nn.Module = trainer.build_network_architecture(
+        *described,
+        trainer.num_input_channels,
+        trainer.label_manager.num_segmentation_heads,
+        trainer.enable_deep_supervision,
+    )
+    return network
+
+
 def bare(network: torch.nn.Module) -> torch.nn.Module:
     """The network without DistributedDataParallel, compiled or not."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def channels(trainer: Any) -> int:
-    """Of the network's input."""
+def channels(described: Any) -> int:
+    """Of the network's input; of a trainer of the host's, or its predictor."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    return int(determine_num_input_channels(trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json))
+    plans, configuration = described.plans_manager, described.configuration_manager
+    return int(determine_num_input_channels(plans, configuration, described.dataset_json))
 
 
 def logged(logger: Any) -> dict[str, list[Any]]:
@@ -111,13 +142,19 @@ def strip_debug_file(path: Path, names: Collection[str]) -> None:
     write_whole(path, text)
 
 
-def is_found(kind: type) -> bool:
-    """Whether prediction finds a trainer by its name, in nnU-Net's own folder or in those of nnUNet_extTrainer."""
-    if kind.__module__.startswith("nnunetv2."):
-        return True
+def find_trainer(name: str) -> type[nnUNetTrainer] | None:
+    """The trainer of that name in nnU-Net's own folder or in those of nnUNet_extTrainer, if there is one."""
     with redirect_stdout(io.StringIO()):
         try:
-            found = recursive_find_trainer_class_by_name(kind.__name__)
+            found: type[nnUNetTrainer] = recursive_find_trainer_class_by_name(name)
         except RuntimeError:
-            return False
-    return (found.__module__, found.__qualname__) == (kind.__module__, kind.__qualname__)
+            return None
+    return found
+
+
+def is_found(kind: type) -> bool:
+    """Whether prediction finds a trainer by its name."""
+    if kind.__module__.startswith("nnunetv2."):
+        return True
+    found = find_trainer(kind.__name__)
+    return found is not None and (found.__module__, found.__qualname__) == (kind.__module__, kind.__qualname__)

@@ -106,6 +106,8 @@ class AdversarialTraining(_Host):
         self.standard_names = [] if named is type(self) else [named.__name__]
         if host.owner_of(type(self), "build_network_architecture") is nnUNetTrainer:
             self.standard_names.append(nnUNetTrainerSTD.__name__)
+        self.samples_made_by = host.owners_of(type(self), host.MAKERS_OF_SAMPLES, AdversarialTraining)
+        self.loss_made_by = host.owners_of(type(self), host.MAKERS_OF_LOSS, AdversarialTraining)
         self._steps_as_its_base = self._leaves_its_step()
         if settings.tag:  # the host names its output folder after the class
             self.__class__ = type(f"{type(self).__name__}_{settings.tag}", (type(self),), {})
@@ -132,7 +134,6 @@ class AdversarialTraining(_Host):
                 setattr(self, theirs, value)
         self.run = MethodRun("STD", self.settings, epochs=self.num_epochs)  # until on_train_start
         self.terms: SampleTerms | None = None
-        self.oversampling = self.oversample_foreground_percent  # of a whole batch, before ranks have their parts
         self._saved_state: dict[str, Any] | None = None
         self._standard: Path | None = None  # whose weights training starts with
         self._ended = False
@@ -174,7 +175,7 @@ class AdversarialTraining(_Host):
         """Builds network, optimizer and loss, and the per-sample form of the loss."""
         if self.settings.seed is not None:
             torch.manual_seed(self.settings.seed)
-        self._choose_start()
+        self.oversampling = self.oversample_foreground_percent  # of a whole batch, before ranks have their parts
         super().initialize()
         self.terms = SampleTerms(self.loss, self.settings.terms, self.settings.absent_classes)
         check_terms(self.loss, self.label_manager, len(self.configuration_manager.patch_size), self.device)
@@ -210,13 +211,15 @@ class AdversarialTraining(_Host):
     def on_train_start(self) -> None:
         """Checks output folder, data and thresholds, sets the method up, and starts as the host does."""
         self._check_output_folder()
-        given = self.was_initialized and self._saved_state is None  # weights of the command line
+        begins = self._saved_state is None  # (--c may have found nothing)
+        if begins:
+            self._choose_start(given=self.was_initialized)  # before the host makes its schedule, as a rule
         if not self.was_initialized:
             self.initialize()
-        if self._saved_state is None:  # (--c may have found nothing)
+        if begins:
             if self.settings.start_from not in (None, "scratch"):
                 self._load_weights(str(self.settings.start_from))
-            elif self._standard is not None and not given:
+            elif self._standard is not None:
                 self._load_weights("standard")
         with patient():  # one rank may take longer than others, for data or thresholds
             self._check_data()
@@ -246,12 +249,24 @@ class AdversarialTraining(_Host):
             for path in Path(self.output_folder).glob("checkpoint_*.pth"):
                 path.unlink()
 
-    def _choose_start(self) -> None:
-        """Whether the preset starts from the standard training, and for how long it then trains."""
+    def _choose_start(self, given: bool) -> None:
+        """Whether the preset starts from the standard training, and for how long it then trains.
+
+        Args:
+            given: whether weights were named on the command line: the host has made network and schedule for them.
+        """
         settings = self.settings
         if settings.preset != "fast" or not self._attacks:
             return
         if settings.start_from not in (None, "standard"):
+            return
+        if given and settings.start_from is None:
+            if settings.epochs is None:
+                self.print_to_log_file(
+                    f"Preset fast: {self.method_name} starts from the weights of the command line and trains all "
+                    f"{self.num_epochs} epochs; a quarter is enough only from the standard training (another number: "
+                    f"'epochs')"
+                )
             return
         self._standard = from_first_rank(standard.find_checkpoint(self))
         if self._standard is None:
@@ -267,6 +282,8 @@ class AdversarialTraining(_Host):
                 f"Preset fast: a quarter of the {epochs} epochs of the standard training, {self.num_epochs} "
                 f"(another number: 'epochs')"
             )
+            if given:
+                self.optimizer, self.lr_scheduler = self.configure_optimizers()
 
     def _load_weights(self, source: str) -> None:
         path = standard.find_checkpoint(self) if source == "standard" else Path(source)
@@ -280,9 +297,8 @@ class AdversarialTraining(_Host):
                 )
                 + ", or remove 'start_from'."
             )
-        weights = read_checkpoint(path)["network_weights"]
         network = host.bare(self.network)
-        getattr(network, "_orig_mod", network).load_state_dict(weights)
+        standard.load_weights(getattr(network, "_orig_mod", network), path)
         self.print_to_log_file(f"Starting from the weights of {path}")
 
     def _check_data(self) -> None:
@@ -663,19 +679,17 @@ class AdversarialTraining(_Host):
         """The host's checkpoint, and our state in it; to be continued, the one that went furthest."""
         if self._resuming and Path(filename_or_checkpoint).name == standard.CHECKPOINT:
             filename_or_checkpoint = self._furthest(Path(filename_or_checkpoint))
-        checkpoint = read_checkpoint(filename_or_checkpoint)
+        state = read_checkpoint(filename_or_checkpoint).get(STATE)
+        if state is not None and self.settings.epochs is None:  # whatever became of the standard training
+            self.num_epochs = state["nnunet"]["epochs"]  # before the host makes its schedule
         super().load_checkpoint(filename_or_checkpoint)
-        self._saved_state = checkpoint.get(STATE)
+        self._saved_state = state
         if self._saved_state is None and self._resuming:
             raise ValueError(
                 f"{filename_or_checkpoint} is not a checkpoint of {type(self).__name__}: it holds no margins or "
                 f"counters. To start from its weights, train without --c and with -pretrained_weights "
                 f"{filename_or_checkpoint}."
             )
-        if self._saved_state is not None and self.settings.epochs is None:
-            self.num_epochs = self._saved_state["nnunet"]["epochs"]  # whatever became of the standard training
-            if hasattr(self.lr_scheduler, "max_steps"):
-                self.lr_scheduler.max_steps = self.num_epochs
         if self._saved_state is not None:
             self._best_robust = self._saved_state["nnunet"]["best_robust"]
 

@@ -6,6 +6,7 @@ of their batch. Plain images in evaluation mode have lower losses, and threshold
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +41,10 @@ AUGMENTATION = (
     *("mosaic", "mixup", "cutmix", "copy_paste", "copy_paste_mode", "multi_scale", "fraction"),
 )
 """The host's arguments that decide which images a training sees."""
-GAINS = ("box", "cls", "dfl")
-"""The host's weights of the loss terms."""
+CUSTOM = "augmentations"
+"""The host's argument for transforms of Albumentations, in Python only; it has no default."""
+GAINS = ("box", "cls", "dfl", "cls_pw")
+"""The host's weights of the loss terms, and what its weights of the classes are made by."""
 UNTRAINED = 0.05
 """A network whose mAP50 on plain training images is below this has not learnt them: its losses say nothing."""
 MEDIOCRE = 0.3
@@ -110,6 +113,8 @@ def measure_network(
         found: its quality, to be noted.
     """
     network.args = SimpleNamespace(**{**DEFAULT_CFG_DICT, **vars(args)})  # the loss weights of this run
+    with seeded(int(args.seed)):
+        set_class_weights(network, data, args, device)
     terms = ImageTerms(network, one_to_one=args.nms is False)
     statistics = TermStatistics(terms.names, keep=True)
     with seeded(int(args.seed)), preserved(network), torch.no_grad():
@@ -119,7 +124,7 @@ def measure_network(
     notes = {
         "data": Path(data.get("yaml_file", "")).name,
         "split": split,
-        **demands(args, data),
+        **demands(args, data, terms),
         "samples": fingerprint(set(relative_names(batches.files, data.get("path")))),
         "batch": int(args.batch),
         "images": round(statistics.n),
@@ -130,22 +135,42 @@ def measure_network(
     return statistics.thresholds(rule, source=str(source), source_sha256=sha256(source), notes=notes)
 
 
+def set_class_weights(network: Any, data: dict[str, Any], args: Any, device: torch.device) -> None:
+    """Gives a network the weights of the classes that a training has: the host's, by its training images.
+
+    Args:
+        network: whose criterion is yet to be made.
+        data: see :func:`measure`, as ``args`` and ``device``.
+        args: of the host.
+        device: of the network.
+    """
+    network.class_weights = None  # those of its own training
+    if args.cls_pw:
+        host = object.__new__(DetectionTrainer)  # of which it takes these
+        vars(host).update(model=network, data=data, args=args, device=device)
+        host.train_loader = SimpleNamespace(dataset=_training_images(network, data, args, "train"))
+        host.set_class_weights()
+
+
 def conditions(args: Any) -> dict[str, Any]:
     """Under what augmentation losses are measured, in plain values."""
-    values = {name: getattr(args, name) for name in AUGMENTATION}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    values = {name: getattr(args, name, None) for name in (*AUGMENTATION, CUSTOM)}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))  # as in a file: tuples are lists
+    return plain
 
 
-def demands(args: Any, data: dict[str, Any]) -> dict[str, Any]:
+def demands(args: Any, data: dict[str, Any], terms: ImageTerms) -> dict[str, Any]:
     """What thresholds and the run that takes them must have in common: other values make other losses.
 
     Args:
         args: of the host, with the image size as it rounds it.
         data: see :func:`measure`.
+        terms: of the network.
     """
     return {
         "imgsz": int(args.imgsz),
         "names": [str(name) for name in data["names"].values()],
+        "head": terms.branch,
         **labels(vars(args)),
         **{name: float(getattr(args, name)) for name in GAINS},
     }
@@ -226,9 +251,7 @@ class TrainingBatches:
 
     def __init__(self, model: Any, data: dict[str, Any], args: Any, device: torch.device, split: str = "train") -> None:
         self._host = SimpleNamespace(args=_arguments(args), device=device, stride=_stride(model))
-        settings = copy(self._host.args)  # which the host writes into
-        size = max(1, int(args.batch))
-        dataset = build_yolo_dataset(settings, _images(data, split), size, data, mode="train", stride=_stride(model))
+        dataset, size = _training_images(model, data, args, split), max(1, int(args.batch))
         self.files: list[str] = dataset.im_files
         workers = 0 if device.type in {"cpu", "mps"} else int(args.workers)
         shuffle = not getattr(dataset, "rect", False)
@@ -243,6 +266,12 @@ class TrainingBatches:
                 yield DetectionTrainer.preprocess_batch(self._host, batch)
         finally:
             self._loader.close()
+
+
+def _training_images(model: Any, data: dict[str, Any], args: Any, split: str) -> Any:
+    """The host's data set of a split, as of a training; it writes into the arguments."""
+    size, stride = max(1, int(args.batch)), _stride(model)
+    return build_yolo_dataset(_arguments(args), _images(data, split), size, data, mode="train", stride=stride)
 
 
 def _arguments(args: Any) -> Any:

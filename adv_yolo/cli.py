@@ -315,7 +315,7 @@ def _thresholds(found: dict[str, Any]) -> None:
     networks = _networks([found["model"]])
     path = chosen.destination(Path(found["model"]).with_name(standard.FILE))
     own = networks[found["model"]].args
-    names = (*standard.AUGMENTATION, *standard.GAINS, "seed", "batch")
+    names = (*standard.AUGMENTATION, standard.CUSTOM, *standard.GAINS, "seed", "batch")
     # AMAT trains without mosaic, unless told otherwise.
     as_trained = {**{name: own[name] for name in names if own.get(name) is not None}, "mosaic": 0.0}
     given = {name: found[name] for name in names if found.get(name) is not None}

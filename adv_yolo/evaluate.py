@@ -258,10 +258,12 @@ class DetectionEvaluation(EvaluationHost):
         return found
 
     def default_levels(self, norm: float) -> list[float]:
-        """In L2 the paper's levels for 320 pixels, growing with the image; in Linf 2, 4 and 8 / 255."""
+        """In L2 the paper's levels for 320 pixels in colours, growing as the norm does with the image's values; in Linf
+        2, 4 and 8 / 255."""
         if norm == math.inf:
             return [round(level / 255, 6) for level in (0, 2, 4, 8)]
-        return [round(level * int(self.arguments["imgsz"]) / 320, 6) for level in (0, 5, 10, 15)]
+        scale = int(self.arguments["imgsz"]) / 320 * math.sqrt(int(self.data.get("channels", 3)) / 3)
+        return [round(level * scale, 6) for level in (0, 5, 10, 15)]
 
     @property
     def _names(self) -> dict[int, str]:

@@ -19,7 +19,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ import torch
 import yaml
 from torch import Tensor
 from ultralytics.cfg import check_dict_alignment
+from ultralytics.data.utils import find_dataset_yaml
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
+from ultralytics.utils.checks import check_file
 from ultralytics.utils.torch_utils import unwrap_model
 
 from adv_yolo import calibration as standard
@@ -79,6 +81,9 @@ _OLD_COLUMNS = {f"train/adv_{key}": name for key, name in COLUMNS.items()}
 """Of earlier releases, whose runs can be resumed."""
 ROBUST = "metrics/robust_mAP50-95(B)"
 """The column of mAP50-95 on attacked validation images."""
+_KNOWS_CLASSES = "advmed_knows_classes"
+"""Attribute of a network that was made to be trained, until its training is set up: it alone gets into the processes
+that the host starts for several GPUs."""
 _JUDGE_STEPS, _JUDGE_SCALE = 5, 2.0
 """Of the attack behind it: it only has to put epochs into an order."""
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
@@ -132,6 +137,12 @@ class AdversarialTraining(_Host):
             LOGGER.warning(f"Resume ignores {list(own)}, using checkpoint values. Start a new run to change them.")
         if method_class(self.method_name, DetectionObjective).keeps_sizes and not host.get("resume"):
             separate_images(host, self.method_name)
+        if self.settings.norm != math.inf and host.get("multi_scale") and not host.get("resume"):
+            LOGGER.warning(
+                f"{self.method_name} with multi_scale={host['multi_scale']}: a level in L2 stays while the image's "
+                f"size changes from batch to batch, and is a stronger change of a small image than of a large one. "
+                f"Set multi_scale=0, or norm=inf, for levels that mean one thing."
+            )
         tell_if_newer(PACKAGES, lambda line: _log(f"WARNING: {line}"))
         self.run: MethodRun | None = None
         self.terms: ImageTerms | None = None
@@ -191,12 +202,19 @@ class AdversarialTraining(_Host):
             check_head(cfg if isinstance(cfg, dict) else yaml_model_load(cfg))
         model = check_model(super().get_model(*arguments, **named))
         weights = named["weights"] if "weights" in named else arguments[1] if len(arguments) > 1 else None
-        self._knows_classes = (
+        knows = (
             weights is not None
             and has_learnt(weights, model, self.data["names"])
             and standard.labels(dict(getattr(weights, "args", {}))) == standard.labels(vars(self.args))
         )
+        setattr(model, _KNOWS_CLASSES, knows)
         return model
+
+    def setup_model(self) -> Any:
+        """The host's, which makes no model where it was made before, by another process perhaps."""
+        checkpoint = super().setup_model()
+        self._knows_classes = self.model.__dict__.pop(_KNOWS_CLASSES, False)
+        return checkpoint
 
     def _build_train_pipeline(self) -> None:
         super()._build_train_pipeline()
@@ -341,7 +359,8 @@ class AdversarialTraining(_Host):
 
     def _of_this_run(self, thresholds: Thresholds) -> dict[str, Any]:
         """What the notes of thresholds must say to be those of this run."""
-        run = standard.demands(self.args, self.data) | {"samples": fingerprint(self._ids.values())}
+        assert self.terms is not None
+        run = standard.demands(self.args, self.data, self.terms) | {"samples": fingerprint(self._ids.values())}
         others = thresholds.notes.get("split") != "train"
         if others or dict(thresholds.notes.get("augmentation", {})).get("fraction") != self.args.fraction:
             del run["samples"]  # measured on other images of the data, as the user asked for
@@ -767,18 +786,44 @@ def epochs_of(model: Any, data: Any, single: bool) -> int | None:
 
     Args:
         model: the host's argument.
-        data: the host's argument, a YAML file.
+        data: the host's argument.
         single: whether all classes of the data are one (the host's ``single_cls``).
     """
-    path, described = Path(str(model)), Path(str(data))
-    if path.suffix != ".pt" or not path.is_file() or not described.is_file():
+    path = Path(str(model))
+    if path.suffix != ".pt" or not path.is_file():
         return None
     network, checkpoint = read_checkpoint(path)
     epochs = (checkpoint.get("train_args") or {}).get("epochs")
-    names = YAML.load(described).get("names") or {}
-    wanted = ["item"] if single else list(names.values() if isinstance(names, dict) else names)
-    known = [str(name) for name in dict(network.names).values()] == [str(name) for name in wanted]
-    return int(epochs) if epochs and known else None
+    if not epochs:
+        return None
+    names = ["item"] if single else class_names(data)
+    if names is None:
+        _log(
+            f"whether {path} knows the classes of data={data} cannot be told before that is here: the epochs are not "
+            f"a quarter of its {epochs} (epochs=... says how many)"
+        )
+        return None
+    return int(epochs) if [str(name) for name in dict(network.names).values()] == names else None
+
+
+def class_names(data: Any) -> list[str] | None:
+    """The classes of a data set, found as the host finds it, but for what it would have to download or to unpack.
+
+    Args:
+        data: the host's argument: a YAML file, the name of one that the host comes with, or a folder.
+
+    Returns:
+        Their names; None where there is no description of them yet.
+    """
+    for name in [data] if Path(str(data)).exists() else [f"{data}.yaml", f"{data}.yml", data]:
+        found = Path(check_file(name, download=False, hard=False) or "no file")
+        if found.is_dir():
+            with suppress(AssertionError):  # there are none, or several
+                found = find_dataset_yaml(found)
+        if found.suffix in {".yaml", ".yml"} and found.is_file():
+            names = YAML.load(found).get("names") or {}
+            return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    return None
 
 
 def has_learnt(weights: Any, model: Any, names: Mapping[int, str]) -> bool:

@@ -43,11 +43,12 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modules = list(model.modules())
     flags = [module.training for module in modules]
-    # Other layers with buffers (InstanceNorm with running statistics, spectral norm, ...) have no such switch.
+    # Other layers with buffers (InstanceNorm with running statistics, spectral norm, ...) have no such switch, and a
+    # BatchNorm of somebody else's may write its statistics by itself.
     buffers = [
         (module, name, buffer, buffer.clone(), buffer._version)
         for module in modules
-        if module.training and not isinstance(module, _BatchNorm)
+        if module.training and not (isinstance(module, _BatchNorm) and type(module).__module__.startswith("torch."))
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]

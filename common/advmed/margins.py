@@ -81,8 +81,8 @@ class MarginStore:
         """Number of ids that have been set."""
         return len(self._rows)
 
-    def __contains__(self, sample: str) -> bool:
-        return sample in self._rows
+    def __contains__(self, sample: Any) -> bool:
+        return names_of_samples([sample])[0] in self._rows
 
     @property
     def device(self) -> torch.device:

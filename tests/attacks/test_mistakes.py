@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed import APGD, PGD, Attack, Noise, SquareAttack, apgd, ifgsm, pgd, square
+from advmed import APGD, PGD, SAT, Attack, Noise, SquareAttack, apgd, ifgsm, pgd, square
 from advmed.classification import ClassificationObjective
 
 KINDS: dict[str, Callable[[float], Attack]] = {
@@ -71,6 +71,26 @@ def test_the_functions_look_at_more(call: Callable[..., Any]) -> None:
         call(objective(), images(), -1.0)
     with pytest.raises(ValueError, match="images hold values"):
         call(objective(), images() * 255, 0.5, bounds=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"5\d% of the values of the images lie outside of the bounds 0 and 1"):
+        call(objective(), images() * 2 - 1.1, 0.5, bounds=(0.0, 1.0))
+
+
+def test_a_training_looks_at_its_first_images() -> None:
+    """For which it waits once; a batch of a later augmentation may be what it is."""
+    method = SAT(0.5, steps=2, bounds=(0.0, 1.0))
+    with pytest.raises(ValueError, match="normalise inside of the network"):
+        method.step(objective(), images() * 2 - 1.1, [str(i) for i in range(len(images()))])
+    method.step(objective(), images() * 2 - 1.1, [str(i) for i in range(len(images()))])
+
+
+def test_noise_that_half_precision_cannot_hold_is_told() -> None:
+    def rising(x: Tensor) -> Tensor:
+        return x.float().flatten(1).sum(1, keepdim=True)
+
+    many = torch.full((2, 3, 64, 64), 0.5)
+    SAT(0.25, steps=2).step(rising, many, ["a", "b"])
+    with pytest.warns(UserWarning, match=r"images in bfloat16 hold \d+% of the noise"):
+        SAT(0.25, steps=2).step(rising, many.bfloat16(), ["a", "b"])
 
 
 def test_a_module_that_returns_terms_says_so() -> None:

@@ -141,6 +141,20 @@ def test_intervals_over_cases_cover_what_they_say_and_equal_models_are_not_told_
     assert apart / 600 <= 0.08
 
 
+@pytest.mark.parametrize("others", [5, 10])
+def test_intervals_of_many_differences_hold_for_all_at_once_with_few_draws(others: int) -> None:
+    """Of 200 draws, as for mAP, hardly one lies behind a quantile of all at once: 5 % in all may miss."""
+    generator = np.random.default_rng(others)
+    confidence = 1 - 0.05 / others
+    missed = 0
+    for _ in range(2000):
+        values = generator.normal(size=100)
+        drawn = values[generator.integers(0, 100, (200, 100))].mean(1)[:, None]
+        low, high = interval(drawn, units=100, confidence=confidence)
+        missed += bool(low[0] > 0 or high[0] < 0)
+    assert missed / 2000 == pytest.approx(0.05 / others, abs=0.005)
+
+
 def test_a_share_has_wilsons_interval() -> None:
     """From its formula (Wilson 1927); it covers what it says, and has a width where all agree."""
     shares = np.array([[0.0, 0.5], [0.9, np.nan]])

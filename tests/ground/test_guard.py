@@ -46,6 +46,15 @@ class Replaced(nn.Module):
         return images - self.average[:, None, None]
 
 
+class Writing(nn.BatchNorm2d):
+    """A BatchNorm of somebody else's, which writes its statistics itself."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.running_mean.mul_(0.9).add_(0.1 * images.detach().mean((0, 2, 3)))
+        return self.weight[:, None, None] * images - self.running_mean[:, None, None].clone() + self.bias[:, None, None]
+
+
 class Scaled(nn.Module):
     """A layer whose buffer the backward pass needs."""
 
@@ -66,6 +75,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch norm without statistics": lambda: nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False)),
     "batch norm, cumulative": lambda: nn.Sequential(conv(), nn.BatchNorm2d(3, momentum=None, affine=False)),
     "sync batch norm in evaluation": lambda: nn.Sequential(conv(), nn.SyncBatchNorm(3).eval()),
+    "batch norm of others": lambda: nn.Sequential(conv(), Writing(3)),
     "instance norm": lambda: nn.Sequential(conv(), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
     "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(conv()), nn.Tanh()),
     "spectral norm, old": lambda: nn.Sequential(nn.utils.spectral_norm(conv()), nn.Tanh()),

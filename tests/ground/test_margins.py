@@ -66,6 +66,13 @@ def test_random_updates_equal_a_dictionary(seed: int) -> None:
     assert all(i in store for i in values)
 
 
+def test_a_sample_is_known_by_any_form_of_its_id() -> None:
+    store = MarginStore()
+    store.set(torch.tensor([3]), [1.0])
+    assert all(sample in store for sample in ("3", 3, np.int64(3), torch.tensor(3)))
+    assert 4 not in store
+
+
 def test_how_often_a_sample_was_met() -> None:
     store = MarginStore(1.0)
     store.set(["a", "b", "a"], [1.0, 2.0, 3.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -140,6 +141,63 @@ def test_weights_outside_the_model_keep_their_gradients() -> None:
     assert_close(gradients(found.model), gradients(expected.model))
     assert found.calls == 5
     step(method, found)  # without a warning, which would be an error
+
+
+class Summed(nn.Module):
+    """Two weights that are added, whose gradients autograd gives as one and the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = cnn().double()
+        self.first, self.head = nn.Sequential(*list(network)[:1]), nn.Sequential(*list(network)[1:])
+        shape = self.first(IMAGES).shape[1:]
+        self.one, self.two = (nn.Parameter(torch.full(shape, 0.5 * k, dtype=torch.float64)) for k in (1, 2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.first(images) + (self.one + self.two))
+
+
+def test_weights_with_one_gradient_are_scaled_once_each() -> None:
+    """As positions and class token of a transformer have them, with gradients accumulated over batches."""
+    torch.manual_seed(0)
+    expected, found = Mean(Summed(), LABELS), Mean(Summed(), LABELS)
+    found.model.load_state_dict(expected.model.state_dict())
+    for objective, share in ((expected, False), (found, True)):
+        (step(SAT(0.7, **FAST, share_gradient=share), objective).loss / 4).backward()
+    assert_close(gradients(found.model), gradients(expected.model))
+
+
+def test_hooks_of_weights_run_once() -> None:
+    expected, found = task(), task()
+    for objective in (expected, found):
+        objective.model[0].weight.register_hook(lambda gradient: 0.1 * gradient)
+    step(SAT(0.7, **FAST), expected).loss.backward()
+    with pytest.warns(UserWarning, match="weights have hooks that may change their gradients"):
+        step(SAT(0.7, **FAST, share_gradient=True), found).loss.backward()
+    assert_close(gradients(found.model), gradients(expected.model))
+
+
+def test_the_graph_of_the_clean_pass_is_gone_before_the_pass_on_the_noise() -> None:
+    """Also where samples are new and their margins are estimated first: a first epoch needs no more memory."""
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def at_the_last_pass(share: bool) -> int:
+        objective, alive, counts = task(), weakref.WeakSet[Saved](), list[int]()
+
+        def pack(tensor: Tensor) -> Saved:
+            alive.add(saved := Saved(tensor))
+            return saved
+
+        objective.model.register_forward_pre_hook(lambda *_: counts.append(len(alive)))
+        method = AMAT(0.7, [1.5], refinement="secant", start="estimate", **FAST, share_gradient=share)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            step(method, objective)
+        return counts[-1]
+
+    assert at_the_last_pass(True) <= 1 < at_the_last_pass(False)
 
 
 def test_in_float16_it_needs_to_know_the_loss_scale() -> None:

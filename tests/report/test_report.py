@@ -19,6 +19,7 @@ from advmed.attacks import PGD
 from advmed.evaluation.auc import auc_robust
 from advmed.evaluation.checks import Check
 from advmed.evaluation.intervals import interval, seed_of
+from advmed.evaluation.worst import WorstOf
 from advmed.report import Entry, Metric, findings, format_table, tabulate
 from advmed.report.figures import ExamplePictures
 from advmed.report.summary import cautions, verdict
@@ -525,6 +526,11 @@ def test_cautions() -> None:
     broken = replace(growing.attacked["pgd100", 5.0], nonfinite=np.array([0, 7]))
     steps, masking = cautions_of(Entry("odd", replace(growing, attacked={**growing.attacked, ("pgd100", 5.0): broken})))
     assert steps.startswith("odd: 7 attack steps met a non-finite gradient")
+    worst = WorstOf(tuple(growing.attacks), 2)  # the worst of both has their steps once more
+    both = {**growing.attacked, ("pgd100", 5.0): broken, ("worst attack", 5.0): broken}
+    counted = replace(growing, attacks={**growing.attacks, "worst attack": worst}, attacked=both)
+    (note,) = [note for note in cautions([Entry("odd", counted)], ()) if "non-finite" in note]
+    assert note.startswith("odd: 7 attack steps")
     assert masking.startswith("odd: ADI improves as the noise of pgd100 grows.")
     spread = cautions_of(Entry("odd", growing), metric=replace(MEAN, monotone=False))
     assert spread == [], "the spread of errors shrinks where all grow alike"

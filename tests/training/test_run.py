@@ -357,6 +357,10 @@ def test_changed_settings_are_told_and_other_methods_and_models_refused() -> Non
     state = MethodRun("SAT", settings(), epochs=4).state_dict()
     (line,) = MethodRun("SAT", settings(eps=2.0, steps=7), epochs=4).load_state_dict(state)
     assert line == "WARNING: settings changed since the checkpoint: eps 0.5 -> 2.0, steps 2 -> 7"
+    own = MethodRun("AMAT", settings(), fixed(), epochs=4).state_dict()
+    (line,) = MethodRun("AMAT", settings(rule="mean+2std"), fixed(), epochs=4).load_state_dict(own)
+    assert line.startswith("WARNING: a run that goes on keeps the thresholds, their rule and the warm-up")
+    assert line.endswith("not taken over: rule None -> mean+2std")
     with pytest.raises(ValueError, match="method 'SAT', this run trains 'AT'"):
         MethodRun("AT", settings(), epochs=4).load_state_dict(state)
     state = MethodRun("AMAT", settings(), fixed(), epochs=4).state_dict()

@@ -26,6 +26,7 @@ sample's own minimum and maximum)."""
 
 # float16 loses gradients below 6e-8. The direction of an attack step does not depend on the scale of the loss, so a
 # sample's loss is scaled up before the backward pass, and down again by this factor when its gradient overflows.
+_SLACK, _MANY_OUTSIDE = 0.01, 1 / 3  # values so far outside of the bounds, in widths, and so many, are of another scale
 _HALF_SCALE = 2.0**15  # the largest power of two that terms in float16 can receive as their gradient
 _HALF_BACKOFF = 2.0**-4
 _HALF_REPEATS = 4  # of a search's first gradient, down to a scale of 1/2
@@ -364,15 +365,29 @@ def check_call(images: Tensor, radius: float | Tensor, bounds: Bounds) -> None:
 
 
 def check_scale(images: Tensor, bounds: Bounds) -> None:
-    """Raises ValueError for images that leave the bounds by more than twice their width; waits for the device.
+    """Raises ValueError for images that leave the bounds by more than twice their width, or with a third of their
+    values; waits for the device.
 
     A little outside is meant: interpolation overshoots, and such an image keeps its values. Far outside is an image of
-    0 to 255 where 0 to 1 was promised, and every noise level is off by the same factor.
+    0 to 255 where 0 to 1 was promised, and every noise level is off by the same factor; many values outside are those
+    of an image that was normalised, whose noise could go one way only there.
     """
     check_bounds(bounds)
     ends = _numbers(bounds)
     if ends is None or not images.numel():
         return
+    _check_range(images, ends)
+    low, high = ends
+    slack = _SLACK * (high - low)
+    outside = float(((images < low - slack) | (images > high + slack)).float().mean())
+    if outside > _MANY_OUTSIDE:
+        raise ValueError(
+            f"{outside:.0%} of the values of the images lie outside of the bounds {low:g} and {high:g}, as those of "
+            f"normalised images do: normalise inside of the network, or set the bounds that the images have"
+        )
+
+
+def _check_range(images: Tensor, ends: tuple[float, float]) -> None:
     (low, high), (least, most) = ends, (float(value) for value in images.detach().aminmax())
     if least < low - 2 * (high - low) or most > high + 2 * (high - low):
         raise ValueError(
@@ -422,7 +437,8 @@ def _box(images: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor] | None:
     if images.device.type == "cpu":
         if bool(((images >= low) & (images <= high)).all()):
             return low, high
-        check_scale(images, bounds)
+        if (ends := _numbers(bounds)) is not None:
+            _check_range(images, ends)
     return torch.minimum(images, low), torch.maximum(images, high)
 
 

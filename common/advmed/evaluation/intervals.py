@@ -23,6 +23,8 @@ Array = NDArray[Any]
 CONFIDENCE = 0.95
 LEAST = 10
 """Independent samples, or groups of samples, below which no interval is given."""
+_BEYOND = 5
+"""Draws behind a quantile, fewer than which do not tell where it is."""
 _ROUNDING = 1e-9
 """Relative differences of draws that are those of adding numbers in another order."""
 
@@ -59,6 +61,10 @@ def seed_of(ids: Sequence[str], groups: Sequence[str] | None = None) -> int:
 def interval(draws: Array, *, units: int, confidence: float = CONFIDENCE) -> Array:
     """An interval by the expanded quantiles of the draws.
 
+    Beyond 95 %, as for several differences at once, so few draws may lie behind a quantile that the interval would be
+    too narrow (of 200, none for ten models). Then it is what the expanded quantiles stand for: Student's, of the draws'
+    standard deviation.
+
     Args:
         draws: shape (count, ...); draws that are NaN (no class was drawn, say) are left out.
         units: how many independent samples, or groups of them, were drawn from.
@@ -82,7 +88,11 @@ def interval(draws: Array, *, units: int, confidence: float = CONFIDENCE) -> Arr
     with np.errstate(all="ignore"):
         empty = np.isnan(draws).all(0)
         known = np.where(empty, 0.0, draws)
-        low, high = np.nanquantile(known, [tail, 1 - tail], axis=0)
+        if confidence > CONFIDENCE and tail * len(draws) < _BEYOND:
+            half = _deviations(units, confidence) * np.nanstd(known, axis=0, ddof=1)
+            low, high = np.nanmean(known, axis=0) + np.stack([-half, half])
+        else:
+            low, high = np.nanquantile(known, [tail, 1 - tail], axis=0)
         least, most = np.nanmin(known, axis=0), np.nanmax(known, axis=0)
         empty |= most - least <= _ROUNDING * np.maximum(np.abs(least), np.abs(most))
     return np.where(empty, np.nan, np.stack([low, high]))
@@ -90,10 +100,16 @@ def interval(draws: Array, *, units: int, confidence: float = CONFIDENCE) -> Arr
 
 def expanded_tail(units: int, confidence: float) -> float:
     """The share of draws to be left out at either end, Phi(-sqrt(n / (n - 1)) t_(n - 1)), n units."""
-    from scipy.stats import norm, t  # here, for an evaluation needs it once, and its import takes a second
+    from scipy.stats import norm  # here, for an evaluation needs it once, and its import takes a second
 
-    quantile = t.ppf((1 + confidence) / 2, units - 1) * np.sqrt(units / (units - 1))
-    return float(norm.cdf(-quantile))
+    return float(norm.cdf(-_deviations(units, confidence)))
+
+
+def _deviations(units: int, confidence: float) -> float:
+    """Half of an interval in standard deviations of the draws."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + confidence) / 2, units - 1) * np.sqrt(units / (units - 1)))
 
 
 def share_interval(shares: Array, *, units: int, confidence: float = CONFIDENCE) -> Array:

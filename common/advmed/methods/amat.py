@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from advmed.attacks.problem import AttackResult, CleanPass, steepness
-from advmed.margins import MarginStore
+from advmed.margins import MarginStore, names_of_samples
 from advmed.methods.base import (
     AdaptiveRadiusMethod,
     AttackOptions,
@@ -70,7 +70,8 @@ class AMATSettings(MethodSettings):
             the losses that the attack has seen put the threshold; never nearer to the clean image than delta, if
             the margin is that large.
         start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
-            (xi - L) / ||g||, eps at most, for one pass more in every batch that holds a sample for the first time.
+            (xi - L) / ||g||, eps at most (without one margin_max, or delta), for one pass more in every
+            batch that holds a sample for the first time.
         empty_samples: what is done with samples in whose truth there is nothing to find (slices without a structure,
             images without an object). "as_others": as algorithm 1 has it; as a rule they bear noise of any size.
             "floor": they are trained with the lowest margin, and have none of their own. (The authors' release, too,
@@ -119,8 +120,9 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         train_on: "sphere" or "crossing".
         start: "delta" or "estimate".
         empty_samples: "floor" or "as_others", for objectives that say which of their samples are empty.
-        start_max: highest first value of a margin that begins with an estimate, or None. A network that has not learnt
-            anything yet is flat, and seems to bear any noise: margins that begin there teach it to stay flat.
+        start_max: highest first value of a margin that begins with an estimate; None: margin_max, or delta without
+            one. A network that has not learnt anything yet, or one that is very sure, is flat, and seems to bear any
+            noise: margins that begin there teach it to stay flat.
         margin_min: lowest margin, or None.
         margin_max: highest margin, or None.
         **attack: see :class:`advmed.methods.base.AdversarialMethod`.
@@ -177,12 +179,17 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
         self.empty_samples = empty_samples
-        self.start_max = math.inf if start_max is None else check_positive("start_max", start_max)
+        self.start_max = check_positive("start_max", start_max or margin_max or self.delta)
         floor = self.delta * (_FLOOR_OF_DELTA if start == "estimate" else 1.0) if refinement in TRACKING else 0.0
         if margin_min is None and margin_max is not None and margin_max < floor:
             raise ValueError(
                 f"margin_max {margin_max:g} is below {floor:g}, the floor of margins that follow their samples: lower "
                 f"delta, or set margin_min"
+            )
+        if train_on == "crossing" and attack.get("steps", 20) == 1:
+            raise ValueError(
+                "train_on 'crossing' looks for a place on the way of an attack, and one step has none: use 2 "
+                "steps or more, or train_on 'sphere'"
             )
         super().__init__(
             self.delta,
@@ -219,7 +226,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             train_on=own.train_on or "sphere",
             start=own.start or "delta",
             empty_samples=own.empty_samples,
-            start_max=None if not eps else max(eps, own.delta),
+            start_max=max(eps, own.delta) if eps else None,
             margin_min=own.margin_min,
             margin_max=highest,
             **attack,
@@ -241,6 +248,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         Raises:
             ValueError: if the objective's number of terms (or their names) are not those of the thresholds.
         """
+        ids = names_of_samples(ids)
         margin = self._levels(ids, images)
         xi = self._limits(objective, images)
         assert xi is not None
@@ -255,6 +263,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             margin = margin.masked_fill(torch.tensor(empty, device=images.device), self.lowest)
         first: CleanPass | None
         if new is not None:
+            # Here, where it can be, and not beside the pass on the noise: half the memory.
+            mixed.clean_first(images, 0.5)
             first, estimate = self._estimate(objective, images, xi)
             margin = torch.where(new, estimate, margin)
         else:
@@ -323,7 +333,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         self._check_number(clean.terms)
         gap = xi - clean.terms
         radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float().clamp(max=self.start_max)
-        return clean, self._bounded(radius.nan_to_num(self.lowest, self.highest, self.lowest))
+        return clean, self._bounded(radius.nan_to_num(self.lowest))
 
     def _most(self, margin: Tensor, visits: Tensor) -> Tensor:
         """How far a visit moves a margin at most, (B,): by half of itself at first, to be in time in a short training,
@@ -361,9 +371,10 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         low = float((values <= self.lowest * (1 + _NEAR)).float().mean())
         high = 0.0 if self.highest is None else float((values >= self.highest * (1 - _NEAR)).float().mean())
         if low > _MANY_AT_FLOOR:
+            advice = "Lower margin_min, or choose higher thresholds" if self.lowest else "Choose higher thresholds"
             return (
                 f"WARNING: {low:.0%} of the margins rest on their floor, {self.lowest:.4g}: these samples bear less "
-                f"noise than that, and are trained with one noise level. Lower margin_min, or choose higher thresholds"
+                f"noise than that, and are trained with one noise level. {advice}"
             )
         if high > _MANY_AT_CAP:
             return (
@@ -387,7 +398,8 @@ def expected_crossing(clean: Tensor, points: Sequence[tuple[Tensor, Tensor]], xi
         xi: thresholds, (K,).
 
     Returns:
-        Shape (B,), >= 0; 0 where a clean term is above its threshold, inf where no term rises, NaN where one is NaN.
+        Shape (B,), >= 0; 0 where a clean term is above its threshold, inf where no term rises or there was no noise to
+        tell, NaN where one is NaN.
     """
     at, low = torch.zeros_like(points[0][0])[:, None], clean
     found, met = torch.full_like(clean, math.inf), torch.zeros_like(clean, dtype=torch.bool)
@@ -397,7 +409,8 @@ def expected_crossing(clean: Tensor, points: Sequence[tuple[Tensor, Tensor]], xi
         found = torch.where(crossed, at + (norms[:, None] - at) * _share(xi - low, terms - low), found)
         met = met | crossed
         at, low = torch.where(further, norms[:, None], at), torch.where(further, terms, low)
-    found = torch.where(met, found, at * _share(xi - clean, low - clean))
+    beyond = torch.where(at > 0, at * _share(xi - clean, low - clean), math.inf)
+    found = torch.where(met, found, beyond)
     found = torch.where(clean < xi, found, 0.0)
     broken = torch.stack([clean, *(terms for _, terms in points)]).isnan().any(0)
     return found.where(~broken, math.nan).amin(1)

@@ -7,6 +7,7 @@ it needs. The list of all methods is in :mod:`advmed.methods`.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from advmed.attacks.pgd import PGD
-from advmed.attacks.problem import AttackResult, Bounds, CleanPass, check_bounds
+from advmed.attacks.problem import AttackResult, Bounds, CleanPass, check_bounds, check_scale
 from advmed.clock import Clock
 from advmed.distributed import is_distributed
 from advmed.margins import MarginStore
@@ -27,6 +28,8 @@ from advmed.thresholds import RunningThresholds, Thresholds
 
 Backward = Callable[[Tensor], None]
 """Back-propagates a scalar; a host's own scaler belongs in here."""
+_HELD = 0.9
+"""Below this share of the noise that images in half precision were to have, the first step warns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,7 @@ class AdversarialMethod(Method):
         self.bounds = bounds
         self.seed = seed
         self.steps_done = 0
+        self._looked = False  # at the images of the first step
         self.clock = Clock()
 
     @property
@@ -319,8 +323,11 @@ class AdversarialMethod(Method):
             rank = torch.distributed.get_rank() if is_distributed() else 0
             generator = torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done)) & (2**63 - 1))
         self.steps_done += 1
+        first, self._looked = not self._looked, True
+        if first:  # it waits for the device, so not in every step
+            check_scale(images, self.bounds)
         with self.clock(images.device):
-            return self.attack(
+            attacked = self.attack(
                 objective,
                 images,
                 radius,
@@ -330,6 +337,20 @@ class AdversarialMethod(Method):
                 generator=generator,
                 final_pass=False,
                 clean=clean,
+            )
+        if first and images.dtype in (torch.float16, torch.bfloat16):
+            self._compare(attacked.norms.float(), torch.as_tensor(radius, device=images.device).float(), images.dtype)
+        return attacked
+
+    @staticmethod
+    def _compare(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+        """Warns where images in half precision cannot hold their noise."""
+        share = float(found.sum() / wanted.expand_as(found).sum())
+        if share < _HELD:
+            warnings.warn(
+                f"images in {str(dtype).removeprefix('torch.')} hold {share:.0%} of the noise that they are to be "
+                f"trained with, for their digits are few: keep images in float32, as mixed precision does (bf16-mixed)",
+                stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -446,13 +467,17 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         return {**super().state_dict(), "margins": self.store.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the state of an earlier run."""
+        """Takes the state of an earlier run; its levels are brought within the bounds of this one."""
         super().load_state_dict(state)
-        self.store.load_state_dict(state["margins"])
+        self.store.load_state_dict({**state["margins"], "initial": self.store.initial})
+        self._clamp()
 
     def merge(self) -> None:
         """Makes the levels of all processes equal."""
         self.store.merge()
+        self._clamp()
+
+    def _clamp(self) -> None:
         self.store.clamp(self.lowest, self.highest)
 
 

@@ -72,7 +72,7 @@ class CleanGradients:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         if not self._looked:
             self._looked = True
-            self._aside = not self._knows_all(loss, [*weights, images])
+            self._aside = not self._knows_all(loss, [*weights, images]) or _hooked(weights)
             if self._aside:
                 return loss, None
         scale = _scale_of(objective)
@@ -87,7 +87,7 @@ class CleanGradients:
         if image is None:
             return loss, None
         known = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
-        gradients = [gradient for _, gradient in known]
+        gradients = _apart([gradient for _, gradient in known])
         return (
             _Known.apply(loss.detach(), scale, gradients, *(weight for weight, _ in known)),
             CleanPass(terms, image),
@@ -149,6 +149,28 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
         if (variable := getattr(node, "variable", None)) is not None:
             yield variable
         waiting += [following for following, _ in node.next_functions]
+
+
+def _hooked(weights: Sequence[Tensor]) -> bool:
+    """Whether hooks of weights change their gradients, which would be done here and once more behind the loss."""
+    hooked = any(weight._backward_hooks for weight in weights)
+    if hooked:
+        warnings.warn(
+            "weights have hooks that may change their gradients: the clean pass is not shared with the attack, which "
+            "makes a step somewhat slower",
+            stacklevel=3,
+        )
+    return hooked
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients that share no memory: autograd gives weights that are added to each other one and the same."""
+    seen, apart = set[int](), []
+    for gradient in gradients:
+        place = gradient.untyped_storage().data_ptr()
+        apart.append(gradient.clone() if place in seen else gradient)
+        seen.add(place)
+    return apart
 
 
 def _scale_of(objective: Objective) -> Tensor | None:

@@ -14,6 +14,7 @@ from advmed.evaluation.intervals import LEAST, interval, resamples, share_interv
 from advmed.evaluation.loop import Evaluation
 from advmed.evaluation.metric import Metric
 from advmed.evaluation.subjects import Entry
+from advmed.evaluation.worst import WorstOf
 from advmed.progress import ProgressBar
 from advmed.report.floor import lost, nobody
 
@@ -378,7 +379,12 @@ def cautions(entries: Sequence[Entry], tables: Sequence[Table]) -> list[str]:
     """What a reader must know before believing the numbers; empty if nothing was noticed."""
     notes = []
     for entry in entries:
-        steps = [int(condition.nonfinite.sum()) for condition in entry.evaluation.attacked.values()]
+        attacks = entry.evaluation.attacks
+        steps = [
+            int(condition.nonfinite.sum())
+            for (name, _), condition in entry.evaluation.attacked.items()
+            if not isinstance(attacks.get(name), WorstOf)  # its steps are those of the others
+        ]
         if sum(steps):
             notes.append(f"{entry.name}: {sum(steps)} attack steps met a non-finite gradient and moved nothing.")
     for table in tables:

@@ -40,6 +40,8 @@ LOG_KEYS = (
     "margin_q95",
 )
 """What an epoch is summed up in; a method has some of them."""
+_KEPT = ("thresholds", "rule", "warmup_epochs")
+"""Settings that are those of a run's beginning, also where it is resumed with others."""
 _MOST_STEPS = 20
 """Of the attack that others are compared with; as many as the papers have."""
 
@@ -278,12 +280,21 @@ class MethodRun:
         same = str(wanted) == state["settings"].get("steps")
         if same and steps is not None and wanted is not None and steps > wanted:  # raised in the earlier run
             self._set_steps(steps)
-        changed = [
-            f"{name} {state['settings'].get(name)} -> {value}"
+        changed = {
+            name: f"{name} {state['settings'].get(name)} -> {value}"
             for name, value in vars(self.settings).items()
             if str(value) != state["settings"].get(name)
-        ]
-        return [f"WARNING: settings changed since the checkpoint: {', '.join(changed)}"] if changed else []
+        }
+        kept = [changed.pop(name) for name in _KEPT if name in changed]
+        lines = []
+        if changed:
+            lines.append(f"WARNING: settings changed since the checkpoint: {', '.join(changed.values())}")
+        if kept:
+            lines.append(
+                f"WARNING: a run that goes on keeps the thresholds, their rule and the warm-up that it began with; not "
+                f"taken over: {', '.join(kept)}"
+            )
+        return lines
 
 
 def saved_thresholds(

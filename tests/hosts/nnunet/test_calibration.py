@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
+from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerDiceLoss import nnUNetTrainerDiceCELoss_noSmooth
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
+    nnUNetTrainerNoDeepSupervision,
+)
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from adv_nnunet import calibration as standard
+from adv_nnunet.cli import main
+from adv_nnunet.trainer import AdversarialTraining, nnUNetTrainerAMAT
 from advmed.files import sha256
 from advmed.thresholds import RunningThresholds, TermStatistics, Thresholds
 from helpers.hosts import as_on_a_terminal, different
@@ -142,6 +153,141 @@ def test_start_from_the_standard_training(bench: Any, with_stock: Path, how: str
         again = bench.started("AMAT", resume=trainer, **given)
         assert not different(again.network.state_dict(), bench.saved(trainer)["network_weights"])
         assert different(again.network.state_dict(), weights)
+
+
+class OlderSignature(nnUNetTrainer):
+    """Its network is built by the signature that nnU-Net still takes from older trainers."""
+
+    @staticmethod
+    def build_network_architecture(
+        architecture_class_name: str,
+        arch_init_kwargs: dict[str, Any],
+        arch_init_kwargs_req_import: Sequence[str],
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> torch.nn.Module:
+        network: torch.nn.Module = get_network_from_plans(
+            architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import, num_input_channels,
+            num_output_channels, deep_supervision=enable_deep_supervision,
+        )  # fmt: skip
+        return network
+
+
+class OlderSignatureAMAT(AdversarialTraining, OlderSignature):
+    method_name = "AMAT"
+
+
+@pytest.mark.filterwarnings("ignore:.*old build_network_architecture signature")
+def test_a_network_built_by_the_old_signature_is_measured(bench: Any, with_stock: Path) -> None:
+    """As the stock trainer's, for it is the same network here."""
+    trainer = bench.started(OlderSignatureAMAT, threshold_samples=4, std_trainer="nnUNetTrainer")
+    found = Thresholds.load(with_stock / standard.FILE)
+    assert trainer.method.thresholds == found
+    (with_stock / standard.FILE).unlink()
+    assert bench.started("AMAT", threshold_samples=4).method.thresholds.values == found.values
+
+
+class OtherTransformsAMAT(nnUNetTrainerAMAT):
+    def get_training_transforms(self, *args: object, **kwargs: object) -> Any:
+        return super().get_training_transforms(*args, **kwargs)
+
+
+class MoreForegroundAMAT(nnUNetTrainerAMAT):
+    def initialize(self) -> None:
+        self.oversample_foreground_percent = 0.5
+        super().initialize()
+
+
+class NoMirroringAMAT(AdversarialTraining, nnUNetTrainerNoMirroring):
+    method_name = "AMAT"
+
+
+class NoDeepSupervisionAMAT(AdversarialTraining, nnUNetTrainerNoDeepSupervision):
+    method_name = "AMAT"
+
+
+class BatchNormAMAT(AdversarialTraining, nnUNetTrainerBN):
+    method_name = "AMAT"
+
+
+class NotSmoothAMAT(AdversarialTraining, nnUNetTrainerDiceCELoss_noSmooth):
+    method_name = "AMAT"
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (NoDeepSupervisionAMAT, r"run: deep_supervision \[0\.6667, 0\.3333, 0\.0\] -> None\."),
+        (NotSmoothAMAT, r"run: loss \['nnUNetTrainer'\] -> \['nnUNetTrainerDiceCELoss_noSmooth', 'nnUNetTrainer'\]\."),
+        (
+            NoMirroringAMAT,
+            r"run: augmentation \['nnUNetTrainer'\] -> \['nnUNetTrainerNoMirroring', 'nnUNetTrainer'\]\.",
+        ),
+        (OtherTransformsAMAT, r"run: augmentation .* -> \['OtherTransformsAMAT', 'nnUNetTrainer'\]\."),
+        (MoreForegroundAMAT, r"run: oversampling 0\.33 -> 0\.5\."),
+        ("FAT", None),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_thresholds_of_a_trainer_with_other_samples_or_another_loss_are_not_taken(
+    bench: Any, kind: Any, why: str | None
+) -> None:
+    """A file of an earlier release says nothing of them, and is."""
+    plain, trainer = bench.make(tag="plain"), bench.make(kind, tag="x")
+    plain.initialize()
+    trainer.initialize()
+    notes, path = standard.conditions(plain), bench.folder / "of_plain.json"
+    replace(FOUND, notes=notes).save(path)
+    if why is None:
+        assert standard.load_named(trainer, path)[0].values == FOUND.values
+        return
+    with pytest.raises(ValueError, match=why):
+        standard.load_named(trainer, path)
+    earlier = ("dataset", "plans", "configuration", "fold", "absent_classes", "measured_on")
+    replace(FOUND, notes={name: notes[name] for name in earlier}).save(path)
+    assert standard.load_named(trainer, path)[0].values == FOUND.values
+
+
+COMMAND = ["thresholds", "-d", "4", "-c", "2d", "-p", "tiny", "-device", "cpu", "--samples", "8", "-tr"]
+
+
+@pytest.mark.parametrize(
+    ("named", "kind"),
+    [
+        ("nnUNetTrainerNoDeepSupervision", NoDeepSupervisionAMAT),
+        ("nnUNetTrainerNoMirroring", NoMirroringAMAT),
+        ("nnUNetTrainerSTD_tagged", "AMAT"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_the_command_measures_what_amat_before_the_named_trainer_sees(
+    bench: Any, with_stock: Path, named: str, kind: Any
+) -> None:
+    folder = with_stock.parent.with_name(f"{named}__tiny__2d")
+    with_stock.parent.rename(folder)
+    trainer = bench.make(kind, std_trainer=named, threshold_samples=8)
+    trainer.initialize()
+    assert main([*COMMAND, named]) == 0
+    found = Thresholds.load(folder / "fold_0" / standard.FILE)
+    assert found.notes == standard.conditions(trainer) | {"training_dice": found.notes["training_dice"]}
+    assert found.values == pytest.approx(standard.measure(trainer, folder / "fold_0" / standard.CHECKPOINT).values)
+    trainer.on_train_start()
+    assert trainer.method.thresholds == found
+    assert "is not taken" not in bench.log(trainer)
+
+
+def test_a_standard_training_of_another_network_is_named(
+    bench: Any, with_stock: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for settings in ({}, {"start_from": "standard", "thresholds": bench.thresholds(1.0)}):
+        with pytest.raises(ValueError, match=r"checkpoint_final\.pth is of another network .* with 'std_trainer' or"):
+            bench.started(BatchNormAMAT, std_trainer="nnUNetTrainer", **settings)
+    with_stock.parent.rename(with_stock.parent.with_name("nnUNetTrainerBN__tiny__2d"))
+    assert main([*COMMAND, "nnUNetTrainerBN"]) == 1
+    assert "is of another network" in capsys.readouterr().err
+    assert main([*COMMAND, "nnUNetTrainerNobodys"]) == 1
+    assert "nnU-Net finds no trainer 'nnUNetTrainerNobodys'" in capsys.readouterr().err
 
 
 def damaged(path: Path) -> None:

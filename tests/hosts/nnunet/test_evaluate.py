@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,31 @@ def test_raw_files_of_the_validation_cases_give_the_numbers_of_the_validation_ca
     )
     assert (raw / "samples.csv").read_text() == (validation / "samples.csv").read_text()
     assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values", "wanted"),
+    [("main", 56 * 40, [0.0, 1.9, 5.7, 9.5]), ("two_channels", 2 * 56 * 40, [0.0, 2.7, 8.0, 13.0])],
+)
+def test_the_default_levels_grow_with_all_values_of_the_input(
+    finished: Callable[..., Path], world: Any, dataset: str, values: int, wanted: list[float]
+) -> None:
+    """As eps and delta do: one level is one RMS change of a value, whatever the number of channels."""
+    evaluation = host.SegmentationEvaluation(
+        folders={"one": finished(dataset)},
+        fold=0,
+        device=torch.device("cpu"),
+        checkpoint="checkpoint_final.pth",
+        step_size=0.5,
+        batch_size=1,
+        samples=None,
+        raw=None,
+        dataset=world.dataset(dataset),
+        configuration="2d",
+    )
+    assert evaluation.default_levels(2) == wanted
+    assert wanted[1:] == pytest.approx([share * math.sqrt(values) for share in (0.04, 0.12, 0.2)], rel=0.03)
+    assert evaluation.default_levels(math.inf) == [0.0, 0.04, 0.12, 0.2]
 
 
 def test_margins_of_a_model_of_ours_and_none_of_a_stock_one(bench: Any, stock_model: Any) -> None:

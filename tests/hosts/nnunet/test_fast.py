@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from adv_nnunet import calibration as standard
 from adv_nnunet.loader import PartLoader
@@ -47,12 +49,32 @@ def test_it_starts_from_the_standard_network_for_a_quarter_of_its_epochs(bench: 
     ):
         assert trainer.num_epochs == epochs
         assert bool(different(trainer.network.state_dict(), weights_of(checkpoint))) == (trainer.settings.tag == "b")
-    # as with -pretrained_weights
-    trainer = bench.make("SAT", **FAST)
-    trainer.initialize()
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "taken"),
+    [({}, 1000, True), ({"epochs": 3}, 3, True), ({"start_from": "standard"}, 2, False)],
+    ids=str,
+)
+def test_weights_of_the_command_line_are_trained_as_long_as_from_scratch(
+    bench: Any, with_stock: Path, given: dict[str, Any], epochs: int, taken: bool
+) -> None:
+    """The host makes network and schedule before it loads them; only the standard training needs a quarter."""
+    checkpoint, other = with_stock / standard.CHECKPOINT, bench.folder / "other.pth"
+    shorter(checkpoint, 6)
+    bench.started("SAT", **FAST | {"epochs": 1}, start_from="scratch", tag="other").save_checkpoint(str(other))
+    trainer = bench.make("SAT", **FAST | given)
+    maybe_load_checkpoint(trainer, False, False, str(other))
     before = copy.deepcopy(trainer.network.state_dict())
     trainer.on_train_start()
-    assert not different(trainer.network.state_dict(), before)
+    assert trainer.num_epochs == trainer.run.epochs == trainer.lr_scheduler.max_steps == epochs
+    assert bool(different(trainer.network.state_dict(), before)) != taken
+    assert ("a quarter of the 6 epochs" in bench.log(trainer)) == (not taken)
+    assert ("the weights of the command line and trains all 1000 epochs" in bench.log(trainer)) == (epochs == 1000)
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    trainer.on_train_epoch_start()
+    assert rates == {0.01} == {group["lr"] for group in trainer.optimizer.param_groups}
+    assert trainer.lr_scheduler.optimizer is trainer.optimizer
 
 
 def test_without_a_standard_training_it_says_what_is_missed(bench: Any) -> None:
@@ -208,6 +230,7 @@ def test_thresholds_are_measured_on_what_training_sees(bench: Any, with_stock: P
     trainer.get_training_transforms = lambda *a, **k: (seen.append(1), own(*a, **k))[1]
     build = trainer.build_network_architecture
 
+    @functools.wraps(build)  # the host looks at the signature
     def building(*args: Any, **kwargs: Any) -> Any:
         network = build(*args, **kwargs)
         network.register_forward_hook(lambda module, *_: modes.append(module.training))

@@ -38,6 +38,8 @@ from adv_nnunet.trainer import AdversarialTraining
         # A file object is a file name, too; and the name of the trainer is for predictions only.
         (nnUNetTrainer.save_checkpoint, "torch.save(checkpoint, filename)"),
         (nnUNetPredictor.initialize_from_trained_model_folder, "checkpoint['trainer_name']"),
+        # How a network is built is told by the builder's signature.
+        (nnUNetTrainer.initialize, "if 'plans_manager' in sig.parameters ... network_arch_init_kwargs_req_import"),
         # We keep the data sets that get_tr_and_val_datasets made; under DDP each rank validates on a share.
         (nnUNetTrainer.perform_actual_validation, "self.do_split()"),
         (nnUNetPredictor._internal_predict_sliding_window_return_logits, "sigma_scale=1. / 8"),
@@ -147,6 +149,11 @@ def test_a_preprocessed_case_is_image_and_segmentation(bench: Any) -> None:
     assert previous is None
     assert isinstance(image[:], np.ndarray)
     assert not set(training.identifiers) & set(validation.identifiers)
+
+
+def test_what_thresholds_are_told_apart_by_is_there() -> None:
+    for name in (*host.MAKERS_OF_SAMPLES, *host.MAKERS_OF_LOSS):
+        assert host.owners_of(nnUNetTrainer, (name,), AdversarialTraining) == ["nnUNetTrainer"]
 
 
 def test_the_training_step_is_the_one_that_ours_repeats(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

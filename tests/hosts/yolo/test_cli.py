@@ -27,6 +27,7 @@ from adv_yolo import calibration, cli
 from adv_yolo.checkpoint import STATE
 from adv_yolo.cli import main
 from adv_yolo.evaluate import DetectionEvaluation
+from adv_yolo.settings import Settings
 from advmed.thresholds import Thresholds
 from helpers.detection import CLASSES, ONE_HEAD, QUIET, TERMS, of_image, one_image, save
 from helpers.hosts import mistake_of, table
@@ -287,6 +288,9 @@ def terms_in_training(path: Path, data: Any, arguments: dict[str, Any]) -> Tenso
     trainer = DetectionTrainer(overrides={**given, "project": str(Path.cwd()), "name": "stock"})
     trainer.model, trainer.stride = load_checkpoint(path)[0].train(), 32
     trainer.model.args = trainer.args
+    vars(trainer.model).pop("class_weights", None)  # a training does not take them over
+    trainer.train_loader = trainer.get_dataloader(trainer.data["train"], batch_size=3, rank=-1)
+    trainer.set_class_weights()
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
@@ -308,6 +312,7 @@ def test_thresholds_are_mean_and_deviation_of_the_terms_that_a_training_sees(
     path = shutil.copy(trained, tmp_path / "own.pt")
     words = [f"model={path}"] if rule is None else [f"model={trained}", f"rule={rule}", "out=t.json"]
     words += [f"data={data.yaml}", "split=val", "batch=3", "device=cpu", "scale=0.2", "seed=5", "box=3.0"]
+    words.append("cls_pw=0.5")
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert main(["thresholds", *words]) == 0
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
@@ -320,17 +325,27 @@ def test_thresholds_are_mean_and_deviation_of_the_terms_that_a_training_sees(
     host = YOLO(str(trained)).val(data=str(data.yaml), rect=False, imgsz=96, device="cpu", workers=0, plots=False)
     assert found.notes["mAP50"] == pytest.approx(host.box.map50, abs=1e-4)
     assert any("mAP50 (plain images) of that network" in line for line in said)
-    terms = terms_in_training(trained, data, {"imgsz": 96, "scale": 0.2, "box": 3.0})
+    terms = terms_in_training(trained, data, {"imgsz": 96, "scale": 0.2, "box": 3.0, "cls_pw": 0.5})
     wanted = terms.mean(0) + factor * terms.std(0, correction=0)
     assert found.values == pytest.approx(wanted.tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("norm", "level"), [(2, [0, 1.5, 3, 4.5]), (math.inf, [0, 2 / 255, 4 / 255, 8 / 255])])
-def test_default_levels_grow_with_the_image(tmp_path: Path, norm: float, level: list[float]) -> None:
-    """In L2, from 5, 10 and 15 for 320 pixels."""
+@pytest.mark.parametrize(
+    ("norm", "channels", "level"),
+    [
+        (2, 3, [0, 1.5, 3, 4.5]),
+        (2, 12, [0, 3, 6, 9]),
+        (2, 1, [0, 0.866025, 1.732051, 2.598076]),
+        (math.inf, 12, [0, 2 / 255, 4 / 255, 8 / 255]),
+    ],
+)
+def test_default_levels_grow_with_the_image(tmp_path: Path, norm: float, channels: int, level: list[float]) -> None:
+    """In L2, from 5, 10 and 15 for 320 pixels in colours, as the default of eps does."""
     cpu, arguments = torch.device("cpu"), {"imgsz": 96}
-    host = DetectionEvaluation({}, {}, tmp_path, cpu, arguments, samples=None, folder=tmp_path)
+    host = DetectionEvaluation({}, {"channels": channels}, tmp_path, cpu, arguments, samples=None, folder=tmp_path)
     assert host.default_levels(norm) == pytest.approx(level, abs=1e-6)
+    if norm == 2:
+        assert host.default_levels(norm)[2] == pytest.approx(Settings().resolved(channels, 96, 0).eps, abs=1e-4)
 
 
 def test_every_process_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,13 +399,16 @@ def test_thresholds_are_of_the_labels_and_the_size_that_the_model_was_trained_wi
         model = DetectionModel(ONE_HEAD, nc=1, verbose=False)
         model.names = {0: "item"}
         checkpoint["model"] = model.half()
-    checkpoint["train_args"] |= own
+    checkpoint["model"].class_weights = torch.full((checkpoint["model"].model[-1].nc,), 9.0)
+    blur = [{"transform": {"__class_fullname__": "Blur", "p": 0.0}}]
+    checkpoint["train_args"] |= {**own, "augmentations": blur}
     torch.save(checkpoint, tmp_path / "own.pt")
     words = ["thresholds", "model=own.pt", f"data={data.yaml}", "split=val", "batch=3", "device=cpu", "seed=5"]
     assert main([*words, "rule=mean"]) == 0
     found = Thresholds.load(tmp_path / "thresholds.json")
     ((name, value),) = own.items()
     assert found.notes[name] == {"classes": [0], "imgsz": 96}.get(name, value)
+    assert found.notes["augmentation"]["augmentations"] == blur
     terms = terms_in_training(tmp_path / "own.pt", data, {**own, "imgsz": 96})
     assert found.values == pytest.approx(terms.mean(0).tolist(), rel=1e-4)
     if "classes" in own:

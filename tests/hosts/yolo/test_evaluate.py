@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -13,10 +14,11 @@ import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from ultralytics.utils import nms
 
 from adv_yolo import evaluate as host
 from adv_yolo.cli import main
-from adv_yolo.scores import best_overlaps
+from adv_yolo.scores import best_overlaps, detected, score
 from advmed.attacks import PGD
 from advmed.evaluation.loop import evaluate
 from helpers.detection import CLASSES, ONE_HEAD, save
@@ -63,6 +65,28 @@ def test_level_zero_is_what_the_host_measures(
     np.testing.assert_array_equal(np.isnan(host.image_iou(scores)), scores["truth"].sum(1) == 0)
     attacked = host.mean_average_precision(result.scores("pgd2", 1.0), model.network.names)
     assert attacked[0] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"nms": False}])
+def test_a_slow_machine_finds_what_a_fast_one_finds(
+    networks: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, bool]
+) -> None:
+    """The host's suppression gives up after some seconds."""
+    network = networks("yolo26n")
+    model = load(save(network, tmp_path / "two.pt"), data, tmp_path, imgsz=64, **arguments)
+    batch = host.read(model, range(4))
+    with torch.no_grad():
+        predictions = model.network(batch["img"])
+        monkeypatch.setattr(nms, "time", SimpleNamespace(time=lambda: 0))
+        wanted = model.validator.postprocess(predictions)  # of the host, for all of them at once
+        clock = iter(range(0, 10**6, 100))
+        monkeypatch.setattr(nms, "time", SimpleNamespace(time=lambda: next(clock)))
+        found = detected(model.validator, predictions)
+        scores = score(model.network, model.validator, batch, batch["img"])
+    assert all(len(image["conf"]) > 0 for image in wanted)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert scores["number"].tolist() == [len(image["conf"]) for image in wanted]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"nms": False}])

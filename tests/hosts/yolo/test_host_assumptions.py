@@ -22,6 +22,7 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils import dist
 from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import DetMetrics
+from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.torch_utils import EarlyStopping
 
 from adv_yolo.calibration import AUGMENTATION, GAINS
@@ -82,13 +83,28 @@ CODE: dict[str, tuple[Any, str]] = {
         'build_yolo_dataset(self.args, img_path, batch, self.data, mode=mode, rect=mode == "val", stride=gs)',
     ),
     "what processes are given": (dist.generate_ddp_file, '"args": vars(trainer.args)'),
-    "and make of it": (dist.generate_ddp_file, 'state["trainer"](cfg=cfg, overrides=state["args"]'),
+    "and make of it": (
+        dist.generate_ddp_file,
+        'state["trainer"](cfg=cfg, overrides=state["args"] ... trainer.model = state["model"] ... trainer.train()',
+    ),
+    "a model that was made before is none to make": (
+        BaseTrainer.setup_model,
+        "if isinstance(self.model, torch.nn.Module) ... return ... self.get_model(",
+    ),
     "processes are started": (BaseTrainer.train, "self.ddp ... generate_ddp_command(self)"),
     "the criterion": (
         v8DetectionLoss.get_assigned_targets_and_loss,
         "target_scores_sum = target_scores.sum().clamp_(min=1) ... self.bce(pred_scores, target_scores.to(dtype)) ... "
         "bce_loss *= self.class_weights ... loss[0], loss[2] = self.bbox_loss( ... loss[0] *= self.hyp.box ... "
         "loss[1] *= self.hyp.cls ... loss[2] *= self.hyp.dfl",
+    ),
+    "the clock is looked at behind an image": (
+        non_max_suppression,
+        "prediction = prediction[0] ... for xi, (x, xk) in ... output[xi] = x[i] ... > time_limit ... break",
+    ),
+    "weights of classes": (
+        DetectionTrainer.set_class_weights,
+        "self.args.cls_pw ... self.get_class_counts() ... unwrap_model(self.model) ... model.class_weights = ",
     ),
     "the size of the batch": (v8DetectionLoss.loss, "return loss * batch_size, loss_detach"),
     "a one-to-one head detaches its features while its own flag says training": (
@@ -144,8 +160,8 @@ def test_signatures(function: Any, wanted: str) -> None:
 
 def test_what_we_override_has_the_signature_that_ours_has() -> None:
     names = (
-        "train _build_train_pipeline resume_training run_callbacks preprocess_batch validate save_metrics save_model "
-        "final_eval"
+        "train setup_model _build_train_pipeline resume_training run_callbacks preprocess_batch validate save_metrics "
+        "save_model final_eval"
     )
     for name in names.split():
         assert parameters(getattr(DetectionTrainer, name)) == parameters(getattr(AdversarialTraining, name)), name

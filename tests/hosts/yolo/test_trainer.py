@@ -26,14 +26,14 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, downloads
 from ultralytics.utils.callbacks import tensorboard, wb
 from ultralytics.utils.plotting import plot_results
 
 from adv_yolo import AMATDetectionTrainer, attack, calibration
 from adv_yolo.checkpoint import STATE
 from adv_yolo.settings import argument_names
-from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, widened
+from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, epochs_of, widened
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import MethodRun
 from helpers.detection import CLASSES, ONE_HEAD, STILL, TERMS, TWO_HEADS, DataSet, divergence, epochs, save
@@ -694,19 +694,20 @@ def test_thresholds_are_measured_on_a_trained_model_named_or_trained_on(
     # Under other arguments the file is not quite right, and says so.
     found[0].save(tmp_path / "t.json")
     said.clear()
-    trainer = make("amat", tmp_path / "file", **{**given, "thresholds": str(tmp_path / "t.json"), "scale": 0.4})
+    other = {**given, "scale": 0.4, "augmentations": [{"transform": "Blur"}]}
+    trainer = make("amat", tmp_path / "file", **other, thresholds=str(tmp_path / "t.json"))
     trainer.add_callback("on_train_start", stop_here)
     with pytest.raises(Interrupted):
         trainer.train()
-    assert any(
-        line.startswith("WARNING") and "are not those of" in line and "scale 0.2 -> 0.4." in line for line in said
-    )
+    changes = "scale 0.2 -> 0.4, augmentations None -> [{'transform': 'Blur'}]. Measure"
+    assert any(line.startswith("WARNING") and "are not those of" in line and changes in line for line in said)
     assert not any("plain images, not on those" in line for line in said)
 
 
 DIFFERENT: list[tuple[dict[str, Any], str]] = [
     ({"imgsz": 64}, "imgsz 96 -> 64"),
     ({"cls": 2.0}, r"cls 0\.5 -> 2\.0"),
+    ({"cls_pw": 1.0}, r"cls_pw 0\.0 -> 1\.0"),
     ({"classes": [1, 0]}, r"classes None -> \[0, 1\]"),
     ({"single_cls": True}, r"names \[.*\] -> \['item'\].*single_cls False -> True"),
     ({"source": "other images"}, "samples .*'count': 4.* -> .*'count': 3"),
@@ -746,6 +747,22 @@ def test_a_thresholds_file_of_another_training_is_refused(
     trainer = make("amat", tmp_path, thresholds=str(tmp_path / "t.json"), **given)
     trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
     with pytest.raises(ValueError, match=f"t.json are not those of this training: .*{message}.* Measure again"):
+        trainer.train()
+
+
+def test_thresholds_of_the_other_head_are_refused(
+    make: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, whose terms have the same names: ``nms`` says which is followed."""
+    monkeypatch.setattr(calibration, "UNTRAINED", 0.0)
+    path = save(DetectionModel(TWO_HEADS, nc=len(CLASSES), verbose=False), tmp_path / "two.pt")
+    info = check_det_dataset(str(data.yaml))
+    args = get_cfg(overrides={"imgsz": 64, "batch": 4, "workers": 0, "mosaic": 0.0})
+    found = calibration.measure(path, info, args, rule="mean", device=torch.device("cpu"))
+    assert found.notes["head"] == "one2many"
+    found.save(tmp_path / "t.json")
+    trainer = make("amat", tmp_path, model=TWO_HEADS, thresholds=str(tmp_path / "t.json"), nms=False)
+    with pytest.raises(ValueError, match=r"are not those of this training: head one2many -> one2one\. Measure again"):
         trainer.train()
 
 
@@ -792,6 +809,21 @@ def test_mosaic_is_off_where_images_have_noise_levels_and_says_so(
     assert len(mixed) == ("mosaic" in given)
     values = ", ".join(f"{name}={value}" for name, value in given.items())
     assert all(line.startswith("WARNING") and f"{kind.upper()} with {values}:" in line for line in mixed)
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [({"multi_scale": 0.5}, True), ({}, False), ({"multi_scale": 0.5, "norm": math.inf}, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["amat", "sat"])
+def test_sizes_that_change_are_warned_of_where_levels_mean_another_change(
+    make: Any, tmp_path: Path, said: list[str], kind: str, given: dict[str, float], warned: bool
+) -> None:
+    make(kind, tmp_path, **given)
+    lines = [line for line in said if "stronger change of a small image" in line]
+    assert len(lines) == warned
+    assert all(line.startswith("WARNING") and f"{kind.upper()} with multi_scale=0.5:" in line for line in lines)
 
 
 def resume(kind: str, last: Path, **arguments: Any) -> Any:
@@ -1159,6 +1191,28 @@ def test_what_was_trained_on_these_classes_is_trained_a_quarter_as_long(
     assert sum("a quarter of the 9 that" in line for line in said) == (wanted == 3)
 
 
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [("brain-tumor.yaml", 9), ("brain-tumor", 9), ("folder", 9), ("coco8.yaml", None), ("https://x.org/a.zip", None)],
+)
+def test_the_classes_of_a_data_set_that_the_host_finds_are_known_where_it_is_here(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, named: str, wanted: int | None
+) -> None:
+    """By a name that the host comes with, and nothing is downloaded for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "any.yaml").write_text("names: [negative, positive]")
+    model = DetectionModel(ONE_HEAD, nc=2, verbose=False)
+    path = save(model, tmp_path / "std.pt")
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["model"].names = {0: "negative", 1: "positive"}
+    checkpoint["train_args"]["epochs"] = 9
+    torch.save(checkpoint, path)
+    monkeypatch.setattr(downloads, "safe_download", lambda *_, **__: pytest.fail("a download"))
+    assert epochs_of(str(path), named, False) == wanted
+    assert sum(f"knows the classes of data={named} cannot be told" in line for line in said) == ("https" in named)
+
+
 def test_attack_steps_lost_to_bad_gradients_are_counted_and_warned_of(
     run: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1187,6 +1241,35 @@ def test_our_arguments_reach_the_processes_that_the_host_starts(
     assert not set(vars(again.args)) & set(argument_names())
     assert again.save_dir == trainer.save_dir
     assert again.args.mosaic == 0
+
+
+def test_thresholds_are_measured_in_the_processes_that_the_host_starts(
+    make: Any, known: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get a model that was made before (``Model.train``, ``generate_ddp_file``), and make none."""
+    given = {"model": str(trained), "imgsz": 96, "epochs": 1, "val": False}
+    alone = make("amat", tmp_path / "alone", known, **given)
+    weights = load_checkpoint(trained)[0]
+    parent = make("amat", tmp_path / "several", known, **given)
+    parent.model = parent.get_model(weights=weights, cfg=weights.yaml)
+    parent.ddp = True
+    handed: list[bytes] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            BaseTrainer, "train", lambda self: handed.append(pickle.dumps((type(self), vars(self.args), self.model)))
+        )
+        parent.train()
+    kind, arguments, model = pickle.loads(handed[0])
+    child = kind(cfg={**DEFAULT_CFG_DICT, "save_dir": ""}, overrides=arguments)
+    child.model = model
+    for trainer in (alone, child):
+        trainer.add_callback("on_train_start", stop_here)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        assert trainer.run.warmup_epochs == 0
+        assert not [name for name in [*vars(trainer.model), *vars(trainer.ema.ema)] if "advmed" in name]
+    assert isinstance(child.run.thresholds, Thresholds)
+    assert child.run.thresholds == alone.run.thresholds
 
 
 def test_sequential_backward_needs_a_single_process(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
