@@ -22,7 +22,7 @@ class Classify(LightningCommand):
     description = "Robust image classification: timm networks, trained with AMAT, DPAAT and others."
     example = "--data MedMNIST --data.file images.npz --model.network.name resnet18"
     monitor = ("val/mAP", "max")
-    links = ("num_classes", "channels", "class_counts", "class_names")
+    links = ("num_classes", "channels", "class_counts", "class_names", "image_size", "image_bits")
     norms = (2, "inf")
     evaluate_options = (Option("gradcam", bool, "compare Grad-CAM of clean and attacked images", True),)
 

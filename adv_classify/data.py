@@ -29,10 +29,12 @@ from advmed.integrations.lightning.images import (
     common_bits,
     common_channels,
     files_of,
+    header,
     headers_of,
     hidden,
     image_files,
     read_image,
+    tell_of_others,
 )
 from advmed.integrations.lightning.tables import read_table
 
@@ -184,6 +186,7 @@ class ClassificationData(SampleData):
         headers = check_samples(self.splits, self.class_names, self.size)
         self.channels = channels or channels_of(self.splits, headers)
         self.bits = common_bits(headers, bits)
+        self.image_bits = self.bits if any(head.deep for _, head in headers) else None
         if transform is not None:
             check_transform(transform, self.dataset("train"))
 
@@ -195,6 +198,15 @@ class ClassificationData(SampleData):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of all images."""
+        if self.size is not None:
+            return self.size
+        first = self.splits["train"].images[0]
+        height, width = header(first).size if isinstance(first, Path) else first.shape[:2]
+        return int(height), int(width)
 
     @property
     def class_counts(self) -> list[int]:
@@ -461,6 +473,7 @@ class ImageFolder(ClassificationData):
                     f"{self.root}/val/CLASS"
                 )
         names = _folders(self.root / "train")
+        tell_of_others([self.root / split for split in SPLITS], deep=True)
         splits = {}
         for split in SPLITS:
             if not (self.root / split).is_dir():

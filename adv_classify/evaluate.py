@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from adv_classify.data import ClassificationData, ImageDataset
 from adv_classify.external import torch_attack
 from adv_classify.gradcam import GradCam, agreement
-from adv_classify.module import RobustClassifier, check_classes, mean_average_precision
+from adv_classify.module import RobustClassifier, check_classes, check_images, mean_average_precision
 from adv_classify.objective import ClassificationObjective
 from advmed.attacks import PGD, Attack, Margin, parse_attacks
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch, at_levels
@@ -56,7 +56,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is no checkpoint of ours, or of other classes, in another order, or channels than the data.
+        ValueError: if it is no checkpoint of ours, or of other classes, in another order, channels or sizes than the
+            data.
     """
     path = Path(path)
     model = RobustClassifier.from_checkpoint(path)
@@ -67,6 +68,7 @@ def load_model(
             f"classes and {data.channels} channel(s)"
         )
     check_classes(model.hparams["class_names"], data.class_names, path)
+    check_images(model.hparams, data.image_size, data.image_bits, path)
     network, dataset = model.network.to(device), data.dataset(split)
     cam = GradCam(network, dataset[0]["image"][None].to(device)) if gradcam else None
     return TrainedModel(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_average_precision
 
@@ -64,6 +65,8 @@ class RobustClassifier(RobustModule):
         channels: from the data.
         class_counts: from the data.
         class_names: from the data.
+        image_size: from the data.
+        image_bits: from the data.
 
     Example:
         ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`MedMNIST`:
@@ -98,6 +101,8 @@ class RobustClassifier(RobustModule):
         channels: int = 3,
         class_counts: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
+        image_size: tuple[int, int] | None = None,
+        image_bits: int | None = None,
     ) -> None:
         super().__init__(
             method,
@@ -117,6 +122,7 @@ class RobustClassifier(RobustModule):
         given |= {"label_smoothing": label_smoothing, "lr": lr, "weight_decay": weight_decay}
         given |= {"validation_steps": validation_steps, "num_classes": num_classes, "channels": channels}
         given |= {"class_counts": class_counts and [*class_counts], "class_names": class_names and [*class_names]}
+        given |= {"image_size": image_size, "image_bits": image_bits}
         self.save_hyperparameters(plain(given))
         self.network = make_network(network, num_classes, channels)
         self.label_smoothing = label_smoothing
@@ -132,6 +138,21 @@ class RobustClassifier(RobustModule):
         return self.network(images)
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        """See :meth:`RobustModule.setup`.
+
+        Raises:
+            ValueError: also where rare classes would be weighed twice.
+        """
+        super().setup(stage)
+        if stage != "fit" or self.class_weight is None:
+            return
+        if getattr(getattr(self.trainer, "datamodule", None), "sampler", None) == "balanced":
+            raise ValueError(
+                "sampler: balanced of the data and class_weights: balanced of the model both make up for rare classes, "
+                "which would be weighed twice: leave one of them out"
+            )
 
     def objective(self, batch: dict[str, Any]) -> tuple[ClassificationObjective, Tensor, Sequence[str]]:
         """See :meth:`RobustModule.objective`."""
@@ -149,6 +170,7 @@ class RobustClassifier(RobustModule):
                 f"{path} predicts {model.num_classes} classes, the data has {data.num_classes} ({data.class_names})"
             )
         check_classes(model.hparams["class_names"], data.class_names, path)
+        check_images(model.hparams, data.image_size, data.image_bits, path)
         if like is not None and like.class_weight is not None:
             model.class_weight = like.class_weight
         return model
@@ -187,10 +209,11 @@ class RobustClassifier(RobustModule):
         return f"{name} for {values['num_classes']} classes and {values['channels']} channel(s)"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :meth:`RobustModule.on_load_checkpoint`; the classes must be those of the data, in their order."""
+        """See :meth:`RobustModule.on_load_checkpoint`; classes, their order and sizes must be those of the data."""
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("hyper_parameters", {}).get("class_names")
-        check_classes(found, self.hparams["class_names"], "the checkpoint")
+        found = checkpoint.get("hyper_parameters", {})
+        check_classes(found.get("class_names"), self.hparams["class_names"], "the checkpoint")
+        check_images(found, self.hparams["image_size"], self.hparams["image_bits"], "the checkpoint")
 
     # Validation, test, prediction
 
@@ -228,6 +251,39 @@ def check_classes(found: Sequence[str] | None, wanted: Sequence[str] | None, pat
         raise ValueError(
             f"{path} knows the classes {ours}, in this order, and the data has {theirs}: set the data's classes to the "
             f"checkpoint's"
+        )
+
+
+def check_images(found: Mapping[str, Any], size: Sequence[int] | None, bits: int | None, path: str | Path) -> None:
+    """Compares the images that a checkpoint was trained on with those of the data; a warning where that is not known.
+
+    Args:
+        found: the checkpoint's hyperparameters.
+        size: (height, width) of the data's images; None: not known, and nothing is compared.
+        bits: that those of more than 8 bits use; None: there are none.
+        path: the checkpoint.
+
+    Raises:
+        ValueError: if they are of another size.
+    """
+    if size is None:
+        return
+    own = found.get("image_size")
+    if own is None:
+        rank_zero_warn(
+            f"{path} does not say the size of the images that it was trained on: see yourself that it was "
+            f"{size[0]} x {size[1]}, as the data's"
+        )
+    elif tuple(own) != tuple(size):
+        raise ValueError(
+            f"{path} was trained on images of {own[0]} x {own[1]}, the data's are {size[0]} x {size[1]}: set size of "
+            f"the data to [{own[0]}, {own[1]}]"
+        )
+    depth = found.get("image_bits")
+    if None not in (depth, bits) and depth != bits:
+        rank_zero_warn(
+            f"{path} was trained on images of {depth} bits, and those of the data are read as of {bits}: if they are "
+            f"the same images, set bits of the data to {depth}"
         )
 
 

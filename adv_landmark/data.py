@@ -35,6 +35,7 @@ from advmed.integrations.lightning.images import (
     hidden,
     image_files,
     read_image,
+    tell_of_others,
 )
 from advmed.integrations.lightning.tables import read_table
 
@@ -350,7 +351,8 @@ class LandmarkTable(LandmarkData):
         images: folder of the images, relative to root.
         table: name of the table of points; the landmark's column may be called landmark_index or landmark, and hold
             numbers or names.
-        split_table: name of the table of splits; it may have the column spacing, or spacing_x and spacing_y.
+        split_table: name of the table of splits; it may have the column spacing, or spacing_x and spacing_y, in the
+            place of the setting.
         origin: what (0, 0) is in the table: the "centre" or the outer "corner" of the top left pixel.
         **options: see :class:`LandmarkData`.
 
@@ -399,7 +401,7 @@ class LandmarkTable(LandmarkData):
             landmarks = found.setdefault(row["image"], {})
             if row[column] in landmarks:
                 raise ValueError(f"{path} has landmark {row[column]} of {row['image']} twice, see line {line}")
-            landmarks[row[column]] = (_number(row["x"], path, line), _number(row["y"], path, line))
+            landmarks[row[column]] = _point([row["x"], row["y"]], path, line)
         counts = Counter(len(landmarks) for landmarks in found.values())
         if len(counts) > 1:
             short = [f"{image} ({len(marks)})" for image, marks in found.items() if len(marks) < len(names)]
@@ -435,9 +437,18 @@ class LandmarkTable(LandmarkData):
             raise ValueError(f"{path} must have both spacing_x and spacing_y, or the column spacing for both")
         columns = ["spacing", "spacing"] if "spacing" in rows[0] else ["spacing_x", "spacing_y"]
         spacing: dict[str, tuple[float, float]] = {}
-        if self.spacing is None and set(columns) <= rows[0].keys():
+        if set(columns) <= rows[0].keys():
             for line, row in enumerate(rows, 2):
-                x, y = (_number(row[column], path, line) for column in columns)
+                found = [_number(row[column], path, line) for column in columns]
+                if self.spacing is not None:
+                    pairs = zip(found, self.spacing, strict=True)
+                    if row["split"] != "none" and any(x != y for x, y in pairs if not math.isnan(x)):
+                        raise ValueError(
+                            f"spacing is {self.spacing} in the settings, and {tuple(found)} in line {line} of {path}: "
+                            f"leave one of them out"
+                        )
+                    continue
+                x, y = found
                 if not (x > 0 and y > 0 and math.isfinite(x) and math.isfinite(y)):
                     raise ValueError(f"{path} has no spacing > 0 in line {line}")
                 spacing[row["image"]] = (x, y)
@@ -520,6 +531,7 @@ class ISBI2015(LandmarkData):
             if split == "test" and not any(self.root.rglob(name)):
                 continue
             images = image_files(self._folder(name))
+            tell_of_others([self._folder(name)])
             points = []
             for image in images:
                 each = [self._points(folder / f"{image.stem}.txt") for folder in annotated]
@@ -560,9 +572,10 @@ class ISBI2015(LandmarkData):
         if not path.is_file():
             raise FileNotFoundError(f"there are no landmarks {path}")
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        found = [[_number(part, path, n) for part in line.split(",")] for n, line in enumerate(lines, 1) if "," in line]
-        if any(len(point) != 2 for point in found):
+        parts = [(n, line.split(",")) for n, line in enumerate(lines, 1) if "," in line]
+        if any(len(point) != 2 for _, point in parts):
             raise ValueError(f"{path} must have two numbers in each line with a comma, x,y")
+        found = [_point(point, path, n) for n, point in parts]
         return np.array(found, dtype=np.float64).reshape(-1, 2)
 
 
@@ -613,6 +626,7 @@ class Images(LandmarkData):
         if not self.root.is_dir():
             raise FileNotFoundError(f"there is no folder of images {self.root}")
         files = image_files(self.root, deep=True)
+        tell_of_others([self.root], deep=True)
         if not files:
             raise FileNotFoundError(f"there are no images ({', '.join(SUFFIXES)}) in {self.root}")
         given = self.landmarks
@@ -738,6 +752,16 @@ def _number(text: str, path: Path, line: int) -> float:
     if math.isinf(value):
         raise ValueError(f"{path} has {text!r} in line {line}, where a finite number is expected")
     return value
+
+
+def _point(cells: Sequence[str], path: Path, line: int) -> tuple[float, float]:
+    """The point (x, y) of two cells; NaN where both are empty."""
+    x, y = (_number(cell, path, line) for cell in cells)
+    if math.isnan(x) != math.isnan(y):
+        raise ValueError(
+            f"{path} has only one of x and y in line {line}: both are empty for a landmark that is not known"
+        )
+    return x, y
 
 
 def _in_order(name: str) -> tuple[float, str]:

@@ -163,6 +163,17 @@ class RobustLandmarks(RobustModule):
             f"{values['radius']:g}"
         )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`RobustModule.on_load_checkpoint`; images must be as large as those of the training.
+
+        Raises:
+            ValueError: also for others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        size = tuple(checkpoint.get("hyper_parameters", {}).get("size", self.size))
+        if size != self.size:
+            raise ValueError(f"the checkpoint was trained on images of {size}, the data's are resized to {self.size}")
+
     def forward(self, images: Tensor) -> Tensor:
         """Maps, (B, 3L, H, W), of images (B, C, H, W) in [-1, 1]."""
         maps: Tensor = self.network(images)

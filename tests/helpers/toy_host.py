@@ -50,6 +50,7 @@ def evaluate(folder: Path, values: Mapping[str, str]) -> None:
             "evaluation": {"attacks": {"pgd100": {"steps": 100}}, "levels": levels, "seed": 0, "bounds": None},
             "metrics": {"accuracy": {"higher_is_better": values.get("better") != "lower", "scale": None, "unit": ""}},
             "samples": list(values.get("samples", "abc")),
+            "models": {name: json.dumps({"truth": values["truth"]} if "truth" in values else {}) for name in models},
             "level_unit": "L2",
         },
         "results": {"accuracy": {"scale": 1.0, "models": models}},

@@ -51,6 +51,7 @@ def evaluated(tmp_path: Path) -> Evaluated:
         bounds: tuple[float, float] | None = None,
         metrics: Sequence[Metric] = (ACCURACY, DISTANCE),
         level_unit: str = "L2 norm",
+        truth: str | None = None,
     ) -> Path:
         parsed = parse_attacks([*attacks, "gaussian"], norm=norm)
 
@@ -60,7 +61,9 @@ def evaluated(tmp_path: Path) -> Evaluated:
         def entry(model: str, width: float) -> Entry:
             clean = width * np.array([int(id_[1:]) + 1 for id_ in ids]) / len(IDS)
             curves = {attack: [clean - level * (attack != "gaussian") for level in levels] for attack in parsed}
-            return Entry(model, by_hand(curves, levels, attacks=parsed, scores=scores, ids=ids, bounds=bounds))
+            mark = json.dumps({"checkpoint": model} | ({} if truth is None else {"truth": truth}))
+            how: dict[str, Any] = {"scores": scores, "ids": ids, "bounds": bounds, "fingerprint": mark}
+            return Entry(model, by_hand(curves, levels, attacks=parsed, **how))
 
         entries = [entry(*model) for model in models.items()]
         return write_report(tmp_path / name, entries, metrics, title=name, level_unit=level_unit).parent
@@ -355,6 +358,19 @@ def test_numbers_that_cannot_stand_in_one_column(
     reports = evaluated("one", {"a": 1.0}), evaluated("two", {"b": 3.0}, **changes)
     assert message in said(*reports, status=1)
     assert said(*reports, "--tasks").count("noise level:") == 2
+
+
+def test_another_truth_of_the_same_samples_is_refused(evaluated: Evaluated, said: Said) -> None:
+    """Where both say what it was; folds have other samples, and so another truth."""
+    one, two = (evaluated(name, {"a": 1.0}, truth=name) for name in ("one", "two"))
+    message = "are of the same samples with another truth (other labels, points or spacing)"
+    for words in ([one, two], [one, two, "--repeats"], [evaluated("none", {"b": 3.0}), two, one]):
+        assert message in said(*words, status=1)
+    assert said(one, two, "--tasks").count("noise level:") == 2
+    same, fold = evaluated("same", {"a": 3.0}, truth="one"), evaluated("fold", {"a": 3.0}, truth="3", ids=IDS[:20])
+    for other in (same, fold):
+        assert said(one, other, "--repeats", "--tasks").count("noise level:") == 1
+        said(one, other, "--repeats")
 
 
 def test_bad_input(evaluated: Evaluated, said: Said, tmp_path: Path) -> None:

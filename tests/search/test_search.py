@@ -645,6 +645,22 @@ def test_other_samples_are_refused(toy: Toy, told: Told) -> None:
     assert search(path, "--retry-failed") == 0
 
 
+@pytest.mark.usefixtures("commands")
+def test_another_truth_of_the_same_samples_is_refused(toy: Toy, told: Told) -> None:
+    """Where both say what it was: an older study does not."""
+    host(truth="labels")
+    assert search(toy(space={"delta": [1]})) == 0
+    host()
+    assert search(toy(space={"delta": [1, 2]})) == 0
+    host(truth="corrected")
+    path = toy(space={"delta": [1, 2, 3]})
+    assert (
+        "the report of delta_3 cannot be compared with that of delta_1: the same samples have another truth (other "
+        "labels, points or spacing)"
+    ) in told(path, status=1)
+    assert states(path) == {"delta_1": "COMPLETE", "delta_2": "COMPLETE", "delta_3": "FAILED"}
+
+
 def test_folders_of_others_are_refused(toy: Toy, told: Told) -> None:
     (FOLDER / "delta_1").mkdir(parents=True)
     (FOLDER / "delta_1" / "trial.json").write_text('{"setting": {"delta": 7}}')

@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -99,6 +99,11 @@ class Report:
         return list(self.record["configuration"]["models"])
 
     @property
+    def truth(self) -> str | None:
+        """Tells the truth that was compared with, labels or points, from others; None where a host does not say."""
+        return truth_of(self.record["configuration"]["models"].values())
+
+    @property
     def evaluation(self) -> dict[str, Any]:
         """Attacks, levels, seed and bounds."""
         found: dict[str, Any] = self.record["configuration"]["evaluation"]
@@ -119,6 +124,23 @@ class Report:
             "bounds": self.evaluation["bounds"],
             "noise level": self.record["configuration"]["level_unit"],
         }
+
+
+def truth_of(marks: Iterable[Any]) -> str | None:
+    """What tells the truth of an evaluation from others, by the fingerprints of its models; None if they do not."""
+    for mark in marks:
+        try:
+            found = json.loads(mark)["truth"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        return str(found)
+    return None
+
+
+def _at_odds(one: Report, other: Report) -> bool:
+    """Whether two reports are of the same samples with another truth."""
+    same = one.record["configuration"].get("samples") == other.record["configuration"].get("samples")
+    return same and None not in (one.truth, other.truth) and one.truth != other.truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,8 +340,8 @@ def compare_reports(
             one row, their mean.
 
     Raises:
-        ValueError: for reports that lack the metric or attack, or whose numbers cannot stand in one column; for
-            repeats of which there are none.
+        ValueError: for reports that lack the metric or attack, or whose numbers cannot stand in one column, also
+            because the same samples have another truth; for repeats of which there are none.
     """
     chosen = [(report, *_choose(report, metric, attack)) for report in reports]
     first = chosen[0][0].setting(*chosen[0][1:])
@@ -333,7 +355,16 @@ def compare_reports(
                 f"{report.path} cannot stand beside {reports[0].path}: they differ in {', '.join(differ)} "
                 f"({_short(here)}, there {_short(there)}). Evaluate them alike, or put them side by side with --tasks"
             )
-        groups.setdefault(json.dumps(setting, sort_keys=True), []).append((report, name, method))
+        key = json.dumps(setting, sort_keys=True)
+        while other := next((member for member, *_ in groups.get(key, ()) if _at_odds(report, member)), None):
+            if not tasks:
+                raise ValueError(
+                    f"{report.path} cannot stand beside {other.path}: they are of the same samples with another truth "
+                    f"(other labels, points or spacing). Evaluate all on the same data, or put them side by side with "
+                    f"--tasks"
+                )
+            key += "'"
+        groups.setdefault(key, []).append((report, name, method))
     twice = len({model for report in reports for model in report.models}) < sum(len(r.models) for r in reports)
     if repeats and not twice:
         raise ValueError(

@@ -11,6 +11,9 @@ from typing import Any
 
 from advmed.search.plan import Plan
 
+TRUTH = "truth"
+"""The fact that tells labels, points or spacing from others; None where a host does not say."""
+
 
 class Incomparable(ValueError):
     """Reports of two trials were not made alike."""
@@ -60,6 +63,8 @@ def read_curve(path: Path, plan: Plan) -> Curve:
         FileNotFoundError: if there is no report.
         ValueError: if it is none, lacks the metric, attack or model, or has no number where one is needed.
     """
+    from advmed.report.comparison import truth_of
+
     if not path.is_file():
         raise FileNotFoundError(f"the evaluation ended well but there is no report {path}: see 'report' and its log")
     try:
@@ -85,6 +90,7 @@ def read_curve(path: Path, plan: Plan) -> Curve:
             "seed": evaluation.get("seed"),
             "bounds": evaluation.get("bounds"),
             "samples": _digest(configuration.get("samples", [])),
+            TRUTH: truth_of(configuration.get("models", {}).values()),
         }
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a report of Advmed: {type(error).__name__} {error}") from error
@@ -111,6 +117,18 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """What differs between two records, in words; empty if nothing does."""
     names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     return "; ".join(_difference(name, ours.get(name), theirs.get(name)) for name in names)
+
+
+def unlike(ours: Curve, theirs: Curve) -> str:
+    """What two reports do not share, in words; empty if they can be compared.
+
+    Of a truth that one of them does not know, as an older study, nothing is said.
+    """
+    known = None not in (ours.facts.get(TRUTH), theirs.facts.get(TRUTH))
+    one, other = ({k: v for k, v in curve.facts.items() if known or k != TRUTH} for curve in (ours, theirs))
+    if one.get(TRUTH) != other.get(TRUTH) and one["samples"] == other["samples"]:
+        return "the same samples have another truth (other labels, points or spacing)"
+    return differences(one, other)
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> str:

@@ -11,7 +11,7 @@ from advmed.files import write_whole
 from advmed.progress import ProgressBar, write
 from advmed.search.claim import Claim, Lost, Watch
 from advmed.search.command import Interrupted, Stop, run_command
-from advmed.search.curve import Curve, Incomparable, differences, read_curve, refuse, row
+from advmed.search.curve import Curve, Incomparable, differences, read_curve, refuse, row, unlike
 from advmed.search.plan import Plan, Setting, fill, newest
 from advmed.search.trials import Trial, Trials
 
@@ -144,7 +144,7 @@ class Search:
     def _check_alike(self, trial: Trial, curve: Curve) -> None:
         other = next((t for t in self._trials.all() if t.curve is not None and t.number != trial.number), None)
         if other is not None and other.curve is not None:
-            differ = differences(curve.facts, other.curve.facts)
+            differ = unlike(curve, other.curve)
             if differ:
                 raise Incomparable(
                     f"the report of {trial.name} cannot be compared with that of {other.name}: {differ}. Evaluate all "

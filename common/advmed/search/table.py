@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advmed.files import write_whole
-from advmed.search.curve import Curve, Incomparable, differences
+from advmed.search.curve import Curve, Incomparable, unlike
 from advmed.search.plan import Plan, Range, Value, as_text, is_number
 from advmed.search.trials import Trial
 
@@ -37,7 +37,7 @@ class Table:
         """
         done = [(trial, trial.curve) for trial in trials if trial.curve is not None]
         for trial, curve in done[1:]:
-            differ = differences(curve.facts, done[0][1].facts)
+            differ = unlike(curve, done[0][1])
             if differ:
                 raise Incomparable(f"{trial.name} and {done[0][0].name} were not evaluated alike: {differ}")
         scale = plan.scale

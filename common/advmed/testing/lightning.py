@@ -20,6 +20,7 @@ comparison shows its values. What is particular to a host, its loss, its metrics
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import io
@@ -325,6 +326,13 @@ class LightningHost(ABC):
         return self.folder / "report"
 
 
+def watched_by(run: Run) -> tuple[str, str]:
+    """What the best epoch of a run was chosen by, and "max" or "min"."""
+    (name,) = (name for name in run.state("best")["callbacks"] if name.startswith("BestCheckpoint"))
+    found = ast.literal_eval(name[name.index("{") : name.index("}") + 1])
+    return found["monitor"], found["mode"]
+
+
 def in_words(options: Options) -> list[str]:
     """Options as words of a command line."""
     pairs = {f"--{name.replace('__', '.')}": value for name, value in options.items() if value is not None}
@@ -569,7 +577,7 @@ class LightningInputContract(OwnFolder):
             data = host.data(**images, batch_size=4, workers=0)
             assert [len(batch["id"]) for batch in data.train_dataloader()] == sizes
             assert [len(batch["id"]) for batch in data.val_dataloader()] == [4, 1]
-            assert [i for batch in data.val_dataloader() for i in batch["id"]] == data.splits["val"].ids
+            assert {i for batch in data.val_dataloader() for i in batch["id"]} == set(data.splits["val"].ids)
         assert len(host.read(batch_size=1).train_dataloader()) == host.counts["train"]
         assert next(iter(data.predict_dataloader()))["id"] == data.splits["val"].ids[:4]
         assert next(iter(host.read().predict_dataloader()))["id"][0] == host.ids("test")[0]
@@ -896,7 +904,8 @@ class LightningTrainingContract(OwnFolder):
         assert (settings["eps_min"], settings["norm"], settings["steps"]) == (0.001, float(norm.strip(".")), 2)
         config = run.yaml()
         assert config["model"]["method"]["name"] == changes["model__method__name"]
-        assert (config["checkpoint"]["monitor"], config["checkpoint"]["mode"]) == (host.robust, host.monitor[1])
+        assert (config["checkpoint"]["monitor"], config["checkpoint"]["mode"]) == (None, "auto")  # for other methods
+        assert watched_by(run) == (host.robust, host.monitor[1])
         for name, value in host.images.items():
             assert str(config["data"]["init_args"][name]) == str(value)
 

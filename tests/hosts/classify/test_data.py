@@ -267,6 +267,14 @@ def test_folders_that_are_spoilt_or_missing(tmp_path: Path) -> None:
     told(ValueError, make, "no training image of class(es) bee")
     Image.new("RGB", (30, 20)).save(tmp_path / "train" / "bee" / "0.png")
     told(ValueError, make, "the images have 2 sizes (16 x 16, 20 x 30)")
+    (tmp_path / "val" / "cat" / "1.jp2").write_bytes(b"")
+    (tmp_path / "train" / "cat" / "2.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 file\(s\) are left out, such as .*train/cat/2.heic"):
+        assert make(size=(9, 8)).image_size == (9, 8)
+    (tmp_path / "val" / "cat" / "1.dcm").write_bytes(b"")
+    told(ValueError, make, "1 file(s) are DICOM, which is not read, such as ", "val/cat/1.dcm")
+    for path in tmp_path.glob("*/cat/*.[!p]*"):
+        path.unlink()
     for name in ("dog", "elk"):
         (tmp_path / "val" / name).mkdir()
     told(ValueError, make, "val has class(es) that train has not: dog, elk")

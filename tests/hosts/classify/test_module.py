@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from adv_classify.data import ImageFolder, MedMNIST
-from adv_classify.module import Network, RobustClassifier
+from adv_classify.evaluate import load_model
+from adv_classify.module import Network, RobustClassifier, check_images
 from advmed.testing.lightning import runs
 from advmed.thresholds import Thresholds
 from helpers.classify import Classify, write_folders, write_npz, write_uneven
@@ -57,6 +59,12 @@ def test_balanced_weights_keep_the_scale_of_the_loss() -> None:
     assert RobustClassifier(RESNET, num_classes=4).class_weight is None
     with pytest.raises(ValueError, match="class_weights 'balanced' needs class_counts"):
         RobustClassifier(RESNET, class_weights="balanced", num_classes=3)
+
+
+def test_rare_classes_are_not_weighed_twice(host: Classify) -> None:
+    both: dict[str, Any] = {"data__sampler": "balanced", "model__class_weights": "balanced"}
+    message = "sampler: balanced of the data and class_weights: balanced of the model both make up for rare classes"
+    assert message in host.refused(**both)
 
 
 @pytest.mark.slow
@@ -134,6 +142,38 @@ def test_images_of_other_classes_are_refused_by_every_command(host: Classify, tm
     start = f"{path} predicts 3 classes from 3 channel(s), the data has "
     assert host.fails("evaluate", path, "--data.file", four) == f"{start}4 classes and 3 channel(s)"
     assert host.fails("evaluate", path, "--data.channels", 1) == f"{start}3 classes and 1 channel(s)"
+
+
+def test_images_of_another_size_are_refused_by_every_command(host: Classify, tmp_path: Path) -> None:
+    """Whether they are resized or are so; of an older checkpoint, which does not say its size, only a warning."""
+    run = host.fit(tmp_path)
+    assert run.state()["hyper_parameters"]["image_size"] == [16, 16]
+    larger, last = {"size": "[24,20]"}, ["--ckpt_path", run.last, "--trainer.default_root_dir", tmp_path]
+    wanted = "was trained on images of 16 x 16, the data's are 24 x 20: set size of the data to [16, 16]"
+    for command in ("validate", "test", "predict"):
+        assert host.fails(command, *host.reading(**larger), *last) == f"the checkpoint {wanted}"
+    resumed = {"ckpt_path": run.last, "trainer__max_epochs": 2}
+    assert host.refused(data__size="[24,20]", **resumed) == f"the checkpoint {wanted}"
+    for command in ("evaluate", "thresholds"):
+        assert host.fails(command, run.last, "--data.size", "[24,20]") == f"{run.last} {wanted}"
+    data = host.read()
+    assert (data.image_size, data.image_bits) == ((16, 16), None)
+    state = run.state()
+    del state["hyper_parameters"]["image_size"], state["hyper_parameters"]["image_bits"]
+    torch.save(state, run.last.with_stem("old"))
+    with pytest.warns(UserWarning, match="does not say the size of the images .*: see yourself that it was 24 x 20"):
+        load_model("old", run.last.with_stem("old"), host.read(size=(24, 20)), "val", torch.device("cpu"))
+    with pytest.warns(UserWarning, match="the checkpoint does not say the size"):
+        host.ok("validate", *host.reading(), "--ckpt_path", run.last.with_stem("old"))
+
+
+def test_images_that_are_read_with_other_bits_are_pointed_out() -> None:
+    with pytest.warns(UserWarning, match="own.ckpt was trained on images of 12 bits, and .* read as of 16"):
+        check_images({"image_size": [8, 8], "image_bits": 12}, (8, 8), 16, "own.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for bits in (12, None):  # None: images of 8 bits, made of those for another program, say
+            check_images({"image_size": [8, 8], "image_bits": 12}, (8, 8), bits, "own.ckpt")
 
 
 @pytest.mark.slow

@@ -225,7 +225,8 @@ WIDE = (0.1, 0.2, 0.3, 0.4)
         ({"unit": "px"}, {}, {"a": (1, 1)}, "px"),
         ({}, {"spacing": WIDE}, {"a": (0.1, 0.1), "b": (0.2, 0.2), "d": (0.4, 0.4)}, "mm"),
         ({"unit": "mm"}, {"spacing_x": WIDE, "spacing_y": (1, 2, 3, 4)}, {"b": (0.2, 2), "c": (0.3, 3)}, "mm"),
-        ({"spacing": 7.0}, {"spacing": WIDE}, {"b": (7, 7), "c": (7, 7)}, "mm"),
+        ({"spacing": 0.3}, {"spacing": [0.3] * 4}, {"b": (0.3, 0.3)}, "mm"),  # both, and the same
+        ({"spacing": (0.3, 0.2)}, {"spacing_x": [0.3] * 4, "spacing_y": ("", 0.2, "", "")}, {"a": (0.3, 0.2)}, "mm"),
     ],
 )
 def test_spacing_of_settings_and_of_the_table(table: Any, options: Any, extra: Any, wanted: Any, unit: str) -> None:
@@ -270,7 +271,7 @@ def test_images_of_the_split_none_are_left_out(table: Any) -> None:
     assert data.size == (12, 16)
 
 
-@pytest.mark.parametrize("empty", [("", ""), ("4.0", ""), ("", "4.0"), ("nan", "nan"), (" ", " ")])
+@pytest.mark.parametrize("empty", [("", ""), ("nan", "nan"), (" ", " ")])
 def test_a_landmark_without_numbers_is_not_known(table: Any, empty: tuple[str, str]) -> None:
     points = {**POINTS, "b": {"1": empty, "2": (11.5, 2.75)}, "c": {"1": empty, "2": empty}}
     with warnings.catch_warnings():
@@ -363,6 +364,11 @@ SHORT = {f"i{k}": {"1": (1, 1), "2": (2, 2)} if k == 0 else {"1": (1, 1)} for k 
         ),
         *(({"extra": {"spacing": (1, s, 1, 1)}}, "split.csv has no spacing > 0 in line 3") for s in ("", "0", "-1")),
         ({"extra": {"spacing": ["wide"] * 4}}, "split.csv has 'wide' in line 2, where a number is expected"),
+        (
+            {"spacing": 0.1, "extra": {"spacing": WIDE}},
+            "spacing is (0.1, 0.1) in the settings, and (0.2, 0.2) in line 3 of ",
+        ),
+        ({"spacing": 0.1, "extra": {"spacing": WIDE}}, "split.csv: leave one of them out"),
         ({"extra": {"spacing_x": [1] * 4}}, "spacing_y"),  # errors would be in pixels, and nothing would say why
         ({"points": {**POINTS, "c": FAR}}, "1 image(s) have all their landmarks outside, such as c"),  # as points in mm
         ({"points": dict.fromkeys(POINTS, FAR)}, "4 image(s) have all their landmarks outside, such as a, b, c: are"),
@@ -394,6 +400,11 @@ def test_mistakes_in_what_is_given(table: Any, given: dict[str, Any], message: s
         ("landmarks", "b,2,11.5,2.75", "b,1,4.5,4", "has landmark 1 of b twice, see line 5"),
         ("landmarks", "b,1,4.0,4.0", "b,1,4.0,four", "landmarks.csv has 'four' in line 4, where a number is expected"),
         ("landmarks", "b,1,4.0,4.0", 'b,1,"4,0",4', "has '4,0' in line 4"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,4,0,4,0", "landmarks.csv has more cells than columns in line 4: write deci"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,4.0,", "landmarks.csv has only one of x and y in line 4: both are empty"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,,4.0", "landmarks.csv has only one of x and y in line 4: both are empty"),
+        ("landmarks", "b,1,4.0,4.0", "b,1,4.0", "landmarks.csv has only one of x and y in line 4: both are empty"),
+        ("split", "c,val", "c,val,x", "split.csv has more cells than columns in line 4"),
         ("landmarks", "b,1,4.0,4.0", "b,1,inf,4", "has 'inf' in line 4, where a finite number is expected"),
         ("landmarks", "image,", "file,", "has no column image; there are file, landmark_index, x, y"),
         ("landmarks", "landmark_index", "index", "has no column landmark_index; there are image, index, x, y"),
@@ -488,6 +499,7 @@ def test_a_landmark_that_some_annotators_do_not_mark_is_that_of_the_others(tmp_p
         (["400_junior/151"], "5,1\n8,3\n", "of 151 have different numbers of landmarks: 400_senior 3, 400_junior 2"),
         (["400_senior/002", "400_junior/002"], "5,1\n8,3\n", "most images have 3 landmarks, but not all: 002 (2)"),
         (["400_senior/001"], "5,1\n8,x\n2,2\n", "001.txt has 'x' in line 2, where a number is expected"),
+        (["400_senior/001"], "5,1\n8,\n2,2\n", "001.txt has only one of x and y in line 2"),
         (["400_senior/001"], "5,1,2\n8,3,2\n", "001.txt must have two numbers in each line with a comma"),
     ],
 )
@@ -523,7 +535,10 @@ def test_images_alone(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "deep/er/c.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (20, 10), 255).save(tmp_path / name)
-    data = own(2, size=(8, 8), batch_size=3)
+    (tmp_path / "deep" / "f.gif").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 file\(s\) are left out, such as .*f.gif"):
+        data = own(2, size=(8, 8), batch_size=3)
+    (tmp_path / "deep" / "f.gif").unlink()
     assert (data.landmark_names, data.unit) == (["1", "2"], "px")
     (batch,) = data.predict_dataloader()
     assert batch["id"] == ["a.JPG", "b.png", "deep/er/c.tif"]

@@ -193,6 +193,16 @@ def test_other_landmarks_and_another_loss_are_refused_by_every_command(host: Lan
         assert host.refused(**measured, **changes) == wanted
 
 
+def test_images_of_another_size_are_refused_by_every_command(host: Landmark, tmp_path: Path) -> None:
+    run = host.fit(tmp_path)
+    last = ["--ckpt_path", run.last, "--trainer.default_root_dir", tmp_path]
+    wanted = "the checkpoint was trained on images of (32, 48), the data's are resized to (34, 48)"
+    for command in ("validate", "test", "predict"):
+        assert host.fails(command, *host.reading(size="[34,48]"), *last) == wanted
+    assert host.refused(data__size="[34,48]", ckpt_path=run.last, trainer__max_epochs=2) == wanted
+    host.ok("validate", *host.reading(), *last)
+
+
 def test_many_landmarks_are_not_all_named_in_a_message() -> None:
     values = {"network": {"encoder": "vgg19"}, "landmark_names": [f"m{k}" for k in range(30)], "channels": 3}
     text = RobustLandmarks.made_of({**values, "radius": 2.5}) or ""

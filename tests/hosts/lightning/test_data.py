@@ -108,8 +108,25 @@ def test_training_images_alone_are_augmented_within_their_range(
             changed += not torch.equal(one["image"], other["image"])
         assert changed > 0.75 * len(clean) if strength else changed == 0
         for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
-            images = torch.cat([batch["image"] for batch in loader])
-            assert torch.equal(images, torch.stack([sample["image"] for sample in data.dataset(split)]))
+            images = {name: image for batch in loader for name, image in zip(batch["id"], batch["image"], strict=True)}
+            assert images.keys() == set(data.splits[split].ids)
+            assert all(torch.equal(images[sample["id"]], sample["image"]) for sample in data.dataset(split))
+
+
+@pytest.mark.parametrize("labels", [np.repeat(np.arange(4), 25), np.arange(100) % 4], ids=["sorted", "in turns"])
+def test_a_part_of_a_split_is_like_the_whole(tmp_path: Path, labels: np.ndarray) -> None:
+    """The same part in every training and every epoch; what is predicted stays in the order of the files."""
+    splits = ("train", "val", "test")
+    arrays = {f"{split}_images": np.zeros((100, 4, 4), np.uint8) for split in splits}
+    np.savez(tmp_path / "own.npz", **arrays, **{f"{split}_labels": labels for split in splits})
+    data, other = (MedMNIST(str(tmp_path / "own.npz"), batch_size=20, workers=0, seed=seed) for seed in (0, 3))
+    next(iter(other.train_dataloader()))  # which moves the order of the training on
+    for split, name in (("val", "val_dataloader"), ("test", "test_dataloader")):
+        batches, *again = (list(getattr(one, name)()) for one in (data, data, other))
+        assert set(np.bincount(batches[0]["label"], minlength=4)) <= {4, 5, 6}
+        assert sorted(i for batch in batches for i in batch["id"]) == data.splits[split].ids
+        assert all([b["id"] for b in found] == [b["id"] for b in batches] for found in again)
+    assert [i for batch in data.predict_dataloader() for i in batch["id"]] == data.splits["test"].ids
 
 
 @pytest.mark.parametrize("layout", TABLES)

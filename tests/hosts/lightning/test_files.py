@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from advmed.integrations.lightning.evaluation import in_batches, picture
-from advmed.integrations.lightning.images import header, read_image
+from advmed.integrations.lightning.images import header, read_image, tell_of_others
 from advmed.integrations.lightning.weights import load_weights
 from helpers.mistakes import told
 
@@ -73,6 +75,56 @@ def test_images_of_floating_point_numbers_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 12), np.float32)).save(tmp_path / "own.tif")
     message = "own.tif has floating-point pixels, whose range is not known"
     told(ValueError, lambda: read_image(tmp_path / "own.tif", 1), message)
+
+
+def test_images_that_would_be_read_in_part_are_refused(tmp_path: Path) -> None:
+    """All pages but the first, and half of the bits of colours, would be lost."""
+    random = np.random.default_rng(0)
+    pages = [Image.fromarray(random.integers(0, 256, (8, 12), dtype=np.uint8)) for _ in range(3)]
+    for suffix in (".tif", ".png", ".webp"):
+        path = tmp_path / f"pages{suffix}"
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+        message = "has 3 pages, of which only the first would be read: save each as its own image"
+        told(ValueError, lambda path=path: header(path), f"{path} {message}")
+        pages[0].save(path)
+        assert header(path).size == (8, 12)
+    deep = random.integers(0, 65536, (8, 12, 4), dtype=np.uint16)
+    for kind, channels in (("RGB", 3), ("RGBA", 4), ("LA", 2), ("L", 1)):
+        path = tmp_path / f"{kind}.png"
+        path.write_bytes(png16(deep[..., :channels]))
+        if kind == "L":
+            assert header(path).deep
+            np.testing.assert_allclose(read_image(path, 1)[0].numpy(), deep[..., 0] / 65535, atol=1e-6)
+        else:
+            told(ValueError, lambda path=path: header(path), f"{path} has colours, or transparency, of 16 bits")
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits, (H, W, C), by the specification; Pillow writes none in colour."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    chunks = (
+        struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in [*parts, (b"IEND", b"")]
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_files_that_are_not_read_are_counted_in_one_warning(tmp_path: Path) -> None:
+    """Notes beside the images are none."""
+    for name in ("a.png", "b.gif", "deep/c.JFIF", "deep/d", "notes.txt", "Thumbs.db", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        tell_of_others([tmp_path, tmp_path / "none"], deep=True)
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith(f"3 file(s) are left out, such as {tmp_path}/b.gif: only .bmp, .jpeg, ")
+    with pytest.warns(UserWarning, match=r"1 file\(s\) are left out"):
+        tell_of_others([tmp_path])
+    (tmp_path / "deep" / "e.DCM").write_bytes(b"")
+    message = f"1 file(s) are DICOM, which is not read, such as {tmp_path}/deep/e.DCM: convert them to PNG of 16 bits"
+    told(ValueError, lambda: tell_of_others([tmp_path], deep=True), message)
 
 
 def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:

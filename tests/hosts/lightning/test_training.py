@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor
 
 from adv_classify import MedMNIST, Network, RobustClassifier
 from adv_classify.evaluate import load_model
 from advmed import DPAAT, MarginStore, MethodRun, Thresholds
 from advmed.integrations.lightning import RobustModule
-from advmed.testing.lightning import LightningHost, Run, in_words, listening, watched_steps
+from advmed.integrations.lightning.module import folder_of
+from advmed.testing.lightning import LightningHost, Run, in_words, listening, runs, watched_by, watched_steps
 from helpers.classify import Classify, Small, noise, write_npz
 from helpers.mistakes import told
 
@@ -92,7 +94,91 @@ def test_a_loss_is_best_when_it_is_least(host: LightningHost, tmp_path: Path) ->
     run = host.fit(tmp_path, checkpoint__monitor="adv/loss_clean", trainer__max_epochs=3, model__lr=3e-3)
     losses = run.logged("adv/loss_clean")
     assert epochs(run)["best.ckpt"] == int(np.argmin(losses))
-    assert run.yaml()["checkpoint"]["mode"] == "min"
+    assert watched_by(run) == ("adv/loss_clean", "min")
+
+
+def test_a_configuration_of_a_standard_run_leaves_the_choice_of_the_best_epoch_open(
+    host: LightningHost, tmp_path: Path
+) -> None:
+    """Or an adversarial training by it would keep its best epoch of clean images."""
+    first = host.fit(tmp_path / "first")
+    assert watched_by(first) == host.monitor
+    again = ["fit", "--config", first.folder / "config.yaml", "--model.method.name", "SAT"]
+    host.ok(*again, "--trainer.default_root_dir", tmp_path / "second")
+    (second,) = runs(tmp_path / "second")
+    assert watched_by(second) == (host.robust, host.monitor[1])
+    wanted = f"the best epoch of SAT is chosen by {host.monitor[0]}, of clean images"
+    with pytest.warns(UserWarning, match=wanted):
+        host.ok(*again, "--checkpoint.monitor", host.monitor[0], "--trainer.default_root_dir", tmp_path / "third")
+    (third,) = runs(tmp_path / "third")
+    assert watched_by(third) == host.monitor
+
+
+# The folder of a run
+
+
+def test_a_run_writes_where_its_checkpoints_lie_and_over_no_file_of_the_users(
+    host: LightningHost, tmp_path: Path
+) -> None:
+    """Where the logger has no folder of its own: the working folder is nobody's run."""
+    own = Path("config.yaml")
+    own.write_text("trainer:\n  logger: false\n  default_root_dir: null\n")
+    words = host.words(tmp_path / "unused", config=own, trainer__default_root_dir=None)
+    message = host.fails("fit", *words)
+    assert message == (
+        f"the training would write its configuration over {tmp_path / own}, which is yours: give the run a folder of "
+        f"its own with trainer.default_root_dir"
+    )
+    assert own.read_text().startswith("trainer:")
+    assert not list(tmp_path.rglob("*.ckpt"))
+    kept = {"model__method__name": "DPAAT", "checkpoint__dirpath": tmp_path / "run" / "checkpoints"}
+    host.ok("fit", *words, *in_words(kept))
+    run = Run(tmp_path / "run")
+    assert {path.name for path in run.folder.iterdir()} >= {"config.yaml", "adversarial.yaml", "margins.csv"}
+    assert {path.name for path in tmp_path.glob("[!.]*") if path.is_file()} == {"config.yaml"}
+    host.ok("fit", *words, *in_words(kept))  # over what a run has left
+    message = host.fails("fit", "--config", run.folder / "config.yaml")
+    assert "which is yours" in message  # it was told to read that very file
+    before = (run.folder / "config.yaml").read_text()
+    root = ["--trainer.logger", "false", "--trainer.default_root_dir", run.folder]
+    host.ok("predict", *host.reading(), "--ckpt_path", run.last, *root)
+    assert (run.folder / "config.yaml").read_text() == before
+    assert (run.folder / "predictions.csv").is_file()
+
+
+def test_the_folder_of_a_run_is_the_loggers_or_that_of_the_checkpoints() -> None:
+    """As of Weights & Biases, whose files lie elsewhere, and without a logger."""
+    kept = [SimpleNamespace(dirpath="runs/project/7/checkpoints"), SimpleNamespace(dirpath="other/checkpoints")]
+    for logger, callbacks, folder in (
+        (CSVLogger("runs"), kept, "log"),
+        (Logger, kept, "runs/project/7"),
+        (None, kept, "runs/project/7"),
+        (None, [SimpleNamespace()], "log"),
+        (None, [], "log"),
+    ):
+        trainer = SimpleNamespace(log_dir="log", logger=logger, checkpoint_callbacks=callbacks)
+        assert folder_of(trainer) == folder
+
+
+# What a trained network is validated with
+
+
+def test_options_of_a_trained_network_win_or_are_refused(host: LightningHost, tmp_path: Path) -> None:
+    run = host.fit(tmp_path)
+    words = ["validate", *host.reading(), "--ckpt_path", run.last, "--trainer.default_root_dir", tmp_path]
+    assert host.robust not in host.ok(*words)
+    assert host.robust in host.ok(*words, "--model.validation_steps", 2, "--model.method.eps", 0.5)
+    found = runs(tmp_path)[-1].yaml()["model"]
+    assert (found["validation_steps"], found["method"]["eps"], found["method"]["name"]) == (2, 0.5, "STD")
+    assert found["network"] == run.yaml()["model"]["network"]
+    message = host.fails(*words, "--model.lr", 0.5)
+    assert message == (
+        "--model.lr is 0.5, and the checkpoint was trained with 0.001: leave it out. Of a trained network, validate "
+        "can change validation_steps, method and attack"
+    )
+    (name, value), *_ = host.other_network.items()
+    assert "and the checkpoint was trained with" in host.fails(*words, *in_words({name: value}))
+    host.ok(*words, *in_words(dict(host.network)), "--model.network.weights", run.last)  # the same, and to begin with
 
 
 # Checkpoints by name, and a longer run

@@ -10,7 +10,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from advmed.cli import init, options, runner
 
@@ -160,14 +161,33 @@ class LightningCommand(ABC):
 
     def _lightning(self, argv: list[str]) -> None:
         from lightning.pytorch.callbacks import ModelCheckpoint
-        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
         from advmed.distributed import gathered
         from advmed.files import check_whole
         from advmed.integrations.lightning.callbacks import BestCheckpoint, waiting
-        from advmed.integrations.lightning.module import ROBUST, is_adversarial, validation_steps_of
+        from advmed.integrations.lightning.module import ROBUST, folder_of, is_adversarial, validation_steps_of
 
         host = self
+
+        class Configuration(SaveConfigCallback):
+            """Leaves the configuration in the run's folder, and lets a file be that is the user's."""
+
+            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+                if self.already_saved:
+                    return
+                path = Path(folder_of(trainer) or ".", CONFIG)
+                read = [Path(str(given)) for given in self.config.get("config") or ()]
+                there, strange = trainer.strategy.broadcast((path.is_file(), _is_the_users(path, read)))
+                if strange and stage == "fit":
+                    raise ValueError(
+                        f"the training would write its configuration over {path}, which is yours: give the run a "
+                        f"folder of its own with trainer.default_root_dir"
+                    )
+                if there and stage != "fit":
+                    return
+                place = {"log_dir": str(path.parent), "is_global_zero": trainer.is_global_zero}
+                super().setup(cast(Any, SimpleNamespace(**place, strategy=trainer.strategy)), pl_module, stage)
 
         class Command(LightningCLI):
             def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -181,6 +201,7 @@ class LightningCommand(ABC):
 
             def before_instantiate_classes(self) -> None:
                 given = self.config[self.config.subcommand]
+                self.as_given = {name: given.checkpoint[name] for name in ("monitor", "mode", "filename")}
                 if given.checkpoint.monitor is None:
                     method, steps = given.model.method.name, given.model.validation_steps
                     robust = is_adversarial(method) and validation_steps_of(method, steps) > 0
@@ -206,6 +227,9 @@ class LightningCommand(ABC):
                     super().instantiate_classes()
 
             def after_instantiate_classes(self) -> None:
+                # What is saved is the user's choice: with another method, a resolved one would be that of this method.
+                for name, value in self.as_given.items():
+                    self.config[self.config.subcommand].checkpoint[name] = value
                 # The option save_last of a callback that monitors writes a file only when there is a new best.
                 trainer: Any = self.trainer
                 trainer.callbacks[:] = [waiting(callback) for callback in trainer.callbacks]
@@ -217,11 +241,25 @@ class LightningCommand(ABC):
                         folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
                     )
                     trainer.callbacks.append(last)
+                # Behind the checkpoints, whose folder is known when they are set up.
+                trainer.callbacks.sort(key=lambda callback: isinstance(callback, Configuration))
 
             def _parse_ckpt_path(self) -> None:
                 # Of a checkpoint that is resumed, Lightning would put the settings in the place of the user's.
-                if self.config.get("subcommand") != "fit":
-                    super()._parse_ckpt_path()
+                if (subcommand := self.config.get("subcommand")) == "fit" or not subcommand:
+                    return
+                wanted = dict(self.config[subcommand].model.items())
+                super()._parse_ckpt_path()
+                model = self.config[subcommand].model
+                for name in (name for name in wanted if _is_given(name, argv) and wanted[name] != model.get(name)):
+                    if name == "validation_steps" or name.startswith(("method.", "attack.")):
+                        model[name] = wanted[name]
+                    elif name != "network.weights":  # which those of the checkpoint replace
+                        raise ValueError(
+                            f"--model.{name} is {wanted[name]}, and the checkpoint was trained with {model.get(name)}: "
+                            f"leave it out. Of a trained network, {subcommand} can change validation_steps, method "
+                            f"and attack"
+                        )
 
             def _run_subcommand(self, subcommand: str) -> None:
                 if subcommand != "fit" and not self._get(self.config, "ckpt_path"):
@@ -234,7 +272,7 @@ class LightningCommand(ABC):
                 found = self.trainer.predict(model, datamodule, **how) or []
                 if self.trainer.world_size > 1:  # every process has predicted a part
                     found = [batch for part in gathered(found) for batch in part]
-                folder = Path(self.trainer.log_dir or ".")
+                folder = Path(folder_of(self.trainer) or ".")
                 if self.trainer.is_global_zero:
                     folder.mkdir(parents=True, exist_ok=True)
                     print(f"Predictions: {host.write_predictions(folder, found, model, datamodule)}")
@@ -247,6 +285,7 @@ class LightningCommand(ABC):
             subclass_mode_data=True,
             args=None if argv == sys.argv[1:] else argv,
             seed_everything_default=0,
+            save_config_callback=Configuration,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": self.name, **quiet, **dict.fromkeys(LightningCLI.subcommands(), quiet)},
         )
@@ -346,6 +385,20 @@ def newest(trainer: Any, word: str) -> str:
     others = sorted(Path(trainer.default_root_dir).rglob(f"{word}.ckpt"), key=lambda path: path.stat().st_mtime)
     hint = f", such as {others[-1]}" if others else ""
     raise FileNotFoundError(f"--ckpt_path {word} finds no checkpoint in the folder of this run: name the file{hint}")
+
+
+def _is_the_users(path: Path, read: Sequence[Path]) -> bool:
+    """Whether a file is none that a run of Lightning has left, or one that this run is told to read."""
+    if not path.is_file():
+        return False
+    left = path.read_text(encoding="utf-8", errors="replace").startswith("# lightning.pytorch")
+    return not left or any(given.exists() and given.samefile(path) for given in read)
+
+
+def _is_given(name: str, argv: Sequence[str]) -> bool:
+    """Whether an argument of the module is an option of a command line, alone or within its section."""
+    options = {word.partition("=")[0] for word in argv if word.startswith("--model")}
+    return any(f"--model.{name}.".startswith(f"{option}.") for option in options)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

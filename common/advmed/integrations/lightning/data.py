@@ -16,13 +16,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from advmed.copies import Sample, contents, digest, warnings_of_copies
 from advmed.distributed import from_first_rank, patient, place
 from advmed.integrations.lightning.images import check_files
 
 SPLITS = ("train", "val", "test")
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Split(Protocol):
@@ -179,20 +180,31 @@ class SampleData(LightningDataModule):
         return count > self.batch_size > 1 == count % self.batch_size
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Validation samples."""
-        return self.loader("val")
+        """Validation samples, mixed: see :meth:`loader`."""
+        return self.loader("val", mixed=True)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test samples."""
-        return self.loader("test")
+        """Test samples, mixed: see :meth:`loader`."""
+        return self.loader("test", mixed=True)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test samples where there are some, else validation samples."""
+        """Test samples where there are some, else validation samples, in their order."""
         return self.loader("test" if "test" in self.splits else "val")
 
-    def loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        """The samples of a split as they are, in their order."""
-        return DataLoader(self.dataset(split), batch_size=self.batch_size, **self._workers())
+    def loader(self, split: str, *, mixed: bool = False) -> DataLoader[dict[str, Any]]:
+        """The samples of a split as they are, each once.
+
+        Args:
+            split: of the data.
+            mixed: in an order, always the same, whose beginning is spread over the split, which is often sorted by
+                class: where only some batches are looked at (``limit_val_batches``), they are like the whole.
+                Otherwise in their own order.
+        """
+        samples = self.dataset(split)
+        if mixed:
+            # Multiples of the golden ratio are spread evenly, whether classes come one after the other or take turns.
+            samples = Subset(samples, sorted(range(len(self.splits[split])), key=lambda k: k * _GOLDEN % 1))
+        return DataLoader(samples, batch_size=self.batch_size, **self._workers())
 
     def state_dict(self) -> dict[str, Any]:
         """What makes a resumed run go on with the order, and in this process the augmentation, of the next epoch."""

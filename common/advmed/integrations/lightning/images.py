@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -18,7 +19,10 @@ from advmed.distributed import from_first_rank, gathered, place
 from advmed.files import remember, remembered, state_of
 from advmed.progress import watched
 
+DICOM = (".dcm", ".dicom")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_BESIDE = (".csv", ".db", ".ini", ".json", ".md", ".txt", ".xml", ".yaml", ".yml")
+"""Of files that lie beside images and are none, as everybody knows."""
 _UNREADABLE = (OSError, ImportError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Pillow's plugins fail each in its own manner."""
 _GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L")
@@ -41,6 +45,32 @@ def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
     """The images in a folder, or also in the folders in it, in the order of their names; hidden ones are none."""
     found = folder.rglob("*") if deep else folder.iterdir()
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not hidden(p.relative_to(folder)))
+
+
+def tell_of_others(folders: Iterable[Path], *, deep: bool = False) -> None:
+    """Says in one warning what else there is in folders of images, or also in the folders in them, and is not read.
+
+    Raises:
+        ValueError: for DICOM files.
+    """
+    found = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in (folder.rglob("*") if deep else folder.iterdir())
+        if path.is_file() and not hidden(path.relative_to(folder))
+    ]
+    others = sorted(path for path in found if path.suffix.lower() not in (*SUFFIXES, *_BESIDE))
+    dicom = [path for path in others if path.suffix.lower() in DICOM]
+    if dicom:
+        raise ValueError(
+            f"{len(dicom)} file(s) are DICOM, which is not read, such as {dicom[0]}: convert them to PNG of 16 bits"
+        )
+    if others:
+        rank_zero_warn(
+            f"{len(others)} file(s) are left out, such as {others[0]}: only {', '.join(SUFFIXES)} are read as images. "
+            f"Convert those that are some"
+        )
 
 
 def files_of(names: Iterable[str], folder: Path) -> dict[str, Path]:
@@ -91,14 +121,23 @@ def header(path: Path) -> Header:
     """Reads only the header of an image.
 
     Raises:
-        ValueError: if it cannot be read as an image, or has pixels whose range is not known.
+        ValueError: if it cannot be read as an image, would be read only in part (several pages, colours of 16 bits), or
+            has pixels whose range is not known.
     """
     try:
         with Image.open(path) as opened:
             mode, (width, height), orientation = opened.mode, opened.size, _orientation(opened)
+            halved, pages = _is_halved(opened), getattr(opened, "n_frames", 1)
+            pages = 1 if opened.format == "MPO" else pages  # what cameras put behind their picture is a smaller one
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     _check_mode(path, mode)
+    if pages > 1:
+        raise ValueError(f"{path} has {pages} pages, of which only the first would be read: save each as its own image")
+    if halved:
+        raise ValueError(
+            f"{path} has colours, or transparency, of 16 bits, read with 8: save it with 8 bits, or grey with 16"
+        )
     size = (width, height) if orientation >= 5 else (height, width)
     return Header(size, 1 if mode in _GREY else 3, mode.startswith("I"), orientation != 1)
 
@@ -245,6 +284,14 @@ def _within(path: Path, pixels: NDArray[Any], bits: int) -> NDArray[Any]:
 def _check_mode(path: Path, mode: str) -> None:
     if mode == "F":
         raise ValueError(f"{path} has floating-point pixels, whose range is not known: save it with 8 or 16 bits")
+
+
+def _is_halved(opened: Image.Image) -> bool:
+    """Whether Pillow makes 8 bits of 16, which it does where there is more than one channel."""
+    if opened.mode.startswith("I") or opened.format not in ("PNG", "TIFF"):
+        return False
+    raw = [args if isinstance(args, tuple) else (args,) for _, _, _, args in getattr(opened, "tile", ())]
+    return any(";16" in part for args in raw for part in args if isinstance(part, str))
 
 
 def _orientation(opened: Image.Image) -> int:

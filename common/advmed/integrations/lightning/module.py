@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -335,10 +336,20 @@ class RobustModule(LightningModule):
                 f"{robust} is to be watched, but validation images are not attacked: set validation_steps (5, say), or "
                 f"watch {robust.replace(ROBUST, 'val/')}"
             )
-        if is_adversarial(self.method_name) and not self.validation_steps:
+        if not is_adversarial(self.method_name):
+            return
+        if not self.validation_steps:
             say(
                 f"WARNING: with validation_steps 0, nothing tells how robust an epoch is, and the best one is chosen "
                 f"by clean images, which favours the least robust. Set validation_steps: {VALIDATION_STEPS}"
+            )
+            return
+        kept = watched[: len(self.trainer.checkpoint_callbacks)]
+        clean = next((name for name in kept if name.startswith("val/") and not name.startswith(ROBUST)), None)
+        if clean is not None:
+            say(
+                f"WARNING: the best epoch of {self.method_name} is chosen by {clean}, of clean images, which favours "
+                f"the least robust. Leave checkpoint.monitor out for {clean.replace('val/', ROBUST)}"
             )
 
     def _looking_at_warmup(self) -> list[str]:
@@ -648,7 +659,7 @@ class RobustModule(LightningModule):
 
     def _folder(self) -> Path | None:
         """The run's folder, on the first rank."""
-        folder = self.trainer.log_dir  # on all ranks, as it is agreed upon
+        folder = folder_of(self.trainer)  # on all ranks, as it is agreed upon
         return Path(folder) if folder is not None and self.trainer.is_global_zero else None
 
 
@@ -657,6 +668,18 @@ def _numbers(schedule: Any) -> dict[str, Any]:
     names = inspect.signature(type(schedule)).parameters
     kept = {name: vars(schedule)[name] for name in names if name in vars(schedule) and name != "last_epoch"}
     return {name: value for name, value in kept.items() if isinstance(value, (int, float, str, list, tuple))}
+
+
+def folder_of(trainer: Any) -> str | None:
+    """A run's folder: the logger's, or, where it has none of its own, that in which the first checkpoints' lies.
+
+    For all processes alike, and all must ask. None for a Trainer that writes nothing.
+    """
+    folder: str | None = trainer.log_dir
+    if isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)):
+        return folder
+    kept = [str(found) for callback in trainer.checkpoint_callbacks if (found := getattr(callback, "dirpath", None))]
+    return str(Path(kept[0]).parent) if kept else folder
 
 
 def is_adversarial(method: str) -> bool:

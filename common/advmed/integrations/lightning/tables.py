@@ -12,14 +12,21 @@ def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no text in UTF-8, has no rows, or lacks a column.
+        ValueError: if it is no text in UTF-8, has no rows, lacks a column, or has a row with more cells than columns.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path}")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
+        rows = []
         try:
-            rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
+            for row in reader:
+                if any(cell.strip() for cell in row.pop(None, ())):
+                    raise ValueError(
+                        f"{path} has more cells than columns in line {reader.line_num}: write decimals with a point, "
+                        f"and text that holds a comma in quotation marks"
+                    )
+                rows.append({name.strip(): (value or "").strip() for name, value in row.items()})
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is no table in UTF-8, behind line {reader.line_num}: {error}") from error
     columns = list(rows[0]) if rows else []
