@@ -516,6 +516,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "model__method__name": "AMAT",
         "model__method__delta": 0.2,
         "model__method__refinement": "crossing",
+        "model__method__margin_min": 0.3,  # or all begin at 0, and grow alike
         "model__method__margin_max": 0.8,  # far out, an attack makes much of the last bit
         "checkpoint__save_on_train_epoch_end": "false",
     },
