@@ -186,11 +186,6 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
                 f"margin_max {margin_max:g} is below {floor:g}, the floor of margins that follow their samples: lower "
                 f"delta, or set margin_min"
             )
-        if train_on == "crossing" and attack.get("steps", 20) == 1:
-            raise ValueError(
-                "train_on 'crossing' looks for a place on the way of an attack, and one step has none: use 2 "
-                "steps or more, or train_on 'sphere'"
-            )
         super().__init__(
             self.delta,
             self.delta,
@@ -200,6 +195,11 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             averaged=refinement == "secant",
             **attack,
         )
+        if train_on == "crossing" and self.attack.steps == 1:
+            raise ValueError(
+                "train_on 'crossing' looks for a place on the way of an attack, and one step has none: use 2 "
+                "steps or more, or train_on 'sphere'"
+            )
         self.set_thresholds(thresholds)
 
     @classmethod
