@@ -4,14 +4,16 @@
     python benchmarks/fronts.py landmark --table [--attack apgd50]
 
 Per seed a standard network is trained as the host's demo has it; every run begins with its weights, for a quarter of
-its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again. The last column is what
-fronts are compared by: the area under the curve, less what SAT has at the same clean metric, between its two nearest
-levels.
+its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again, unless its command has
+changed, or a training that it begins with was done anew. The last column is what fronts are compared by: the mean of
+the curve, less the best that SAT's line, from the standard network on, has in the same seed where it is at least as
+good on clean images; the mean of the seeds, and its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,6 +23,8 @@ import subprocess
 import sys
 import sysconfig
 import time
+import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +39,7 @@ import demo_classify  # noqa: E402  # found by the line above
 import demo_landmark  # noqa: E402  # found by the line above
 import demo_yolo  # noqa: E402  # found by the line above
 
-from advmed.margins import read_margins  # noqa: E402
+from advmed.report.front import attainable  # noqa: E402
 
 Settings = dict[str, Any]
 """Of a training by its method, beside the defaults."""
@@ -54,31 +58,67 @@ AWP: Settings = {"trainer.callbacks+": "ingredients.AWP"}
 """Adversarial weight perturbation, by a callback of ingredients.py."""
 
 
-def ingredients(sat: float, wide: Settings) -> dict[str, Settings]:
-    """What may move a front, on Lightning's hosts: perturbed weights; 20 steps from scratch, at equal visits."""
+def ingredients(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
+    """What may move a front, on Lightning's hosts: perturbed weights; 20 steps from scratch, at equal visits.
+
+    A step with perturbed weights costs two training passes more, 16 thirds in place of 10: so the same method without,
+    for as long.
+    """
     sphere = {**wide, "train_on": "sphere"}
     scratch = {"preset": "paper", "scratch": True}
+    longer = {"trainer.max_epochs": round(epochs // 4 * 1.6)}
     return {
         f"SAT {sat:g}, AWP": {"method": "SAT", "eps": sat, **AWP},
         "AMAT wide on the sphere, mean+4std, AWP": amat(4, **sphere, **AWP),
+        f"SAT {sat:g}, as long as with AWP": {"method": "SAT", "eps": sat, **longer},
+        "AMAT wide on the sphere, mean+4std, as long as with AWP": amat(4, **sphere, **longer),
         f"SAT {sat:g}, 20 steps from scratch": {"method": "SAT", "eps": sat, **scratch},
         "AMAT wide, 20 steps from scratch, mean+4std": amat(4, **sphere, refinement="secant", **scratch),
     }
 
 
 def shorter(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
-    """A robust network for 1.5 times the standard training, which is part of that; the preset takes 1.8 times."""
-    length = {"trainer.max_epochs": round(epochs * 0.5 * 3 / 10)}  # a step costs ten thirds of a standard one
+    """A robust network for 1.5 times the standard training, which is part of that; the preset takes 1.8 times.
+
+    The attack of fewer steps has more epochs.
+    """
+    made: dict[str, Settings] = {}
+    for name, steps in (("", 3), (", 2 steps", 2), (", 1 step", 1)):
+        length = epochs * 0.5 * 3 / (2 * steps + 4)  # a step costs so many thirds of a standard one
+        whole = math.ceil(length)
+        short: Settings = {"trainer.max_epochs": whole, "trainer.limit_train_batches": min(length / whole, 1.0)}
+        if steps < 3:
+            short |= {"steps": steps, "step_scale": {1: 1.0, 2: 1.5}[steps]}
+        made |= {
+            f"SAT {sat:g}, 1.5 times in all{name}": {"method": "SAT", "eps": sat, **short},
+            f"AMAT wide, 1.5 times in all{name}, mean+4std": amat(4, **wide, train_on="sphere", **short),
+        }
+    return made
+
+
+def controls(learnt: str, longer: Settings, **length: Any) -> dict[str, Settings]:
+    """What AMAT is held against beside SAT's front.
+
+    SAT with the levels that AMAT's images had in the same epoch: dealt out to other images, or their median for all. So
+    they grow as AMAT's do, and what is left of a difference is which image gets which. And the standard network,
+    trained on for as many passes.
+
+    Args:
+        learnt: the run of AMAT.
+        longer: how long the standard network is trained on.
+        **length: of SAT's trainings.
+    """
+    of = {"method": "SAT", "of": learnt, **length}
     return {
-        f"SAT {sat:g}, 1.5 times in all": {"method": "SAT", "eps": sat, **length},
-        "AMAT wide, 1.5 times in all, mean+4std": amat(4, **wide, train_on="sphere", **length),
+        "STD, as long again": {"method": "STD", **longer},
+        "SAT dealt AMAT's levels": {**of, "median": False},
+        "SAT at the median of AMAT's levels": {**of, "median": True},
     }
 
 
-def controls() -> dict[str, Settings]:
-    """SAT at the median of what AMAT has learnt, and at a level drawn from it for each sample anew."""
-    of = {"method": "SAT", "of": "AMAT wide on the sphere, mean+4std"}
-    return {"SAT at AMAT's median, mean+4std": of, "SAT drawn from AMAT's margins, mean+4std": {**of, "drawn": True}}
+def fronts_controls(epochs: int) -> dict[str, Settings]:
+    """Of a run of a quarter of the epochs whose steps cost ten thirds of a standard one."""
+    return controls("AMAT wide on the sphere, mean+4std", {"trainer.max_epochs": round(epochs // 4 * 10 / 3)})
 
 
 def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
@@ -140,6 +180,17 @@ class Host:
     def checkpoint(self, name: str) -> Path:
         raise NotImplementedError
 
+    @property
+    def decides(self) -> str:
+        """What decides about all runs beside their commands, where the package lies apart."""
+        return ""
+
+    def parents(self, name: str) -> list[str]:
+        """The runs that a run begins with, or learns from."""
+        if name == "STD":
+            return []
+        return ["STD", *([self.runs[name]["of"]] if "of" in self.runs[name] else [])]
+
     def clear(self, name: str) -> None:
         """What a training that was cut off has left, where the next one would not write over it."""
 
@@ -166,8 +217,17 @@ class Lightning(Host):
         """Of the configuration."""
         return dict(self.demo.CONTENT)
 
+    @property
+    def decides(self) -> str:
+        content = json.dumps(self.content, sort_keys=True, default=str).replace(str(EXAMPLES), "")
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def checkpoint(self, name: str) -> Path:
         return self.work / slug(name) / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    def levels(self, name: str) -> Path:
+        """The noise levels that a run has given its images, epoch by epoch, where it has noted them."""
+        return self.work / slug(name) / "levels.csv"
 
     def clear(self, name: str) -> None:
         shutil.rmtree(self.work / slug(name), ignore_errors=True)  # or the next one would be its "version_1"
@@ -177,14 +237,13 @@ class Lightning(Host):
 
     def train(self, name: str) -> list[str]:
         words = [self.tool, "fit", "--config", str(self.work / "demo.yaml"), "--seed_everything", str(self.seed)]
-        settings = {"method": "STD"} if name == "STD" else dict(self.runs[name])
+        settings: Settings = {"method": "STD"} if name == "STD" else dict(self.runs[name])
+        if name in {run.get("of") for run in self.runs.values()}:
+            settings |= {"trainer.callbacks+": "ingredients.Noted", "trainer.callbacks.file": self.levels(name)}
         if of := settings.pop("of", None):
-            margins = self.work / slug(of) / "lightning_logs" / "version_0" / "margins.csv"
-            learnt = read_margins(margins)
-            assert learnt is not None, f"{margins} is of a run that comes first"
-            settings["eps"] = round(float(np.median(learnt)), 4)
-            if settings.pop("drawn", False):
-                settings |= {"trainer.callbacks+": "ingredients.Drawn", "trainer.callbacks.margins": margins}
+            settings |= {"trainer.callbacks+": "ingredients.Dealt", "trainer.callbacks.file": self.levels(of)}
+            settings |= {"trainer.callbacks.seed": self.seed, "trainer.callbacks.median": settings.pop("median")}
+            settings["eps"] = 1.0  # of the configuration; the callback has others for every batch
         chosen = {"model.method.name": settings.pop("method"), "trainer.default_root_dir": self.work / slug(name)}
         if settings.pop("scratch", False):  # as many visits of an image as the other runs have in all
             chosen["trainer.max_epochs"] = self.demo.EPOCHS + self.demo.EPOCHS // 4
@@ -232,9 +291,9 @@ class Landmark(Lightning):
         "AMAT wide on the sphere, mean+8std": amat(8, margin_min=0.05, margin_max=12.0, train_on="sphere"),
         **{f"AMAT, margins to 2, mean+{std}std": amat(std, margin_min=0.05, margin_max=2.0) for std in (4, 8)},
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
-        **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}),
+        **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
         **shorter(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
-        **controls(),
+        **fronts_controls(demo_landmark.EPOCHS),
     }
 
 
@@ -247,9 +306,9 @@ class Classify(Lightning):
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
-        **ingredients(0.8, {"margin_min": 0.01, "margin_max": 4.0}),
+        **ingredients(0.8, {"margin_min": 0.01, "margin_max": 4.0}, demo_classify.EPOCHS),
         **shorter(0.8, {"margin_min": 0.01, "margin_max": 4.0}, demo_classify.EPOCHS),
-        **controls(),
+        **fronts_controls(demo_classify.EPOCHS),
         **{f"SAT {eps:g}, smoothed": {"method": "SAT", "eps": eps, **SMOOTHED} for eps in (0.4, 0.8)},
         "AMAT wide on the sphere, mean+4std, smoothed": amat(
             4, margin_min=0.01, margin_max=4.0, train_on="sphere", **SMOOTHED
@@ -301,11 +360,22 @@ class Yolo(Host):
 HOSTS: dict[str, type[Host]] = {"landmark": Landmark, "classify": Classify, "yolo": Yolo}
 
 
-def call(words: list[str], log: Path) -> None:
-    """A command that is not finished yet, on one thread; its log, and how long it took."""
+def call(words: list[str], log: Path, needs: Sequence[str] = ()) -> str:
+    """A command that is not finished yet, on one thread; its log, and how long it took.
+
+    Args:
+        words: of the command.
+        log: its file; beside it, a note of what was done.
+        needs: what this function has returned for the calls whose results are used.
+
+    Returns:
+        A name of this very run: another one when it is done anew.
+    """
     done = log.with_suffix(".done")
-    if done.exists():
-        return
+    asked = {"command": words, "needs": list(needs)}
+    if (found := noted(done)) is not None and {key: found[key] for key in asked} == asked:
+        return str(found["id"])
+    done.unlink(missing_ok=True)
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the first for ingredients.py
@@ -315,21 +385,36 @@ def call(words: list[str], log: Path) -> None:
         code = subprocess.run([str(executable), *words[1:]], env=environment, stdout=out, stderr=out).returncode
     if code:
         sys.exit(f"{' '.join(words)}\nfailed; its log: {log}")
-    done.write_text(f"{time.monotonic() - start:.1f}")
+    name = uuid.uuid4().hex
+    done.write_text(json.dumps({**asked, "id": name, "seconds": round(time.monotonic() - start, 1)}))
+    return name
+
+
+def noted(done: Path) -> dict[str, Any] | None:
+    """What is known of a finished call."""
+    try:
+        found = json.loads(done.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def work_on(host: Host, name: str) -> None:
     logs = host.work / "logs"
     logs.mkdir(exist_ok=True)
-    if not (logs / f"{slug(name)}.train.done").exists():
+    words, log = host.train(name), logs / f"{slug(name)}.train.log"
+    parents = [noted(logs / f"{slug(one)}.train.done") for one in host.parents(name)]
+    needs = [host.decides, *(parent["id"] for parent in parents if parent)]
+    done = noted(log.with_suffix(".done"))
+    if done is None or (done["command"], done["needs"]) != (words, needs):
         host.clear(name)
-    call(host.train(name), logs / f"{slug(name)}.train.log")
-    call(host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log")
+    trained = call(words, log, needs)
+    call(host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log", [trained])
     print(f"{time.strftime('%H:%M:%S')} {host.work.name} {name} {curve(host, name)}", flush=True)
 
 
 def curve(host: Host, name: str) -> list[float]:
-    """Clean, then at every level, then AUC_robust."""
+    """Clean, then at every level, then the mean over all levels: the area under the curve by the largest level."""
     (model,) = json.loads(host.report(name).read_text())["results"][host.metric]["models"].values()
     attack = model["attacks"][host.attack]
     values = [*attack["values"]]
@@ -345,28 +430,59 @@ def margins(host: Host, name: str) -> list[float]:
     return []
 
 
+def said(values: Sequence[float] | np.ndarray, sign: str = "") -> str:
+    """Mean and standard error."""
+    mean = f"{np.mean(values):{sign}.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
+def beyond(rising: bool, curves: dict[int, list[float]], dial: list[dict[int, list[float]]]) -> str:
+    """How much better a run is than the best of a dial's line that is as good on clean images, seed by seed.
+
+    Args:
+        rising: whether more is better.
+        curves: of the run, by seed: the clean metric first, the mean of the curve last.
+        dial: of the dial's settings in their order.
+
+    Returns:
+        The mean of the seeds that all have, and its standard error; in how many the run is better on clean images than
+        any point of the line, so that nothing can be said.
+    """
+    sign = 1 if rising else -1
+    seeds = [seed for seed in curves if all(seed in one for one in dial)]
+    if len(dial) < 2 or not seeds:
+        return ""
+    gains = []
+    for seed in seeds:
+        line = sign * np.array([[one[seed][0], one[seed][-1]] for one in dial])
+        own = sign * np.array([curves[seed][0], curves[seed][-1]])
+        gains.append(float(own[1] - attainable(line[:, 0], line[:, 1], own[0])))
+    known = [gain for gain in gains if not math.isnan(gain)]
+    if not known:
+        return "cleaner than all of it"
+    left = f"; {len(known)} of {len(seeds)} seeds, cleaner than all of it in the others"
+    return said(known, "+") + (left if len(known) < len(seeds) else "")
+
+
 def table(kind: type[Host], work: Path, seeds: list[int]) -> str:
     """A row for each run, means over the seeds."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     learnt: dict[str, list[list[float]]] = {}
     for name in ["STD", *kind.runs]:
         hosts = [kind(work / str(seed), seed) for seed in seeds]
         hosts = [host for host in hosts if host.report(name).is_file()]
         if hosts:
-            found[name] = np.array([curve(host, name) for host in hosts])
+            found[name] = {host.seed: curve(host, name) for host in hosts}
             learnt[name] = [margins(host, name) for host in hosts]
-    sign = 1 if kind.rising else -1
-    levels = [name for name in found if re.fullmatch("SAT [0-9.]+", name)]
-    front = np.array(sorted(found[name].mean(0)[[0, -1]].tolist() for name in levels))
+    dial = ["STD", *(name for name in found if re.fullmatch("SAT [0-9.]+", name))]
     heads = [kind.metric, "seeds", "clean", "at the levels", "mean over all levels", "better than SAT's front by"]
     lines = ["| " + " | ".join([*heads, "margins, quartiles"]) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, rows in found.items():
+    for name, by_seed in found.items():
+        rows = np.array(list(by_seed.values()))
         mean = rows.mean(0)
-        error = f" ± {rows[:, -1].std(ddof=1) / math.sqrt(len(rows)):.3f}" if len(rows) > 1 else ""
-        inside = len(front) > 1 and front[0, 0] <= mean[0] <= front[-1, 0] and name not in levels
-        over = f"{sign * (mean[-1] - np.interp(mean[0], front[:, 0], front[:, 1])):+.3f}" if inside else ""
+        over = "" if name in dial else beyond(kind.rising, by_seed, [found[one] for one in dial])
         cells = [name, f"{len(rows)}", f"{mean[0]:.3f}", " / ".join(f"{value:.3f}" for value in mean[1:-1])]
-        cells += [f"{mean[-1]:.3f}{error}", over]
+        cells += [said(rows[:, -1]), over]
         cells.append(" / ".join(f"{value:.2f}" for value in np.mean(learnt[name], 0)) if learnt[name][0] else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

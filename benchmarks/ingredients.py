@@ -8,13 +8,14 @@ moved, layer by layer, uphill by a share of their own length.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from advmed.margins import read_margins
 from advmed.objective import training_pass
 
 GAMMA = 0.005
@@ -74,25 +75,62 @@ class AWP(Callback):
         return found
 
 
-class Drawn(Callback):
-    """SAT with a level for each sample of the batch, drawn anew from the margins that AMAT has learnt.
-
-    The control that says whether it matters *which* sample gets which level.
+class Noted(Callback):
+    """Writes down which noise level every image was given, epoch by epoch: what :class:`Dealt` deals out.
 
     Args:
-        margins: AMAT's margins.csv.
-        seed: of the draws.
+        file: the table, a line for each image and epoch.
     """
 
-    def __init__(self, margins: str, seed: int = 0) -> None:
-        found = read_margins(margins)
-        if found is None:
-            raise ValueError(f"there are no margins in {margins}")
-        self.levels = torch.as_tensor(found, dtype=torch.float32)
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks on where the method makes its noise."""
+        method = pl_module.run.method
+        step = method.step
+        self.file.write_text("epoch,level\n")
+
+        def noted(objective: Any, images: Tensor, ids: Any, backward: Any = None) -> Any:
+            made = step(objective, images, ids, backward)
+            levels = (made.adversarial - images).flatten(1).norm(dim=1).tolist()
+            with self.file.open("a") as file:
+                file.writelines(f"{trainer.current_epoch},{level:.6g}\n" for level in levels)
+            return made
+
+        method.step = noted
+
+
+class Dealt(Callback):
+    """A fixed-level method whose images get, in every epoch, the noise levels of another training's same epoch.
+
+    The control that says whether it matters *which* image gets which level: the levels are as large, and grow as they
+    did there, and only their owners are others.
+
+    Args:
+        file: what :class:`Noted` wrote.
+        seed: of the dealing.
+        median: all images get the median of the epoch's levels instead.
+    """
+
+    def __init__(self, file: str, seed: int = 0, median: bool = False) -> None:
+        self.levels: dict[int, Tensor] = {}
+        found = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2)
+        for epoch in np.unique(found[:, 0]):
+            self.levels[int(epoch)] = torch.as_tensor(found[found[:, 0] == epoch, 1], dtype=torch.float32)
         self.generator = torch.Generator().manual_seed(seed)
+        self.median = median
+        self._left = torch.zeros(0)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Shuffles the levels of this epoch."""
+        levels = self.levels[trainer.current_epoch]
+        if self.median:
+            levels = levels.median().expand(len(levels))
+        self._left = levels[torch.randperm(len(levels), generator=self.generator)]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Gives the method its levels for this batch."""
         images = batch["image"]
-        chosen = torch.randint(len(self.levels), (len(images),), generator=self.generator)
-        pl_module.run.method.eps = self.levels[chosen].to(images.device)
+        chosen, self._left = self._left[: len(images)], self._left[len(images) :]
+        pl_module.run.method.eps = chosen.to(images.device)

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-from fronts import Classify, Settings, amat, curve, margins, run_all
+from fronts import Classify, Settings, amat, controls, curve, margins, run_all, said
 from numpy.typing import NDArray
 
 from advmed.files import write_whole
@@ -68,9 +68,8 @@ def sweep(
     }
     adaptive |= {f"DPAAT {size:g}": {"method": "DPAAT", "eps": size, **equal_passes("DPAAT", epochs)} for size in sizes}
     learnt = f"AMAT0.8 mean+{capped[-2]:g}std" if capped else f"AMAT mean+{stds[-2]:g}std"
-    of = {"method": "SAT", "of": learnt, **equal_passes("SAT", epochs)}
-    against = {"SAT at AMAT's median": of, "SAT drawn from AMAT's margins": {**of, "drawn": True}}
-    return {"STD, as long again": {"method": "STD", **equal_passes("STD", epochs)}} | fixed | adaptive | against
+    against = controls(learnt, equal_passes("STD", epochs), **equal_passes("SAT", epochs))
+    return fixed | adaptive | against
 
 
 class Pneumonia(Classify):
@@ -96,7 +95,13 @@ class Ham(Pneumonia):
     """
 
     metric = "balanced accuracy"
-    runs = sweep(Classify.demo.EPOCHS, (0.2, 0.4, 0.8, 1.2), (0, 1, 2, 4, 8), (0.1, 0.2, 0.4, 0.8), capped=(0, 1, 2))
+    runs = sweep(
+        Classify.demo.EPOCHS,
+        (0.05, 0.1, 0.2, 0.4, 0.8, 1.2),
+        (0, 1, 2, 4, 8),
+        (0.1, 0.2, 0.4, 0.8),
+        capped=(0, 1, 2),
+    )
 
     @property
     def content(self) -> Settings:
@@ -141,14 +146,26 @@ def points(result: dict[str, Any], names: Sequence[str], seed: str) -> NDArray[n
     return np.array([[curve[0], curve[-1]] for curve in (result["runs"][name]["curves"][seed] for name in names)])
 
 
-def said(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+def seeds_of(result: dict[str, Any], method: str) -> list[str]:
+    """The seeds that all settings of a dial have, and the standard network."""
+    names = ["STD", *of_dial(result, method)]
+    return sorted(set.intersection(*(set(result["runs"][name]["curves"]) for name in names)))
+
+
+def at_loss(result: dict[str, Any], method: str, loss: float) -> dict[str, float]:
+    """By seed: the best of a method's line that loses at most so many points of the standard network's clean metric."""
+    names = ["STD", *of_dial(result, method)]
+    if len(names) < 2:
+        return {}
+    lines = {seed: points(result, names, seed) for seed in seeds_of(result, method)}
+    return {seed: float(attainable(*line.T, line[0, 0] - loss / 100)) for seed, line in lines.items()}
 
 
 def tables(result: dict[str, Any]) -> str:
-    """A row for each run, and one for each method's front; means over the seeds, ± their standard error."""
+    """A row for each run, and one for each method's front; means over the seeds, ± their standard error.
+
+    In brackets, what a front has more than SAT's in the same seeds.
+    """
     levels = " / ".join(f"{level:g}" for level in result["levels"][1:])
     heads = [result["metric"], "seeds", "clean", levels, "mean of the curve", "AUC_robust"]
     lines = ["| " + " | ".join([*heads, "margins: least, quartiles, largest"]) + " |", "|---" * 7 + "|"]
@@ -156,21 +173,22 @@ def tables(result: dict[str, Any]) -> str:
         values = np.array(list(row["curves"].values()))
         means = values.mean(0)
         cells = [name, f"{len(values)}", said(values[:, 0]), " / ".join(f"{value:.3f}" for value in means[1:-1])]
-        cells += [said(values[:, -1]), said((values[:, 0] + values[:, -1]) / 2)]
+        cells += [said(values[:, -1]), said(np.sqrt(values[:, 0] * values[:, -1]))]  # the area is by the largest level
         learnt = [one for one in row["margins"].values() if one]
         cells.append(" / ".join(f"{value:.2f}" for value in np.mean(learnt, 0)) if learnt else "")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| worst case at STD's clean, less | " + " | ".join(f"{loss:g} points" for loss in LOSSES) + " |"]
     lines.append("|---" * (1 + len(LOSSES)) + "|")
     for method in DIALS:
-        names = ["STD", *of_dial(result, method)]
-        seeds = set.intersection(*(set(result["runs"][name]["curves"]) for name in names))
-        if len(names) < 2 or not seeds:
+        if not of_dial(result, method) or not seeds_of(result, method):
             continue
         cells = [method]
         for loss in LOSSES:
-            lines_ = [points(result, names, seed) for seed in sorted(seeds)]
-            cells.append(said([float(attainable(*line.T, line[0, 0] - loss / 100)) for line in lines_]))
+            own = at_loss(result, method, loss)
+            other = at_loss(result, "SAT", loss)
+            both = [value - other[seed] for seed, value in own.items() if seed in other]
+            more = f" ({said(both, '+')})" if both and method != "SAT" else ""
+            cells.append(said(list(own.values())) + more)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -188,7 +206,7 @@ def figure(result: dict[str, Any], file: Path) -> None:
         axes.errorbar(*means.T, *errors.T[::-1], marker="o", capsize=2, label=method)
         for name, (x, y) in zip(names[1:], means[1:], strict=True):
             axes.annotate(name.split()[-1], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    for name, marker in (("SAT at AMAT's median", "s"), ("SAT drawn from AMAT's margins", "D")):
+    for name, marker in (("SAT at the median of AMAT's levels", "s"), ("SAT dealt AMAT's levels", "D")):
         if name in result["runs"]:
             x, y = np.array(list(result["runs"][name]["curves"].values()))[:, [0, -1]].mean(0)
             axes.plot(x, y, marker, color="black", markersize=5, linestyle="none", label=name)

@@ -1,4 +1,4 @@
-"""What `benchmarks/visits.py` and `benchmarks/sweeps.py` make of their measurements."""
+"""What `benchmarks/visits.py`, `fronts.py` and `sweeps.py` make of their measurements."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def result() -> dict[str, Any]:
         "STD": [[0.95, 0.3, 0.1, 0.2], [0.93, 0.3, 0.1, 0.2]],
         "SAT 0.4": [[0.94, 0.7, 0.5, 0.6], [0.92, 0.7, 0.5, 0.6]],
         "SAT 0.8": [[0.90, 0.8, 0.8, 0.8], [0.88, 0.8, 0.8, 0.8]],
-        "SAT drawn from AMAT's margins": [[0.92, 0.5, 0.5, 0.5], [0.92, 0.5, 0.5, 0.5]],
+        "SAT dealt AMAT's levels": [[0.92, 0.5, 0.5, 0.5], [0.92, 0.5, 0.5, 0.5]],
         "AT 0.4": [[0.94, 0.7, 0.5, 0.6]],
     }
     runs = {
@@ -134,9 +134,11 @@ def result() -> dict[str, Any]:
 
 def test_tables_say_means_and_fronts(sweeps: ModuleType, result: dict[str, Any]) -> None:
     lines = sweeps.tables(result).splitlines()
-    assert "| SAT 0.4 | 2 | 0.930 ± 0.010 | 0.700 / 0.500 | 0.600 ± 0.000 | 0.765 ± 0.005 |  |" in lines
+    # AUC_robust is the mean of sqrt(0.94 x 0.6) and sqrt(0.92 x 0.6)
+    assert "| SAT 0.4 | 2 | 0.930 ± 0.010 | 0.700 / 0.500 | 0.600 ± 0.000 | 0.747 ± 0.004 |  |" in lines
     assert "| SAT | 0.400 ± 0.000 | 0.600 ± 0.000 | 0.650 ± 0.000 |" in lines  # half, one and two points of STD's
-    assert "| AT | 0.400 | 0.600 | 0.600 |" in lines  # of the seed that it has; no further than its line goes
+    # of the seed that it has; no further than its line goes; less SAT's of that seed
+    assert "| AT | 0.400 (+0.000) | 0.600 (+0.000) | 0.600 (-0.050) |" in lines
     assert not [line for line in lines if line.startswith("| TRADES")]
 
 
@@ -144,3 +146,130 @@ def test_the_figure_shows_every_front(sweeps: ModuleType, result: dict[str, Any]
     sweeps.figure(result, tmp_path / "fronts.png")
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
     assert sweeps.of_dial(result, "SAT") == ["SAT 0.4", "SAT 0.8"]
+
+
+# Fronts
+
+
+@pytest.fixture
+def fronts() -> ModuleType:
+    import fronts
+
+    return fronts
+
+
+def test_a_run_is_held_against_the_line_of_its_own_seed(fronts: ModuleType) -> None:
+    dial = [{0: [0.9, 0.2], 1: [0.8, 0.1]}, {0: [0.8, 0.4], 1: [0.7, 0.3]}]
+    # half of the way between the two: 0.3 and 0.2
+    assert fronts.beyond(True, {0: [0.85, 0.35], 1: [0.75, 0.22]}, dial) == "+0.035 ± 0.015"
+    assert fronts.beyond(True, {0: [0.85, 0.25]}, dial) == "-0.050"
+    assert fronts.beyond(True, {0: [0.95, 0.35]}, dial) == "cleaner than all of it"
+    assert fronts.beyond(True, {0: [0.95, 0.35], 1: [0.75, 0.2]}, dial).startswith("+0.000; 1 of 2 seeds")
+    assert fronts.beyond(True, {2: [0.85, 0.25]}, dial) == ""  # a seed that the dial has not
+
+
+def test_where_less_is_better_a_line_is_read_the_other_way_round(fronts: ModuleType) -> None:
+    dial = [{0: [1.5, 3.2]}, {0: [1.6, 2.8]}, {0: [1.58, 2.4]}]  # the last setting is better than the one before it
+    assert fronts.beyond(False, {0: [1.6, 2.3]}, dial) == "+0.100"
+    assert fronts.beyond(False, {0: [1.5, 3.1]}, dial) == "+0.100"
+
+
+def test_what_is_finished_is_done_again_when_its_command_or_what_it_needs_has_changed(
+    fronts: ModuleType, tmp_path: Path
+) -> None:
+    log, file = tmp_path / "a.log", tmp_path / "runs"
+    words = ["python", "-c", f"open({str(file)!r}, 'a').write('x')"]
+
+    def runs() -> int:
+        return len(file.read_text())
+
+    first = fronts.call(words, log, ["data"])
+    assert fronts.call(words, log, ["data"]) == first and runs() == 1
+    again = fronts.call(words, log, ["other data"])
+    assert again != first and runs() == 2
+    fronts.call([*words, "argument"], log, ["other data"])
+    assert runs() == 3
+    log.with_suffix(".done").write_text("12.5")  # as an older version of it, which did not know its command
+    fronts.call(words, log)
+    assert runs() == 4
+
+
+def test_a_training_that_was_done_anew_is_followed_by_those_that_begin_with_it(
+    fronts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    class Host(fronts.Host):  # type: ignore[name-defined,misc]
+        runs: dict[str, Any] = {"SAT 1": {}, "dealt": {"of": "SAT 1"}}  # noqa: RUF012
+
+        def train(self, name: str) -> list[str]:
+            return ["train", name, self.words]
+
+        def evaluate(self, name: str) -> list[str]:
+            return ["evaluate", name]
+
+    def run(words: list[str], **_: Any) -> Any:
+        called.append(" ".join(Path(word).name for word in words[:2]))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(fronts.subprocess, "run", run)
+    monkeypatch.setattr(fronts, "curve", lambda *_: [])
+    host = Host(tmp_path, 0)
+    host.words = "as it was"
+
+    def work() -> list[str]:
+        called.clear()
+        for name in ("STD", "SAT 1", "dealt"):
+            fronts.work_on(host, name)
+        return list(called)
+
+    everything = ["train STD", "evaluate STD", "train SAT 1", "evaluate SAT 1", "train dealt", "evaluate dealt"]
+    assert work() == everything
+    assert work() == []
+    (tmp_path / "logs" / "SAT_1.train.done").unlink()
+    assert work() == everything[2:]
+    (tmp_path / "logs" / "STD.train.done").unlink()
+    assert work() == everything
+
+
+def test_levels_are_dealt_out_again_as_they_were_noted(tmp_path: Path) -> None:
+    from ingredients import Dealt, Noted
+
+    class Method:
+        eps: Any = 1.0
+
+        def step(self, objective: Any, images: torch.Tensor, ids: Any, backward: Any = None) -> Any:
+            return type("Step", (), {"adversarial": images + objective(images)})
+
+    def stub(**values: Any) -> Any:
+        return type("Stub", (), values)
+
+    def noise(images: torch.Tensor) -> torch.Tensor:
+        return noise.level[: len(images)].view(-1, 1, 1, 1) * torch.full((1, 1, 2, 2), 0.5)  # type: ignore[attr-defined]
+
+    method = Method()
+    module = stub(run=stub(method=method))
+    trainer = stub(current_epoch=0)
+    noted = Noted(str(tmp_path / "levels.csv"))
+    noted.on_train_start(trainer, module)
+    epochs = ([1.0, 2.0, 3.0, 5.0], [4.0, 6.0, 8.0, 10.0])
+    for trainer.current_epoch, levels in enumerate(epochs):
+        for batch in (levels[:3], levels[3:]):
+            noise.level = torch.tensor(batch)  # type: ignore[attr-defined]
+            method.step(noise, torch.zeros(len(batch), 1, 2, 2), [])
+
+    def given(median: bool) -> list[list[float]]:
+        dealt, found = Dealt(str(tmp_path / "levels.csv"), seed=1, median=median), []
+        for trainer.current_epoch in range(2):
+            dealt.on_train_epoch_start(trainer, module)
+            found.append([])
+            for size in (3, 1):
+                dealt.on_train_batch_start(trainer, module, {"image": torch.zeros(size, 1)}, 0)
+                found[-1] += method.eps.tolist()
+        return found
+
+    shuffled = given(False)
+    assert [sorted(one) for one in shuffled] == [list(one) for one in epochs]
+    assert shuffled != [list(one) for one in epochs]
+    assert given(False) == shuffled
+    assert given(True) == [[2.0] * 4, [6.0] * 4]  # torch's median of an even number is the lower one
