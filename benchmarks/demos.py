@@ -7,7 +7,7 @@
 One demo at a time, as `make demo` runs it; what is finished is not run again. --threads: OMP_NUM_THREADS, as another
 machine would have it. A row for each method, means over the seeds with the standard error; below it, in how many of the
 runs the adaptive method has the larger AUC_robust than the standard network, and is better than SAT on clean images, on
-the curve, or on both.
+the curve, or on both, and worse on both. Runs of another number of threads are another table.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def rows(demo: str, folders: list[Path]) -> str:
     rising = -1 if metric == "MRE" else 1
     gain = np.array([[rising * (a - b) for a, b in zip(found[adaptive], found["SAT"], strict=True)] for found in runs])
     over = np.array([rising * (found[adaptive][-1] - found["STD"][-1]) for found in runs])
-    clean, curve = gain[:, 0] >= 0, gain[:, -2] >= 0
-    both, neither = (clean & curve).sum(), (~clean & ~curve).sum()
+    clean, curve = np.sign(gain[:, 0]), np.sign(gain[:, -2])
+    better, worse = ((clean > 0) & (curve > 0)).sum(), ((clean < 0) & (curve < 0)).sum()
     lines.append(
         f"\n{len(runs)} runs: {adaptive} above STD in AUC_robust in {(over > 0).sum()} (least {over.min():+.3f}); "
-        f"beside SAT better clean in {clean.sum()}, on the curve in {curve.sum()}, on both in {both}, on neither in "
-        f"{neither}; seconds: {' '.join((folder / 'seconds').read_text() for folder in folders)}"
+        f"beside SAT better clean in {(clean > 0).sum()}, on the curve in {(curve > 0).sum()}, on both in {better}, "
+        f"worse on both in {worse}; seconds: {' '.join((folder / 'seconds').read_text() for folder in folders)}"
     )
     return "\n".join(lines)
 
@@ -114,7 +114,7 @@ def main() -> None:
                     second = work / f"again_{seed}_{options.threads}"
                     run(demo, second, seed, options.threads)
                     print(f"{demo}, seed {seed}: two runs {'agree' if same(folder, second) else 'DIFFER'}")
-        if done := sorted(path.parent for path in work.glob("[0-9]*_*/seconds")):
+        if done := sorted(path.parent for path in work.glob(f"[0-9]*_{options.threads}/seconds")):
             print(f"{demo}: {', '.join(path.name for path in done)}\n{rows(demo, done)}\n", flush=True)
 
 

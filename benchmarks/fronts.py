@@ -465,26 +465,41 @@ def beyond(rising: bool, curves: dict[int, list[float]], dial: list[dict[int, li
 
 
 def table(kind: type[Host], work: Path, seeds: list[int]) -> str:
-    """A row for each run, means over the seeds."""
-    found: dict[str, dict[int, list[float]]] = {}
-    learnt: dict[str, list[list[float]]] = {}
-    for name in ["STD", *kind.runs]:
-        hosts = [kind(work / str(seed), seed) for seed in seeds]
-        hosts = [host for host in hosts if host.report(name).is_file()]
-        if hosts:
-            found[name] = {host.seed: curve(host, name) for host in hosts}
-            learnt[name] = [margins(host, name) for host in hosts]
+    """A row for each run, means over the seeds, ± their standard error."""
+    found = measured(kind, work, seeds)
+    learnt = {name: [margins(kind(work / str(seed), seed), name) for seed in curves] for name, curves in found.items()}
     dial = ["STD", *(name for name in found if re.fullmatch("SAT [0-9.]+", name))]
     heads = [kind.metric, "seeds", "clean", "at the levels", "mean over all levels", "better than SAT's front by"]
     lines = ["| " + " | ".join([*heads, "margins, quartiles"]) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, by_seed in found.items():
         rows = np.array(list(by_seed.values()))
-        mean = rows.mean(0)
         over = "" if name in dial else beyond(kind.rising, by_seed, [found[one] for one in dial])
-        cells = [name, f"{len(rows)}", f"{mean[0]:.3f}", " / ".join(f"{value:.3f}" for value in mean[1:-1])]
+        cells = [name, f"{len(rows)}", said(rows[:, 0]), " / ".join(f"{value:.3f}" for value in rows.mean(0)[1:-1])]
         cells += [said(rows[:, -1]), over]
         cells.append(" / ".join(f"{value:.2f}" for value in np.mean(learnt[name], 0)) if learnt[name][0] else "")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured(kind: type[Host], work: Path, seeds: Sequence[int]) -> dict[str, dict[int, list[float]]]:
+    """The curve of every run, by its name and seed."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for name in ["STD", *kind.runs]:
+        hosts = [kind(work / str(seed), seed) for seed in seeds]
+        if curves := {host.seed: curve(host, name) for host in hosts if host.report(name).is_file()}:
+            found[name] = curves
+    return found
+
+
+def paired(rising: bool, curves: dict[str, dict[int, list[float]]], other: str) -> str:
+    """How much better every run is than that other one, clean and in the mean of the curve, in the seeds of both."""
+    sign = 1 if rising else -1
+    lines = [f"| better than {other} by | seeds | clean | mean over all levels |", "|---" * 4 + "|"]
+    for name, own in curves.items():
+        seeds = [seed for seed in own if seed in curves[other] and name != other]
+        gains = sign * np.array([np.subtract(own[seed], curves[other][seed]) for seed in seeds])
+        if seeds:
+            lines.append(f"| {name} | {len(seeds)} | {said(gains[:, 0], '+')} | {said(gains[:, -1], '+')} |")
     return "\n".join(lines)
 
 
@@ -497,12 +512,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
     parser.add_argument("--attack", default="pgd20", help="of the evaluation, default: pgd20")
     parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="print differences to it, seed by seed")
     options = parser.parse_args()
     kind, work = HOSTS[options.host], options.work.resolve() / options.host
     kind.attack = options.attack
     if not options.table:
         run_all(kind, work, options.seeds, options.jobs, options.only)
     print(table(kind, work, options.seeds))
+    curves = measured(kind, work, options.seeds)
+    if unknown := [name for name in options.beside if name not in curves]:
+        parser.error(f"--beside: no run is called {unknown[0]!r}; there are {', '.join(curves)}")
+    for name in options.beside:
+        print("\n" + paired(kind.rising, curves, name))
 
 
 def run_all(kind: type[Host], work: Path, seeds: list[int], jobs: int, only: str) -> None:

@@ -51,7 +51,10 @@ LENGTHS = {2: 1.5, 3: 1.75, 5: 2.3}
 
 
 def amat(rule: str, std: float, **changes: Any) -> dict[str, Any]:
-    """An AMAT run with xi = mean + std standard deviations, bounded as the hosts bound it."""
+    """An AMAT run with xi = mean + std standard deviations and margins, and first values of them, up to 20.
+
+    The hosts' bounds come from eps: margins to 8 eps, their first values to eps.
+    """
     return {"method": "AMAT", "std": std, **FAST, "delta": 0.5, "refinement": rule, "margin_max": 20.0, **changes}
 
 

@@ -273,3 +273,13 @@ def test_levels_are_dealt_out_again_as_they_were_noted(tmp_path: Path) -> None:
     assert shuffled != [list(one) for one in epochs]
     assert given(False) == shuffled
     assert given(True) == [[2.0] * 4, [6.0] * 4]  # torch's median of an even number is the lower one
+
+
+def test_runs_are_compared_in_the_seeds_that_both_have(fronts: ModuleType) -> None:
+    curves = {
+        "SAT 1": {0: [1.5, 2.0], 1: [1.7, 2.4]},
+        "AMAT": {0: [1.4, 2.1], 1: [1.7, 2.3], 2: [9.0, 9.0]},
+    }
+    rows = fronts.paired(False, curves, "SAT 1").splitlines()[2:]
+    assert rows == ["| AMAT | 2 | +0.050 ± 0.050 | +0.000 ± 0.100 |"]  # +0.1 and 0; -0.1 and +0.1
+    assert fronts.paired(True, curves, "SAT 1").splitlines()[2:] == ["| AMAT | 2 | -0.050 ± 0.050 | +0.000 ± 0.100 |"]
