@@ -287,8 +287,13 @@ class Lightning(Host):
 class Landmark(Lightning):
     demo, tool, metric, rising = demo_landmark, "adv-landmark", "MRE", False
     runs: ClassVar[dict[str, Settings]] = {
-        **runs([0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0], {"margin_min": 0.05, "margin_max": 6.0}),
-        "AMAT wide on the sphere, mean+8std": amat(8, margin_min=0.05, margin_max=12.0, train_on="sphere"),
+        **runs([0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0], {"margin_min": 0.05, "margin_max": 6.0}),
+        **{
+            f"AMAT wide on the sphere, mean+{std}std": amat(
+                std, margin_min=0.05, margin_max=1.5 * std, train_on="sphere"
+            )
+            for std in (8, 16)
+        },
         **{f"AMAT, margins to 2, mean+{std}std": amat(std, margin_min=0.05, margin_max=2.0) for std in (4, 8)},
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
         **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
@@ -371,10 +376,9 @@ def call(words: list[str], log: Path, needs: Sequence[str] = ()) -> str:
     Returns:
         A name of this very run: another one when it is done anew.
     """
+    if found := finished(words, log, needs):
+        return found
     done = log.with_suffix(".done")
-    asked = {"command": words, "needs": list(needs)}
-    if (found := noted(done)) is not None and {key: found[key] for key in asked} == asked:
-        return str(found["id"])
     done.unlink(missing_ok=True)
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -386,8 +390,15 @@ def call(words: list[str], log: Path, needs: Sequence[str] = ()) -> str:
     if code:
         sys.exit(f"{' '.join(words)}\nfailed; its log: {log}")
     name = uuid.uuid4().hex
-    done.write_text(json.dumps({**asked, "id": name, "seconds": round(time.monotonic() - start, 1)}))
+    seconds = round(time.monotonic() - start, 1)
+    done.write_text(json.dumps({"command": words, "needs": list(needs), "id": name, "seconds": seconds}))
     return name
+
+
+def finished(words: Sequence[str], log: Path, needs: Sequence[str]) -> str:
+    """The name of the run that has finished this very call; empty if there is none."""
+    found = noted(log.with_suffix(".done"))
+    return str(found["id"]) if found and (found["command"], found["needs"]) == (list(words), list(needs)) else ""
 
 
 def noted(done: Path) -> dict[str, Any] | None:
@@ -405,11 +416,13 @@ def work_on(host: Host, name: str) -> None:
     words, log = host.train(name), logs / f"{slug(name)}.train.log"
     parents = [noted(logs / f"{slug(one)}.train.done") for one in host.parents(name)]
     needs = [host.decides, *(parent["id"] for parent in parents if parent)]
-    done = noted(log.with_suffix(".done"))
-    if done is None or (done["command"], done["needs"]) != (words, needs):
+    if not finished(words, log, needs):
         host.clear(name)
     trained = call(words, log, needs)
-    call(host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log", [trained])
+    words, log = host.evaluate(name), logs / f"{slug(name)}.{host.attack}.log"
+    if not finished(words, log, [trained]):
+        shutil.rmtree(host.reports / slug(name), ignore_errors=True)  # of another network
+    call(words, log, [trained])
     print(f"{time.strftime('%H:%M:%S')} {host.work.name} {name} {curve(host, name)}", flush=True)
 
 

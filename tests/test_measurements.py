@@ -225,9 +225,11 @@ def test_a_training_that_was_done_anew_is_followed_by_those_that_begin_with_it(
 
     everything = ["train STD", "evaluate STD", "train SAT 1", "evaluate SAT 1", "train dealt", "evaluate dealt"]
     assert work() == everything
-    assert work() == []
+    old = tmp_path / "reports_pgd20" / "SAT_1"
+    old.mkdir(parents=True)
+    assert work() == [] and old.exists()
     (tmp_path / "logs" / "SAT_1.train.done").unlink()
-    assert work() == everything[2:]
+    assert work() == everything[2:] and not old.exists()
     (tmp_path / "logs" / "STD.train.done").unlink()
     assert work() == everything
 
