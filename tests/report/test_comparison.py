@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,31 @@ def test_beyond_a_front_with_repeated_trainings(evaluated: Evaluated, said: Said
     said(*folders, "--repeats", "--metric", "distance", "--front", "low", "high", "--out", tmp_path / "out")
     (row,) = (r for r in table(tmp_path / "out" / "compare.csv") if "front" in r["column"] and r["model"] == "mine")
     assert float(row["value"]) == pytest.approx(gain) and row["difference"] == ""
+
+
+def test_a_front_is_in_the_order_of_its_numbers(evaluated: Evaluated) -> None:
+    folder = evaluated("one", {"SAT10": 3.0, "SAT2": 1.0, "SAT3.5": 2.0, "AMAT": 2.5})
+    section = section_of(folder)
+    assert [row.model for row in section.front(["SAT*"])] == ["SAT2", "SAT3.5", "SAT10"]
+    assert [row.model for row in section.front(["SAT10", "SAT2"])] == ["SAT10", "SAT2"]  # as they were named
+
+
+def test_beyond_a_front_that_a_training_leaves_is_of_the_trainings_that_all_have(evaluated: Evaluated) -> None:
+    """The first training of "mine" is better on clean images than the front, which lacks the second."""
+    widths = {"low": (1.0, 1.2, 0.9), "high": (3.0, 3.4, 3.2), "mine": (3.05, 3.0, 2.2)}
+    section = section_of(*seeds(evaluated, widths), repeats=True, metric="distance")
+    *front, mine = section.rows
+    assert mine.runs is not None and list(mine.runs) == ["0/report", "1/report", "2/report"]
+    front = [
+        replace(row, runs={name: row.runs[name] for name in ("0/report", "2/report")}) for row in front if row.runs
+    ]
+    gain, bounds = section.beyond(mine, front)
+    assert np.isnan(bounds).all()
+    high, own = (
+        np.mean([row.runs[name] for name in ("0/report", "2/report")], axis=0) for row in (front[1], mine) if row.runs
+    )
+    assert high[0] < own[0]  # so that nothing of the front is better than this setting, which is cleaner, too
+    assert gain == pytest.approx(high[1:].mean() - own[1:].mean())
 
 
 def test_repeats_want_models_of_the_same_names(evaluated: Evaluated, said: Said) -> None:

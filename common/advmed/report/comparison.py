@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -265,10 +266,11 @@ class Section:
         return gain, interval(drawn, units=row.units, confidence=confidence)
 
     def front(self, names: Sequence[str]) -> list[Row]:
-        """The models of a front, in the order of their names.
+        """The models of a front, in the order of its dial.
 
         Args:
-            names: of models, or patterns of them such as "SAT*".
+            names: of models, in their order, or patterns of them such as "SAT*", whose models are ordered by the
+                numbers in their names: SAT2 before SAT10.
 
         Raises:
             ValueError: for a name that no model has.
@@ -280,7 +282,7 @@ class Section:
                 raise ValueError(
                     f"no model is called {name!r}, of the front; there are {', '.join(row.model for row in self.rows)}"
                 )
-            found |= {row.model: row for row in fitting}
+            found |= {row.model: row for row in sorted(fitting, key=lambda row: _by_number(row.model))}
         return list(found.values())
 
     def beyond(self, row: Row, front: Sequence[Row]) -> tuple[float, Array]:
@@ -296,10 +298,12 @@ class Section:
         confidence = 1 - (1 - CONFIDENCE) / max(1, len(self.rows) - len(front))
         if row.runs is not None:
             both = [name for name in row.runs if all(one.runs is not None and name in one.runs for one in front)]
-            runs = [np.stack([one.runs[name] for name in both]) for one in members if one.runs is not None and both]
-            gains = self._beyond(runs[0], runs[1:]) if both else np.full(1, np.nan)
-            if np.isnan(gains).any():
+            if not both:
                 return gain, unknown
+            runs = [np.stack([one.runs[name] for name in both]) for one in members if one.runs is not None]
+            gains = self._beyond(runs[0], runs[1:])
+            if np.isnan(gains).any():  # of the means, of the same trainings each
+                return float(self._beyond(runs[0].mean(0), [one.mean(0) for one in runs[1:]])), unknown
             return float(gains.mean()), repeats_interval(gains, confidence=confidence)
         if any(one.draws is None or not _paired(one, row) for one in front) or row.draws is None:
             return gain, unknown
@@ -312,6 +316,12 @@ class Section:
         line = sign * np.stack(front, axis=-2)
         reached = attainable(line[..., 0], line[..., 1:].mean(-1), sign * curves[..., 0])
         return np.asarray(sign * curves[..., 1:].mean(-1) - reached)
+
+
+def _by_number(name: str) -> list[tuple[float, str]]:
+    """A key that sorts names as their numbers go."""
+    parts = re.split(r"([0-9]+(?:[.][0-9]+)?)", name)
+    return [(float(part), "") if k % 2 else (0.0, part) for k, part in enumerate(parts)]
 
 
 def _paired(one: Row, other: Row) -> bool:
