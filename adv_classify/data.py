@@ -48,12 +48,18 @@ _LEFT = 0.25
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one split.
+    """The samples of one split, as a :class:`ClassificationData` of your own reads them.
 
     Attributes:
         images: uint8 arrays (H, W) or (H, W, 3), in one array (N, ...), or N files.
         labels: class numbers, (N,), int64.
         ids: N stable ids.
+
+    Example:
+        >>> import numpy as np
+        >>> from adv_classify import Samples
+        >>> len(Samples(np.zeros((2, 28, 28), np.uint8), np.array([0, 1]), ["case_1", "case_2"]))
+        2
     """
 
     images: np.ndarray | Sequence[Path]
@@ -143,10 +149,13 @@ class ClassificationData(SampleData):
         workers: processes that read images.
         seed: of the order of images.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import numpy as np
-        >>> from adv_classify import ClassificationData
-        >>> from adv_classify.data import Samples
+        >>> from adv_classify import ClassificationData, Samples
         >>> class Blank(ClassificationData):
         ...     def read(self):
         ...         train = Samples(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 1, 1]), ["a", "b", "c", "d"])
@@ -191,7 +200,11 @@ class ClassificationData(SampleData):
             check_transform(transform, self.dataset("train"))
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """The names of the classes and the samples of each split; called once, before anything else."""
+        """The names of the classes and the samples of each split; called once, before anything else.
+
+        Raises:
+            NotImplementedError: here; a subclass reads them.
+        """
         raise NotImplementedError
 
     @property
@@ -251,6 +264,10 @@ class ImageTable(ClassificationData):
         classes: the names of the classes in their order, where ``label`` holds names; None: sorted.
         **options: see :class:`ClassificationData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -280,7 +297,12 @@ class ImageTable(ClassificationData):
         super().__init__(**options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`ClassificationData.read`."""
+        """See :meth:`ClassificationData.read`.
+
+        Raises:
+            ValueError: for data that are not as described, naming file and line.
+            FileNotFoundError: for a file or folder that is not there.
+        """
         path = self.root / self.table
         rows = read_table(path, ("image", "label", "split"))
         known = self.classes or ()
@@ -382,6 +404,10 @@ class MedMNIST(ClassificationData):
         classes: the names of the classes; None: their numbers.
         **options: see :class:`ClassificationData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> import numpy as np
@@ -399,7 +425,12 @@ class MedMNIST(ClassificationData):
         super().__init__(**options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`ClassificationData.read`."""
+        """See :meth:`ClassificationData.read`.
+
+        Raises:
+            ValueError: for data that are not as described, naming file and line.
+            FileNotFoundError: for a file or folder that is not there.
+        """
         if not self.file.is_file():
             raise FileNotFoundError(f"there is no file {self.file}")
         try:
@@ -446,6 +477,10 @@ class ImageFolder(ClassificationData):
         root: the folder.
         **options: see :class:`ClassificationData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -465,7 +500,12 @@ class ImageFolder(ClassificationData):
         super().__init__(**options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`ClassificationData.read`."""
+        """See :meth:`ClassificationData.read`.
+
+        Raises:
+            ValueError: for data that are not as described, naming file and line.
+            FileNotFoundError: for a file or folder that is not there.
+        """
         for split in ("train", "val"):
             if not (self.root / split).is_dir():
                 raise FileNotFoundError(

@@ -27,7 +27,10 @@ PREDICTIONS = "predictions.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierAttack(AttackSettings):
-    """The attack of the training, on images in [0, 1]; see :class:`advmed.methods.AttackSettings`.
+    """The attack of the training, on images in [0, 1]; its fields are those of :class:`advmed.AttackSettings`.
+
+    Raises:
+        ValueError: a value out of its range.
 
     Example:
         >>> from adv_classify import ClassifierAttack
@@ -67,6 +70,10 @@ class RobustClassifier(RobustModule):
         class_names: from the data.
         image_size: from the data.
         image_bits: from the data.
+
+    Raises:
+        ValueError: for an argument out of its range, or a network or a method that cannot be made of its settings.
+        FileNotFoundError: for weights that are not there.
 
     Example:
         ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`MedMNIST`:
@@ -163,7 +170,11 @@ class RobustClassifier(RobustModule):
 
     @classmethod
     def standard(cls, path: str | Path, data: Any, like: RobustClassifier | None = None) -> RobustClassifier:
-        """See :meth:`RobustModule.standard`; the classes must be those of the data."""
+        """See :meth:`RobustModule.standard`; the classes must be those of the data.
+
+        Raises:
+            ValueError: if they are not.
+        """
         model = cls.from_checkpoint(path)
         if model.num_classes != data.num_classes:
             raise ValueError(

@@ -33,10 +33,10 @@ class Network:
 
     Example:
         >>> import torch
-        >>> from adv_classify import Network
-        >>> from adv_classify.network import make_network
-        >>> network = make_network(Network(name="resnet10t", mean=(0.5,), std=(0.25,)), classes=2, channels=1)
-        >>> network(torch.rand(4, 1, 32, 32)).shape  # images in [0, 1]: it normalises them itself
+        >>> from adv_classify import Network, RobustClassifier
+        >>> network = Network(name="resnet10t", mean=(0.5,), std=(0.25,))
+        >>> model = RobustClassifier(network, num_classes=2, channels=1)
+        >>> model(torch.rand(4, 1, 32, 32)).shape  # images in [0, 1]: it normalises them itself
         torch.Size([4, 2])
     """
 

@@ -48,13 +48,21 @@ Spacing = float | tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one split.
+    """The samples of one split, as a :class:`LandmarkData` of your own reads them.
 
     Attributes:
         images: N files, turned as their headers (EXIF) ask, which is how viewers show them.
         points: landmarks, (N, L, 2), each (x, y) in pixels of the file; NaN where one is not known.
         ids: N stable ids.
         spacing: mm per pixel of the file in x and y, (N, 2); None where they are not known.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from adv_landmark import Samples
+        >>> points = np.array([[[3.0, 2.0], [np.nan, np.nan]]])  # of an image with two landmarks, the second not known
+        >>> len(Samples([Path("case_1.png")], points, ["case_1"]))
+        1
     """
 
     images: list[Path]
@@ -227,13 +235,16 @@ class LandmarkData(SampleData):
         workers: processes that read images.
         seed: of the order of images.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> import numpy as np
         >>> from PIL import Image
-        >>> from adv_landmark import LandmarkData
-        >>> from adv_landmark.data import Samples
+        >>> from adv_landmark import LandmarkData, Samples
         >>> class Blank(LandmarkData):
         ...     def read(self):
         ...         paths = [Path(folder, f"{name}.png") for name in "ab"]
@@ -301,7 +312,11 @@ class LandmarkData(SampleData):
                 raise ValueError(f"no {split} image has a known landmark to compare with")
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """The names of the landmarks and the samples of each split; called once, before anything else."""
+        """The names of the landmarks and the samples of each split; called once, before anything else.
+
+        Raises:
+            NotImplementedError: here; a subclass reads them.
+        """
         raise NotImplementedError
 
     def dataset(self, split: str, *, augment: bool = False) -> LandmarkDataset:
@@ -356,6 +371,10 @@ class LandmarkTable(LandmarkData):
         origin: what (0, 0) is in the table: the "centre" or the outer "corner" of the top left pixel.
         **options: see :class:`LandmarkData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -389,7 +408,12 @@ class LandmarkTable(LandmarkData):
         super().__init__(**options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`LandmarkData.read`."""
+        """See :meth:`LandmarkData.read`.
+
+        Raises:
+            ValueError: for data that are not as described, naming file and line.
+            FileNotFoundError: for a file or folder that is not there.
+        """
         path = self.root / self.table
         rows = read_table(path, ("image", "x", "y"))
         column = next((name for name in ("landmark_index", "landmark") if name in rows[0]), None)
@@ -490,6 +514,10 @@ class ISBI2015(LandmarkData):
         spacing: mm per pixel of the files, one number, or one for x and one for y.
         **options: see :class:`LandmarkData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -521,7 +549,12 @@ class ISBI2015(LandmarkData):
         super().__init__(spacing=spacing, **options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`LandmarkData.read`."""
+        """See :meth:`LandmarkData.read`.
+
+        Raises:
+            ValueError: for data that are not as described, naming file and line.
+            FileNotFoundError: for a file or folder that is not there.
+        """
         if not self.annotators:
             raise ValueError("annotators must name one folder or more")
         annotated = [self._folder(name) for name in self.annotators]
@@ -605,6 +638,10 @@ class Images(LandmarkData):
         landmarks: the number of landmarks, or their names, as the trained model has them.
         **options: see :class:`LandmarkData`.
 
+    Raises:
+        ValueError: for an argument out of its range, or data that are not as described, naming the file and line.
+        FileNotFoundError: for a file or folder that is not there.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -622,7 +659,11 @@ class Images(LandmarkData):
         super().__init__(**options)
 
     def read(self) -> tuple[list[str], dict[str, Samples]]:
-        """See :meth:`LandmarkData.read`."""
+        """See :meth:`LandmarkData.read`.
+
+        Raises:
+            FileNotFoundError: for a folder that is not there, or holds no images.
+        """
         if not self.root.is_dir():
             raise FileNotFoundError(f"there is no folder of images {self.root}")
         files = image_files(self.root, deep=True)

@@ -37,10 +37,17 @@ class Targets:
 def encode(points: Tensor, size: tuple[int, int], radius: float) -> Targets:
     """The maps of landmarks.
 
+    For each landmark a disk, a Gaussian and two offsets, the targets of the multi-task U-Net (Yao et al. 2020, "Miss
+    the point: targeted adversarial attack on multiple landmark detection"; AMAT paper, arXiv 2206.01736, section 3.6).
+
     Args:
         points: (B, L, 2), each (x, y) in pixels; NaN where a landmark is not known.
         size: (H, W) of the maps.
         radius: within which a pixel speaks for a landmark, in pixels, >= 1.
+
+    Returns:
+        ``disk`` and ``gaussian``, (B, L, H, W); ``offset_y``, (B, L, H, 1), and ``offset_x``, (B, L, 1, W), in radii;
+        ``present``, (B, L), bool, whether a landmark is known and in the image.
 
     Example:
         >>> import torch
@@ -72,6 +79,7 @@ def split_maps(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def decode(maps: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Landmarks of maps, to a fraction of a pixel, by votes.
 
+    Pixels vote as in Yao et al. 2020 (AMAT paper, arXiv 2206.01736, section 3.6); how the votes are counted is ours.
     For each landmark as many pixels as a disk has, those with the highest heat, vote for the place that their offsets
     point at, each with its heat. The votes are counted in windows of 3 x 3 pixels; the landmark is the mean of the
     votes in the fullest window, weighted.

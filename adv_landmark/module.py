@@ -45,7 +45,10 @@ _UNTRAINED, _MEDIOCRE = 0.75, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class LandmarkAttack(AttackSettings):
-    """The attack of the training, on images in [-1, 1]; see :class:`advmed.methods.AttackSettings`.
+    """The attack of the training, on images in [-1, 1]; its fields are those of :class:`advmed.AttackSettings`.
+
+    Raises:
+        ValueError: a value out of its range.
 
     Example:
         >>> from adv_landmark import LandmarkAttack
@@ -59,6 +62,9 @@ class LandmarkAttack(AttackSettings):
 
 class RobustLandmarks(RobustModule):
     """The multi-task U-Net (Yao et al. 2020) that is trained by a method, on images in [-1, 1].
+
+    (Q. Yao et al. 2020, "Miss the point: targeted adversarial attack on multiple landmark detection"; AMAT paper, arXiv
+    2206.01736, section 3.6.)
 
     Args:
         network: the network.
@@ -77,6 +83,10 @@ class RobustLandmarks(RobustModule):
         channels: from the data.
         size: from the data.
         unit: from the data.
+
+    Raises:
+        ValueError: for an argument out of its range, or a network or a method that cannot be made of its settings.
+        FileNotFoundError: for weights that are not there.
 
     Example:
         ``lightning.Trainer(max_epochs=20).fit(model, data)`` trains it, with data such as a :class:`LandmarkTable`:
@@ -199,7 +209,11 @@ class RobustLandmarks(RobustModule):
 
     @classmethod
     def standard(cls, path: str | Path, data: Any, like: RobustLandmarks | None = None) -> RobustLandmarks:
-        """See :meth:`RobustModule.standard`; the landmarks and channels must be those of the data."""
+        """See :meth:`RobustModule.standard`; the landmarks and channels must be those of the data.
+
+        Raises:
+            ValueError: if they are not, or the loss is another one.
+        """
         model = cls.from_checkpoint(path)
         check_model(model, path, data)
         if like is not None:

@@ -20,13 +20,13 @@ class LandmarkObjective:
 
     Heatmap: "bce" is the original loss (Yao et al. 2020), the cross-entropy with a Gaussian as wide as the radius,
     cut off at it, averaged over the pixels; "dice" is 1 - Dice with the disk of that radius, which the AMAT paper
-    finds more robust (section 3.6). Offsets: the mean absolute error within the disk, in radii. Each term is a mean
-    over the landmarks that are present; an image without any has the loss 0.
+    (arXiv 2206.01736, section 3.6) finds more robust. Offsets: the mean absolute error within the disk, in radii. Each
+    term is a mean over the landmarks that are present; an image without any has the loss 0.
 
     Args:
         model: images to maps, (B, 3L, H, W): heatmap logits, then y offsets, then x offsets in radii.
         points: true landmarks, (B, L, 2), each (x, y) in pixels; NaN where one is not known.
-        size: (H, W) of the images.
+        size: (H, W) of the images, in pixels.
         radius: within which a pixel speaks for a landmark, in pixels.
         heatmap: "dice" or "bce".
         heatmap_weight: of the heatmap term.

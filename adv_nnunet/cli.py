@@ -14,6 +14,7 @@ from typing import Any
 
 from advmed.cli import init, options, runner
 from advmed.cli.completion import add_completion
+from advmed.documentation import page
 
 PLANS = "nnUNetPlans"
 DESCRIPTION = "Adversarial training for nnU-Net v2. Train with: nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerAMAT"
@@ -30,7 +31,12 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("adv-nnunet", description=DESCRIPTION, epilog=runner.DEBUG)
+    parser = argparse.ArgumentParser(
+        "adv-nnunet",
+        description=DESCRIPTION,
+        epilog=f"The page of the documentation: {page('nnunet.md')}\n{runner.DEBUG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # another would break the path
+    )
     add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -88,14 +94,16 @@ def _dataset_arguments(parser: argparse.ArgumentParser, plans: str | None = PLAN
 
 
 def _init(args: argparse.Namespace) -> None:
-    init.write("adv_nnunet", args.folder, args.overwrite, page="docs/nnunet.md")
+    init.write("adv_nnunet", args.folder, args.overwrite, page="nnunet.md")
 
 
 def _settings(args: argparse.Namespace) -> None:
     from adv_nnunet.settings import Settings
     from advmed.training.settings import settings_text
 
-    print(settings_text(Settings(), see="docs/nnunet.md for what each of them does; null takes the default"), end="")
+    print(
+        settings_text(Settings(), see=f"{page('nnunet.md')} for what each of them does; null takes the default"), end=""
+    )
 
 
 def _thresholds(args: argparse.Namespace) -> None:

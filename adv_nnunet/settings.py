@@ -30,7 +30,8 @@ _EPS_PER_VALUE = 0.1
 class Settings(TrainingSettings):
     """The settings of ``nnUNetTrainerAMAT``, ``nnUNetTrainerSAT`` and the other trainers of ours.
 
-    Noise is measured in the units of nnU-Net's normalised intensities, over the network's whole input.
+    Noise is measured in the units of nnU-Net's normalised intensities, over the network's whole input. The settings are
+    those of :class:`advmed.TrainingSettings`, and these; all of them are on the page of settings (docs/settings.md).
 
     Attributes:
         eps: None: 0.1 * sqrt(number of values of the network's input); 0.1 in Linf.
@@ -65,6 +66,9 @@ class Settings(TrainingSettings):
         check_data: read all training and validation cases before training, and stop at one that is not finite.
         overwrite: train anew in a folder that holds checkpoints of an earlier training.
         tag: appended to the trainer's name in the name of the output folder, to keep runs with other settings apart.
+
+    Raises:
+        ValueError: a value out of its range.
 
     Example:
         >>> from adv_nnunet import Settings

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,11 +68,27 @@ else:
 
 
 class AdversarialTraining(_Host):
-    """Puts a training method of :mod:`advmed.methods` into an nnU-Net trainer; to be listed before it as a base class.
+    """Puts a training method (:data:`advmed.METHODS`) into an nnU-Net trainer; to be listed before it as a base class.
 
     Everything but the loss stays the host's: data, augmentation, network, optimizer, schedule, gradient scaling and
     clipping, validation, logs, checkpoints, distributed training. Checkpoints name the trainer that builds the same
     network, a stock one as a rule, so they predict where this package is not installed.
+
+    A subclass gives ``method_name``. The settings are found by the name of the data set (:class:`Settings`); the
+    arguments are the host's, which makes the trainer.
+
+    Args:
+        plans: the host's plans.
+        configuration: of the plans, such as "2d".
+        fold: of the data set.
+        dataset_json: the data set's description.
+        device: that the network is trained on.
+
+    Raises:
+        RuntimeError: for the second stage of a cascade, or without the host's folders in the environment.
+        TypeError: for a base with a training step of its own, whose place the method's would take.
+        ValueError: for a setting that is unknown, out of range, or not meant for this configuration.
+        FileNotFoundError: for settings or weights that are named and are not there.
 
     Example:
         >>> from adv_nnunet import AdversarialTraining
@@ -234,6 +251,8 @@ class AdversarialTraining(_Host):
                 thresholds=getattr(self.method, "thresholds", None),
             )
             write_whole(Path(self.output_folder) / FILE, resolved)
+            if begins:  # W&B lets a run that goes on change nothing
+                self.logger.update_config({"adversarial": {"method": self.method_name, **asdict(self.settings)}})
 
     def _check_output_folder(self) -> None:
         checkpoints = sorted(p.name for p in Path(self.output_folder).glob("checkpoint_*.pth"))
@@ -538,7 +557,11 @@ class AdversarialTraining(_Host):
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Makes the ranks' margins equal, and adds our values to the host's log."""
+        """Makes the ranks' margins equal, and adds our values to the host's log.
+
+        Raises:
+            FloatingPointError: if the loss was not finite in any step of the epoch.
+        """
         super().on_train_epoch_end(train_outputs)
         losses = [float(output["loss"]) for output in train_outputs]
         if not np.isfinite(losses).any():
@@ -676,7 +699,11 @@ class AdversarialTraining(_Host):
             host.strip_debug_file(Path(self.output_folder) / "debug.json", paths)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """The host's checkpoint, and our state in it; to be continued, the one that went furthest."""
+        """The host's checkpoint, and our state in it; to be continued, the one that went furthest.
+
+        Raises:
+            ValueError: if a training is to go on from a checkpoint that is not one of ours.
+        """
         if self._resuming and Path(filename_or_checkpoint).name == standard.CHECKPOINT:
             filename_or_checkpoint = self._furthest(Path(filename_or_checkpoint))
         state = read_checkpoint(filename_or_checkpoint).get(STATE)
@@ -752,7 +779,7 @@ class nnUNetTrainerSTD(AdversarialTraining, nnUNetTrainer):
 
 
 class nnUNetTrainerAT(AdversarialTraining, nnUNetTrainer):
-    """Adversarial training (Madry et al. 2018): only attacked images, one noise level.
+    """Adversarial training (Madry et al. 2018, eq. 2.1): only attacked images, one noise level; see :class:`advmed.AT`.
 
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerAT``, with ``eps: 5`` in ``adversarial.yaml``:
@@ -768,6 +795,8 @@ class nnUNetTrainerAT(AdversarialTraining, nnUNetTrainer):
 class nnUNetTrainerSAT(AdversarialTraining, nnUNetTrainer):
     """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1).
 
+    See :class:`advmed.SAT`.
+
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerSAT``, with ``eps: 5`` in ``adversarial.yaml``:
 
@@ -781,6 +810,8 @@ class nnUNetTrainerSAT(AdversarialTraining, nnUNetTrainer):
 
 class nnUNetTrainerAMAT(AdversarialTraining, nnUNetTrainer):
     """Adaptive-margin adversarial training: a noise level for every sample (arXiv 2206.01736, Algorithm 1).
+
+    See :class:`advmed.AMAT`; with the preset "fast" margins follow their samples, "paper" is the algorithm as printed.
 
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerAMAT``, with ``delta: 0.5`` in ``adversarial.yaml``:
@@ -796,7 +827,9 @@ class nnUNetTrainerAMAT(AdversarialTraining, nnUNetTrainer):
 
 
 class nnUNetTrainerTRADES(AdversarialTraining, nnUNetTrainer):
-    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones.
+    """TRADES (Zhang et al. 2019, eq. 5): predictions on attacked images are drawn to those on clean ones.
+
+    See :class:`advmed.TRADES`.
 
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerTRADES``, with ``eps: 5`` and ``beta: 1`` in ``adversarial.yaml``:
@@ -812,6 +845,8 @@ class nnUNetTrainerTRADES(AdversarialTraining, nnUNetTrainer):
 class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
     """Dynamic perturbation-adaptive adversarial training: a noise level for every sample (arXiv 2403.06798).
 
+    See :class:`advmed.DPAAT`; only a summary of the paper was at hand.
+
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerDPAAT``, with ``eps: 5`` in ``adversarial.yaml``:
 
@@ -825,7 +860,9 @@ class nnUNetTrainerDPAAT(AdversarialTraining, nnUNetTrainer):
 
 
 class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
-    """MART (Wang et al. 2020), voxel by voxel: attacks count more where the clean prediction is unsure.
+    """MART (Wang et al. 2020, eq. 11), voxel by voxel: attacks count more where the clean prediction is unsure.
+
+    See :class:`advmed.MART`.
 
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerMART``, with ``eps: 5`` and ``kl_weight: 6`` in ``adversarial.yaml``:
@@ -839,7 +876,9 @@ class nnUNetTrainerMART(AdversarialTraining, nnUNetTrainer):
 
 
 class nnUNetTrainerFAT(AdversarialTraining, nnUNetTrainer):
-    """Friendly adversarial training (Zhang et al. 2020): a sample's attack ends soon after it has succeeded.
+    """Friendly adversarial training (Zhang et al. 2020, Algorithm 1): an attack ends soon after it has succeeded.
+
+    See :class:`advmed.FAT`.
 
     Example:
         ``nnUNetv2_train 4 2d 0 -tr nnUNetTrainerFAT``, with ``eps: 5`` and ``tau: 2`` in ``adversarial.yaml``:

@@ -33,7 +33,7 @@ def attack(
     keep: Literal["last", "best"] = "best",
     generator: torch.Generator | None = None,
 ) -> AttackResult:
-    """Projected gradient ascent on a detector's own loss.
+    """Projected gradient ascent on a detector's own loss (PGD, as :func:`advmed.pgd`).
 
     The network is attacked as it predicts: in evaluation mode, whatever mode it is in; its weights, modes and running
     statistics are left as they are, and no facade's ``train()`` or ``eval()`` is called. ``steps=1, step_scale=1,

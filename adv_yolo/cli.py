@@ -14,6 +14,7 @@ from typing import Any
 
 from advmed.cli import init, options, runner
 from advmed.cli.options import Option
+from advmed.documentation import page
 
 HELP = """
     adv-yolo is 'yolo' with adversarial training. Syntax and arguments are those of 'yolo'; it adds:
@@ -37,6 +38,7 @@ HELP = """
         adv-yolo init [FOLDER]
 
     Everything else is what 'yolo' does: adv-yolo detect val|predict|export ...; see 'yolo help'.
+    The page of the documentation: {page}
 """
 """The arguments of ``method=`` stand here as text, as their settings import PyTorch; a test compares them."""
 
@@ -73,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in _ASKED:
-        print(HELP.format(evaluate=" ".join(f"[{o.name}=]" for o in EVALUATE[3:] if o.name != "levels")))
+        own = " ".join(f"[{o.name}=]" for o in EVALUATE[3:] if o.name != "levels")
+        print(HELP.format(evaluate=own, page=page("yolo.md")))
     elif argv[0] == "init":
-        init.main("adv-yolo", "adv_yolo", argv[1:], page="docs/search.md")
+        init.main("adv-yolo", "adv_yolo", argv[1:], page="yolo.md")
     elif argv[0] in OWN:
         if _ASKED & set(argv):
             print(_help_of(argv[0]))

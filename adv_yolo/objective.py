@@ -41,7 +41,7 @@ class ImageTerms:
     """The detection criterion of a model, read per image.
 
     Args:
-        model: a :class:`ultralytics.nn.tasks.DetectionModel`, YOLOv5u and newer.
+        model: an Ultralytics ``DetectionModel``, YOLOv5u and newer.
         criterion: the host's criterion to read, made by ``model.init_criterion()``; None makes one.
         one_to_one: which head of a model with two is followed; None: the one that the model predicts with.
 

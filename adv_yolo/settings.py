@@ -29,7 +29,8 @@ _HOST = ("seed",)
 class Settings(TrainingSettings):
     """The arguments that our trainers add to Ultralytics' own. ``warmup_epochs`` is called ``clean_epochs`` there.
 
-    Noise is measured on the image tensor in [0, 1], over all its values.
+    Noise is measured on the image tensor in [0, 1], over all its values. The settings are those of
+    :class:`advmed.TrainingSettings`, and these; all of them are on the page of settings (docs/settings.md).
 
     Attributes:
         eps: None: 10 for 320 x 320 x 3 values, growing with the square root of their number; 4/255 in Linf.

@@ -86,6 +86,9 @@ _KNOWS_CLASSES = "advmed_knows_classes"
 that the host starts for several GPUs."""
 _JUDGE_STEPS, _JUDGE_SCALE = 5, 2.0
 """Of the attack behind it: it only has to put epochs into an order."""
+_LOGGED_AT = ("on_pretrain_routine_start", "on_pretrain_routine_end", "on_train_start")
+"""Events at which the host's loggers write down the arguments of a run: ClearML and Comet, before some of ours are
+chosen; W&B and MLflow; DVC."""
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 """Augmentations that put several images into one."""
 _AGAIN = (
@@ -104,10 +107,20 @@ else:
 
 
 class AdversarialTraining(_Host):
-    """Puts a training method of :mod:`advmed.methods` into an Ultralytics detection trainer; a base class before it.
+    """Puts a training method (:data:`advmed.METHODS`) into an Ultralytics detection trainer; a base class before it.
 
     Data, augmentation, schedule, optimizer, gradient accumulation, precision, EMA, validation, logs, plots and
-    checkpoints stay the host's. Our arguments (:class:`adv_yolo.settings.Settings`) are passed as the host's are.
+    checkpoints stay the host's. Our arguments (:class:`adv_yolo.Settings`) are passed as the host's are. A subclass
+    gives ``method_name``; the host makes the trainer.
+
+    Args:
+        cfg: the host's defaults.
+        overrides: the arguments of the user, the host's and ours.
+
+    Raises:
+        ValueError: for an argument that is unknown, out of range, or does not go together with the others.
+        TypeError: for another task than detection.
+        FileNotFoundError: for a file of thresholds that is not there.
 
     Example:
         >>> from adv_yolo import AdversarialTraining
@@ -171,7 +184,11 @@ class AdversarialTraining(_Host):
             )
 
     def train(self) -> None:
-        """Trains; on several GPUs the host starts processes, which find our arguments among its own."""
+        """Trains; on several GPUs the host starts processes, which find our arguments among its own.
+
+        Raises:
+            RuntimeError: if one of those processes failed.
+        """
         if self.ddp and not self.resume:  # a resumed run takes them from the checkpoint
             self.args.__dict__.update(arguments_of(self.settings))
         try:
@@ -249,7 +266,11 @@ class AdversarialTraining(_Host):
         return warnings_of_copies(samples)
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
-        """Resumes as the host does, and sets the method up: the last thing before the first epoch."""
+        """Resumes as the host does, and sets the method up: the last thing before the first epoch.
+
+        Raises:
+            ValueError: for a checkpoint that is no unfinished training by this method, or thresholds of another model.
+        """
         super().resume_training(ckpt)
         model = unwrap_model(self.model)
         self.terms = ImageTerms(model, getattr(model, "criterion", None), one_to_one=self.args.nms is False)
@@ -445,7 +466,30 @@ class AdversarialTraining(_Host):
                 )
         if self.run is not None and event == "on_fit_epoch_end" and self.args.time:  # the host has estimated them anew
             self.run.set_epochs(from_first_rank(self.epochs) if self.run.warming_up else self.epochs)
-        super().run_callbacks(event)
+        if event not in _LOGGED_AT:
+            super().run_callbacks(event)
+            return
+        with self._arguments_shown():
+            super().run_callbacks(event)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What a log of this run is to say: the method, and our arguments as far as they are known."""
+        known = {name: value for name, value in arguments_of(self.settings).items() if value is not None}
+        return {"method": self.method_name, **known}
+
+    @contextmanager
+    def _arguments_shown(self) -> Iterator[None]:
+        """Our arguments among the host's, where its loggers read those; its checkpoints must not have them."""
+        if self.run is None and self.args.resume:  # they come with the checkpoint
+            yield
+            return
+        shown = {name: value for name, value in self._arguments().items() if name not in self.args.__dict__}
+        self.args.__dict__.update(shown)
+        try:
+            yield
+        finally:
+            for name in shown:
+                self.args.__dict__.pop(name, None)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's batch; what the host's forward pass on it may teach BatchNorm is decided here.
@@ -650,6 +694,8 @@ class MethodCriterion:
 class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Adaptive-margin adversarial training: a noise level for every image (arXiv 2206.01736, Algorithm 1).
 
+    See :class:`advmed.AMAT`; with the preset "fast" margins follow their images, "paper" is the algorithm as printed.
+
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=AMATDetectionTrainer, data="data.yaml", delta=3.5)``, or
         ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=amat delta=3.5``:
@@ -668,6 +714,8 @@ class AMATDetectionTrainer(AdversarialTraining, DetectionTrainer):
 class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Standard adversarial training: clean and attacked images, one noise level (arXiv 2206.01736, eq. 1).
 
+    See :class:`advmed.SAT`.
+
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=SATDetectionTrainer, data="data.yaml", eps=5)``, or
         ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=sat eps=5``:
@@ -681,7 +729,7 @@ class SATDetectionTrainer(AdversarialTraining, DetectionTrainer):
 
 
 class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Adversarial training (Madry et al. 2018): only attacked images, one noise level.
+    """Adversarial training (Madry et al. 2018, eq. 2.1): only attacked images, one noise level; see :class:`advmed.AT`.
 
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=ATDetectionTrainer, data="data.yaml", eps=5)``, or
@@ -696,7 +744,9 @@ class ATDetectionTrainer(AdversarialTraining, DetectionTrainer):
 
 
 class TRADESDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """TRADES (Zhang et al. 2019): predictions on attacked images are drawn to those on clean ones.
+    """TRADES (Zhang et al. 2019, eq. 5): predictions on attacked images are drawn to those on clean ones.
+
+    See :class:`advmed.TRADES`.
 
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=TRADESDetectionTrainer, data="data.yaml", eps=5, beta=1)``, or
@@ -713,6 +763,8 @@ class TRADESDetectionTrainer(AdversarialTraining, DetectionTrainer):
 class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
     """Dynamic perturbation-adaptive adversarial training: a noise level for every image (arXiv 2403.06798).
 
+    See :class:`advmed.DPAAT`; only a summary of the paper was at hand.
+
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=DPAATDetectionTrainer, data="data.yaml", eps=5)``, or
         ``adv-yolo detect train model=yolov8n.yaml data=data.yaml method=dpaat eps=5``:
@@ -727,7 +779,9 @@ class DPAATDetectionTrainer(AdversarialTraining, DetectionTrainer):
 
 
 class FATDetectionTrainer(AdversarialTraining, DetectionTrainer):
-    """Friendly adversarial training (Zhang et al. 2020): an image's attack ends soon after it has succeeded.
+    """Friendly adversarial training (Zhang et al. 2020, Algorithm 1): an attack ends soon after it has succeeded.
+
+    See :class:`advmed.FAT`.
 
     Example:
         ``YOLO("yolov8n.yaml").train(trainer=FATDetectionTrainer, data="data.yaml", eps=5, tau=2)``, or

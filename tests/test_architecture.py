@@ -26,6 +26,7 @@ GROUND = {
     "distributed",
     "norms",
     "distances",
+    "documentation",
     "files",
     "guard",
     "clock",

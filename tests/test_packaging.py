@@ -18,6 +18,7 @@ from packaging.version import Version
 
 import advmed
 from advmed.versions import ranges
+from helpers.wheel import build_wheel
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,10 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel")))
 
 
 def test_the_version_is_one() -> None:
@@ -44,6 +42,25 @@ def test_the_configurations_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert len(named) >= 10
     assert named <= set(wheel.namelist())
     assert "advmed/tested.toml" in wheel.namelist()
+
+
+def test_the_pages_are_in_the_wheel_with_what_they_link_to(wheel: zipfile.ZipFile) -> None:
+    """Without pictures, and without what makes the site."""
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if ".ruff_cache" not in path.parts}
+    found = {name.removeprefix("advmed/") for name in wheel.namelist() if name.startswith("advmed/docs/")}
+    assert found == pages
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+\.md)", (ROOT / page).read_text("utf-8")):
+            inside = (ROOT / page).parent.joinpath(target).resolve()
+            assert not inside.is_relative_to(ROOT / "docs") or str(inside.relative_to(ROOT)) in found, (page, target)
+
+
+def test_an_editable_install_has_the_pages_of_the_clone(tmp_path: Path) -> None:
+    """And no copy of them, which would be those of the day of the installation."""
+    code = f"from hatchling.build import build_editable; print(build_editable({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    named = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert not [name for name in named if name.endswith(".md") or name.startswith("advmed/")]
 
 
 def test_the_readme_of_the_wheel_leads_nowhere_wrong(wheel: zipfile.ZipFile) -> None:

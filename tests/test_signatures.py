@@ -68,3 +68,14 @@ def test_what_data_classes_hand_on_are_the_arguments_of_their_base() -> None:
 
     assert get_type_hints(images.DataOptions) == arguments(images.ClassificationData)
     assert get_type_hints(landmarks.SpacedOptions) == arguments(landmarks.LandmarkData)
+
+
+def test_the_arguments_of_an_attack_are_its_settings_and_a_seed() -> None:
+    """Of every method, as its signature has them."""
+    from advmed import METHODS, AttackOptions, AttackSettings
+
+    options = set(get_type_hints(AttackOptions))
+    assert options == {*arguments(AttackSettings), "seed"}
+    for method in METHODS.values():
+        given = {name: p for name, p in inspect.signature(method).parameters.items() if p.kind is p.VAR_KEYWORD}
+        assert set(given) == ({"attack"} if method.name != "STD" else set())

@@ -170,6 +170,15 @@ def test_a_folder_without_networks_is_told(tmp_path: Path, capsys: pytest.Captur
     assert "zoo of a clone" in capsys.readouterr().err
 
 
+def test_an_installation_without_a_clone_says_where_the_networks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("advmed.zoo.FOLDER", tmp_path / "zoo")
+    assert main(["zoo"]) == 1
+    said = capsys.readouterr().err
+    assert "a wheel holds none" in said and "the folder zoo of a clone" in said and str(tmp_path) not in said
+
+
 @pytest.mark.parametrize("text", ["no head", "---\nname: x\n---\n", "---\n[: \n---\n"])
 def test_what_is_no_card_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(text)

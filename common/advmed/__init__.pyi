@@ -32,6 +32,7 @@ from .margins import MarginStore as MarginStore
 from .methods import METHODS as METHODS
 from .methods.amat import AMAT as AMAT
 from .methods.at import AT as AT
+from .methods.base import AttackOptions as AttackOptions
 from .methods.base import AttackSettings as AttackSettings
 from .methods.base import Method as Method
 from .methods.base import Step as Step
@@ -47,6 +48,8 @@ from .objective import ClassScores as ClassScores
 from .objective import Objective as Objective
 from .objective import PredictingObjective as PredictingObjective
 from .report.writer import write_report as write_report
+from .testing.attacks import check_attack as check_attack
+from .testing.methods import check_method as check_method
 from .thresholds import RunningThresholds as RunningThresholds
 from .thresholds import TermStatistics as TermStatistics
 from .thresholds import Thresholds as Thresholds

@@ -41,6 +41,9 @@ def names_of_samples(ids: Sequence[Any] | Tensor) -> list[str]:
 class MarginStore:
     """One number per sample id; an id never set has the initial value.
 
+    It holds AMAT's margins E(i) (arXiv 2206.01736, Algorithm 1) and DPAAT's sizes: norms of the noise over a sample's
+    whole input, in units of the images as the network receives them.
+
     Args:
         initial: value of a sample that was never set (AMAT: delta), finite.
         device: where the table lives; :meth:`to` moves it.

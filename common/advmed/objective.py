@@ -141,7 +141,7 @@ class Averaged:
 
     Args:
         objective: images -> (B, K) loss terms, other ones in each pass; with its ``model`` named, or random numbers of
-            the caller are used up. Losses to attack with (:mod:`advmed.attacks.losses`) see its classes.
+            the caller are used up. Losses to attack with (:class:`AttackLoss`) see its classes.
         draws: passes that the mean is over, >= 2; each costs what one costs, time and memory.
 
     Raises:

@@ -49,8 +49,12 @@ def parse_rule(rule: str) -> tuple[str, float]:
 class Thresholds:
     """K thresholds, one per loss term, and where they come from.
 
+    xi is the loss that a sample may have under attack (AMAT paper, arXiv 2206.01736, section 2.2; with several terms
+    section 2.3, eq. 2). It is made of V, the loss terms of a well-trained standard model over the clean training
+    samples, each term by itself: xi = mean(V), or mean(V) + 2 std(V).
+
     Attributes:
-        values: the K thresholds xi.
+        values: the K thresholds xi, each in the unit of its loss term.
         names: the names of the K loss terms.
         rule: the rule that made them of what follows, if any.
         mean: per term, over the samples.
@@ -167,12 +171,16 @@ class Thresholds:
 class TermStatistics:
     """Streaming mean and standard deviation of K loss terms, on the terms' device, with no host sync.
 
+    They are what thresholds are made of (AMAT paper, arXiv 2206.01736, section 2.2). Merging batches follows Chan,
+    Golub and LeVeque (1979), in float64 where the device has it.
+
     Args:
         names: the names of the K terms.
-        memory: number of samples to remember: older ones fade out exponentially. None: all count alike.
-        keep: keep the losses, (n, K), for the rules of the median.
+        memory: number of samples to remember, > 0: older ones fade out exponentially. None: all count alike.
+        keep: keep the losses, (n, K), for the rules of the median; without ``memory`` only.
 
-    Merging batches follows Chan, Golub and LeVeque (1979), in float64 where the device has it.
+    Raises:
+        ValueError: for a memory that is not positive, or losses that are to be kept and to fade.
 
     Example:
         >>> import torch
@@ -196,7 +204,11 @@ class TermStatistics:
         self._m2 = torch.zeros(len(self.names), dtype=torch.float64)
 
     def update(self, terms: Tensor) -> None:
-        """Takes in the terms of a batch, shape (B, K); a sample with a term that is not finite is left out."""
+        """Takes in the terms of a batch, shape (B, K); a sample with a term that is not finite is left out.
+
+        Raises:
+            ValueError: for terms of another shape.
+        """
         if terms.ndim != 2 or terms.shape[1] != len(self.names):
             raise ValueError(f"expected terms of shape (B, {len(self.names)}), got {tuple(terms.shape)}")
         wide = torch.float32 if terms.device.type == "mps" else torch.float64
@@ -356,17 +368,19 @@ class TermStatistics:
 class RunningThresholds:
     """Self-calibrated thresholds, for users who have no standard model: the rule on the clean terms of the training.
 
-    A clean warm-up fills the statistics; afterwards they follow the clean terms L0 that adversarial training computes
+    The rules are the AMAT paper's (arXiv 2206.01736, section 2.2), what they are applied to is ours: a clean warm-up
+    fills the statistics; afterwards they follow the clean terms L0 that adversarial training computes
     anyway. After :meth:`begin` they can fall below the warm-up's thresholds but never rise above them: otherwise large
     margins would raise the clean loss, which would raise the thresholds, which would raise the margins.
 
     Args:
         names: the names of the K terms.
         rule: ``mean`` or ``mean+2std``.
-        memory: number of samples the statistics remember (about an epoch).
+        memory: number of samples the statistics remember (about an epoch); None: all.
 
     Raises:
-        ValueError: for a rule of the median, which takes the losses of a finished network.
+        ValueError: for a rule of the median, which takes the losses of a finished network, one that is none, or a
+            memory that is not positive.
 
     Example:
         >>> import torch

@@ -27,14 +27,14 @@ class Tested:
     oldest: str
     newest: str
 
-    def is_older_than(self, installed: str) -> bool:
+    def is_exceeded_by(self, installed: str) -> bool:
         """Whether a version is newer than all that were tested; another build of one (``+cpu``) is not."""
         try:
             return Version(Version(installed).public) > Version(self.newest)
         except InvalidVersion:  # of a build from source
             return False
 
-    def is_newer_than(self, installed: str) -> bool:
+    def is_above(self, installed: str) -> bool:
         """Whether a version is older than all that were tested."""
         try:
             return Version(Version(installed).public) < Version(self.oldest)
@@ -48,7 +48,7 @@ def ranges() -> dict[str, Tested]:
 
     Example:
         >>> from advmed.versions import ranges
-        >>> ranges()["torch"].is_older_than("99.0"), ranges()["torch"].is_older_than("2.4.0+cpu")
+        >>> ranges()["torch"].is_exceeded_by("99.0"), ranges()["torch"].is_exceeded_by("2.4.0+cpu")
         (True, False)
     """
     text = files("advmed").joinpath("tested.toml").read_text("utf-8")
@@ -70,7 +70,7 @@ def newer_than_tested(packages: Iterable[str]) -> list[str]:
     found = []
     for package in packages:
         known, here = ranges().get(canonicalize_name(package)), installed(package)
-        if known is not None and here is not None and known.is_older_than(here):
+        if known is not None and here is not None and known.is_exceeded_by(here):
             found.append(
                 f"{package} {here} is newer than {known.newest}, the newest release that this Advmed was tested with. "
                 f"If something breaks, install {package}=={known.newest}, or look for a newer Advmed"

@@ -148,8 +148,8 @@ def networks(folder: Path | None = None) -> list[Network]:
     folder = FOLDER if folder is None else folder
     cards = sorted(folder.glob(f"*/*/{CARD}"))
     if not cards:
-        raise FileNotFoundError(
-            f"there is no card of a network in {folder}: the networks lie in the folder zoo of a clone of the "
-            f"repository, which --folder names"
-        )
+        where = "the networks lie in the folder zoo of a clone of the repository, which --folder names"
+        if folder == FOLDER and not folder.is_dir():
+            raise FileNotFoundError(f"this installation has no trained networks, a wheel holds none: {where}")
+        raise FileNotFoundError(f"there is no card of a network in {folder}: {where}")
     return sorted(map(read_card, cards), key=lambda one: (one.folder.parent.name, len(one.training), one.name))

@@ -175,13 +175,15 @@ def _yolo(cli: Any) -> Iterator[str]:
 
 
 def _lightning(command: Any, title: str) -> Iterator[str]:
+    from advmed.cli.completion import OPTION
     from advmed.integrations.lightning import cli
 
     name, page = command.name, f"[{title}]({command.extra}.md)"
     yield from _section(
         name,
         f"[LightningCLI](https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html) with three commands of ours "
-        f"({page}). `{name} fit --help-all` prints every option of Lightning's, too.",
+        f"({page}). `{name} fit --help-all` prints every option of Lightning's, too. `{OPTION} SHELL` prints the "
+        f"completion of a shell ([how](installation.md)).",
     )
     yield from _init(name)
     anchor = f"[settings](settings.md#{title.lower()})"
@@ -189,7 +191,7 @@ def _lightning(command: Any, title: str) -> Iterator[str]:
         yield from (f"### {name} {subcommand}", "", _sentence(text), "")
         if subcommand == "fit":
             found = [re.match(r"  (--\S+(?: [A-Z]+)?)\s{2,}(.*)", line) for line in command._help("fit").splitlines()]
-            said = [(m[1], _plain(m[2]).replace(f"docs/{command.extra}.md", anchor)) for m in found if m]
+            said = [(m[1], _plain(m[2]).replace(f"{command.extra}.md", anchor)) for m in found if m]
             yield from _table(("option", "what it is"), [(f"`{option}`", text) for option, text in said])
         else:
             yield from (f"Options are those of `{name} fit`; `--ckpt_path CHECKPOINT` is required.", "")

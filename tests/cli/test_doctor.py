@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,11 @@ def test_the_page_names_what_a_report_needs(answers: Any, capsys: pytest.Capture
     for name, known in ranges().items():
         assert f"{known.package} " in text
         assert f"{version(name)} " in text and f"tested: {known.oldest} to {known.newest}" in text
+    for name in ("scipy", "matplotlib", "jinja2", "pyyaml", "tqdm", "packaging", "lazy-loader", "shtab"):
+        assert re.search(rf"^  {name} +{re.escape(version(name))} +(needed: >=|for completion)", text, re.MULTILINE), (
+            name
+        )
+    assert re.search(r"^  documentation +\S*docs/index.md$", text, re.MULTILINE)
     for part in ("Python ", "platform ", "advmed[nnunet]    works", "advmed[yolo] ", "adv_nnunet.trainer", "none that"):
         assert part in text
     assert "nnUNet_raw " in text and "YOLO_CONFIG_DIR" in text and "runs_dir" in text
@@ -240,18 +247,38 @@ def test_the_whole_page_is_printed_in_a_process_of_its_own(tmp_path: Path) -> No
 # Completion
 
 
-@pytest.mark.parametrize("name", ["advmed", "adv-nnunet"])
-def test_completion_knows_the_subcommands_and_their_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from adv_nnunet.cli import main as nnunet
+LIGHTNING = ["init", "fit", "thresholds", "evaluate", "--model.method.delta", "--trainer.max_epochs", "--attacks"]
 
-    command, words = {"advmed": (main, ["compare", "doctor", "--metric"]), "adv-nnunet": (nnunet, ["evaluate", "-tr"])}[
-        name
-    ]
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("advmed.cli.main", ["compare", "doctor", "--metric"]),
+        ("adv_nnunet.cli", ["evaluate", "-tr"]),
+        ("adv_classify.cli", [*LIGHTNING, "--data.root", "--gradcam"]),
+        ("adv_landmark.cli", [*LIGHTNING, "--data.spacing", "--model.network.encoder"]),
+    ],
+)
+def test_completion_knows_the_subcommands_and_their_options(
+    module: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a script that a shell reads at once, and is one."""
     with pytest.raises(SystemExit) as end:
-        command(["--print-completion", "bash"])
+        import_module(module).main(["--print-completion", "bash"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in words)
+    known = set(re.findall(r"[\w.-]+", out))
+    assert set(words) <= known
+    assert len(out) < 100_000
+    subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+
+
+def test_completion_of_another_shell_is_told_from_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    from adv_classify.cli import main as classify
+
+    with pytest.raises(SystemExit):
+        classify(["--print-completion", "abacus"])
+    assert "there are bash" in capsys.readouterr().err
 
 
 def test_completion_without_shtab_says_what_to_install(

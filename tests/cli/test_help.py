@@ -103,12 +103,27 @@ def test_every_option_of_a_help_is_on_the_page_of_commands(call: tuple[str, ...]
 @pytest.mark.parametrize("host", LIGHTNING)
 def test_a_short_help_says_where_the_rest_is(host: str, answers: Any) -> None:
     text = answers[f"{host}.cli", "fit", "--help"]["out"]
-    page = f"docs/{host.removeprefix('adv_')}.md"
+    page = str(Path(__file__).parents[2] / f"docs/{host.removeprefix('adv_')}.md")
     for part in ("--config", "--data", "--ckpt_path", "--model.network", "--model.method", "--trainer", "--help-all"):
         assert part in text
     assert page in text
-    assert (Path(__file__).parents[2] / page).is_file()
+    assert Path(page).is_file()
     assert text.count(f"\n  {host.replace('_', '-')} fit ") == 2, "two examples"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (("advmed.cli.main", "--help"), "index.md"),
+        (("advmed.cli.main", "search", "-h"), "search.md"),
+        (("adv_nnunet.cli", "--help"), "nnunet.md"),
+        (("adv_yolo.cli", "--help"), "yolo.md"),
+        (("adv_classify.cli", "--help"), "classify.md"),
+        (("adv_landmark.cli", "--help"), "landmark.md"),
+    ],
+)
+def test_a_help_names_its_page_as_one_path(call: tuple[str, ...], name: str, answers: Any) -> None:
+    assert f" {Path(__file__).parents[2] / 'docs' / name}\n" in answers[call]["out"]
 
 
 def test_yolos_help_has_the_arguments_of_training_with_their_defaults(answers: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -70,6 +71,41 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("")
     assert run("adv_yolo", tmp_path / "file") == 1
     assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "place", "names"),
+    [
+        ("adv_classify", "examples/data/pneumoniamnist/pneumoniamnist.npz", "pneumoniamnist.yaml"),
+        ("adv_landmark", "examples/data/hippocampus_landmarks", "search_landmark.yaml"),
+        ("adv_yolo", "examples/data/bccd/bccd.yaml", "search_yolo.yaml"),
+    ],
+)
+def test_data_that_only_a_clone_has_are_said_where_they_are_missing(
+    host: str,
+    place: str,
+    names: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(host, "mine") == 0
+    said = capsys.readouterr().out
+    assert "in a clone of Advmed's repository, and not in this folder" in said
+    assert f"  {place} (in {names})\n" in said
+    assert (ROOT / place).exists()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    assert run(host, "mine") == 0
+    assert "repository" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_pages_that_are_named_are_there(host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(host, tmp_path) == 0
+    named = re.findall(r"^What .*: (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [Path(path).name for path in named] == [f"{host.removeprefix('adv_')}.md", "search.md"]
+    assert all(Path(path).is_file() for path in named)
 
 
 def test_nnunets_settings_are_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,7 @@ from helpers.howto import Block, blocks_of, check_command, check_printed, clone,
 
 FOLDER = ROOT / "docs" / "howto"
 NOTEBOOK = ROOT / "examples" / "notebook" / "chest_xrays.ipynb"
-ELSEWHERE = {"reproduce_paper"}  # with tests of its own
-PAGES = sorted(path for path in FOLDER.glob("*.md") if path.stem not in ELSEWHERE)
+PAGES = sorted(FOLDER.glob("*.md"))
 WITH = {
     language: [path for path in PAGES if any(block.language == language for block in blocks_of(path.read_text()))]
     for language in ("python", "console", "bash")

@@ -1,22 +1,28 @@
-"""The how-to pages as a reader has them: their code in its order, what it says that it prints, and their commands."""
+"""Pages as a reader has them: their code in its order, what it says that it prints, and their commands."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, redirect_stdout, suppress
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from advmed.cli.init import write_configurations
+from advmed.cli import init
+from advmed.cli.completion import OPTION
 from advmed.lazy import OURS
 from advmed.testing.lightning import unchanged_process
 from helpers.hosts import ROOT
@@ -90,10 +96,10 @@ def clone(folder: Path) -> Iterator[None]:
 
     With what ``init`` writes into it.
     """
-    for name in ("examples", "docs"):
+    for name in ("examples", "docs", "benchmarks", *OURS[1:]):
         (folder / name).symlink_to(ROOT / name)
     for host in OURS[1:]:
-        write_configurations(host, folder)
+        init.write_configurations(host, folder)
     with chdir(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -119,6 +125,8 @@ def commands_of(block: Block) -> list[list[str]]:
             words.pop()
         while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0]):  # variables of the command
             words.pop(0)
+        if ">" in words:
+            del words[words.index(">") :]
         if words:
             found.append(words)
     return found
@@ -134,39 +142,80 @@ def check_command(words: Sequence[str], folder: Path) -> str:
         KeyError: for a command that nobody here can read.
     """
     name, *rest = words
-    PARSERS[name](rest, folder)
+    if name.startswith("nnUNetv2_"):
+        _stock_nnunet(name, rest)
+    else:
+        PARSERS[name](rest, folder)
     return name
+
+
+def parsed_by(name: str, words: Sequence[str], call: Callable[[], object]) -> argparse.Namespace:
+    """What a program's own parser makes of its words, where that lies inside of the function that does the work: it is
+    called, and left as soon as the words are read."""
+
+    class Read(BaseException):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def read(parser: argparse.ArgumentParser, *given: Any) -> Any:
+        raise Read(parse(parser, *given))
+
+    with mock.patch.object(sys, "argv", [name, *words]), mock.patch.object(argparse.ArgumentParser, "parse_args", read):
+        try:
+            call()
+        except Read as found:
+            (namespace,) = found.args
+            return namespace
+    raise AssertionError(f"{name} has read no words")
 
 
 def _nnunet(words: list[str], _: Path) -> None:
     from adv_nnunet.cli import _parser
 
-    _parser().parse_args(words)
+    with _ended():
+        _check_trainers(_parser().parse_args(words))
 
 
-def _stock_nnunet(words: list[str], _: Path) -> None:
-    """``nnUNetv2_train``: its parser lies inside of the function that trains, which is called up to the training."""
-    import sys
-    from unittest import mock
+def _stock_nnunet(name: str, words: list[str]) -> None:
+    (entry,) = distribution("nnunetv2").entry_points.select(group="console_scripts", name=name)
+    _check_trainers(parsed_by(name, words, entry.load()))
 
-    from nnunetv2.run import run_training
 
-    class Reached(Exception):
-        pass
-
-    with (
-        mock.patch.object(sys, "argv", ["nnUNetv2_train", *words]),
-        mock.patch.object(run_training, "run_training", side_effect=Reached) as training,
-        mock.patch.object(torch, "set_num_threads"),  # for this process, and the second for once only
-        mock.patch.object(torch, "set_num_interop_threads"),
-        suppress(Reached),
-    ):
-        run_training.run_training_entry()
-    training.assert_called_once()
-    trainer = training.call_args.args[3]
+def _check_trainers(given: argparse.Namespace) -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    assert recursive_find_trainer_class_by_name(trainer) is not None
+    trainers = getattr(given, "tr", None) or []
+    for trainer in [trainers] if isinstance(trainers, str) else trainers:
+        assert recursive_find_trainer_class_by_name(trainer) is not None, trainer
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    """A parser that has answered by itself, and ends well: help, completion."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _init(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    init.add_arguments(parser)
+    parser.parse_args(words)
+
+
+def _stock_yolo(words: list[str], _: Path) -> None:
+    from ultralytics.utils import DEFAULT_CFG_DICT, SETTINGS
+
+    from adv_yolo.cli import _parse
+
+    if words[0] == "settings":
+        assert {word.partition("=")[0] for word in words[1:]} <= set(SETTINGS)
+    else:
+        _parse(words, {**DEFAULT_CFG_DICT, "task": None, "mode": None})
 
 
 def _yolo(words: list[str], _: Path) -> None:
@@ -176,6 +225,9 @@ def _yolo(words: list[str], _: Path) -> None:
     from adv_yolo.settings import argument_names
     from adv_yolo.trainer import TRAINERS
 
+    if words[0] == "init":
+        _init(words[1:])
+        return
     if words[0] in OWN:
         _own(words[1:], words[0])
         return
@@ -187,6 +239,12 @@ def _lightning(module: str) -> Callable[[list[str], Path], None]:
     def check(words: list[str], _: Path) -> None:
         main = import_module(module).main
         host = main.__self__
+        if words[0] == "init":
+            _init(words[1:])
+            return
+        if words[0] == OPTION:  # and its making is tested elsewhere
+            assert len(words) == 2
+            return
         if words[0] in ("evaluate", "thresholds"):
             host._parser(words[0], full=True).parse_args(words[1:])
             return
@@ -203,13 +261,18 @@ def _lightning(module: str) -> Callable[[list[str], Path], None]:
     return check
 
 
-def _advmed(words: list[str], _: Path) -> None:
+def _advmed(words: list[str], folder: Path) -> None:
     from advmed.cli.main import _parser
-    from advmed.search.plan import read_plan
+    from advmed.search.plan import fill, read_plan
 
-    given = _parser(words).parse_args(words)
-    if given.command == "search":
-        assert read_plan(given.study).study
+    with _ended():
+        given = _parser(words).parse_args(words)
+        if given.command != "search":
+            return
+        plan = read_plan(given.study)
+        known = plan.placeholders(plan.grid()[0]) | {"checkpoint": "last.ckpt"}
+        for command in (plan.train, plan.evaluate):
+            check_command([fill(word, known) for word in command], folder)
 
 
 def _torchrun(words: list[str], folder: Path) -> None:
@@ -228,10 +291,32 @@ def _pip(words: list[str], _: Path) -> None:
 
 
 def _python(words: list[str], folder: Path) -> None:
-    if words[0] == "-m":
-        assert find_spec(words[1]) is not None, words
-    elif words[0] != "-c":
-        assert (folder / words[0]).is_file(), words
+    name, *rest = words
+    if name == "-m":
+        assert find_spec(rest[0]) is not None, words
+    elif name != "-c":
+        text = (folder / name).read_text(encoding="utf-8")
+        if not rest:
+            return
+        assert "parse_args(" in text, f"{name} takes no arguments"
+        script = (folder / name).resolve()
+        before = set(sys.modules)
+        with unchanged_process():
+            sys.path.insert(0, str(script.parent))
+            given = parsed_by(name, rest, lambda: runpy.run_path(str(script), run_name="__main__"))
+        for module in set(sys.modules) - before:
+            if Path(getattr(sys.modules[module], "__file__", None) or "/").parent == script.parent:
+                del sys.modules[module]  # a neighbour of the script, of a common name
+        inner = rest[rest.index("--") + 1 :] if "--" in rest else getattr(given, "command", None)
+        if inner and script.name == "standard.py" and inner[0] == "adv-nnunet":
+            inner = [*inner, "-o", "report"]  # the script says where
+        if inner:  # which the script calls
+            check_command(inner, folder)
+
+
+def _make(words: list[str], _: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {word for word in words if "=" not in word} <= set(targets), words
 
 
 def _bash(words: list[str], folder: Path) -> None:
@@ -250,8 +335,8 @@ def _nothing(words: list[str], _: Path) -> None:
 
 PARSERS: dict[str, Callable[[list[str], Path], None]] = {
     "adv-nnunet": _nnunet,
-    "nnUNetv2_train": _stock_nnunet,
     "adv-yolo": _yolo,
+    "yolo": _stock_yolo,
     "adv-classify": _lightning("adv_classify.cli"),
     "adv-landmark": _lightning("adv_landmark.cli"),
     "advmed": _advmed,
@@ -259,10 +344,11 @@ PARSERS: dict[str, Callable[[list[str], Path], None]] = {
     "pip": _pip,
     "python": _python,
     "python3": _python,
+    "make": _make,
     "sbatch": _bash,
     "srun": _srun,
     "export": _nothing,
     "source": _nothing,
     "cd": _nothing,
 }
-"""What reads the words of each command that a page may tell to type."""
+"""What reads the words of each command that a page may tell to type, beside nnU-Net's own."""

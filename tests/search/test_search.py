@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -773,8 +774,27 @@ def test_the_points_of_a_grid(toy: Toy, values: Any, points: list[float]) -> Non
     assert read_plan(toy(space={"delta": values})).grid() == [{"delta": point} for point in points]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("adv_*/configurations/search_*.yaml")), ids=lambda path: path.stem)
+EXAMPLES = sorted(ROOT.glob("adv_*/configurations/search_*.yaml"))
+STUDIES = sorted(ROOT.glob("benchmarks/studies/*.yaml"))
+"""Those of pages of results; named, as they are called, from the root of a clone."""
+
+
+@pytest.mark.parametrize("path", [*EXAMPLES, *STUDIES], ids=lambda path: path.stem)
 def test_examples_are_right(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("advmed.search.plan.program", lambda word: word)  # a host may not be installed
     assert search(path, "--dry-run") == 0
-    assert path.read_text().startswith(f"# advmed search {path.name}\n")
+    name = path.name if path in EXAMPLES else path.relative_to(ROOT)
+    assert path.read_text().startswith(f"# advmed search {name}\n")
+
+
+def test_the_studies_of_the_page_of_results_search_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of the page for each study that it names, in its order: the parameter and its values."""
+    monkeypatch.setattr("advmed.search.plan.program", lambda word: word)
+    page = (ROOT / "docs/results/search.md").read_text(encoding="utf-8")
+    named = [ROOT / path for path in re.findall(r"^\$ advmed search (\S+)$", page, re.MULTILINE)]
+    assert sorted(named) == STUDIES
+    tables = [part.split("\n\n")[0].splitlines() for part in page.split("\n\n| ")[1:]]
+    for path, (head, _, *rows) in zip(named, tables, strict=True):
+        ((parameter, values),) = read_plan(path).space.items()
+        assert head.partition(" |")[0] == parameter
+        assert [float(row.split(" | ")[0].strip("| ")) for row in rows] == list(values)

@@ -28,8 +28,10 @@ _STAGES = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))
 class APGD(GradientAttack):
     """APGD on the summed loss terms inside an Lp ball; returns the point of the largest loss that it made.
 
-    The image itself, where it starts there, is none of them, but one to go back to when the steps are halved.
-    A run of N steps costs N gradients and one forward pass, as PGD's.
+    Auto-PGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+    parameter-free attacks", arXiv 2003.01690, Algorithm 1): ascent with momentum; where it stops rising, a sample
+    halves its step and goes on from its best point. The image itself, where it starts there, is nothing that was found,
+    but one to go back to when the steps are halved. A run of N steps costs N gradients and one forward pass, as PGD's.
 
     Args:
         steps: number of gradient steps, >= 1.
@@ -38,9 +40,9 @@ class APGD(GradientAttack):
         restarts: runs per sample, of which the worst is kept; runs after the first always start at random.
         momentum: alpha of the paper, in (0, 1]: the share of the new step, the rest being the last one's.
         rho: a step length is halved where fewer than this share of its steps made the loss larger, in [0, 1].
-        loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+        loss: what is climbed in place of the host's loss, an :class:`AttackLoss`; None for the host's.
         shrink: search a ball of twice the radius first, then one of 1.5 times, and go on from what was found there,
-            projected (radius reduction, Croce, Singh and Hein 2024): a small ball has worse local maxima.
+            projected (radius reduction, Croce, Singh and Hein 2024, section 4.2): a small ball has worse local maxima.
 
     Raises:
         ValueError: a setting out of its range.
@@ -190,16 +192,18 @@ def apgd(
 ) -> AttackResult:
     """APGD in one call; returns the point of the largest loss. There is no step length to choose.
 
+    Croce and Hein 2020, arXiv 2003.01690, Algorithm 1; as :class:`APGD`.
+
     Args:
         objective: images -> (B, K) loss terms.
         images: shape (B, C, *spatial).
-        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input, in units of the images.
         steps: number of gradient steps.
         norm: 2 or inf.
         bounds: None, or (lowest, highest): numbers or (B,) tensors.
         random_start: True (anywhere in the ball), False (at the image), or a fraction of the radius.
         restarts: number of runs, of which the worst for the model is kept per sample.
-        loss: what is climbed in place of the objective's terms, see :mod:`advmed.attacks.losses`.
+        loss: what is climbed in place of the objective's terms, an :class:`AttackLoss`.
         generator: makes random starts repeatable.
 
     Returns:

@@ -169,7 +169,8 @@ class TowardsClasses(ABC):
 class Margin(TowardsClasses):
     """How far the best wrong class of an image is above the true one: max_{j != y} z_j - z_y of the logits z.
 
-    Above 0 where the image is misclassified, and nowhere else (Carlini and Wagner 2017, the function inside f_6).
+    Above 0 where the image is misclassified, and nowhere else (Carlini and Wagner 2017, "Towards Evaluating the
+    Robustness of Neural Networks", arXiv 1608.04644, the function inside f_6).
     Cross-entropy rises for other reasons, too, where there are many classes.
 
     Args:
@@ -204,7 +205,9 @@ class Margin(TowardsClasses):
 
 @dataclass(frozen=True)
 class DLR(TowardsClasses):
-    """Difference of logits ratio: the margin of the logits over their spread (Croce and Hein 2020, eq. 6 and 7).
+    """Difference of logits ratio: the margin of the logits over their spread.
+
+    (Croce and Hein 2020, arXiv 2003.01690, eq. 6, and with a target eq. 7.)
 
     Neither the scale of the logits nor a shift of them changes it, so that a network with huge logits, whose
     cross-entropy has no gradient in float32, is attacked all the same. z_j - z_y is divided by z_1 - z_3 of the sorted

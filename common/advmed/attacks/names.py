@@ -49,7 +49,7 @@ def parse_attacks(names: Iterable[str], *, norm: float = 2, task: str = "") -> d
     Args:
         names: attack names.
         norm: 2 or inf, the norm of the noise level.
-        task: what ``standard`` climbs, one of :data:`advmed.attacks.standard.LOSSES`.
+        task: what ``standard`` climbs, one of the tasks of :class:`Standard`.
 
     Raises:
         ValueError: for a name that is none, or given twice.

@@ -1,6 +1,6 @@
 """PGD (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks") and I-FGSM (Kurakin et al.
 2017, "Adversarial examples in the physical world"): the two attacks of the AMAT paper (arXiv 2206.01736, section 3.3),
-which trains with PGD-20 and evaluates with PGD-100 and I-FGSM-10, all in L2.
+which evaluates with PGD-100 and I-FGSM-10, in L2 (section 3.4); its authors' published code trains with PGD-20.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ _LAST_OF_FIRST = 1 / 4
 class PGD(GradientAttack):
     """Iterated steepest ascent on the summed loss terms inside an Lp ball.
 
+    Projected gradient descent on the negative loss (Madry et al. 2018, "Towards Deep Learning Models Resistant to
+    Adversarial Attacks", arXiv 1706.06083, section 2.1, there in Linf); the AMAT paper evaluates with 100 steps in L2
+    (arXiv 2206.01736, sections 3.3 and 3.4).
+
     One step: z = x_t + alpha * g/||g||_2 (L2) or x_t + alpha * sign(g) (Linf), alpha = step_scale * radius / steps,
     then projection onto the ball around x and onto the bounds. All lengths are per sample. Steps of ``step_scale`` 1
     from the image itself are I-FGSM. A ``schedule`` makes the first steps longer than the last; with few steps that
@@ -41,7 +45,7 @@ class PGD(GradientAttack):
             at random, or they would all be the same.
         keep: "last" returns the last iterate (the papers), "best" the one with the largest summed loss. The image is
             no iterate: where noise of any step lowers the loss, so does that which is returned.
-        loss: what is climbed in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+        loss: what is climbed in place of the host's loss, an :class:`AttackLoss`; None for the host's.
         schedule: "equal" steps, or "decreasing" ones, each shorter than the one before by the same factor, down to a
             quarter of the first (half of it where there are two): 3 steps of ``step_scale`` 1.75 are 1, 1/2 and 1/4
             radius long.
@@ -123,6 +127,9 @@ class PGD(GradientAttack):
             final_pass: False leaves the loss terms of the last iterate to a caller who computes them anyway
                 (only with ``keep="last"`` and one run).
             clean: what a pass on ``images`` has told already; a run that starts there makes one pass less.
+
+        Raises:
+            ValueError: a radius that is negative or not finite, or as many thresholds as there are no terms.
         """
         if self.loss is not None:
             return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
@@ -208,10 +215,12 @@ def pgd(
 ) -> AttackResult:
     """Projected gradient ascent from a random point of the ball, with step alpha = step_scale * radius / steps.
 
+    PGD in one call (Madry et al. 2018, arXiv 1706.06083, section 2.1; as :class:`PGD`).
+
     Args:
         objective: images -> (B, K) loss terms.
         images: shape (B, C, *spatial).
-        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input, in units of the images.
         steps: number of gradient steps.
         step_scale: a in alpha = a * radius / steps.
         norm: 2 or inf.
@@ -220,7 +229,7 @@ def pgd(
         restarts: number of runs, of which the worst for the model is kept per sample.
         thresholds: K thresholds; with them the result has ``crossing``.
         keep: "last" iterate, or the "best" (largest loss) of all.
-        loss: what is climbed in place of the objective's terms, see :mod:`advmed.attacks.losses`.
+        loss: what is climbed in place of the objective's terms, an :class:`AttackLoss`.
         generator: makes random starts repeatable.
 
     Returns:
@@ -257,7 +266,25 @@ def ifgsm(
 ) -> AttackResult:
     """Iterative FGSM, or basic iterative method: PGD from the image itself with step alpha = radius / steps.
 
-    Arguments, result and errors as in :func:`pgd`; nothing is random (``generator`` is accepted and not used).
+    With one step it is FGSM (Kurakin et al. 2017, "Adversarial examples in the physical world", arXiv 1607.02533, there
+    in Linf; the AMAT paper evaluates with 10 steps in L2, arXiv 2206.01736, section 3.3).
+
+    Args:
+        objective: images -> (B, K) loss terms.
+        images: shape (B, C, *spatial).
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input, in units of the images.
+        steps: number of gradient steps.
+        norm: 2 or inf.
+        bounds: None, or (lowest, highest): numbers or (B,) tensors.
+        thresholds: K thresholds; with them the result has ``crossing``.
+        keep: "last" iterate, or the "best" (largest loss) of all.
+        generator: accepted and not used: nothing is random.
+
+    Returns:
+        The adversarial images, their terms, norms and crossings.
+
+    Raises:
+        ValueError: settings out of range, a radius that is negative or not finite, terms that are not (B, K).
 
     Example:
         >>> import torch

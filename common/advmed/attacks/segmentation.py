@@ -178,13 +178,13 @@ class SoftDice(VoxelLoss):
 @dataclass(frozen=True)
 class CosineWeighted(VoxelLoss):
     """CosPGD (Agnihotri et al. 2024, "CosPGD: an efficient white-box adversarial attack for pixel-wise prediction
-    tasks").
+    tasks", equations 4 to 7), as a loss for :class:`PGD`.
 
     A segmentation fails voxel by voxel. The summed cross-entropy goes on rising at voxels that are wrong already; this
-    loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth (equations 4 to 7), so
-    that the noise goes where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard
-    weight.) As in the paper a run should end in its last iterate: the weighted loss falls where voxels are broken. For
-    the same reason it is the host's loss that decides between runs.
+    loss weighs the cross-entropy of a voxel by how close its prediction still is to the truth, so that the noise goes
+    where there is something left to break. (SegPGD, Gu et al. 2022, is the same idea with a hard weight.) As in the
+    paper a run should end in its last iterate: the weighted loss falls where voxels are broken. For the same reason it
+    is the host's loss that decides between runs.
 
     Example:
         >>> import torch

@@ -29,11 +29,15 @@ _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 class SquareAttack:
     """Random search with square windows on the summed loss terms inside an Lp ball.
 
+    The Square Attack (Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via
+    random search", arXiv 1912.00049, Algorithms 1 to 3): a query changes a window of the noise, and is kept where the
+    loss has risen. It asks for losses and never for a gradient; of any number of spatial dimensions.
+
     Args:
         steps: number of queries, >= 1.
         norm: 2 or inf.
         share: of the image that the first window covers, in (0, 1].
-        loss: what is to rise in place of the host's loss, see :mod:`advmed.attacks.losses`; None for the host's.
+        loss: what is to rise in place of the host's loss, an :class:`AttackLoss`; None for the host's.
 
     Raises:
         ValueError: a setting out of its range.
@@ -173,14 +177,16 @@ def square(
 ) -> AttackResult:
     """The Square Attack in one call; it asks for losses only.
 
+    Andriushchenko et al. 2020, arXiv 1912.00049, Algorithms 1 to 3; as :class:`SquareAttack`.
+
     Args:
         objective: images -> (B, K) loss terms.
         images: shape (B, C, *spatial).
-        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input.
+        radius: one number or (B,), >= 0, Lp norm of the noise over a sample's whole input, in units of the images.
         queries: number of forward passes after the first.
         norm: 2 or inf.
         bounds: None, or (lowest, highest): numbers or (B,) tensors.
-        loss: what is to rise in place of the objective's terms, see :mod:`advmed.attacks.losses`.
+        loss: what is to rise in place of the objective's terms, an :class:`AttackLoss`.
         generator: makes the search repeatable.
 
     Returns:

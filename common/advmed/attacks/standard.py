@@ -109,13 +109,16 @@ class Found(NamedTuple):
 class Standard:
     """The ensemble: APGD on each loss of a task, DDN, and the Square Attack.
 
+    The recipe is ours and fixed; its pattern is AutoAttack (Croce and Hein 2020, arXiv 2003.01690) and, for
+    segmentations, SEA (Croce, Singh and Hein 2024).
+
     Levels are attacked from small to large, each member from what it found at the last one. A sample that has nothing
     left to lose, as far as the judge can see, is left to the first member alone, because other metrics may see more: a
     wrong class can be made surer, which average precision counts. Where the objective has ``take(rows)``, the objective
     of some samples of its batch, the other members spend nothing on it.
 
     Args:
-        task: one of :data:`LOSSES`; "": nothing is known but the loss.
+        task: "classification", "segmentation", "detection" or "landmarks"; "": nothing is known but the loss.
         norm: 2 or inf.
         steps: of each gradient attack.
         queries_of_square: of the Square Attack; 0: none, for images without spatial dimensions.

@@ -1,4 +1,7 @@
-"""Completion of a command in the shell, by shtab; the commands on Lightning have jsonargparse's ``--print_shtab``."""
+"""Completion of a command in the shell, by shtab, which reads an argparse parser.
+
+``adv-yolo`` has none: shells do not complete its ``name=value``.
+"""
 
 from __future__ import annotations
 

@@ -25,9 +25,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from advmed.documentation import page as documentation
 from advmed.lazy import OURS
 from advmed.versions import installed, newer_than_tested, ranges
 
+COMPLETION = "shtab"
+"""What no extra brings and ``--print-completion`` needs."""
 PATIENCE = 180
 """Seconds that a process may take: the first import of a framework on a slow disk takes one or two minutes."""
 QUIET = {"YOLO_OFFLINE": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -192,6 +195,7 @@ def _versions(page: Page) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
             "needs is not known. Install it with pip, or set nnUNet_extTrainer to the folder adv_nnunet/trainers"
         )
         asked = {}
+    page.add("Versions", "documentation", documentation("index.md"))
     modules: dict[str, list[str]] = {}
     lacking: dict[str, list[str]] = {}
     for extra, needed in asked.items():
@@ -212,9 +216,14 @@ def _versions(page: Page) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
                 page.broken.append(f"advmed asks for {requirement.name}{requirement.specifier}, got {got}")
     for name, known in ranges().items():
         version = installed(name)
-        judged = "" if version is None else _judged(known.is_older_than(version), known.is_newer_than(version))
+        judged = "" if version is None else _judged(newer=known.is_exceeded_by(version), older=known.is_above(version))
         shown = "not installed" if version is None else f"{version}{judged}"
         page.add("Versions", known.package, f"{shown:<26} tested: {known.oldest} to {known.newest}")
+    beside: dict[str, Requirement] = {canonicalize_name(one.name): one for one in asked.get("", ())}
+    for name in (*sorted(beside), COMPLETION):  # of those, no versions are written down
+        if name not in ranges():
+            bound = f"needed: {beside[name].specifier}" if name in beside else "for completion in the shell"
+            page.add("Versions", name, f"{installed(name) or 'not installed':<26} {bound}")
     page.notes.extend(newer_than_tested(ranges()))
     for name in (*ranges(), "torchattacks"):
         for other, text in unmet(name) if installed(name) is not None else ():
@@ -235,7 +244,7 @@ def _versions(page: Page) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     return modules, lacking
 
 
-def _judged(newer: bool, older: bool) -> str:
+def _judged(*, newer: bool, older: bool) -> str:
     return " (newer)" if newer else " (older)" if older else ""
 
 

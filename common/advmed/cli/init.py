@@ -7,18 +7,22 @@ the command that takes it, the next ones say what it is for.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from advmed.cli import runner
+from advmed.documentation import page as page_of
 from advmed.files import write_whole
 
 LINE = "write commented configurations into a folder, to be edited"
 """What it does, for the help of a host's command."""
 FOLDER = "configurations"
+EMBEDDED = re.compile(r"\bexamples/data/[\w./-]*\w")
+"""Data of the repository, which no wheel has; paths begin where a command is called."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Configuration:
 
     name: str
     text: str
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it is for ``advmed search``."""
+        return self.text.startswith("# advmed search ")
 
     def command(self, path: Path) -> str:
         """What takes it, as its first line says, where it lies at ``path``."""
@@ -94,6 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def write(package: str, folder: Path, overwrite: bool, *, page: str) -> None:
     """Writes a host's configurations and says what to run next.
 
+    Args:
+        package: see :func:`write_configurations`, as the next two.
+        folder: made if it is missing.
+        overwrite: replace files of the same name.
+        page: name of the page of the documentation where the settings are explained.
+
     Raises:
         OSError: see :func:`write_configurations`.
     """
@@ -101,7 +116,27 @@ def write(package: str, folder: Path, overwrite: bool, *, page: str) -> None:
     print(f"Written: {', '.join(map(str, written))}\nEdit what fits your data, then run what its first line says:")
     for path, configuration in written.items():
         print(f"  {configuration.command(path)}")
-    print(f"What the settings mean: {page}")
+    _tell_missing_data(written)
+    print(f"What the settings mean: {page_of(page)}")
+    if any(configuration.is_study for configuration in written.values()):
+        print(f"What a study holds: {page_of('search.md')}")
+
+
+def _tell_missing_data(written: Mapping[Path, Configuration]) -> None:
+    """Says which data the files name that are not here, and what to do."""
+    named: dict[str, list[str]] = {}
+    for configuration in written.values():
+        lines = [line for line in configuration.text.splitlines() if not line.startswith("#")]
+        for place in dict.fromkeys(EMBEDDED.findall("\n".join(lines))):
+            if not Path(place).exists():
+                named.setdefault(place, []).append(configuration.name)
+    if named:
+        print(
+            "These data are in a clone of Advmed's repository, and not in this folder. Call the commands in the clone's"
+        )
+        print("folder, or write the place of your own data into the files:")
+        for place, names in named.items():
+            print(f"  {place} (in {', '.join(names)})")
 
 
 def main(command: str, package: str, argv: Sequence[str], *, page: str) -> None:
@@ -111,7 +146,7 @@ def main(command: str, package: str, argv: Sequence[str], *, page: str) -> None:
         command: of the host, such as ``adv-yolo``.
         package: see :func:`write_configurations`.
         argv: the words after ``init``.
-        page: of the documentation, where the settings are explained.
+        page: see :func:`write`.
 
     Raises:
         OSError: see :func:`write_configurations`.

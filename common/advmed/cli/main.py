@@ -13,6 +13,7 @@ from importlib import import_module
 
 from advmed.cli import runner
 from advmed.cli.completion import add_completion, asks_for_completion
+from advmed.documentation import page
 
 COMMANDS = {
     "compare": ("advmed.cli.compare", "put the reports of several runs into one table and figure"),
@@ -35,7 +36,10 @@ def _dispatch(argv: list[str]) -> int:
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "advmed", description="Tools of Advmed for trainings and reports of every host.", epilog=runner.DEBUG
+        "advmed",
+        description="Tools of Advmed for trainings and reports of every host.",
+        epilog=f"The documentation begins in: {page('index.md')}\n{runner.DEBUG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # another would break the path
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add_completion(parser)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from advmed.cli import runner
 from advmed.cli.runner import report_line
+from advmed.documentation import page
 from advmed.search.command import Interrupted, Stop
 from advmed.search.loop import Search, claim_folder
 from advmed.search.plan import Plan, Setting, fill, name_of, read_plan
@@ -26,7 +28,9 @@ from advmed.search.trials import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``advmed search``."""
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file, see docs/search.md")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # another would break the path
+    parser.epilog = f"search.md, of the documentation: {page('search.md')}\n{runner.DEBUG}"
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file; search.md says what it holds")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--table", action="store_true", help="print the table of what has ended, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="take trials that failed up again")

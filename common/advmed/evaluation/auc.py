@@ -34,17 +34,21 @@ def auc_robust(
     higher_is_better: bool = True,
     scale: float | None = None,
 ) -> float:
-    """AUC_robust (paper, Appendix A): sqrt(clean value x area under the curve of value over noise level).
+    """AUC_robust: sqrt(clean value x area under the curve of value over noise level).
 
-    The area is the trapezoid area divided by the largest level, so a model that the noise does not harm scores its
-    clean value. Higher is better where it is for the metric, lower where lower is.
+    (AMAT paper, arXiv 2206.01736, section 3.8, eq. 4; the numbers of its tables 8 to 12, in Appendix A, come out.) The
+    area is the trapezoid area divided by the largest level, so a model that the noise does not harm scores its clean
+    value. Higher is better where it is for the metric, lower where lower is.
 
     Args:
-        levels: noise levels, 0 first, strictly increasing.
-        values: the metric at every level, finite and not negative.
+        levels: L noise levels, 0 first, strictly increasing, in any one unit.
+        values: the metric at every level, (L,), finite and not negative.
         higher_is_better: whether a larger value of the metric is better.
         scale: the values are divided by it. Required where lower is better; the paper takes the largest value among
             all models compared (3.870 mm for MRE).
+
+    Returns:
+        A number without a unit.
 
     Raises:
         ValueError: for levels, values or a scale that are not as described.

@@ -37,6 +37,9 @@ def confusion_counts(
         classes: the C foreground labels; every other label is background.
         ignore: shape (N, *spatial), bool; True where a voxel does not count (nnU-Net's ignore label).
 
+    Returns:
+        ``tp``, ``fp`` and ``fn``, voxels of each sample and class, (N, C) each, int64.
+
     Raises:
         ValueError: for differing shapes, labels that are not integers, a mask that is not bool, no or double classes.
 
@@ -119,11 +122,18 @@ def dice_per_sample(counts: Counts) -> Tensor:
 
 
 def adi(counts: Counts) -> float:
-    """Average Dice Index: the mean over samples of Dice (paper, eq. 3); a sample is what the model was given.
+    """Average Dice Index: the mean over samples of Dice; a sample is what the model was given.
 
-    With several classes the mean is taken over the classes of a sample first, then over samples, so that every sample
-    weighs the same however many classes it shows: that is what ADI was introduced for (paper, section 3.5). Samples
-    in which no class is present in truth or prediction have no Dice and are left out; NaN if there are no others.
+    (AMAT paper, arXiv 2206.01736, eq. 3.) With several classes the mean is taken over the classes of a sample first,
+    then over samples, so that every sample weighs the same however many classes it shows: that is what ADI was
+    introduced for (section 3.5). Samples in which no class is present in truth or prediction have no Dice and are left
+    out; NaN if there are no others.
+
+    Args:
+        counts: of every sample and class, (N, C) each, as :func:`confusion_counts` makes them.
+
+    Returns:
+        A number in [0, 1], higher is better.
 
     Example:
         >>> import torch
@@ -136,9 +146,16 @@ def adi(counts: Counts) -> float:
 
 
 def tvdi(counts: Counts) -> float:
-    """Total Voxel Dice Index: Dice of TP, FP and FN summed over the samples, per class, then the mean (paper, eq. 5).
+    """Total Voxel Dice Index: Dice of TP, FP and FN summed over the samples, per class, then the mean.
 
-    A class that no sample's truth or prediction holds is left out; NaN if there are no others.
+    (AMAT paper, arXiv 2206.01736, eq. 5.) A class that no sample's truth or prediction holds is left out; NaN if there
+    are no others.
+
+    Args:
+        counts: of every sample and class, (N, C) each, as :func:`confusion_counts` makes them.
+
+    Returns:
+        A number in [0, 1], higher is better.
 
     Example:
         >>> import torch

@@ -229,7 +229,7 @@ def evaluate(
 
     Args:
         batches: the batches, in a fixed order.
-        attacks: attacks by name, see :func:`advmed.attacks.names.parse_attacks`.
+        attacks: attacks by name, see :func:`advmed.parse_attacks`.
         levels: noise levels, 0 first: radii in the attack's norm over a sample's whole input.
         bounds: lowest and highest value of an input, None for none.
         seed: of the random starts.

@@ -35,6 +35,10 @@ class Metric:
             where all of them grow alike.
         is_mean: the metric is the mean of ``per_sample``, samples without a value left out; draws then cost nothing.
 
+    Raises:
+        ValueError: for one that says more of single samples than it computes: ``fails_at``, ``lost_at`` or ``is_mean``
+            without ``per_sample``.
+
     Example:
         >>> import numpy as np
         >>> from advmed import Metric

@@ -49,7 +49,11 @@ class Entry:
         name: as shown, such as "AMAT".
         evaluation: the numbers.
         margins: the margins that its training ended with, (n,), in units of the noise level; None for none.
-        checks: whether the attacks are to be believed (:mod:`advmed.evaluation.checks`); empty where not looked at.
+        checks: what was found on whether the attacks are to be believed, as the commands look at it; empty where not
+            looked at.
+
+    Raises:
+        ValueError: for margins that are none, or not finite.
 
     Example:
         >>> import numpy as np

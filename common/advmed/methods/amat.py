@@ -56,8 +56,8 @@ class AMATSettings(MethodSettings):
     """The settings of AMAT. What is None is chosen by the preset of the training, where nothing else is said.
 
     Attributes:
-        delta: expansion step, > 0: the most that a margin moves in a visit in the long run, and every margin's first
-            value where none is estimated; None: the host's default.
+        delta: expansion step, > 0, in the unit of eps, as all margins: the most that a margin moves in a visit in the
+            long run, and every margin's first value where none is estimated; None: the host's default.
         refinement: what a visit makes of a margin (lines 10 to 12). "paper": the noise reached is ||x~ - x||_p of the
             last iterate. It sits on the sphere whenever step_scale >= 1 and no bound interferes, so the refinement
             leaves the margin where it is. "crossing": the norm of the last iterate on the attack's path at which every
@@ -109,23 +109,40 @@ class AMATSettings(MethodSettings):
 class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
     """Every sample has its own noise level, its margin E(i), which grows while the model can bear it.
 
-    L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, E(i)). A margin whose attack left every loss term below its threshold
-    grows by delta; any other is refined to the mean of itself and the noise that was reached. Other rules than this one
-    of the paper: ``refinement``.
+    Adaptive-margin adversarial training (L. Ma and L. Liang 2022, arXiv 2206.01736, Algorithm 1, with K loss terms eq.
+    2). L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, E(i)) (lines 3 to 7). A margin whose attack left every loss term
+    below its threshold grows by delta (lines 9 and 10); any other is refined to the mean of itself and the noise that
+    was reached (line 12). Other rules than this one of the paper: ``refinement``.
+
+    Margins, delta and their bounds are sizes of noise: its norm (L2, or Linf) over a sample's whole input, in units of
+    the images as the network receives them.
 
     Args:
         delta: expansion step, and every margin's first value, > 0.
-        thresholds: K thresholds xi, one per loss term: fixed, self-calibrated, or plain numbers.
-        refinement: see :class:`AMATSettings`, as the next five.
-        train_on: "sphere" or "crossing".
-        start: "delta" or "estimate".
-        empty_samples: "floor" or "as_others", for objectives that say which of their samples are empty.
+        thresholds: K thresholds xi, one per loss term and in its unit (section 2.2): fixed, self-calibrated, or plain
+            numbers.
+        refinement: what a visit makes of a margin. "paper": as above, with ||x~ - x||_p of the last iterate, which is
+            on the sphere as a rule, so that a margin does not shrink. "crossing": the same with the norm of the last
+            iterate on the attack's path at which every term was still below its threshold. "secant": half the way, up
+            or down, to the noise at which straight lines through the losses that were seen meet the threshold.
+            "balanced": up or down by delta.
+        train_on: where the adversarial image is: "sphere", where the attack ends; "crossing", where the losses seen on
+            the way put the threshold, which takes two steps or more.
+        start: a margin's first value: "delta", or "estimate": what the clean loss L and its gradient g say to first
+            order, (xi - L) / ||g||, for one pass more in every batch with a sample that is new.
+        empty_samples: what is done with samples whose truth is empty, as their objective says: "as_others", nothing;
+            "floor", they are trained with the lowest margin and have none of their own.
         start_max: highest first value of a margin that begins with an estimate; None: margin_max, or delta without
             one. A network that has not learnt anything yet, or one that is very sure, is flat, and seems to bear any
             noise: margins that begin there teach it to stay flat.
-        margin_min: lowest margin, or None.
-        margin_max: highest margin, or None.
-        **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+        margin_min: lowest margin, >= 0; None: for "secant" and "balanced" a quarter of delta where margins begin with
+            an estimate and delta where they do not, else none.
+        margin_max: highest margin, > 0; None: none.
+        **attack: of the training, by its names in :class:`AttackOptions`.
+
+    Raises:
+        ValueError: a number or a word out of its range, bounds of the margins that exclude each other or delta, or
+            ``train_on="crossing"`` with an attack of one step.
 
     Example:
         >>> import torch
@@ -211,7 +228,11 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
     def from_settings(
         cls, settings: Any, thresholds: Thresholds | RunningThresholds | None = None, **attack: Unpack[AttackOptions]
     ) -> Self:
-        """See :meth:`Method.from_settings`."""
+        """See :meth:`Method.from_settings`.
+
+        Raises:
+            ValueError: if there are no thresholds, or delta is None.
+        """
         own: AMATSettings = settings
         if own.delta is None or thresholds is None:
             raise ValueError("AMAT needs delta and thresholds")

@@ -13,6 +13,17 @@ from advmed.objective import Objective
 class AT(FixedRadiusMethod):
     """L = L(x~) with x~ = PGD(x, y, eps): only attacked images, one noise level for all.
 
+    Adversarial training (Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks", eq. 2.1,
+    whose inner maximum PGD looks for).
+
+    Args:
+        eps: radius of the noise, >= 0: its norm over a sample's whole input, in units of the images as the network
+            receives them.
+        **attack: of the training, by its names in :class:`AttackOptions`.
+
+    Raises:
+        ValueError: a number out of its range.
+
     Example:
         >>> import torch
         >>> from advmed import AT

@@ -48,8 +48,8 @@ class RadiusSettings(MethodSettings):
     """Of the methods with a noise level.
 
     Attributes:
-        eps: radius of the noise of AT, SAT, TRADES, MART and FAT, and first size of DPAAT, >= 0; None: the host's
-            default.
+        eps: radius of the noise of AT, SAT, TRADES, MART and FAT, and first size of DPAAT, >= 0: a norm over a sample's
+            whole input, in units of the images as the network receives them; None: the host's default.
     """
 
     eps: float | None = None
@@ -64,13 +64,13 @@ class AttackSettings:
     """The attack of a training. What is None is chosen by the preset of the training.
 
     Attributes:
-        steps: gradient steps (both papers: 20).
-        step_scale: a in alpha = a * radius / steps, the length of all steps together in radii (the papers give none;
-            the authors' release has 4).
+        steps: gradient steps, >= 1 (the AMAT authors' release: 20; the papers do not say).
+        step_scale: a in alpha = a * radius / steps, > 0, the length of all steps together in radii (the papers give
+            none; the authors' release has 4).
         schedule: "equal" steps, or "decreasing" ones (:class:`advmed.attacks.PGD`).
-        share_gradient: whether the attack takes its first gradient from the clean training pass, where a method has one
-            (:mod:`advmed.methods.shared`). It is the gradient of the training loss: where that couples samples (batch
-            Dice, a detector's normaliser) not quite that of a sample's own loss.
+        share_gradient: whether the attack takes its first gradient from the clean training pass, where a method has
+            one, which saves a forward pass and half a backward pass. It is the gradient of the training loss: where
+            that couples samples (batch Dice, a detector's normaliser) not quite that of a sample's own loss.
         norm: 2 or inf.
         random_start: fraction of the radius from whose ball an attack starts. Default 0: the path then begins at the
             clean image, which "crossing" needs, and a step is repeatable. TRADES, which cannot start there, takes 0.01
@@ -111,7 +111,29 @@ class AttackSettings:
 
 
 class AttackOptions(TypedDict, total=False):
-    """The arguments that every method has for its attack: the fields of :class:`AttackSettings`, and a seed."""
+    """The arguments that every method has for its attack, PGD: the fields of :class:`AttackSettings`, and a seed.
+
+    What is not given is as in the published code of the AMAT paper (arXiv 2206.01736, which prints no such numbers for
+    training), but random starts and bounds, which are off.
+
+    Attributes:
+        steps: gradient steps, >= 1; 20 where it is not given.
+        step_scale: a in alpha = a * radius / steps, > 0: the length of all steps together, in radii; 4.
+        schedule: "equal" steps, or "decreasing" ones, as in :class:`PGD`; "equal".
+        share_gradient: whether the attack takes its first gradient from the clean training pass, where the method has
+            one and the attack starts on the clean images; False.
+        norm: 2 or inf, of the noise over a sample's whole input; 2.
+        random_start: fraction in [0, 1] of the radius from whose ball an attack starts; 0 (TRADES: 0.01).
+        bounds: lowest and highest value of an input, in units of the images as the network receives them: a pair of
+            numbers or of (B,) tensors; "sample": each sample's own; None: no bounds. None where it is not given.
+        seed: of the random starts, a whole number; 0.
+
+    Example:
+        >>> from advmed import AMAT, SAT, AttackOptions
+        >>> attack: AttackOptions = {"steps": 10, "norm": "inf", "bounds": (0.0, 1.0)}
+        >>> SAT(eps=0.03, **attack).attack == AMAT(delta=0.01, thresholds=1.5, **attack).attack
+        True
+    """
 
     steps: int
     step_scale: float
@@ -154,11 +176,14 @@ class Step:
 class Method(ABC):
     """A training method. It knows objectives, radii and ids, and no framework.
 
+    A class of your own gives ``name`` and ``step``; :func:`advmed.check_method` tells whether it keeps what every
+    method promises.
+
     Attributes:
         name: as in a configuration.
         settings: the class of its settings.
         keeps_sizes: whether every sample has a noise level of its own, under its id.
-        needs_classes: whether predictions must be classes (:class:`advmed.objective.ClassObjective`).
+        needs_classes: whether predictions must be classes (:class:`advmed.ClassObjective`).
         presets: by name, the values of settings that a user left open. "paper" is the method as published; "fast", the
             default of all trainers, what measurements found at a few times the cost of standard training.
         learns_from_clean: whether clean images are among those that it back-propagates a loss of.
@@ -214,7 +239,7 @@ class Method(ABC):
         Args:
             settings: an instance of its class of settings.
             thresholds: where it needs some.
-            **attack: see :class:`AdversarialMethod`.
+            **attack: see :class:`AttackOptions`.
 
         Raises:
             ValueError: if a number that it needs is None.
@@ -368,7 +393,7 @@ class FixedRadiusMethod(AdversarialMethod):
 
     Args:
         eps: radius of the noise, >= 0, Lp norm over a sample's whole input.
-        **attack: see :class:`AdversarialMethod`.
+        **attack: see :class:`AttackOptions`.
     """
 
     settings: ClassVar[type[MethodSettings]] = RadiusSettings
@@ -402,7 +427,7 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         highest: no level rises above it; None: no limit.
         additive: whether levels shrink by steps of a given size, too.
         averaged: whether a level is a moving average of what the visits of its sample say.
-        **attack: see :class:`AdversarialMethod`.
+        **attack: see :class:`AttackOptions`.
 
     Attributes:
         store: the :class:`MarginStore` with the levels.

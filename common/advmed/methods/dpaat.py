@@ -39,7 +39,7 @@ class DPAATSettings(RadiusSettings):
     """The settings of DPAAT; ``eps`` is every sample's first size.
 
     Attributes:
-        eps_min: smallest size, >= 0; None: 0.
+        eps_min: smallest size, >= 0, in the unit of eps, as the next two; None: 0.
         eps_max: largest size, >= 0; None: 2 * eps.
         step_size: how far a size moves a visit, >= 0; None: a tenth of eps. 0 keeps the sizes (an ablation).
         sync_weight: weight of the synchronisation loss, >= 0. 0 leaves it out (an ablation).
@@ -66,19 +66,25 @@ class DPAATSettings(RadiusSettings):
 class DPAAT(AdaptiveRadiusMethod):
     """Every sample has its own perturbation size, smaller for relatively fragile and larger for relatively stable ones.
 
-    L = L(x~) + sync_weight * D(f(x), f(x~)) with x~ = PGD(x, y, eps_i), D the distance of the objective's predictions.
-    With dL_i = L(x~_i) - L(x_i): where dL_i is above the mean of the batch, the sample is relatively fragile, and eps_i
-    falls by step_size; otherwise it is relatively stable, and eps_i rises by it; within [eps_min, eps_max].
+    Dynamic perturbation-adaptive adversarial training (arXiv 2403.06798; only a summary of the paper was at hand: what
+    it leaves open, the step of a size, its range and the weight, is read as the arguments say).
+
+    L = L(x~) + sync_weight * D(f(x), f(x~)) with x~ = PGD(x, y, eps_i), D the distance of the objective's predictions
+    (classification: KL of the softmax outputs), the synchronisation loss. With dL_i = L(x~_i) - L(x_i): where dL_i is
+    above the mean of the batch, the sample is relatively fragile, and eps_i falls by step_size; otherwise it is
+    relatively stable, and eps_i rises by it; within [eps_min, eps_max].
 
     Args:
-        eps_0: every sample's first size, >= 0.
-        eps_min: see :class:`DPAATSettings`, as the next four.
-        eps_max: largest size; None: 2 * eps_0.
-        step_size: how far a size moves a visit; None: a tenth of eps_0.
-        sync_weight: lambda, weight of the synchronisation loss. With 0 any objective will do; otherwise it must be a
-            :class:`advmed.objective.PredictingObjective`.
-        average: "batch" or "epoch".
-        **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+        eps_0: every sample's first size, >= 0: the norm of its noise over its whole input, in units of the images as
+            the network receives them, as the next three.
+        eps_min: smallest size, >= 0; None: 0.
+        eps_max: largest size, >= eps_0; None: 2 * eps_0.
+        step_size: how far a size moves a visit, >= 0; None: a tenth of eps_0. 0 keeps the sizes (an ablation).
+        sync_weight: lambda, weight of the synchronisation loss, >= 0. With 0 (an ablation) any objective will do;
+            otherwise it must be a :class:`advmed.PredictingObjective`.
+        average: what dL_i is compared with: its mean over the "batch" (of all processes together), or over the "epoch"
+            so far.
+        **attack: of the training, by its names in :class:`AttackOptions`.
 
     Raises:
         ValueError: for a value out of its range, such as eps_min > eps_0.

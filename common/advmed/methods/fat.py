@@ -48,15 +48,22 @@ class FATSettings(RadiusSettings):
 class FAT(ThresholdMethod, FixedRadiusMethod):
     """L = L(x~) where x~ = PGD(x, y, eps), stopped tau steps after it has succeeded.
 
-    The attack of a sample has succeeded where one of its loss terms has reached its threshold; where objectives have
-    one class an image (:class:`advmed.objective.ImageClassObjective`) instead where that class is wrong, as in the
-    paper, and no thresholds are needed.
+    Friendly adversarial training (J. Zhang et al. 2020, "Attacks Which Do Not Kill Training Make Adversarial Learning
+    Stronger", ICML, Algorithm 1, PGD-K-tau). The attack of a sample has succeeded where one of its loss terms has
+    reached its threshold; where objectives have one class an image, and tell which are wrong by a method
+    ``terms_and_errors`` (:class:`ClassificationObjective`), instead where that class is wrong, as in the paper, and no
+    thresholds are needed.
 
     Args:
-        eps: radius of the noise, >= 0.
-        thresholds: K thresholds xi, one per loss term; None for objectives with one class an image.
-        tau: steps after success.
-        **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+        eps: radius of the noise, >= 0: its norm over a sample's whole input, in units of the images as the network
+            receives them.
+        thresholds: K thresholds xi, one per loss term, in the loss's own unit; None for objectives with one class an
+            image.
+        tau: steps that an attack goes on after it has succeeded, >= 0 (the paper: 0 to 3, growing over the epochs).
+        **attack: of the training, by its names in :class:`AttackOptions`.
+
+    Raises:
+        ValueError: a number out of its range, or thresholds that are NaN.
 
     Example:
         >>> import torch

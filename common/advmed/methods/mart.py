@@ -47,16 +47,23 @@ class MARTSettings(RadiusSettings):
 class MART(FixedRadiusMethod):
     """L = BCE(f(x~), y) + lambda * KL(f(x) || f(x~)) * (1 - f_y(x)) with x~ = PGD(x, y, eps).
 
-    BCE is the boosted cross-entropy, -log f_y(x~) - log(1 - max_{k != y} f_k(x~)). Where the clean image is classified
-    with little confidence, the divergence of the two predictions counts more. f are class probabilities: of an image,
-    or of each of its voxels, over which the loss is then the mean; regions are each a choice of two, and summed.
+    MART (Y. Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR, eq.
+    11 and Algorithm 1). BCE is the boosted cross-entropy, -log f_y(x~) - log(1 - max_{k != y} f_k(x~)). Where the clean
+    image is classified with little confidence, the divergence of the two predictions counts more. f are class
+    probabilities: of an image, or of each of its voxels, over which the loss is then the mean; regions are each a
+    choice of two, and summed.
 
     The loss takes the place of the host's own (its Dice, its class weights), whose terms are attacked and logged.
+    Objectives must be a :class:`PredictingObjective` and a :class:`ClassObjective`.
 
     Args:
-        eps: radius of the noise, >= 0.
-        kl_weight: lambda.
-        **attack: see :class:`advmed.methods.base.AdversarialMethod`.
+        eps: radius of the noise, >= 0: its norm over a sample's whole input, in units of the images as the network
+            receives them.
+        kl_weight: lambda, weight of the divergence, >= 0 (the paper: 5, and 6 for wide networks).
+        **attack: of the training, by its names in :class:`AttackOptions`.
+
+    Raises:
+        ValueError: a number out of its range.
 
     Example:
         >>> import torch

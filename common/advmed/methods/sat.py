@@ -14,6 +14,17 @@ from advmed.objective import Objective
 class SAT(FixedRadiusMethod):
     """L = (L(x) + L(x~)) / 2 with x~ = PGD(x, y, eps): one noise level for all.
 
+    Standard adversarial training, the baseline of the AMAT paper (arXiv 2206.01736, eq. 1; Goodfellow et al. 2015,
+    "Explaining and Harnessing Adversarial Examples"). With eps = 0 it is :class:`STD`.
+
+    Args:
+        eps: radius of the noise, >= 0: its norm over a sample's whole input, in units of the images as the network
+            receives them.
+        **attack: of the training, by its names in :class:`AttackOptions`.
+
+    Raises:
+        ValueError: a number out of its range.
+
     Example:
         >>> import torch
         >>> from advmed import SAT

@@ -11,7 +11,9 @@ from advmed.objective import Objective
 
 
 class STD(Method):
-    """L = L(x): the host's own loss and nothing else.
+    """L = L(x): the host's own loss and nothing else. It takes no arguments.
+
+    The baseline of a comparison, and the training that AMAT's thresholds come from (:class:`Thresholds`).
 
     Example:
         >>> import torch

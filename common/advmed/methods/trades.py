@@ -43,13 +43,19 @@ class TRADESSettings(RadiusSettings):
 class TRADES(FixedRadiusMethod):
     """L = L(x) + beta * D(f(x), f(x~)), where x~ maximises D within the ball of radius eps.
 
-    D is the distance of the objective's predictions (classification: KL of the softmax outputs).
+    TRADES (H. Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy", arXiv
+    1901.08573, eq. 5; beta is 1 / lambda there). D is the distance of the objective's predictions (classification: KL
+    of the softmax outputs, as in the paper), so objectives must be a :class:`PredictingObjective`.
 
     Args:
-        eps: radius of the noise, >= 0.
+        eps: radius of the noise, >= 0: its norm over a sample's whole input, in units of the images as the network
+            receives them.
         beta: weight of the distance, > 0 (the paper: 1 and 6).
-        **attack: see :class:`advmed.methods.base.AdversarialMethod`; ``random_start`` must be > 0, by default 0.01: on
-            the clean image itself the gradient of the distance is zero.
+        **attack: of the training, by its names in :class:`AttackOptions`; ``random_start`` must be > 0, by default
+            0.01: on the clean image itself the gradient of the distance is zero.
+
+    Raises:
+        ValueError: a number out of its range, or a random start of 0.
 
     Example:
         >>> import torch

@@ -43,7 +43,7 @@ def write_report(
     groups: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the files of a report (:data:`FILES`); a report of the same configuration in the folder is renewed.
+    """Writes a report: numbers, tables, curves and a page; one of the same configuration in the folder is renewed.
 
     Args:
         folder: made if it is not there.
@@ -55,7 +55,8 @@ def write_report(
         examples: samples to be shown.
         class_names: names of foreground labels, for the legend of the examples.
         settings: what else a reader should know (data set, fold, checkpoint files), shown as given.
-        groups: to which each sample belongs, for the bootstrap, see :func:`advmed.evaluation.intervals.resamples`.
+        groups: to which each sample belongs that is no independent piece of evidence, such as its patient: the
+            bootstrap of the intervals draws them whole. None: samples are independent.
         overwrite: replaces a report of another configuration.
 
     Returns:

@@ -2,7 +2,7 @@
 
 ::
 
-    from advmed.testing.attacks import check_attack
+    from advmed import check_attack
 
     check_attack(lambda norm: PGD(10, 2.0, norm))
     check_attack(lambda norm: SquareAttack(20, norm), keeps_best=True, spatial=True)
@@ -86,10 +86,32 @@ def attack_checks(
 def check_attack(
     make_attack: AttackFactory, *, random: bool | None = None, keeps_best: bool | None = None, spatial: bool = False
 ) -> None:
-    """Runs :func:`attack_checks`, whose arguments these are.
+    """Checks that an attack keeps what every attack promises (:class:`Attack`), on a tiny classifier and in both norms.
+
+    Among it: noise within the radius and the bounds, each sample for itself, nothing left behind in the model or in the
+    random state, the same result with the same generator. It needs no test framework; in tests of your own it is one
+    call.
+
+    Args:
+        make_attack: makes the attack in a norm, 2 or inf: as short as can be and still raise a loss. Two that it makes
+            must be equal.
+        random: whether the result depends on the generator; None: if the attack has no ``random_start`` of 0.
+        keeps_best: whether the point of the largest host's loss is returned; None: if its ``keep`` is "best".
+        spatial: whether images must have spatial dimensions.
 
     Raises:
-        AssertionError: for the first promise that is not kept.
+        AssertionError: for the first promise that is not kept, which a note of the error names.
+
+    Example:
+        >>> from advmed import Noise, check_attack
+        >>> class Louder(Noise):  # of twice the norm that it is asked for
+        ...     def __call__(self, objective, images, radius, **more):
+        ...         return super().__call__(objective, images, 2 * radius, **more)
+        >>> try:
+        ...     check_attack(lambda norm: Louder("gaussian", norm))
+        ... except AssertionError as error:
+        ...     print(error.__notes__)
+        ['check: never leaves ball and bounds']
     """
     for name, check in attack_checks(random=random, keeps_best=keeps_best, spatial=spatial):
         try:

@@ -2,7 +2,7 @@
 
 ::
 
-    from advmed.testing.methods import check_method
+    from advmed import check_method
 
     check_method(lambda: SAT(0.5, steps=4))
     check_method(lambda: AMAT(0.5, [1.4, 0.2], steps=4))
@@ -39,10 +39,30 @@ def method_checks() -> list[tuple[str, Callable[[MethodFactory], None]]]:
 
 
 def check_method(make_method: MethodFactory) -> None:
-    """Runs :func:`method_checks`.
+    """Checks that a training method keeps what every method promises (:class:`Method`), on a tiny classifier.
+
+    Among it: gradients of all weights, the same step with and without ``backward``, state that can be resumed, samples
+    known by their ids. The classifier has two loss terms and images in [0, 1), so thresholds, where a method has some,
+    are two. It needs no test framework; in tests of your own it is one call.
+
+    Args:
+        make_method: makes a fresh method, the same each time, with a short attack: a check makes a dozen steps.
 
     Raises:
-        AssertionError: for the first promise that is not kept.
+        AssertionError: for the first promise that is not kept, which a note of the error names.
+
+    Example:
+        >>> from advmed import SAT, Method, Step, check_method
+        >>> check_method(lambda: SAT(eps=0.5, steps=4))
+        >>> class Forgetful(Method):  # its loss has no gradients
+        ...     name = "forgetful"
+        ...     def step(self, objective, images, ids, backward=None):
+        ...         return Step(objective(images).mean().detach(), logs={})
+        >>> try:
+        ...     check_method(Forgetful)
+        ... except AssertionError as error:
+        ...     print(error.__notes__)
+        ['check: makes a step of finite loss']
     """
     for name, check in method_checks():
         try:

@@ -69,7 +69,10 @@ class RunSettings(MethodSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
-    """What a training needs to know, on every host: the fields of all bases.
+    """What a training needs to know, on every host: the settings of the run, of all methods, and of their attack.
+
+    They are described one by one, with values, defaults and units, on the page of settings (docs/settings.md). Those
+    that concern another method than the one that is trained mean nothing; what is None is chosen by ``preset``.
 
     Raises:
         ValueError: a value out of its range.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
+from advmed.integrations.lightning.module import plain
 from advmed.testing.lightning import QUIET, LightningHost, runs, unchanged_process
 from advmed.training.run import LOG_KEYS
 from helpers.hosts import ROOT, as_on_a_terminal
@@ -32,9 +34,10 @@ class Recorder(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, list[tuple[float, int]]] = {}
+        self.parameters: dict[str, Any] = {}
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.parameters.update(params)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         for name, value in metrics.items():
@@ -49,6 +52,10 @@ def test_callback_metrics_and_loggers_have_our_values_under_the_names_of_the_pag
     logger = Recorder()
     trainer = Trainer(**{**QUIET, "logger": logger}, max_epochs=3, default_root_dir=tmp_path)
     trainer.fit(model, datamodule=host.read())
+    assert logger.parameters["method"]["name"] == "AMAT", "of Lightning itself, as it was given"
+    resolved = logger.parameters["adversarial"]
+    assert resolved == {"method": "AMAT", **plain(asdict(model.settings))}
+    assert None not in (resolved["delta"], resolved["eps"], resolved["steps"])
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics = NAMES[host.module.command]
     wanted = {f"val/{prefix}{name}" for prefix in ("", "robust_") for name in metrics}

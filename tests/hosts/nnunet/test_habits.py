@@ -117,6 +117,12 @@ def test_wandb_gets_our_values(bench: Any) -> None:
         assert np.array_equal([seen[key, epoch] for epoch in range(2)], log[key], equal_nan=True), key
     assert math.isfinite(seen["adv_margin_q50", 1])
     assert math.isfinite(seen["adv_robust_dice", 1])
+    told = run.config["adversarial"]
+    assert told["method"] == "AMAT"
+    assert {name: told[name] for name in ("delta", "eps", "steps")} == {
+        name: getattr(trainer.settings, name) for name in ("delta", "eps", "steps")
+    }
+    assert None not in (told["delta"], told["eps"], told["steps"])
 
 
 @pytest.mark.slow

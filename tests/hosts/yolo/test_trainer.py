@@ -26,13 +26,13 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_DICT, downloads
+from ultralytics.utils import DEFAULT_CFG_DICT, YAML, callbacks, downloads
 from ultralytics.utils.callbacks import tensorboard, wb
 from ultralytics.utils.plotting import plot_results
 
 from adv_yolo import AMATDetectionTrainer, attack, calibration
 from adv_yolo.checkpoint import STATE
-from adv_yolo.settings import argument_names
+from adv_yolo.settings import argument_names, arguments_of
 from adv_yolo.trainer import COLUMNS, ROBUST, TRAINERS, MethodCriterion, epochs_of, widened
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.run import MethodRun
@@ -464,11 +464,19 @@ def test_the_results_of_an_earlier_release_go_on_under_the_names_of_today(tmp_pa
     assert path.stat().st_mtime_ns == before, "it is not written where nothing is to be changed"
 
 
+class Configuration(dict[str, Any]):
+    """In the place of the configuration of a run of W&B."""
+
+    def setdefaults(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.setdefault(name, value)
+
+
 class Recorder:
     """In the place of a writer of TensorBoard, or a run of W&B."""
 
     def __init__(self) -> None:
-        self.config: dict[str, Any] = {}
+        self.config = Configuration()
         self.scalars: list[dict[str, Any]] = []
 
     def add_scalar(self, name: str, value: Any, step: int) -> None:
@@ -506,6 +514,38 @@ def test_loggers_of_the_host_have_our_values(run: Any, monkeypatch: pytest.Monke
             assert logger.of(name) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
     prefixes = ("train/", "lr/", "metrics/", "val/")
     assert all(name.startswith(prefixes) for name in names), "the host gives these the epoch as their step in W&B"
+
+
+def test_loggers_of_the_host_have_our_arguments(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B by its own callback, with what they were resolved to; others read the same object at other events."""
+    wandb = Recorder()
+    monkeypatch.setattr(wb, "wb", SimpleNamespace(run=wandb, Image=str))
+    seen: dict[str, dict[str, Any]] = {}
+
+    def look(event: str) -> Any:
+        return lambda trainer: seen.update({event: dict(vars(trainer.args))})
+
+    heard = callbacks.get_default_callbacks()
+    heard["on_pretrain_routine_start"].append(look("start"))  # while the trainer is made
+    heard["on_pretrain_routine_end"] += [wb.on_pretrain_routine_end, look("end")]
+    heard["on_train_start"].append(look("train"))
+    heard["on_train_epoch_end"].append(look("later"))
+
+    class Heard(AMATDetectionTrainer):
+        def __init__(self, overrides: Any) -> None:
+            super().__init__(overrides=overrides, _callbacks=heard)
+
+    trainer = make(Heard, tmp_path, epochs=2, delta=0.5, rule="mean+1std", steps=None)
+    trainer.train()
+    resolved = arguments_of(trainer.settings)
+    assert {"method": "AMAT", "delta": 0.5, "rule": "mean+1std"}.items() <= seen["start"].items()
+    assert "steps" not in seen["start"], "it is chosen later"
+    assert {resolved["steps"], resolved["eps"]}.isdisjoint({None})
+    for found in (wandb.config, seen["end"], seen["train"]):
+        assert {"method": "AMAT", **{k: v for k, v in resolved.items() if v is not None}}.items() <= found.items()
+    assert wandb.config["imgsz"] == 64, "and the host's are there"
+    for found in (seen["later"], vars(trainer.args), YAML.load(trainer.save_dir / "args.yaml")):
+        assert not set(found) & {"method", *argument_names()}, "the stock host would refuse a checkpoint of them"
 
 
 def test_checkpoints_hold_plain_values_while_training_and_nothing_afterwards(finished: Any, data: Any) -> None:

@@ -49,10 +49,11 @@ class BestCheckpoint(AfterWarmup, ModelCheckpoint):
     """Lightning's ModelCheckpoint; with a ``monitor``, no epoch of the clean warm-up is among the best.
 
     A training that is resumed in another folder brings its best epochs along, and a later one must be better to take
-    their place.
+    their place. The command has it; it is for a Trainer of your own, in the place of Lightning's. The arguments are
+    those of :class:`lightning.pytorch.callbacks.ModelCheckpoint`.
 
     Example:
-        >>> from advmed.integrations.lightning import BestCheckpoint
+        >>> from adv_classify import BestCheckpoint  # or adv_landmark
         >>> BestCheckpoint(monitor="val/robust_mAP", mode="max", filename="best").save_top_k
         1
     """
@@ -119,8 +120,11 @@ class BestCheckpoint(AfterWarmup, ModelCheckpoint):
 class BestStopping(AfterWarmup, EarlyStopping):
     """Lightning's EarlyStopping, whose patience begins with the first attacked epoch.
 
+    The command has it; it is for a Trainer of your own, in the place of Lightning's. The arguments are those of
+    :class:`lightning.pytorch.callbacks.EarlyStopping`.
+
     Example:
-        >>> from advmed.integrations.lightning import BestStopping
+        >>> from adv_classify import BestStopping  # or adv_landmark
         >>> BestStopping(monitor="val/robust_mAP", mode="max", patience=5).wait_count
         0
     """

@@ -6,6 +6,8 @@ needed, so that a request for help and a mistyped command are answered at once.
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from advmed.cli import init, options, runner
+from advmed.cli.completion import add_completion, asks_for_completion
+from advmed.documentation import page
 
 if TYPE_CHECKING:
     from advmed.integrations.lightning import RobustModule, SampleData
@@ -99,7 +103,9 @@ class LightningCommand(ABC):
 
     def _dispatch(self, argv: list[str]) -> None:
         help_wanted = "--help" in argv or "-h" in argv
-        if argv and argv[0] in OWN:
+        if asks_for_completion(argv):
+            self._completion().parse_args(argv)
+        elif argv and argv[0] in OWN:
             if help_wanted:
                 self._parser(argv[0], full=False).print_help()
             else:
@@ -117,11 +123,11 @@ class LightningCommand(ABC):
     @property
     def _page(self) -> str:
         """Of the documentation."""
-        return f"docs/{self.extra}.md"
+        return f"{self.extra}.md"
 
     def _help(self, subcommand: str | None) -> str:
         """A short help: to list every option of Lightning's takes the import of all of Lightning."""
-        page = self._page
+        told = self._page
         if subcommand is None:
             names = {INIT: init.LINE, **LIGHTNING, **{name: text[0].lower() + text[1:-1] for name, text in OWN.items()}}
             lines = [
@@ -131,8 +137,7 @@ class LightningCommand(ABC):
                 "",
                 *(f"  {name:<12}{text}" for name, text in names.items()),
                 "",
-                f"{', '.join(LIGHTNING)} are LightningCLI's. {self.name} NAME --help says more of each; see also",
-                f"{page}.",
+                f"{', '.join(LIGHTNING)} are LightningCLI's. {self.name} NAME --help says more of each.",
             ]
         else:
             checkpoint = "" if subcommand == "fit" else " --ckpt_path CHECKPOINT"
@@ -143,11 +148,11 @@ class LightningCommand(ABC):
                 f"{LIGHTNING[subcommand].capitalize()}. Every value of a configuration can be given as an option, too.",
                 "",
                 "  --config FILE       a YAML file of the sections below; one that a run left is one",
-                "  --data CLASS        the data, and --data.NAME its arguments: " + page,
+                "  --data CLASS        the data, and --data.NAME its arguments: " + told,
                 f"  --ckpt_path FILE    {resume}",
                 "  --model.network     the network",
-                f"  --model.method      the training method and its sizes: {page}",
-                f"  --model.attack      the attack of the training: {page}",
+                f"  --model.method      the training method and its sizes: {told}",
+                f"  --model.attack      the attack of the training: {told}",
                 "  --trainer           epochs, devices, precision, loggers, ...: Lightning's Trainer",
                 "  --print_config      print the whole configuration with its defaults, and do nothing",
                 "  --help-all          print every option, as Lightning does (takes some seconds)",
@@ -157,7 +162,41 @@ class LightningCommand(ABC):
                 f"  {self.name} {subcommand} {self.example}{checkpoint}"
                 + (" --model.method.name AMAT --trainer.max_epochs 50" if subcommand == "fit" else ""),
             ]
-        return "\n".join([*lines, runner.DEBUG])
+        return "\n".join([*lines, f"{told}, of the documentation: {page(told)}", runner.DEBUG])
+
+    def _completion(self) -> argparse.ArgumentParser:
+        """A parser of argparse's with the names of all subcommands and options, for the shell.
+
+        jsonargparse has a completion of its own, which writes out every class that could be the value of an option: of
+        these commands it makes a file of 224 MB, which no shell reads in time, and without our subcommands.
+        """
+        from jsonargparse import ArgumentParser
+        from lightning.pytorch import Trainer
+
+        from advmed.integrations.lightning.callbacks import BestCheckpoint
+
+        module, data = self.classes()
+        known = ArgumentParser()
+        for name in ("config", "ckpt_path", "seed_everything", "data", "print_config", "help-all"):
+            known.add_argument(f"--{name}", nargs="?" if name in ("print_config", "help-all") else None)
+        for kind in (data, *data.__subclasses__()):
+            for name, about in inspect.signature(kind).parameters.items():
+                if about.kind is not about.VAR_KEYWORD and f"--data.{name}" not in known._option_string_actions:
+                    known.add_argument(f"--data.{name}")
+        known.add_class_arguments(module, "model")
+        known.add_class_arguments(Trainer, "trainer")
+        known.add_class_arguments(BestCheckpoint, "checkpoint")
+        parser = argparse.ArgumentParser(self.name)
+        add_completion(parser)
+        commands = parser.add_subparsers(dest="command")
+        init.add_arguments(commands.add_parser(INIT, help=init.LINE))
+        for name, text in {**LIGHTNING, **OWN}.items():
+            command = commands.add_parser(name, help=text)
+            for action in (known if name in LIGHTNING else self._parser(name, full=False))._actions:
+                names = [word for word in action.option_strings if word.startswith("--") and not word.endswith("+")]
+                if names and "--help" not in names:
+                    command.add_argument(*names, choices=action.choices, nargs=action.nargs)
+        return parser
 
     def _lightning(self, argv: list[str]) -> None:
         from lightning.pytorch.callbacks import ModelCheckpoint

@@ -58,8 +58,14 @@ _SHARING = (SingleDeviceStrategy, DDPStrategy)
 class MethodOptions(EveryMethodSettings, RunSettings):
     """The training method and its numbers.
 
+    All but ``name`` are settings of :class:`advmed.TrainingSettings`: the run's, and those of every method. The page of
+    settings (docs/settings.md) describes each, with values, defaults and units.
+
     Attributes:
-        name: one of :data:`advmed.methods.METHODS`, such as AMAT.
+        name: one of :data:`advmed.METHODS`, such as AMAT.
+
+    Raises:
+        ValueError: a value out of its range, or a method that is none.
 
     Example:
         >>> from adv_classify import ClassifierAttack, MethodOptions
@@ -249,10 +255,14 @@ class RobustModule(LightningModule):
         lines = [] if state is None else self.run.load_state_dict(state)
         for line in [*lines, *self.run.outlook(len(ids), len(ids), "images"), *self._looking_at_warmup()]:
             say(line)
+        # Lightning has logged the arguments of the module, of which some were left open until now.
+        resolved = plain(asdict(self.settings))
+        for logger in self.loggers:
+            logger.log_hyperparams({"adversarial": {"method": self.method_name, **resolved}})
         if (folder := self._folder()) is not None:
             notes = f"# method: {self.method_name}\n# thresholds: {self.run.thresholds}\n"
             folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(plain(asdict(self.settings)), sort_keys=False)
+            text = yaml.safe_dump(resolved, sort_keys=False)
             write_whole(folder / FILE, notes + text)
 
     def _sharing(self, settings: TrainingSettings) -> TrainingSettings:
