@@ -5,7 +5,8 @@
 
 FOLDER of --data holds images, labels and bccd.yaml. Everything goes through the installed command adv-yolo. A training
 that is finished is not done again, one that was cut off is resumed, and the evaluation resumes; so the script can be
-called until it is done.
+called until it is done. A working folder is of one command: what was trained with another model, seed or setting is
+neither taken for this one's nor trained over, but an error that asks for another --work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -23,9 +25,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from ultralytics.nn.tasks import yaml_model_load
+
+from advmed.files import sha256
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,24 @@ class Preset:
     evaluate: tuple[str, ...] = ()
 
 
-def runs(scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = None) -> dict[str, tuple[str, ...]]:
-    """SAT 1, 10, 15 and AMAT, their levels multiplied by ``scale``; and, as a control, SAT at AMAT's delta."""
+SELF_CALIBRATED = ("thresholds=auto", "clean_epochs=1")
+
+
+def runs(
+    scale: float, delta: float, extra: dict[str, tuple[str, ...]] | None = None, calibrated: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """SAT 1, 10, 15 and AMAT, their levels multiplied by ``scale``; and, as a control, SAT at AMAT's delta.
+
+    ``calibrated``: AMAT calibrates itself, and takes no thresholds from the standard network.
+    """
     found = {f"SAT{eps:g}": ("method=sat", f"eps={eps * scale:g}") for eps in (1, 3.5, 10, 15)}
-    return found | {"AMAT": ("method=amat", f"delta={delta:g}")} | (extra or {})
+    amat = ("method=amat", f"delta={delta:g}", *(SELF_CALIBRATED if calibrated else ()))
+    return found | {"AMAT": amat} | (extra or {})
+
+
+def measured(arguments: tuple[str, ...]) -> bool:
+    """Whether a training takes the thresholds that are measured on the standard network."""
+    return "method=amat" in arguments and "thresholds=auto" not in arguments
 
 
 # Sides of 128 instead of 320 pixels, so that all L2 levels are 0.4 times the paper's; a fine-tuning of the standard
@@ -64,11 +84,14 @@ SMALL = Preset(
     ),
     levels="0,2,4,6",
 )
+# Batch and length are the paper's, the optimizer that of YOLO v5 6.1, which it names; Ultralytics would choose another.
+# Mosaic is off, unlike there: a margin belongs to one image, and the paper does not say to which of the four.
+PAPER = ("epochs=300", "batch=32", "optimizer=SGD", "lr0=0.01", "patience=0", "mosaic=0")
 PRESETS = {
     "paper": Preset(
         imgsz=320,
-        standard=("epochs=300", "patience=0", "mosaic=0"),
-        adversarial=("epochs=300", "patience=0", "mosaic=0", "preset=paper"),
+        standard=PAPER,
+        adversarial=(*PAPER, "preset=paper"),
         from_standard=False,
         runs=runs(1, 3.5, {"AMAT.crossing": ("method=amat", "delta=3.5", "refinement=crossing")}),
         levels="0,5,10,15",
@@ -89,10 +112,60 @@ PRESETS = {
         levels="0,2,4,8",
         evaluate=("attacks=apgd100", "checks=8"),
     ),
+    # Whether everything runs, in a minute: a network that has seen a few images detects nothing, and has no thresholds
+    # to give, so AMAT calibrates itself.
+    "smoke": Preset(
+        imgsz=64,
+        standard=("epochs=1", "fraction=0.1", "warmup_epochs=0", "mosaic=0"),
+        adversarial=("epochs=2", "fraction=0.1", "warmup_epochs=0", "mosaic=0", "preset=paper", "steps=2"),
+        from_standard=True,
+        runs=runs(0.2, 0.7, calibrated=True),
+        levels="0,1,2,3",
+        evaluate=("samples=2", "checks=0"),
+    ),
 }
 NARROW = "narrow"
 """YOLOv8 with half the width of its smallest size: 0.9 million weights."""
 HOST = ("batch=16", "amp=False", "val=False", "plots=False")
+OTHER_WORK = "take another --work"
+
+
+def differences(now: str, then: str) -> list[str]:
+    """Of two commands, a word in each line."""
+    new, old = (dict(line.split("=", 1) for line in text.splitlines()) for text in (now, then))
+    return [
+        f"{key} is {new.get(key, 'not set')}, and was {old.get(key, 'not set')}"
+        for key in {**new, **old}
+        if new.get(key) != old.get(key)
+    ]
+
+
+def files_in(folder: Path) -> set[str]:
+    """The images, labels and lists of a data set by their names; what the hosts keep beside them is not its."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {
+        path.as_posix()
+        for path in files
+        if path.suffix != ".cache" and (len(path.parts) > 1 or path.suffix in (".yaml", ".txt"))
+    }
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether a training has nothing left to do, so that Ultralytics would refuse to resume it.
+
+    It may have been killed after its last epoch, before or after the host removed from the file what resuming needs.
+    """
+    found = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    epoch = int(found.get("epoch", -1))
+    return epoch < 0 or epoch + 1 >= int(found["train_args"]["epochs"])
+
+
+def epoch_seconds(results: Path) -> float:
+    """The median over the epochs, of Ultralytics' ``results.csv``, whose clock begins anew where a run is resumed."""
+    with results.open(newline="") as file:
+        ends = [float(row["time"]) for row in csv.DictReader(file, skipinitialspace=True)]
+    pairs = zip([0.0, *ends[:-1]], ends, strict=True)
+    return statistics.median(end - start if end > start else end for start, end in pairs)
 
 
 @dataclass
@@ -114,9 +187,10 @@ class Benchmark:
     def run(self) -> None:
         self.train_all()
         names = ["STD", *self.preset.runs]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.evaluate, [[name] for name in names]))
-        self.evaluate(names)
+        if self.jobs > 1:  # alone, side by side; else the last call does it all
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(self.evaluate, [[name] for name in names]))
+        self.evaluate(names, alone=False)
         self.write_tables()
 
     def train_all(self) -> None:
@@ -125,7 +199,8 @@ class Benchmark:
         if self.model == NARROW:
             self.model = self.narrow()
         self.train("STD", self.model, self.preset.standard)
-        self.thresholds()
+        if any(map(measured, self.preset.runs.values())):
+            self.thresholds()
         start = str(self.checkpoint("STD")) if self.preset.from_standard else self.model
         jobs = [(name, start, (*self.preset.adversarial, *own)) for name, own in self.preset.runs.items()]
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -149,54 +224,93 @@ class Benchmark:
     def common(self, name: str) -> list[str]:
         data = self.work / "data" / name
         if not data.exists():  # one each: Ultralytics writes a cache beside the labels, and two runs would collide
-            shutil.copytree(self.data, data)
+            part = data.with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(self.data, part)
+            part.rename(data)
+        elif files_in(data) != files_in(self.data):
+            raise SystemExit(f"{data} is a copy of other data than {self.data}: {OTHER_WORK}")
         return [f"data={data / 'bccd.yaml'}", f"imgsz={self.preset.imgsz}", f"device={self.device}"]
 
     def train(self, name: str, model: str, arguments: tuple[str, ...]) -> None:
-        done = self.work / "logs" / f"{name}.done"
-        if done.exists():
-            return
-        resume = self.checkpoint(name).exists()
-        if resume:
-            command = ["detect", "train", "resume", f"model={self.checkpoint(name)}"]
-        else:
-            thresholds = self.work / "thresholds.json"
-            measured = "method=amat" in arguments and "thresholds=auto" not in arguments
-            own = [f"thresholds={thresholds}"] if measured else []
-            place = [f"project={self.work / 'runs'}", f"name={name}", "exist_ok=True"]
-            command = [
-                "detect",
-                "train",
-                f"model={model}",
-                *self.common(name),
-                *HOST,
-                f"seed={self.seed}",
-                *arguments,
-                *own,
-                *place,
-            ]
-        self.command(f"train_{name}", command)
-        done.touch()
+        """Trains, goes on, or finds that it is done; ``logs/NAME.command`` and ``.done`` hold what it is done by."""
+        own = [f"thresholds={self.work / 'thresholds.json'}"] if measured(arguments) else []
+        place = [f"project={self.work / 'runs'}", f"name={name}", "exist_ok=True"]
+        words = [f"model={model}", *self.common(name), *HOST, f"seed={self.seed}", *arguments, *own, *place]
+        given = dict(word.split("=", 1) for word in words)  # the last of a name, so that a preset has its own batch
+        text = "".join(f"{key}={value}\n" for key, value in given.items() if key != "device")
+        text = text.replace(str(self.work), "WORK")  # a folder may be moved
+        begun, done = (self.work / "logs" / f"{name}.{kind}" for kind in ("command", "done"))
+        known = next((file.read_text() for file in (done, begun) if file.exists() and file.stat().st_size), None)
+        trained = self.checkpoint(name).exists()
+        if trained and (other := differences(text, known) if known else self.unlike_the_host(name, given)):
+            raise SystemExit(f"{self.folder(name)} was trained otherwise ({'; '.join(other)}): {OTHER_WORK}")
+        if not trained:  # what a run left before its first checkpoint, to which the host would append
+            shutil.rmtree(self.folder(name), ignore_errors=True)
+        if not (trained and (done.exists() or is_finished(self.checkpoint(name)))):
+            begun.write_text(text)
+            self.note_jobs(name)
+            resume = ["resume", f"model={self.checkpoint(name)}"]
+            fresh = [f"{key}={value}" for key, value in given.items()]
+            self.command(f"train_{name}", ["detect", "train", *(resume if trained else fresh)])
+        done.write_text(text)
+
+    def unlike_the_host(self, name: str, given: dict[str, str]) -> list[str]:
+        """What a training without a record of ours was made with else, by what Ultralytics and adv-yolo wrote down."""
+        found: dict[str, Any] = {}
+        for file in (self.folder(name) / "args.yaml", self.folder(name) / "adversarial.yaml"):
+            if file.exists():
+                text = file.read_text()
+                found |= yaml.safe_load(text) or {}
+                if "# method: " in text:
+                    found["method"] = text.partition("# method: ")[2].split()[0].lower()
+        if not found:
+            return ["there is no args.yaml to tell"]
+        if Path(str(found.get("model"))).parts[-3:] == self.checkpoint(name).parts[-3:]:
+            del found["model"]  # it was resumed, and names itself
+        ignored, paths = ("device", "project", "name", "exist_ok"), ("model", "data", "thresholds")
+        other = []
+        for key in (key for key in given if key in found and key not in ignored):
+            now, then = yaml.safe_load(given[key]), found[key]
+            if (Path(str(now)).name != Path(str(then)).name) if key in paths else now != then:
+                other.append(f"{key} is {now}, and was {then}")
+        return other
+
+    def note_jobs(self, name: str) -> None:
+        """Keeps how many trainings ran side by side, which seconds depend on; the most, if it was interrupted."""
+        file = self.work / "logs" / f"{name}.jobs"
+        file.write_text(str(max(self.jobs, int(file.read_text()) if file.exists() else 1)))
 
     def thresholds(self) -> None:
         file = self.work / "thresholds.json"
         if not file.exists():
             model = f"model={self.checkpoint('STD')}"
             self.command("thresholds", ["thresholds", model, *self.common("STD"), f"out={file}"])
+        elif json.loads(file.read_text())["source_sha256"] != sha256(self.checkpoint("STD")):
+            raise SystemExit(f"{file} is of another network than {self.checkpoint('STD')}: {OTHER_WORK}")
 
-    def evaluate(self, names: list[str]) -> None:
-        """Single models first, so that they can run side by side; the last call puts their parts together."""
-        alone = len(names) == 1
+    def evaluate(self, names: list[str], alone: bool | None = None) -> None:
+        """Single models, so that they can run side by side; the last call puts their parts together.
+
+        ``alone``: None for a single name.
+        """
+        alone = len(names) == 1 if alone is None else alone
         output = self.work / "parts" / names[0] if alone else self.work / f"report_{self.name}"
         if not alone:
             for name in names:
-                shutil.copytree(self.work / "parts" / name / name, output / name, dirs_exist_ok=True)
+                source = self.work / "parts" / name / name
+                if source.exists():
+                    shutil.copytree(source, output / name, dirs_exist_ok=True)
         models = ",".join(str(self.checkpoint(name)) for name in names)
         command = ["evaluate", f"model={models}", *self.common(names[-1]), f"levels={self.preset.levels}", "batch=11"]
         command += [*self.preset.evaluate, f"names={','.join(names)}", f"out={output}", "overwrite=False"]
-        if alone and (output / "report.json").exists():
+        done = self.work / "logs" / f"evaluate_{names[0]}.done"
+        if alone and (output / "report.json").exists() and done.exists() and done.read_text() == "\n".join(command):
             return
+        # A report that is there is gone on with, and refused by the command itself where it is of another evaluation.
         self.command(f"evaluate_{'all' if not alone else names[0]}", command)
+        if alone:
+            done.write_text("\n".join(command))
 
     def write_tables(self) -> None:
         """results.md: every metric of every run, margins over the epochs."""

@@ -8,6 +8,8 @@
 FOLDER of --data holds the data set in nnU-Net's raw layout with splits_final.json. Everything goes through the
 installed commands (nnUNetv2_plan_and_preprocess, nnUNetv2_train, adv-nnunet). A training that is finished is not done
 again, one that was cut off goes on with --c, and the evaluation resumes; so the script can be called until it is done.
+A working folder is of one preset and seed: what was trained with others is neither taken for these nor trained over,
+but an error that asks for another --work.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+
+from advmed.files import sha256
 
 CONFIGURATION, FOLD = "2d", "0"
 
@@ -121,6 +127,50 @@ PRESETS["front"] = replace(
     },
     evaluate=("--samples", "256", "--attacks", "pgd20", "apgd50", "--checks", "0"),
 )
+# Whether everything runs, in minutes: a network that has seen eight slices has learnt nothing, and is asked all the
+# same for thresholds.
+_SMOKE = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1, "seed": 0}
+PRESETS["smoke"] = replace(
+    PRESETS["cpu"],
+    training_cases=20,
+    batch_size=4,
+    features=(4, 8, 16, 32),
+    standard=_SMOKE,
+    adversarial={
+        **_SMOKE,
+        "start_from": "standard",
+        "preset": "paper",
+        "steps": 2,
+        "delta": 1.5,
+        "check_standard": False,
+    },
+    evaluate=("--samples", "4", "--checks", "0"),
+)
+OTHER_WORK = "take another --work"
+
+
+def features_for(first: Sequence[int], stages: int) -> list[int]:
+    """Features of each stage of a plan: the first ones, and beyond them twice as many each, up to 16 times the first.
+
+    As nnU-Net's own go, from 32 to 512; its plans have more stages for larger images.
+    """
+    found = list(first[:stages])
+    while len(found) < stages:
+        found.append(min(2 * found[-1], 16 * found[0]))
+    return found
+
+
+def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Of two settings; a working folder may have been moved, so of thresholds the file's name counts."""
+    new, old = (
+        {key: Path(value).name if key == "thresholds" else value for key, value in found.items()}
+        for found in (now, then)
+    )
+    return [
+        f"{key} is {new.get(key, 'not set')}, and was {old.get(key, 'not set')}"
+        for key in {**new, **old}
+        if new.get(key) != old.get(key)
+    ]
 
 
 @dataclass
@@ -153,9 +203,10 @@ class Benchmark:
     def run(self) -> None:
         self.train_all()
         names = ["STD", *self.preset.runs]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.evaluate, [[name] for name in names]))
-        self.evaluate(names)
+        if self.jobs > 1:  # alone, side by side; else the last call does it all
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(self.evaluate, [[name] for name in names]))
+        self.evaluate(names, alone=False)
         self.write_tables()
 
     def train_all(self) -> None:
@@ -221,14 +272,22 @@ class Benchmark:
             self.command("preprocess", ["nnUNetv2_plan_and_preprocess", *arguments])
         splits = json.loads((self.data / "splits_final.json").read_text())
         splits[0]["train"] = splits[0]["train"][:: self.preset.training_cases]
-        (preprocessed / "splits_final.json").write_text(json.dumps(splits, indent=1))
+        self.write_once(preprocessed / "splits_final.json", splits)
         if self.preset.batch_size is not None:
             plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
             plans["plans_name"] = self.plans
             plans["configurations"][CONFIGURATION]["batch_size"] = self.preset.batch_size
             network = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
-            network["features_per_stage"] = list(self.preset.features or ())
-            (preprocessed / f"{self.plans}.json").write_text(json.dumps(plans, indent=1))
+            network["features_per_stage"] = features_for(self.preset.features or (), network["n_stages"])
+            self.write_once(preprocessed / f"{self.plans}.json", plans)
+
+    def write_once(self, file: Path, content: Any) -> None:
+        """Writes what the trainings are made with, unless there are trainings that were made with something else."""
+        if file.exists() and json.loads(file.read_text()) == content:
+            return
+        if any((self.folders["nnUNet_results"] / self.name).glob(f"*__{self.plans}__*/fold_*/checkpoint_*.pth")):
+            raise SystemExit(f"{self.work} has trainings with another {file.name} than this one's: {OTHER_WORK}")
+        file.write_text(json.dumps(content, indent=1))
 
     def folder(self, name: str) -> Path:
         trainer = "nnUNetTrainerSTD" if name == "STD" else self.preset.runs[name][0]
@@ -236,18 +295,28 @@ class Benchmark:
         return self.folders["nnUNet_results"] / self.name / f"{trainer}{tag}__{self.plans}__{CONFIGURATION}"
 
     def train(self, name: str, trainer: str, settings: dict[str, Any]) -> None:
-        fold = self.folder(name) / f"fold_{FOLD}"
+        fold, file = self.folder(name) / f"fold_{FOLD}", self.work / "settings" / f"{name}.yaml"
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())
+        begun = any(fold.glob("checkpoint_*.pth"))
+        if begun:
+            then = yaml.safe_load(file.read_text()) if file.exists() else {"settings": f"in no {file}"}
+            if other := differences(yaml.safe_load(text), then):
+                raise SystemExit(f"{fold} was trained otherwise ({'; '.join(other)}): {OTHER_WORK}")
         if (fold / "checkpoint_final.pth").exists():
             return
-        file = self.work / "settings" / f"{name}.yaml"
-        file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+        file.write_text(text)
+        jobs = file.with_suffix(".jobs")  # trainings side by side, which seconds depend on; the most, if interrupted
+        jobs.write_text(str(max(self.jobs, int(jobs.read_text()) if jobs.exists() else 1)))
         arguments = [self.number, CONFIGURATION, FOLD, "-p", self.plans, "-tr", trainer, "-device", self.device]
-        if any(fold.glob("checkpoint_*.pth")):
+        if begun:
             arguments.append("--c")
         self.command(f"train_{name}", ["nnUNetv2_train", *arguments], nnUNet_adversarial=str(file))
 
     def thresholds(self, rule: str) -> Path:
         file = self.work / "settings" / f"thresholds_{rule}.json"
+        standard = self.folder("STD") / f"fold_{FOLD}" / "checkpoint_final.pth"
+        if file.exists() and json.loads(file.read_text())["source_sha256"] != sha256(standard):
+            raise SystemExit(f"{file} is of another network than {standard}: {OTHER_WORK}")
         if not file.exists():
             arguments = [
                 "-d",
@@ -265,9 +334,12 @@ class Benchmark:
             self.command(f"thresholds_{rule}", ["adv-nnunet", "thresholds", *arguments])
         return file
 
-    def evaluate(self, names: list[str]) -> None:
-        """Parts of single models first, so that they can run side by side; the last call puts them together."""
-        alone = len(names) == 1
+    def evaluate(self, names: list[str], alone: bool | None = None) -> None:
+        """Parts of single models, so that they can run side by side; the last call puts them together.
+
+        ``alone``: None for a single name.
+        """
+        alone = len(names) == 1 if alone is None else alone
         output = self.work / "report" if not alone else self.work / "parts" / names[0]
         if not alone:
             for name in names:

@@ -1,7 +1,8 @@
 """What the benchmarks of both Lightning tools share: trainings and evaluations through the installed command.
 
 A training that is finished is not done again, one that was cut off is resumed, and the evaluation resumes; so a
-benchmark can be called until it is done.
+benchmark can be called until it is done. What was trained with other settings in the same working folder is neither
+taken for these nor trained over, but an error that asks for another --work.
 """
 
 from __future__ import annotations
@@ -117,14 +118,44 @@ class Runs(ABC):
             "default_root_dir": str(self.folder(network, method, seed)),
         }
         path = self.work / f"{network}_{method}_{seed}.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        text = yaml.safe_dump(content, sort_keys=False)
+        if path.exists() and self.checkpoint(network, method, seed).exists():
+            now, then = (self.settings(yaml.safe_load(words)) for words in (text, path.read_text()))
+            if other := [name for name in {**now, **then} if now.get(name) != then.get(name)]:
+                told = (f"{name} is {now.get(name, 'not set')}, and was {then.get(name, 'not set')}" for name in other)
+                folder = self.folder(network, method, seed)
+                raise SystemExit(f"{folder} was trained otherwise ({'; '.join(told)}): take another --work")
+        path.write_text(text)
         return path
+
+    def settings(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Of a configuration what decides what comes out, by dotted names.
+
+        Not: on which device and where. A working folder may be moved, and another version of a standard network's
+        checkpoint is of its resumed run.
+        """
+        found: dict[str, Any] = {}
+
+        def walk(part: dict[str, Any], before: str) -> None:
+            for key, value in part.items():
+                if isinstance(value, dict):
+                    walk(value, f"{before}{key}.")
+                else:
+                    found[f"{before}{key}"] = value
+
+        walk(content, "")
+        for name in ("trainer.accelerator", "trainer.default_root_dir", "data.init_args.workers"):
+            found.pop(name, None)
+        thresholds = found.get("model.method.thresholds")
+        if isinstance(thresholds, str) and thresholds.endswith(".ckpt"):
+            found["model.method.thresholds"] = Path(thresholds).parents[3].name
+        return found
 
     def train(self, network: str, method: str, seed: int) -> None:
         done = self.work / "logs" / f"{network}_{method}_{seed}.done"
+        command = ["fit", "--config", str(self.configuration(network, method, seed))]
         if done.exists():
             return
-        command = ["fit", "--config", str(self.configuration(network, method, seed))]
         checkpoint = self.checkpoint(network, method, seed)
         if checkpoint.exists():
             command += ["--ckpt_path", str(checkpoint)]
@@ -134,13 +165,16 @@ class Runs(ABC):
     def evaluate(self, network: str, method: str, seed: int) -> None:
         log = f"evaluate_{network}_{method}_{seed}"
         output, done = self.work / "reports" / f"{network}_{method}_{seed}", self.work / "logs" / f"{log}.done"
-        if done.exists():
+        words = self.evaluation()
+        # A report that is there is gone on with, and refused by the command itself where it is of another evaluation;
+        # so are those of before the marker held its words.
+        if done.exists() and done.read_text() == "\n".join(words):
             return
         command = ["evaluate", str(self.checkpoint(network, method, seed)), "--names", f"[{method}]"]
         command += ["--config", str(self.configuration(network, method, seed)), "--out", str(output)]
-        command += ["--device", "cuda" if self.device == "gpu" else "cpu", "--examples", "1", *self.evaluation()]
+        command += ["--device", "cuda" if self.device == "gpu" else "cpu", "--examples", "1", *words]
         self.command(log, command)
-        done.touch()
+        done.write_text("\n".join(words))
 
     def command(self, log: str, arguments: list[str]) -> None:
         start = time.monotonic()

@@ -1,14 +1,15 @@
 """A table of the AMAT paper (arXiv 2206.01736), trained and attacked anew, with the paper's numbers beside ours.
 
-    python benchmarks/paper.py table2 --data FOLDER [--scale cpu|paper] [--work build/paper] [--device cpu] [--jobs 2]
+    python benchmarks/paper.py table2 --data FOLDER [--scale cpu|paper|smoke] [--work build/paper] [--device cpu]
     python benchmarks/paper.py table2 --show            what is there, without running anything
     python benchmarks/paper.py list                     the tables, and the data that each needs
 
 Tables 1, 2, 3, 6 and 7 are the methods under attack, 4 the standard networks by Dice of all voxels together, 5 the
 time of an epoch, and 8 to 12 AMAT over its delta. `--scale paper` is the paper's schedule, for a GPU; `cpu` a reduced
-one. Levels and deltas are the paper's where images are of its size, and otherwise scaled as an L2 norm is (the table
-says by how much). All on validation data. Nothing is downloaded: the hearts and prostates of the Medical Segmentation
-Decathlon and the radiographs of ISBI 2015 are to be had from their owners.
+one; `smoke` tries in minutes whether everything runs, and its numbers mean nothing. Levels and deltas are the paper's
+where images are of its size, and otherwise scaled as an L2 norm is (the table says by how much). All on validation
+data. Nothing is downloaded: the hearts and prostates of the Medical Segmentation Decathlon and the radiographs of ISBI
+2015 are to be had from their owners.
 
 Everything can be interrupted and called again. The table is written to WORK/TABLE.md, its numbers to WORK/TABLE.json.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,22 @@ class Found:
     Attributes:
         curves: by the methods' names in the paper.
         scale: what the paper's levels are multiplied by here.
+        delta_scale: what AMAT's deltas are.
         samples: validation samples under attack.
-        seconds: of an epoch, by method, where the host writes them down.
+        steps: of the attack in training; the authors' release has 20.
+        seconds: by method, for the tables of seconds.
+        per: what the seconds are of.
+        notes: sentences for the caption.
     """
 
     curves: Curves
     scale: float
+    delta_scale: float
     samples: int
+    steps: int
     seconds: dict[str, float]
+    per: str = "epoch"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Options:
     device: str
     jobs: int
     show: bool
+    spacing: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,29 @@ class Table:
     of: str = "levels"
 
 
+PAPER_STEPS = 20
+FINE_TUNED = (
+    "adversarial networks are fine-tuned from the standard one, which is itself not trained on: theirs is the longer "
+    "training"
+)
+NNUNET = "a data set in nnU-Net's raw layout (dataset.json, imagesTr, labelsTr) and, beside them, splits_final.json"
+LAYOUTS = {  # of the folder that --data names
+    "heart": f"Medical Segmentation Decathlon, task 2: {NNUNET}, a list whose first entry has train and val",
+    "hippocampus": f"Medical Segmentation Decathlon, task 4: {NNUNET}, a list whose first entry has train and val",
+    "prostate": f"Medical Segmentation Decathlon, task 5: {NNUNET}, a list whose first entry has train and val",
+    "bccd": "BCCD: bccd.yaml (names, and train and val without a path before them), images and labels, as Ultralytics",
+    "cephalometric": "ISBI 2015 as it is distributed (TrainingData, Test1Data, 400_senior, 400_junior, at any depth); "
+    "or landmarks.csv, split.csv and images, with mm per pixel in a column spacing of split.csv or by --spacing",
+}
+
+
+def missing(dataset: str, folder: Path) -> list[str]:
+    """What a folder of --data lacks; the landmarks' reader looks for itself."""
+    needed = {"bccd": ("bccd.yaml", "images", "labels"), "cephalometric": ()}
+    every = needed.get(dataset, ("dataset.json", "imagesTr", "labelsTr", "splits_final.json"))
+    return [name for name in every if not (folder / name).exists()]
+
+
 def rows(name: str) -> list[dict[str, str]]:
     with (PAPER / name).open(newline="") as file:
         return list(csv.DictReader(file))
@@ -93,6 +127,11 @@ def rows(name: str) -> list[dict[str, str]]:
 def published(table: Table) -> Curves:
     """The paper's numbers; a cell that the scan of the paper has lost is not a number."""
     found: Curves = {}
+    if table.of == "clean":
+        for row in rows("tvdi_table_4.csv"):
+            if row["dataset"] == table.dataset:
+                found[row["method"]] = {attack: [float(row["value"])] for attack in ATTACKS}
+        return found
     if table.deltas:
         for row in rows("auc_robust_appendix_a.csv"):
             if row["dataset"] == table.dataset:
@@ -118,8 +157,10 @@ def levels_of(table: Table) -> list[float]:
     return sorted({float(row["level"]) for row in of if row["level"] != "avg"})
 
 
-def deltas_of(dataset: str) -> list[float]:
-    return [float(row["delta"]) for row in rows("auc_robust_appendix_a.csv") if row["dataset"] == dataset]
+def deltas_of(dataset: str, scale: str = "paper") -> list[float]:
+    """The deltas of the paper's table; of a trial the first and the last."""
+    found = [float(row["delta"]) for row in rows("auc_robust_appendix_a.csv") if row["dataset"] == dataset]
+    return [found[0], found[-1]] if scale == "smoke" else found
 
 
 def sats_of(dataset: str) -> list[float]:
@@ -134,39 +175,70 @@ def sats_of(dataset: str) -> list[float]:
 def segmentation(options: Options, table: Table) -> Found:
     """Hearts, hippocampi and prostates by nnU-Net."""
     preset = hippocampus.PRESETS[options.scale]
+    standard, adversarial = dict(preset.standard), dict(preset.adversarial)
+    if options.scale == "paper":
+        epochs = {"heart": 50, "hippocampus": 100, "prostate": 50}[table.dataset]  # section 3.5
+        standard |= {"epochs": epochs, "compile": False}  # nor do the others compile, and seconds are compared
+        adversarial |= {"epochs": epochs}
     # A tenth of the paper's visits: a margin needs larger steps to come as far.
-    visits = float(preset.adversarial["delta"]) / 0.5
-    amat = {f"{delta:g}": ("nnUNetTrainerAMAT", {"delta": delta * visits}) for delta in deltas_of(table.dataset)}
+    visits = float(adversarial["delta"]) / 0.5
     best = {"heart": 5.0, "hippocampus": 0.5, "prostate": 3.0}[table.dataset]
+    runs: dict[str, tuple[str, dict[str, Any]]]
     if table.deltas:
-        runs = {f"AMAT.{name}": run for name, run in amat.items()}
-        names = {f"delta {name}": f"AMAT.{name}" for name in amat}
+        deltas = deltas_of(table.dataset, options.scale)
+        runs = {f"AMAT.{delta:g}": ("nnUNetTrainerAMAT", {"delta": delta * visits}) for delta in deltas}
+        names = {f"delta {delta:g}": f"AMAT.{delta:g}" for delta in deltas}
     elif table.of == "clean":
         runs, names = {}, {"STD": "STD"}
     else:
         sats = {f"SAT{eps:g}": ("nnUNetTrainerSAT", {"eps": eps}) for eps in sats_of(table.dataset)}
-        runs = {**sats, "AMAT.paper": amat[f"{best:g}"]}
+        runs = {**sats, "AMAT.paper": ("nnUNetTrainerAMAT", {"delta": best * visits})}
         names = {"STD": "STD", **{name: name for name in sats}, "AMAT": "AMAT.paper"}
     runs = {
         name: (kind, {"refinement": "paper", **own} if "AMAT" in name else own) for name, (kind, own) in runs.items()
     }
     levels = tuple(f"{level:g}" for level in levels_of(table))
-    preset = replace(preset, runs=runs, levels=levels)
+    preset = replace(preset, standard=standard, adversarial=adversarial, runs=runs, levels=levels)
     data = {"heart": "Dataset002_Heart", "hippocampus": "Dataset004_Hippocampus", "prostate": "Dataset005_Prostate"}
     work = options.work / table.dataset / ("deltas" if table.deltas else "methods")
     bench = hippocampus.Benchmark(preset, options.data, work, options.device, options.jobs, data[table.dataset])
-    if not options.show:
-        bench.run()
-    report = json.loads((work / "report" / "report.json").read_text())
-    seconds = {name: epoch_seconds(bench.log(ours)) for name, ours in names.items()}
-    return found_in(report, table, names, 1.0, seconds)
+    steps = int(adversarial.get("steps", PAPER_STEPS))
+    notes: tuple[str, ...] = (FINE_TUNED,) if "start_from" in adversarial and table.of == "levels" else ()
+    if table.of == "seconds":
+        if not options.show:
+            bench.train_all()
+        seconds = {}
+        for name, ours in names.items():
+            iterations = (standard if ours == "STD" else adversarial)["iterations_per_epoch"]
+            seconds[name] = epoch_seconds(bench.log(ours)) / iterations
+        lengths = f"{standard['iterations_per_epoch']} (standard) and {adversarial['iterations_per_epoch']}"
+        notes += (f"epochs have {lengths} iterations, so that their seconds, validation included, are divided by them",)
+        notes += together([work / "settings" / f"{ours}.jobs" for ours in names.values()])
+        return Found({}, 1.0, visits, 0, steps, seconds, "iteration", notes)
+    if table.of == "clean":  # of the standard network alone, whose part the tables of all methods go on with
+        if not options.show:
+            bench.train_all()
+            bench.evaluate(["STD"])
+        report = json.loads((work / "parts" / "STD" / "report.json").read_text())
+    else:
+        if not options.show:
+            bench.run()
+        report = json.loads((work / "report" / "report.json").read_text())
+    return Found(curves_in(report, table, names), 1.0, visits, samples_in(report), steps, {}, notes=notes)
 
 
 def epoch_seconds(log: dict[str, list[float]]) -> float:
     """The median, from nnU-Net's own log."""
     starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
-    lengths = sorted(end - start for start, end in zip(starts, ends, strict=False))
-    return lengths[len(lengths) // 2]
+    return statistics.median(end - start for start, end in zip(starts, ends, strict=False))
+
+
+def together(files: Sequence[Path]) -> tuple[str, ...]:
+    """What is to be said where seconds are not those of one training at a time."""
+    if not all(file.exists() for file in files):
+        return ("how many trainings ran side by side was not recorded",)
+    most = max(int(file.read_text()) for file in files)
+    return () if most == 1 else (f"{most} trainings ran side by side, so that NO SECONDS HERE CAN BE COMPARED",)
 
 
 def detection(options: Options, table: Table) -> Found:
@@ -174,57 +246,57 @@ def detection(options: Options, table: Table) -> Found:
     preset = bccd.PRESETS[options.scale]
     levels = levels_of(table)
     scale = float(preset.levels.split(",")[-1]) / levels[-1]
+    calibrated = options.scale == "smoke"
     if table.deltas:
-        names = {f"delta {delta:g}": f"AMAT.{delta:g}" for delta in deltas_of(table.dataset)}
-        runs = {f"AMAT.{delta:g}": ("method=amat", f"delta={delta * scale:g}") for delta in deltas_of(table.dataset)}
+        own = bccd.SELF_CALIBRATED if calibrated else ()
+        deltas = deltas_of(table.dataset, options.scale)
+        names = {f"delta {delta:g}": f"AMAT.{delta:g}" for delta in deltas}
+        runs = {f"AMAT.{delta:g}": ("method=amat", f"delta={delta * scale:g}", *own) for delta in deltas}
     else:
         names = {name: name for name in ("STD", *(f"SAT{eps:g}" for eps in sats_of(table.dataset)), "AMAT")}
-        every = bccd.runs(scale, 3.5 * scale)
+        every = bccd.runs(scale, 3.5 * scale, calibrated=calibrated)
         runs = {name: every[name] for name in names if name != "STD"}
     bccd.PRESETS["paper's table"] = replace(preset, runs=runs)
     work = options.work / table.dataset / ("deltas" if table.deltas else "methods")
-    bench = bccd.Benchmark(
-        "paper's table",
-        options.data,
-        work,
-        "yolov5s.yaml" if options.scale == "paper" else "yolov5n.yaml",
-        options.device,
-        options.jobs,
-        0,
-    )
+    network = "yolov5s" if options.scale == "paper" else "yolov5n"
+    bench = bccd.Benchmark("paper's table", options.data, work, f"{network}.yaml", options.device, options.jobs, 0)
+    steps = int(dict(word.split("=", 1) for word in preset.adversarial).get("steps", PAPER_STEPS))
+    built = f"{network} as Ultralytics builds it today (the paper: YOLO v5s 6.1), images of {preset.imgsz} (320)"
+    notes: tuple[str, ...] = (built,)
+    notes += (FINE_TUNED,) if preset.from_standard and table.of == "levels" else ()
+    if table.of == "seconds":
+        if not options.show:
+            bench.train_all()
+        seconds = {name: bccd.epoch_seconds(bench.folder(ours) / "results.csv") for name, ours in names.items()}
+        notes += ("every epoch is one pass over the same images, without validation",)
+        notes += together([work / "logs" / f"{ours}.jobs" for ours in names.values()])
+        return Found({}, scale, scale, 0, steps, seconds, notes=notes)
     if not options.show:
         bench.run()
     report = json.loads((work / "report_paper's table" / "report.json").read_text())
-    seconds = {}
-    for name, ours in names.items():
-        with (bench.folder(ours) / "results.csv").open(newline="") as file:
-            times = [float(row["time"]) for row in csv.DictReader(file)]
-        seconds[name] = times[-1] / len(times)
-    return found_in(report, table, names, scale, seconds)
+    return Found(curves_in(report, table, names), scale, scale, samples_in(report), steps, {}, notes=notes)
 
 
 def landmarks(options: Options, table: Table) -> Found:
     """Cephalograms by the multi-task U-Net."""
-    preset = landmark.PRESETS["full" if options.scale == "paper" else "cpu"]
+    preset = landmark.PRESETS["full" if options.scale == "paper" else options.scale]
+    deltas = deltas_of(table.dataset, options.scale)
     if table.deltas:
-        names = {f"delta {delta:g}": f"AMAT.{delta:g}" for delta in deltas_of(table.dataset)}
-        methods = {"STD": {"name": "STD"}} | {
-            f"AMAT.{delta:g}": {"name": "AMAT", "delta": round(delta * preset.scale, 4), "thresholds": "STD"}
-            for delta in deltas_of(table.dataset)
-        }
+        names = {f"delta {delta:g}": f"AMAT.{delta:g}" for delta in deltas}
     else:
         names = {"STD(BCE)": "STD.bce", "STD(Dice)": "STD", **{f"SAT{k}": f"SAT{k}" for k in (1, 3, 5)}, "AMAT": "AMAT"}
-        methods = None
 
     class Chosen(landmark.Landmark):
         def every_method(self) -> dict[str, dict[str, Any]]:
-            return super().every_method() if methods is None else methods
+            if not table.deltas:
+                return super().every_method()
+            return {"STD": {"name": "STD"}} | {f"AMAT.{delta:g}": self.amat(delta) for delta in deltas}
 
     work = options.work / table.dataset / ("deltas" if table.deltas else "methods")
     encoder = preset.network["encoder"]
-    only = list(names.values()) if methods is None else []
+    only = [] if table.deltas else list(names.values())
     device = "cpu" if options.device == "cpu" else "gpu"
-    bench = Chosen(work, [encoder], [0], only, device, options.jobs, preset, options.data)
+    bench = Chosen(work, [encoder], [0], only, device, options.jobs, preset, options.data, options.spacing)
     if not options.show:
         bench.run()
     curves: Curves = {}
@@ -234,18 +306,18 @@ def landmarks(options: Options, table: Table) -> Found:
     report = json.loads(
         (work / "reports" / f"{encoder}_{next(iter(names.values()))}_0" / "L2" / "report.json").read_text()
     )
-    return Found(curves, preset.scale, samples_in(report), {})
+    notes: tuple[str, ...] = (f"encoder {encoder} (the paper's: VGG19), {preset.epochs} epochs (500)",)
+    if preset.data["channels"] == 1:
+        notes += ("one channel for the paper's three",)
+    return Found(curves, preset.scale, preset.scale, samples_in(report), preset.steps, {}, notes=notes)
 
 
-def found_in(
-    report: dict[str, Any], table: Table, names: dict[str, str], scale: float, seconds: dict[str, float]
-) -> Found:
+def curves_in(report: dict[str, Any], table: Table, names: dict[str, str]) -> Curves:
     """The curves of a report of several models."""
     models = report["results"][table.metric]["models"]
-    curves = {
+    return {
         name: {attack: models[ours]["attacks"][attack]["values"] for attack in ATTACKS} for name, ours in names.items()
     }
-    return Found(curves, scale, samples_in(report), seconds)
 
 
 def samples_in(report: dict[str, Any]) -> int:
@@ -257,8 +329,8 @@ TABLES = {
     "table2": Table("ADI of hippocampi, nnU-Net", "hippocampus", "ADI", segmentation),
     "table3": Table("ADI of prostates, nnU-Net", "prostate", "ADI", segmentation),
     "table4": Table("TVDI of the standard network of hippocampi", "hippocampus", "TVDI", segmentation, of="clean"),
-    "table5": Table("seconds of an epoch, hippocampi", "hippocampus", "ADI", segmentation, of="seconds"),
-    "table5-bccd": Table("seconds of an epoch, blood cells", "bccd", "mAP50-95", detection, of="seconds"),
+    "table5": Table("seconds of training, hippocampi", "hippocampus", "ADI", segmentation, of="seconds"),
+    "table5-bccd": Table("seconds of training, blood cells", "bccd", "mAP50-95", detection, of="seconds"),
     "table6": Table("MRE of cephalograms in mm, multi-task U-Net", "cephalometric", "MRE", landmarks),
     "table7": Table("mAP50-95 of blood cells, YOLOv5", "bccd", "mAP50-95", detection),
     "table8": Table("ADI of hearts over delta", "heart", "ADI", segmentation, deltas=True),
@@ -269,27 +341,35 @@ TABLES = {
 }
 
 
+def caption(table: Table, found: Found, scale: str) -> str:
+    """How the numbers came about, and what about it is not the paper's."""
+    parts = [f"scale {scale}", "one seed"]
+    if found.samples:
+        parts.append(f"{found.samples} validation samples")
+    if table.of == "levels":
+        parts.append(f"noise levels of the paper times {found.scale:.3g}, AMAT's deltas times {found.delta_scale:.3g}")
+    if table.of != "clean":
+        parts.append(f"{found.steps} attack steps in training (its authors' release: {PAPER_STEPS})")
+    text = f"Ours (the paper's in brackets): {'; '.join([*parts, *found.notes])}; torch {torch.__version__}."
+    return f"**These numbers mean nothing: almost nothing was trained.** {text}" if scale == "smoke" else text
+
+
 def page(name: str, table: Table, found: Found, scale: str) -> str:
     """The table in Markdown, each cell ours and, in brackets, the paper's."""
     theirs, levels = published(table), levels_of(table)
-    lines = [f"## {name}: {table.title}", ""]
-    lines.append(
-        f"Ours (the paper's in brackets); scale {scale}, {found.samples} validation samples, one seed; noise levels "
-        f"and deltas of the paper times {found.scale:.3g}; torch {torch.__version__}."
-    )
-    lines.append("")
+    lines = [f"## {name}: {table.title}", "", caption(table, found, scale), ""]
     if table.of == "seconds":
-        column = {"hippocampus": "hippocampus", "bccd": "bccd"}[table.dataset]
-        paper = {row["method"]: float(row[column]) for row in rows("epoch_seconds_table_5.csv")}
-        lines += ["| | seconds of an epoch | times standard | paper |", "|---|---|---|---|"]
+        paper = {row["method"]: float(row[table.dataset]) for row in rows("epoch_seconds_table_5.csv")}
+        lines += [f"| | seconds of an {found.per} | times standard |", "|---|---|---|"]
         for method, value in found.seconds.items():
-            known = next((paper[kind] / paper["STD"] for kind in ("SAT", "AMAT", "STD") if method.startswith(kind)), 0)
-            lines.append(f"| {method} | {value:.1f} | {value / found.seconds['STD']:.2f} | {known:.2f} |")
+            times = next(paper[kind] / paper["STD"] for kind in ("SAT", "AMAT", "STD") if method.startswith(kind))
+            lines.append(f"| {method} | {value:.3g} | {value / found.seconds['STD']:.2f} ({times:.2f}) |")
         return "\n".join(lines) + "\n"
     attacks: Iterable[str] = ("pgd100",) if table.deltas else ATTACKS
     for attack in attacks:
         shown = levels[:1] if table.of == "clean" else levels
-        heads = [f"{table.metric}, {attack}", "clean", *(f"{level:g}" for level in shown[1:])]
+        what = table.metric if table.of == "clean" else f"{table.metric}, {attack}"
+        heads = [what, "clean", *(f"{level:g}" for level in shown[1:])]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for method, curves in found.curves.items():
             known = theirs.get(method, {}).get(attack, [float("nan")] * len(levels))
@@ -309,20 +389,30 @@ def main() -> None:
     parser.add_argument("table", choices=("list", *TABLES))
     parser.add_argument("--data", type=Path, help="the data set's folder")
     parser.add_argument("--work", type=Path, default=Path("build/paper"))
-    parser.add_argument("--scale", choices=("cpu", "paper"), default="cpu")
+    parser.add_argument("--scale", choices=("cpu", "paper", "smoke"), default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (each on one thread if above 1)")
+    parser.add_argument("--spacing", type=float, default=None, help="mm per pixel of radiographs; default: the data's")
     parser.add_argument("--show", action="store_true", help="print what an earlier run has measured")
     given = parser.parse_args()
     if given.table == "list":
         for name, table in TABLES.items():
             print(f"{name:12} {table.title} (data: {table.dataset})")
+        print("\nWhat the folder of --data holds:")
+        for name, layout in LAYOUTS.items():
+            print(f"{name:14} {layout}")
         return
-    if given.data is None or not given.data.is_dir():
-        parser.error(f"--data FOLDER is needed, the {TABLES[given.table].dataset} data; got {given.data}")
-    work = given.work.resolve() / given.scale
-    options = Options(given.data.resolve(), work, given.scale, given.device, given.jobs, given.show)
     table = TABLES[given.table]
+    if not given.show:
+        if given.data is None or not given.data.is_dir():
+            parser.error(f"--data FOLDER is needed: {LAYOUTS[table.dataset]}; got {given.data}")
+        if absent := missing(table.dataset, given.data):
+            parser.error(f"{given.data} has no {', '.join(absent)}. Needed: {LAYOUTS[table.dataset]}")
+        if table.of == "seconds" and given.jobs > 1:
+            parser.error(f"{given.table} measures seconds, which trainings side by side change: leave out --jobs")
+    work = given.work.resolve() / given.scale
+    data = Path() if given.data is None else given.data.resolve()
+    options = Options(data, work, given.scale, given.device, given.jobs, given.show, given.spacing)
     try:
         found = table.run(options, table)
     except FileNotFoundError as error:
@@ -333,7 +423,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / f"{given.table}.md").write_text(text)
     record = {"table": given.table, "scale": given.scale, "levels": levels_of(table), "paper": published(table)}
-    record |= {"curves": found.curves, "level_scale": found.scale, "samples": found.samples, "seconds": found.seconds}
+    record |= {"curves": found.curves, "level_scale": found.scale, "delta_scale": found.delta_scale}
+    record |= {"samples": found.samples, "steps": found.steps, "notes": found.notes}
+    record |= {"seconds": found.seconds, "seconds_of": found.per if found.seconds else None}
     (work / f"{given.table}.json").write_text(json.dumps(record, indent=1))
     print(text)
 
