@@ -77,6 +77,12 @@ def ingredients(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
     }
 
 
+def growing(levels: Sequence[float], **length: Any) -> dict[str, Settings]:
+    """SAT whose level grows from 0, by a callback of ingredients.py."""
+    grows = {"trainer.callbacks+": "ingredients.Growing", **length}
+    return {f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, **grows} for eps in levels}
+
+
 def shorter(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
     """A robust network for 1.5 times the standard training, which is part of that; the preset takes 1.8 times.
 
@@ -298,6 +304,7 @@ class Landmark(Lightning):
         "SAT 0.7, averaged": {"method": "SAT", "eps": 0.7, **AVERAGED},
         **ingredients(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
         **shorter(1.0, {"margin_min": 0.05, "margin_max": 6.0}, demo_landmark.EPOCHS),
+        **growing((1.0, 2.0, 3.0, 5.0, 8.0)),
         **fronts_controls(demo_landmark.EPOCHS),
     }
 
@@ -313,6 +320,7 @@ class Classify(Lightning):
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
         **ingredients(0.8, {"margin_min": 0.01, "margin_max": 4.0}, demo_classify.EPOCHS),
         **shorter(0.8, {"margin_min": 0.01, "margin_max": 4.0}, demo_classify.EPOCHS),
+        **growing((0.4, 0.8)),
         **fronts_controls(demo_classify.EPOCHS),
         **{f"SAT {eps:g}, smoothed": {"method": "SAT", "eps": eps, **SMOOTHED} for eps in (0.4, 0.8)},
         "AMAT wide on the sphere, mean+4std, smoothed": amat(

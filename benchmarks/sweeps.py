@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-from fronts import Classify, Settings, amat, controls, curve, margins, run_all, said
+from fronts import Classify, Settings, amat, controls, curve, growing, margins, run_all, said
 from numpy.typing import NDArray
 
 from advmed.files import write_whole
@@ -68,7 +68,8 @@ def sweep(
     }
     adaptive |= {f"DPAAT {size:g}": {"method": "DPAAT", "eps": size, **equal_passes("DPAAT", epochs)} for size in sizes}
     learnt = f"AMAT0.8 mean+{capped[-2]:g}std" if capped else f"AMAT mean+{stds[-2]:g}std"
-    against = controls(learnt, equal_passes("STD", epochs), **equal_passes("SAT", epochs))
+    against = growing(eps, **equal_passes("SAT", epochs))
+    against |= controls(learnt, equal_passes("STD", epochs), **equal_passes("SAT", epochs))
     return fixed | adaptive | against
 
 

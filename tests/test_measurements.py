@@ -285,3 +285,19 @@ def test_runs_are_compared_in_the_seeds_that_both_have(fronts: ModuleType) -> No
     rows = fronts.paired(False, curves, "SAT 1").splitlines()[2:]
     assert rows == ["| AMAT | 2 | +0.050 ± 0.050 | +0.000 ± 0.100 |"]  # +0.1 and 0; -0.1 and +0.1
     assert fronts.paired(True, curves, "SAT 1").splitlines()[2:] == ["| AMAT | 2 | -0.050 ± 0.050 | +0.000 ± 0.100 |"]
+
+
+def test_a_growing_level_is_reached_where_it_should_be() -> None:
+    from ingredients import Growing
+
+    def stub(**values: Any) -> Any:
+        return type("Stub", (), values)
+
+    method = stub(eps=2.0)
+    module, trainer = stub(run=stub(method=method)), stub(global_step=0, estimated_stepping_batches=10)
+    callback, levels = Growing(until=0.5), []
+    callback.on_train_start(trainer, module)
+    for trainer.global_step in range(10):
+        callback.on_train_batch_start(trainer, module, {}, 0)
+        levels.append(method.eps)
+    assert levels == pytest.approx([0.4, 0.8, 1.2, 1.6, *[2.0] * 6])
