@@ -39,7 +39,7 @@ import demo_classify  # noqa: E402  # found by the line above
 import demo_landmark  # noqa: E402  # found by the line above
 import demo_yolo  # noqa: E402  # found by the line above
 
-from advmed.report.front import attainable  # noqa: E402
+from advmed.report.front import attainable  # noqa: E402  # after the demos, which need the path
 
 Settings = dict[str, Any]
 """Of a training by its method, beside the defaults."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -199,8 +199,8 @@ def test_a_training_that_was_done_anew_is_followed_by_those_that_begin_with_it(
 ) -> None:
     called: list[str] = []
 
-    class Host(fronts.Host):  # type: ignore[name-defined,misc]
-        runs: dict[str, Any] = {"SAT 1": {}, "dealt": {"of": "SAT 1"}}  # noqa: RUF012
+    class Host(fronts.Host):  # type: ignore[name-defined,misc]  # of a module that is found at run time
+        runs: ClassVar[dict[str, Any]] = {"SAT 1": {}, "dealt": {"of": "SAT 1"}}
 
         def train(self, name: str) -> list[str]:
             return ["train", name, self.words]
@@ -247,7 +247,7 @@ def test_levels_are_dealt_out_again_as_they_were_noted(tmp_path: Path) -> None:
         return type("Stub", (), values)
 
     def noise(images: torch.Tensor) -> torch.Tensor:
-        return noise.level[: len(images)].view(-1, 1, 1, 1) * torch.full((1, 1, 2, 2), 0.5)  # type: ignore[attr-defined]
+        return level.view(-1, 1, 1, 1) * torch.full((1, 1, 2, 2), 0.5)
 
     method = Method()
     module = stub(run=stub(method=method))
@@ -257,7 +257,7 @@ def test_levels_are_dealt_out_again_as_they_were_noted(tmp_path: Path) -> None:
     epochs = ([1.0, 2.0, 3.0, 5.0], [4.0, 6.0, 8.0, 10.0])
     for trainer.current_epoch, levels in enumerate(epochs):
         for batch in (levels[:3], levels[3:]):
-            noise.level = torch.tensor(batch)  # type: ignore[attr-defined]
+            level = torch.tensor(batch)
             method.step(noise, torch.zeros(len(batch), 1, 2, 2), [])
 
     def given(median: bool) -> list[list[float]]:
