@@ -13,7 +13,8 @@ TORCH ?= torch torchvision
 PYTEST_ARGS ?=
 CELLS ?=
 # A process for every core, four at most; a file of tests stays in one, which makes what its tests share once.
-PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One thread each: a process for every core, and two threads in each of them, would share the cores out twice.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 SHELL = /bin/sh
 PY = $(VENV)/bin/python

@@ -532,10 +532,11 @@ class AdversarialTraining(_Host):
         if self.settings.empty_samples == "floor":  # of the batch as it came, in the host's memory: no device waits
             found = has_foreground(batch["target"], self.label_manager.ignore_label)
             objective.empty = [not some for some in found]
-        # A shared first gradient needs the clean pass's own backward pass: with the host's scaler, and through its
-        # distributed wrapper, which knows no other.
+        # A shared first gradient, or one at moved weights, needs the passes' own backward passes: with the host's
+        # scaler, and through its distributed wrapper, which knows no other.
         shares = getattr(self.method, "clean_gradients", None) is not None and not self.run.warming_up
-        scaled = self._backward if shares or self.settings.backward == "sequential" else None
+        at_once = shares or self.run.moves_weights or self.settings.backward == "sequential"
+        scaled = self._backward if at_once else None
         with self.autocast():
             step = self.run.step(objective, images, batch.get("ids", batch["keys"]), scaled)
         if scaled is None:

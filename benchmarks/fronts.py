@@ -54,8 +54,8 @@ def amat(std: float, **settings: Any) -> Settings:
     return {"method": "AMAT", "rule": f"mean+{std:g}std", **settings}
 
 
-AWP: Settings = {"trainer.callbacks+": "ingredients.AWP"}
-"""Adversarial weight perturbation, by a callback of ingredients.py."""
+AWP: Settings = {"awp": 0.005}
+"""Adversarial weight perturbation."""
 
 
 def ingredients(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:

@@ -32,6 +32,7 @@ from .margins import MarginStore as MarginStore
 from .methods import METHODS as METHODS
 from .methods.amat import AMAT as AMAT
 from .methods.at import AT as AT
+from .methods.awp import WeightPerturbation as WeightPerturbation
 from .methods.base import AttackOptions as AttackOptions
 from .methods.base import AttackSettings as AttackSettings
 from .methods.base import Method as Method

@@ -8,13 +8,14 @@ a batch's numbers are does not depend on who measured it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _PATIENCE = timedelta(days=7)  # a process may have to wait for the others as long as their batches take
 _group: Any = None  # the group of processes that exchange values; None: that of the training
@@ -32,6 +33,16 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value, group=_group)
     return values
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of tensors over all processes, which have them in the same order and shapes; in one exchange."""
+    if not tensors or not is_distributed():
+        return list(tensors)
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def from_first_rank(value: Any) -> Any:

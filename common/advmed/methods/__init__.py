@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from advmed.methods.amat import AMAT, AMATSettings
 from advmed.methods.at import AT
+from advmed.methods.awp import WeightPerturbation
 from advmed.methods.base import (
     AdaptiveRadiusMethod,
     AdversarialMethod,
@@ -76,5 +77,6 @@ __all__ = [
     "MethodSettings",
     "RadiusSettings",
     "Step",
+    "WeightPerturbation",
     "method_class",
 ]

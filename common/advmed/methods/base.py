@@ -378,6 +378,26 @@ class AdversarialMethod(Method):
                 stacklevel=2,
             )
 
+    def loss_of(
+        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
+    ) -> Tensor:
+        """The training loss of images whose noise is known already; nothing is attacked, and nothing learnt of them.
+
+        Args:
+            objective: of the batch.
+            images: clean, (B, C, *spatial).
+            adversarial: the same with their noise.
+            backward: see :meth:`step`.
+
+        Returns:
+            A scalar, of the same make as :attr:`Step.loss`.
+        """
+        mixed = MixedLoss(objective, backward)
+        if self.learns_from_clean:
+            mixed.add(images, 0.5)
+        mixed.add(adversarial, 0.5 if self.learns_from_clean else 1.0)
+        return mixed.total()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain types."""
         return {**super().state_dict(), "steps_done": self.steps_done}
@@ -621,6 +641,14 @@ class MixedLoss:
         return self.loss
 
 
+def gone_back(loss: Tensor, backward: Backward | None) -> Tensor:
+    """A loss that was back-propagated, and is detached then, if ``backward`` is given."""
+    if backward is None:
+        return loss
+    backward(loss)
+    return loss.detach()
+
+
 def joined_step(
     loss: Tensor, backward: Backward | None, losses: Mapping[str, Tensor], terms: Tensor, attacked: AttackResult
 ) -> Step:
@@ -634,9 +662,7 @@ def joined_step(
         terms: loss terms of the clean images, (B, K).
         attacked: the attacked images.
     """
-    if backward is not None:
-        backward(loss)
-        loss = loss.detach()
+    loss = gone_back(loss, backward)
     logs = {**{name: value.detach() for name, value in losses.items()}, "nonfinite": attacked.nonfinite.sum()}
     return Step(loss, logs, terms.detach(), attacked.images)
 

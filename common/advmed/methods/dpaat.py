@@ -27,6 +27,7 @@ from advmed.methods.base import (
     Step,
     check_optional,
     check_positive,
+    gone_back,
     required,
 )
 from advmed.methods.shared import predictions_first, repeatable
@@ -183,9 +184,7 @@ class DPAAT(AdaptiveRadiusMethod):
             adversarial = loss
             logs["loss_clean"] = total(clean_terms).mean()
         clean_terms, terms = (check_terms(found, images).detach() for found in (clean_terms, terms))
-        if backward is not None:
-            backward(loss)
-            loss = loss.detach()
+        loss = gone_back(loss, backward)
 
         increase = total(terms) - total(clean_terms)
         stable = increase <= self._mean(increase)
@@ -194,6 +193,17 @@ class DPAAT(AdaptiveRadiusMethod):
         self.store.set(ids, self._bounded(moved))
         logs |= {"loss_adversarial": adversarial.detach(), "expanded": stable.float().mean()}
         return Step(loss, logs, clean_terms, attacked.images)
+
+    def loss_of(
+        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
+    ) -> Tensor:
+        """See :meth:`AdversarialMethod.loss_of`."""
+        if not self.sync_weight:
+            return super().loss_of(objective, images, adversarial, backward)
+        predictor = predicting(objective, self.name)
+        _, _, reference = predictor.loss_and_predictions(images)
+        loss, _, predictions = predictor.loss_and_predictions(adversarial)
+        return gone_back(loss + self.sync_weight * predictor.distance(reference, predictions).mean(), backward)
 
     def _mean(self, increase: Tensor) -> Tensor:
         """The mean increase of the batch, over all processes, or of the epoch so far; a scalar on the device."""

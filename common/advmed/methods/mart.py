@@ -22,10 +22,11 @@ from advmed.methods.base import (
     RadiusSettings,
     Step,
     check_optional,
+    gone_back,
     joined_step,
 )
 from advmed.methods.shared import predictions_first, repeatable
-from advmed.objective import ClassScores, Objective, check_terms, classes_of, predicting
+from advmed.objective import ClassScores, Objective, PredictingObjective, check_terms, classes_of, predicting
 from advmed.thresholds import RunningThresholds, Thresholds
 
 
@@ -106,16 +107,33 @@ class MART(FixedRadiusMethod):
         Raises:
             TypeError: if the objective's predictions are no classes.
         """
-        predictor, classes = predicting(objective, self.name), classes_of(objective, self.name)
+        predictor = predicting(objective, self.name)
+        classes_of(objective, self.name)  # before the attack, where there are none
         share = self.clean_gradients is not None and repeatable(predictor)
         passed, first = predictions_first(predictor, images) if share else (None, None)
         attacked = self._attack(objective, images, self.eps, clean=first)
-        clean, terms, reference = passed or predictor.loss_and_predictions(images)
-        adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
+        passed = passed or predictor.loss_and_predictions(images)
+        loss, losses = self._compared(predictor, passed, attacked.images)
+        return joined_step(loss, backward, losses, check_terms(passed[1], images), attacked)
+
+    def loss_of(
+        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
+    ) -> Tensor:
+        """See :meth:`AdversarialMethod.loss_of`."""
+        predictor = predicting(objective, self.name)
+        loss, _ = self._compared(predictor, predictor.loss_and_predictions(images), adversarial)
+        return gone_back(loss, backward)
+
+    def _compared(
+        self, predictor: PredictingObjective, passed: tuple[Tensor, Tensor, Any], adversarial: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts, of a clean pass and the one on the noise."""
+        classes = classes_of(predictor, self.name)
+        clean, _, reference = passed
+        other, _, predictions = predictor.loss_and_predictions(adversarial)
         boosted, divergence = mart_losses(classes.class_scores(reference), classes.class_scores(predictions))
         loss = (boosted + self.kl_weight * divergence).mean()
-        losses = {"loss_clean": clean, "loss_adversarial": adversarial, "loss_sync": divergence.mean()}
-        return joined_step(loss, backward, losses, check_terms(terms, images), attacked)
+        return loss, {"loss_clean": clean, "loss_adversarial": other, "loss_sync": divergence.mean()}
 
 
 def mart_losses(clean: ClassScores, adversarial: ClassScores) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class CleanGradients:
         """
         if self._aside or model_of(objective) is None:
             return False
-        return backward is not None or not in_float16(images) or _scale_of(objective) is not None
+        return backward is not None or not in_float16(images) or scale_of(objective) is not None
 
     def take(
         self,
@@ -75,7 +75,7 @@ class CleanGradients:
             self._aside = not self._knows_all(loss, [*weights, images]) or _hooked(weights)
             if self._aside:
                 return loss, None
-        scale = _scale_of(objective)
+        scale = scale_of(objective)
         try:
             with torch.autocast(images.device.type, enabled=False):
                 image, *found = torch.autograd.grad(loss, [images, *weights], scale, allow_unused=True)
@@ -86,12 +86,7 @@ class CleanGradients:
             ) from error
         if image is None:
             return loss, None
-        known = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
-        gradients = _apart([gradient for _, gradient in known])
-        return (
-            _Known.apply(loss.detach(), scale, gradients, *(weight for weight, _ in known)),
-            CleanPass(terms, image),
-        )
+        return known_loss(loss.detach(), scale, weights, found), CleanPass(terms, image)
 
     def _knows_all(self, loss: Tensor, known: Sequence[Tensor]) -> bool:
         identities = {id(tensor) for tensor in known}
@@ -118,7 +113,7 @@ def predictions_first(predictor: PredictingObjective, images: Tensor) -> tuple[t
     """
     leaf = leaf_of(images)
     loss, terms, predictions = predictor.loss_and_predictions(leaf)
-    scale = _scale_of(predictor)
+    scale = scale_of(predictor)
     if scale is None and in_float16(images):
         scale = loss.new_tensor(_FLOAT16_SCALE)
     with torch.autocast(images.device.type, enabled=False):
@@ -151,9 +146,14 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
         waiting += [following for following, _ in node.next_functions]
 
 
+def has_hooks(weights: Sequence[Tensor]) -> bool:
+    """Whether hooks of weights may change their gradients, each time that one is taken."""
+    return any(weight._backward_hooks for weight in weights)
+
+
 def _hooked(weights: Sequence[Tensor]) -> bool:
     """Whether hooks of weights change their gradients, which would be done here and once more behind the loss."""
-    hooked = any(weight._backward_hooks for weight in weights)
+    hooked = has_hooks(weights)
     if hooked:
         warnings.warn(
             "weights have hooks that may change their gradients: the clean pass is not shared with the attack, which "
@@ -173,7 +173,25 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
     return apart
 
 
-def _scale_of(objective: Objective) -> Tensor | None:
+def known_loss(
+    loss: Tensor, scale: Tensor | None, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """A loss whose gradients are known already, to be back-propagated as any other.
+
+    Args:
+        loss: scalar, detached.
+        scale: what the gradients were multiplied by; None: nothing.
+        weights: the leaves that they belong to.
+        gradients: one for each; None where there is none.
+    """
+    known = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+    apart = _apart([gradient for _, gradient in known])
+    made: Tensor = _Known.apply(loss, scale, apart, *(weight for weight, _ in known))
+    return made
+
+
+def scale_of(objective: Objective) -> Tensor | None:
+    """What the host multiplies its loss by against underflow in float16; None: not told, or nothing."""
     scale = getattr(objective, "loss_scale", None)
     return scale if isinstance(scale, Tensor) else None
 

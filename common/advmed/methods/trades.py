@@ -16,6 +16,7 @@ from advmed.methods.base import (
     RadiusSettings,
     Step,
     check_optional,
+    gone_back,
     joined_step,
 )
 from advmed.objective import Objective, PredictingObjective, check_terms, model_of, predicting
@@ -104,13 +105,27 @@ class TRADES(FixedRadiusMethod):
             TypeError: if the objective gives no predictions.
         """
         predictor = predicting(objective, self.name)
-        clean, terms, reference = predictor.loss_and_predictions(images)
-        attacked = self._attack(Distance(predictor, detached(reference)), images, self.eps)
-        adversarial, _, predictions = predictor.loss_and_predictions(attacked.images)
+        passed = predictor.loss_and_predictions(images)
+        attacked = self._attack(Distance(predictor, detached(passed[2])), images, self.eps)
+        loss, losses = self._compared(predictor, passed, attacked.images)
+        return joined_step(loss, backward, losses, check_terms(passed[1], images), attacked)
+
+    def loss_of(
+        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
+    ) -> Tensor:
+        """See :meth:`AdversarialMethod.loss_of`."""
+        predictor = predicting(objective, self.name)
+        loss, _ = self._compared(predictor, predictor.loss_and_predictions(images), adversarial)
+        return gone_back(loss, backward)
+
+    def _compared(
+        self, predictor: PredictingObjective, passed: tuple[Tensor, Tensor, Any], adversarial: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts, of a clean pass and the one on the noise."""
+        clean, _, reference = passed
+        other, _, predictions = predictor.loss_and_predictions(adversarial)
         sync = predictor.distance(reference, predictions).mean()
-        loss = clean + self.beta * sync
-        losses = {"loss_clean": clean, "loss_adversarial": adversarial, "loss_sync": sync}
-        return joined_step(loss, backward, losses, check_terms(terms, images), attacked)
+        return clean + self.beta * sync, {"loss_clean": clean, "loss_adversarial": other, "loss_sync": sync}
 
 
 class Distance:

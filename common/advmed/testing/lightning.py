@@ -512,6 +512,7 @@ print(json.dumps(statuses))
 EPOCHS = 3
 PROCESSES: dict[str, dict[str, Any]] = {
     "dpaat": {"model__method__name": "DPAAT"},
+    "moved": {"model__method__name": "DPAAT", "model__method__awp": 0.1},
     "amat": {
         "model__method__name": "AMAT",
         "model__method__delta": 0.2,
@@ -795,6 +796,38 @@ class LightningTrainingContract(OwnFolder):
         close(shared, other, **exact)
         assert (fewer, more) == (3 * host.steps, 4 * host.steps)  # two of the attack, two that are learnt from
         assert moved(watched.start, shared) > 3 * exact["atol"]
+
+    def test_gradients_are_taken_at_moved_weights(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With weights that are hardly moved they are those of a training without; with others, others."""
+        passes = counted_passes(monkeypatch, host.module)
+        given: dict[str, Any] = {
+            "model__method__name": "SAT",
+            "model__method__eps": 0.3,
+            **SGD,
+            "trainer__precision": "64-true",
+        }
+        given |= {"model__validation_steps": 0, "trainer__limit_val_batches": 0, "checkpoint__monitor": "train/loss"}
+        found = []
+        for awp in ("null", "1e-13", "0.5"):
+            passes.clear()
+            run = host.fit(tmp_path, **given, model__method__awp=awp)
+            found.append((run.weights(), len(passes)))
+        (plain, fewer), (same, more), (other, _) = found
+        assert (fewer, more) == (3 * host.steps, 5 * host.steps)  # clean and attacked once more
+        close(same, plain, atol=1e-7, rtol=1e-6)
+        assert moved(plain, other) > 1e-4
+
+    def test_weights_are_not_moved_where_a_strategy_takes_gradients_otherwise(self, host: LightningHost) -> None:
+        class Own(SingleDeviceStrategy):
+            pass
+
+        model = host.module.from_checkpoint(host.standard.last).train()
+        model.method_name, model.settings = "SAT", replace(model.settings, awp=0.1)
+        trainer = Trainer(strategy=Own("cpu"), max_epochs=1, limit_val_batches=0, **QUIET)
+        with pytest.raises(ValueError, match="awp takes a second gradient in each step, at other weights, and Own"):
+            trainer.fit(model, datamodule=host.read())
 
     def test_in_float16_the_gradients_are_scaled_as_the_loss_is(
         self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1195,7 +1228,8 @@ class LightningTrainingContract(OwnFolder):
         self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """And needs no warm-up; one that begins with another network calibrates itself."""
-        watched, standard = watched_steps(monkeypatch, host.module), host.standard
+        standard = host.standard  # made by now, if this is the first test
+        watched = watched_steps(monkeypatch, host.module)
         given = {"model__method__name": "AMAT", "trainer__max_epochs": 2}
         run = host.fit(tmp_path, model__network__weights=standard.last, **given)
         assert any("the standard network that this training begins with: " in line for line in host.said)
@@ -1614,7 +1648,7 @@ class LightningTrainingContract(OwnFolder):
         assert {row[0] for row in rows} == set(host.ids("test"))
         assert len({row[:2] for row in rows}) == len(rows)
 
-    @pytest.mark.parametrize("name", ["dpaat", "amat"])
+    @pytest.mark.parametrize("name", ["dpaat", "amat", "moved"])
     def test_two_processes_learn_what_one_does_from_the_same_global_batches(
         self, host: LightningHost, ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from advmed.clock import Pace
 from advmed.distributed import gathered, is_distributed
-from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method
+from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
 from advmed.methods.base import Backward, Step
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
@@ -95,11 +95,15 @@ class MethodRun:
         settings = self.settings
         self.method: Method = settings.make_method(name, thresholds)
         self._say, self._shown = say, shown
+        self._perturbed: WeightPerturbation | None = None
+        if settings.awp is not None and isinstance(self.method, AdversarialMethod):
+            self._perturbed = WeightPerturbation(self.method, settings.awp)
         self._check = strength_check(self.method)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
         self._epoch, self._remarked = 0, False
-        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.method.cost, every_epoch=every_epoch)
+        cost = (self._perturbed or self.method).cost
+        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._snapshot: tuple[int, dict[str, Any]] | None = None
@@ -108,6 +112,11 @@ class MethodRun:
     def thresholds(self) -> Thresholds | RunningThresholds | None:
         """The method's thresholds, if it has any."""
         return getattr(self.method, "thresholds", None)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether gradients are taken at moved weights, in the present epoch."""
+        return self._perturbed is not None and not self.warming_up
 
     def set_epochs(self, epochs: int) -> None:
         """Another length of the training than was thought, where a host trains for a time and not for epochs.
@@ -178,7 +187,7 @@ class MethodRun:
         if (left := self._pace.step()) is not None:
             self._say(left)
         if not self.warming_up:
-            step = self.method.step(objective, images, ids, backward)
+            step = (self._perturbed or self.method).step(objective, images, ids, backward)
             if self._check is not None and step.adversarial is not None and self._check.due():
                 self._check.look(objective, images.detach(), step.adversarial)
         else:

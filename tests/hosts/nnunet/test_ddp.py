@@ -22,6 +22,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "measured": ("AMAT", {"backward": "sequential", "threshold_samples": 8}),
     "together": ("SAT", {"backward": "together"}),
     "sequential": ("SAT", {"backward": "sequential"}),
+    "moved": ("SAT", {"awp": 0.1}),
     "standard": ("STD", {}),
     "dpaat": ("DPAAT", {"average": "epoch", "step_size": 0.25}),
     "trades": ("TRADES", {}),
@@ -43,7 +44,7 @@ def ranks(world: Any, stock: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_one_network_after_every_step_without_attacks_through_the_wrapper(ranks: Ranks, run: str) -> None:
-    passes = {"self-calibrated": [1, 1, 2, 2, 2, 2], "standard": [1] * 6}
+    passes = {"self-calibrated": [1, 1, 2, 2, 2, 2], "standard": [1] * 6, "moved": [4] * 6}
     check_one_network([rank[run] for rank in ranks], passes.get(run, [2] * 6))
 
 

@@ -122,6 +122,26 @@ def test_a_shared_first_gradient_changes_nothing_but_the_time(bench: Any, config
     assert (passes.count(False), passes.count(True)) == (5, 4)
 
 
+@pytest.mark.parametrize("given", [{}, {"preset": "paper", "steps": 2}, {"backward": "sequential"}], ids=str)
+def test_gradients_are_taken_at_moved_weights(bench: Any, given: dict[str, Any]) -> None:
+    """With weights that are hardly moved they are those of a training without; with others, others."""
+    ends: dict[float | None, Any] = {}
+    for awp in (None, 1e-12, 0.5):
+        own = FAST | {"epochs": 1} | given
+        trainer = bench.ready("SAT", "3d_fullres", awp=awp, warmup_epochs=0, tag=str(awp), **own)
+        passes: list[int] = []
+        count = trainer.network.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        (batch,) = bench.batches(trainer, 1)
+        trainer.train_step(batch)
+        count.remove()
+        ends[awp] = trainer.network.state_dict(), len(passes)
+    (plain, fewer), (same, more), (other, _) = ends.values()
+    assert more == fewer + 2, "clean and attacked once more"
+    for name, value in plain.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert max(float((other[name] - value).abs().max()) for name, value in plain.items()) > 1e-4
+
+
 def test_the_best_epoch_is_that_of_the_robust_dice(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never one of the clean warm-up, whose Dice is the best here."""
     trainer = bench.make(

@@ -21,6 +21,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "amat": ("amat", {"delta": 0.5, "steps": 2, "random_start": 1.0, "refinement": "crossing"}),
     "fast": ("amat", {}),  # as it is by default
     "dpaat": ("dpaat", {"eps": 1.0, "steps": 2, "step_size": 0.25, "average": "epoch"}),
+    "moved": ("sat", {"eps": 1.0, "steps": 2, "awp": 0.1}),
     "trades": ("trades", {"eps": 1.0, "steps": 2}),
 }
 Ranks = list[dict[str, Any]]

@@ -334,6 +334,27 @@ def test_in_float16_the_shared_gradients_are_taken_of_the_scaled_loss(
         torch.testing.assert_close(found[True][0][name], value, rtol=5e-2, atol=2e-3, msg=name)
 
 
+@pytest.mark.parametrize("own", [{}, {"model": TWO_HEADS, "nms": False}, SEQUENTIAL], ids=str)
+def test_gradients_are_taken_at_moved_weights(run: Any, own: dict[str, Any]) -> None:
+    """With weights that are hardly moved they are those of a training without; with others, others."""
+    found: dict[float | None, Any] = {}
+    for awp in (None, 1e-12, 0.5):
+        passes: list[int] = []
+
+        def ready(trainer: Any, passes: list[int] = passes) -> None:
+            trainer.model.model[0].register_forward_hook(lambda *_: passes.append(1))
+
+        given = {"eps": 2.0, "steps": 2, "epochs": 1, "val": False, "robust_batches": 0, **STILL, **own}
+        trainer = run("sat", str(awp), {"on_train_start": ready}, awp=awp, **given)
+        found[awp] = dict(trainer.model.named_parameters()), len(passes)
+    (plain, fewer), (same, more), (other, _) = found.values()
+    assert more > fewer
+    assert (more - fewer) % 2 == 0, "clean and attacked once more in each step"
+    for name, value in plain.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert max(float((other[name] - value).detach().abs().max()) for name, value in plain.items()) > 1e-3
+
+
 def test_no_gradient_is_shared_where_it_is_of_another_head_than_the_attacked_one(run: Any, said: list[str]) -> None:
     trainer = run("sat", model=TWO_HEADS, nms=False, eps=1.0, epochs=1, val=False)
     assert trainer.settings.share_gradient is False

@@ -266,8 +266,17 @@ class RobustModule(LightningModule):
             write_whole(folder / FILE, notes + text)
 
     def _sharing(self, settings: TrainingSettings) -> TrainingSettings:
-        """Without a shared gradient where the strategy takes the gradients of the weights in its own way."""
+        """Without a shared gradient where the strategy takes the gradients of the weights in its own way.
+
+        Raises:
+            ValueError: for a setting that cannot do without.
+        """
         strategy = type(self.trainer.strategy)
+        if settings.awp is not None and is_adversarial(self.method_name) and strategy not in _SHARING:
+            raise ValueError(
+                f"awp takes a second gradient in each step, at other weights, and {strategy.__name__} takes gradients "
+                f"in its own way: leave awp out, or train with the strategy ddp, or on one device"
+            )
         if not settings.share_gradient or strategy in _SHARING:
             return settings
         say(
