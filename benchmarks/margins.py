@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adv_nnunet.objective import SampleTerms, SegmentationObjective
-from advmed import AMAT, APGD, PGD, SAT, STD, TermStatistics
+from advmed import AMAT, APGD, PGD, SAT, STD, TermStatistics, WeightPerturbation
 from advmed.evaluation.auc import auc_robust
 from advmed.guard import preserved
-from advmed.methods import Method
+from advmed.methods import AdversarialMethod, Method
 
 SHAPE, BATCH, LEVELS = (56, 40), 16, (0.0, 2.0, 6.0, 10.0)
 STANDARD_STEPS, STEPS, RATE, FINE_RATE = 4000, 1000, 0.01, 0.01  # a quarter, as the hosts' preset has it
@@ -46,6 +46,8 @@ AVERAGE = 0.99  # decay of the average of the weights, which is evaluated, too, 
 AVERAGED = ("SAT 3.5", "AMAT secant, on the crossing, estimate, mean+2std")
 FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing", "share_gradient": True}
 PAPER: dict[str, Any] = {"steps": 20, "step_scale": 4.0}
+AWP, AS_LONG = 0.005, 1600
+"""Share by which weights are moved, and the steps of a training without that make as many passes: 16 thirds for 10."""
 LENGTHS = {2: 1.5, 3: 1.75, 5: 2.3}
 """Of all steps together, in radii, by their number."""
 
@@ -114,6 +116,10 @@ RUNS: dict[str, dict[str, Any]] = {
         for eps in (2, 3.5, 5)
         for steps in (2, 5)
     },
+    "SAT 3.5, AWP": {"method": "SAT", "eps": 3.5, **FAST, "awp": AWP},
+    "SAT 3.5, as long as with AWP": {"method": "SAT", "eps": 3.5, **FAST, "train_steps": AS_LONG},
+    "AMAT secant, estimate, mean+2std, AWP": amat("secant", 2, **ESTIMATE, awp=AWP),
+    "AMAT secant, estimate, mean+2std, as long as with AWP": amat("secant", 2, **ESTIMATE, train_steps=AS_LONG),
     **{
         f"AMAT paper, PGD-20, mean+{std:g}std": {
             **{"method": "AMAT", "std": std, "delta": 0.5, "refinement": "paper", "share_gradient": False},
@@ -171,7 +177,7 @@ def task(model: nn.Module, labels: Tensor) -> SegmentationObjective:
 
 
 def train(
-    model: nn.Module, method: Method, images: Tensor, labels: Tensor, steps: int, rate: float
+    model: nn.Module, method: Method | WeightPerturbation, images: Tensor, labels: Tensor, steps: int, rate: float
 ) -> tuple[float, nn.Module]:
     """Trains as nnU-Net does; seconds of processor time, and the network of averaged weights."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
@@ -228,6 +234,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
     fold = json.loads((data / "splits_final.json").read_text())[0]
     images, labels = load(data, fold["train"][:100])
     method: Method
+    taken: Method | WeightPerturbation
     average: nn.Module | None
     result: dict[str, Any] = {"name": name, "seed": seed}
     standard = work / f"standard_{seed}.pt"
@@ -247,13 +254,17 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         settings = dict(RUNS[name])
         kind, std, rate = settings.pop("method"), settings.pop("std", None), settings.pop("rate", FINE_RATE)
         threshold_rule, steps = settings.pop("threshold_rule", None), settings.pop("train_steps", STEPS)
+        awp = settings.pop("awp", None)
         torch.manual_seed(100 + seed)
         if kind == "AMAT":
             settings["thresholds"] = thresholds(model, images, labels).thresholds(threshold_rule or f"mean+{std:g}std")
             result["xi"] = settings["thresholds"].values[0]
         method = {"STD": STD, "SAT": SAT, "AMAT": AMAT}[kind](**settings)
         torch.manual_seed(200 + seed)
-        whole, average = train(model, method, images, labels, steps, rate)
+        taken = method
+        if awp is not None and isinstance(method, AdversarialMethod):
+            taken = WeightPerturbation(method, awp)
+        whole, average = train(model, taken, images, labels, steps, rate)
         seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
     result["seconds"] = seconds
