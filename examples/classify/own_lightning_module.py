@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from adv_classify import ClassificationObjective
 from adv_classify.data import MedMNIST
-from advmed.methods import DPAAT
+from advmed import DPAAT
 
 DATA = Path(__file__).parents[1] / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 

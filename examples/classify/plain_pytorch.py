@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adv_classify import ClassificationObjective
-from advmed.methods import DPAAT
+from advmed import DPAAT
 
 DATA = Path(__file__).parents[1] / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 

@@ -45,6 +45,20 @@ def test_every_file_begins_with_the_command_that_takes_it(host: str) -> None:
         assert yaml.safe_load(found.text)
 
 
+def test_a_study_takes_the_configurations_that_are_written_beside_it() -> None:
+    """In whatever folder; none is looked for where the search is called."""
+    named = 0
+    for host in HOSTS:
+        names = {found.name for found in configurations(host)}
+        for found in (found for found in configurations(host) if found.is_study):
+            content = "\n".join(line for line in found.text.splitlines() if not line.startswith("#"))
+            for path in re.findall(r"--config (\S+)", content):
+                named += 1
+                assert path.startswith("{here}/")
+                assert path.removeprefix("{here}/") in names
+    assert named
+
+
 def test_names_are_no_twins() -> None:
     """Two hosts in one folder are not in each other's way."""
     names = [found.name for host in HOSTS for found in configurations(host)]

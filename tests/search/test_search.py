@@ -751,6 +751,18 @@ def test_what_is_not_there(toy: Toy, told: Told, monkeypatch: pytest.MonkeyPatch
     assert not Path("runs").exists()
 
 
+def test_a_study_names_what_lies_beside_it(toy: Toy, told: Told) -> None:
+    """Wherever it lies, and the search is called."""
+    path = toy(train="echo --config {here}/base.yaml {delta} {folder}")
+    beside = Path("my studies", path.name)
+    beside.parent.mkdir()
+    path.rename(beside)
+    assert f"--config '{beside.parent}/base.yaml'" in told(beside, "--dry-run")
+    assert "{here}/base.yaml" in read_plan(beside).definition["train"], "a study that was moved goes on"
+    path = toy(here="elsewhere")
+    assert "unknown setting 'here'" in told(path, status=1)
+
+
 # Parts
 
 

@@ -55,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A study file. Texts may hold placeholders: ``{delta}`` for a parameter, ``{folder}``, ``{name}``.
+    """A study file. Texts may hold placeholders: ``{delta}`` for a parameter, ``{folder}``, ``{name}``, ``{here}``.
 
     Attributes:
         study: its name in the storage.
@@ -79,6 +79,7 @@ class Plan:
         scale: what the values are divided by for AUC_robust in the table; None: as the report does it, and by the
             largest value of all trials where lower is better.
         patience: seconds without a sign of life after which another machine's trial counts as abandoned.
+        here: the folder that the study file lies in; not in the file.
     """
 
     study: str
@@ -101,6 +102,7 @@ class Plan:
     objective: str | float = "auc_robust"
     scale: float | None = None
     patience: float = 300.0
+    here: Path = Path()
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -126,7 +128,8 @@ class Plan:
     def placeholders(self, setting: Setting) -> dict[str, str]:
         """What the placeholders stand for, except ``{checkpoint}``; the folder from the root, as hosts may want it."""
         known = {name: as_text(value) for name, value in setting.items()}
-        return known | {"folder": str(self.folder_of(setting).absolute()), "name": name_of(setting)}
+        folder = str(self.folder_of(setting).absolute())
+        return known | {"folder": folder, "name": name_of(setting), "here": str(self.here)}
 
 
 def as_text(value: Value) -> str:
@@ -152,6 +155,9 @@ def name_of(setting: Setting) -> str:
     return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+_PLACES = ("folder", "name", "here", "checkpoint")
+
+
 def read_plan(path: Path) -> Plan:
     """Reads a study file and checks all that can be checked before anything runs.
 
@@ -170,7 +176,7 @@ def read_plan(path: Path) -> Plan:
     problems: list[str] = []
     values = {name: value for name, value in _converted(content, problems)}
     if not problems:
-        plan = Plan(**{"environment": {}, "files": {}, **values})
+        plan = Plan(**{"environment": {}, "files": {}, **values, "here": path.parent})
         problems = list(_problems(plan))
         if not problems:
             return plan
@@ -179,7 +185,7 @@ def read_plan(path: Path) -> Plan:
 
 def _converted(content: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
     """The values of a study file in their types; what is wrong goes to ``problems``."""
-    known = [field.name for field in fields(Plan)]
+    known = [field.name for field in fields(Plan) if field.name != "here"]
     for name in ("study", "storage", "folder", "space", "train", "evaluate", "report"):
         if content.get(name) is None:
             problems.append(f"{name} is missing")
@@ -267,9 +273,9 @@ def _space(value: Any) -> dict[str, tuple[Value, ...] | Range]:
         raise ValueError("must name one or more parameters with their values, such as 'delta: [0.25, 0.5, 1.0]'")
     found: dict[str, tuple[Value, ...] | Range] = {}
     for name, values in value.items():
-        if not isinstance(name, str) or not name.isidentifier() or name in ("folder", "name", "checkpoint"):
+        if not isinstance(name, str) or not name.isidentifier() or name in _PLACES:
             raise ValueError(f"cannot have a parameter {name!r}: take a word of letters, digits and _, not folder, "
-                             "name or checkpoint")  # fmt: skip
+                             "name, here or checkpoint")  # fmt: skip
         try:
             found[name] = _range(values) if isinstance(values, Mapping) else _list(values)
         except ValueError as error:
@@ -337,7 +343,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     texts = {"train": [*plan.train, *plan.environment.values(), *plan.files.values()], "report": [plan.report]}
     texts |= {"evaluate": list(plan.evaluate), "resume": list(plan.resume or ())}
     texts |= {"checkpoint": [plan.checkpoint or ""]}
-    known = {*plan.space, "folder", "name"}
+    known = {*plan.space, "folder", "name", "here"}
     used: dict[str, set[str]] = {}
     for where, lines in texts.items():
         try:
