@@ -554,7 +554,9 @@ def run_all(kind: type[Host], work: Path, seeds: list[int], jobs: int, only: str
         host.prepare()
     chosen = [name for name in kind.runs if re.search(only, name)]
     later = [name for name in chosen if "of" in kind.runs[name]]  # they need what another one has learnt
-    for names in (["STD"], [name for name in chosen if name not in later], later):
+    learnt = {kind.runs[name]["of"] for name in later}
+    first = [name for name in kind.runs if name not in later and (name in chosen or name in learnt)]
+    for names in (["STD"], first, later):
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda one: work_on(*one), [(host, name) for host in hosts for name in names]))
 
