@@ -930,6 +930,8 @@ def widened(path: Path, columns: Iterable[str]) -> list[str]:
 def _sentence(summary: Mapping[str, Any]) -> str:
     """What a run is, for the log."""
     text = f"{summary['method']}, {summary['attacked_epochs']} of {summary['epochs']} epochs under attack"
+    if summary.get("awp"):
+        text += f", awp {summary['awp']:g}"
     if summary["thresholds_from"] is None:
         return text
     return f"{text}; thresholds {summary['thresholds'] or 'to come'}, {summary['thresholds_from']}"

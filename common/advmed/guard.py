@@ -30,6 +30,20 @@ def frozen_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def unlearnt(model: nn.Module) -> Iterator[nn.Module]:
+    """A training pass that leaves no trace in the model's buffers; its gradients are to be taken inside.
+
+    BatchNorm normalises with the statistics of the batch; other layers in training mode learn, and forget it.
+    """
+    buffers = _learning_buffers(model)
+    with frozen_statistics(model):
+        try:
+            yield model
+        finally:
+            _restore(buffers)  # of layers that have no switch
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Holds ``model`` still: what runs inside leaves no trace in it, nor in torch's random state.
 
@@ -43,15 +57,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modules = list(model.modules())
     flags = [module.training for module in modules]
-    # Other layers with buffers (InstanceNorm with running statistics, spectral norm, ...) have no such switch, and a
-    # BatchNorm of somebody else's may write its statistics by itself.
-    buffers = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in modules
-        if module.training and not (isinstance(module, _BatchNorm) and type(module).__module__.startswith("torch."))
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = _learning_buffers(model)
     devices = {tensor.device for tensor in model.parameters()} | {tensor.device for tensor in model.buffers()}
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), frozen_statistics(model):
@@ -65,6 +71,21 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
             for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
             _restore(buffers)
+
+
+def _learning_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
+    """What a pass in training mode may write to, and what stands there.
+
+    Layers other than BatchNorm (InstanceNorm with running statistics, spectral norm, ...) have no switch as it has, and
+    a BatchNorm of somebody else's may write its statistics by itself.
+    """
+    return [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        if module.training and not (isinstance(module, _BatchNorm) and type(module).__module__.startswith("torch."))
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _restore(buffers: list[tuple[nn.Module, str, Tensor, Tensor, int]]) -> None:

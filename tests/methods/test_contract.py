@@ -84,6 +84,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "says what": {"keeps_sizes": False},
     "makes a step": {"step": stepping(lambda step, _, *rest: replace(f := step(*rest), terms=f.adversarial))},
     "backward gives": {"step": stepping(lambda step, _, o, x, i, b: step(o, x, i, b and (lambda loss: b(2 * loss))))},
+    "knows its loss": {"step": stepping(lambda step, _, *rest: replace(f := step(*rest), loss=0.9 * f.loss))},
     "the model learns": {"step": stepping(leaving_gradients)},
     "says whether": {"learns_from_clean": False},
     "works with": {"step": stepping(lambda step, _, o, *rest: step(o, rest[0] * (hasattr(o, "model") + 1), *rest[1:]))},

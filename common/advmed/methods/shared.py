@@ -146,9 +146,16 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def has_hooks(weights: Sequence[Tensor]) -> bool:
-    """Whether hooks of weights may change their gradients, each time that one is taken."""
-    return any(weight._backward_hooks for weight in weights)
+def has_hooks(weights: Sequence[Tensor], *, accumulated: bool = False) -> bool:
+    """Whether hooks of weights may do something each time that a gradient is taken.
+
+    Args:
+        weights: to look at.
+        accumulated: whether gradients come to lie in ``grad``, where hooks may wait for them, too.
+    """
+    if any(weight._backward_hooks for weight in weights):
+        return True
+    return accumulated and any(getattr(weight, "_post_accumulate_grad_hooks", None) for weight in weights)
 
 
 def _hooked(weights: Sequence[Tensor]) -> bool:

@@ -512,7 +512,7 @@ print(json.dumps(statuses))
 EPOCHS = 3
 PROCESSES: dict[str, dict[str, Any]] = {
     "dpaat": {"model__method__name": "DPAAT"},
-    "moved": {"model__method__name": "DPAAT", "model__method__awp": 0.1},
+    "moved": {"model__method__name": "DPAAT", "model__method__awp": 0.01, "optimizer__lr": 0.002},
     "amat": {
         "model__method__name": "AMAT",
         "model__method__delta": 0.2,
@@ -810,7 +810,7 @@ class LightningTrainingContract(OwnFolder):
         }
         given |= {"model__validation_steps": 0, "trainer__limit_val_batches": 0, "checkpoint__monitor": "train/loss"}
         found = []
-        for awp in ("null", "1e-13", "0.5"):
+        for awp in ("0", "1e-13", "0.5"):
             passes.clear()
             run = host.fit(tmp_path, **given, model__method__awp=awp)
             found.append((run.weights(), len(passes)))
@@ -827,6 +827,9 @@ class LightningTrainingContract(OwnFolder):
         model.method_name, model.settings = "SAT", replace(model.settings, awp=0.1)
         trainer = Trainer(strategy=Own("cpu"), max_epochs=1, limit_val_batches=0, **QUIET)
         with pytest.raises(ValueError, match="awp takes a second gradient in each step, at other weights, and Own"):
+            trainer.fit(model, datamodule=host.read())
+        trainer = Trainer(precision="16-true", max_epochs=1, limit_val_batches=0, **QUIET)
+        with pytest.raises(ValueError, match="which weights in float16 lose without a loss scale"):
             trainer.fit(model, datamodule=host.read())
 
     def test_in_float16_the_gradients_are_scaled_as_the_loss_is(
@@ -1666,7 +1669,8 @@ class LightningTrainingContract(OwnFolder):
             alone = host.fit(tmp_path, **given[name])
         together = runs(folder / name)[-1]
         weights = alone.weights()
-        close(weights, together.weights(), atol=1e-7, rtol=1e-6)
+        # Moves of weights make much of the last bit, too.
+        close(weights, together.weights(), atol=1e-5 if name == "moved" else 1e-7, rtol=1e-6)
         assert {value.dtype for value in weights.values()} <= {torch.float64, torch.int64}
         assert moved(watched.start, weights) > 3e-3
         one, two = alone.margins, together.margins

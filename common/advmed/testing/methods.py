@@ -192,6 +192,24 @@ def _backward_gives_the_same_gradients(make: MethodFactory) -> None:
     expect(whole.state_dict() == split.state_dict(), "another state with backward")
 
 
+def _knows_its_loss_where_the_noise_is_known(make: MethodFactory) -> None:
+    """What ``awp`` learns from at moved weights: :meth:`AdversarialMethod.loss_of`."""
+    method, (objective, images) = make(), _task()
+    if not isinstance(method, AdversarialMethod):
+        return
+    step = _step(method, (objective, images))
+    if step.adversarial is None:
+        return
+    step.loss.backward()
+    expected = _gradients(objective)
+    loss = make().loss_of(objective, images, step.adversarial)  # type: ignore[attr-defined]
+    loss.backward()
+    message = "loss_of has another loss than step: write one that is its"
+    expect_close(loss.detach(), step.loss.detach(), message, rtol=1e-9, atol=0)
+    for found, gradient in zip(_gradients(objective), expected, strict=True):
+        expect_close(found, gradient, message, rtol=1e-8, atol=1e-12)
+
+
 def _the_model_learns_from_the_training_passes_alone(make: MethodFactory) -> None:
     """The attack leaves gradients, flags, BatchNorm and the random state as they were."""
     objective, images = _task(normalise=True, dropout=0.4)
@@ -336,6 +354,7 @@ _CHECKS: tuple[Callable[[MethodFactory], None], ...] = (
     _the_model_learns_from_the_training_passes_alone,
     _says_whether_it_learns_from_clean_images,
     _works_with_an_objective_that_names_no_model,
+    _knows_its_loss_where_the_noise_is_known,
     _two_of_a_kind_make_the_same_steps,
     _a_resumed_method_goes_on_bit_for_bit,
     _refuses_the_state_of_another_method,

@@ -96,14 +96,13 @@ class MethodRun:
         self.method: Method = settings.make_method(name, thresholds)
         self._say, self._shown = say, shown
         self._perturbed: WeightPerturbation | None = None
-        if settings.awp is not None and isinstance(self.method, AdversarialMethod):
+        if settings.awp and isinstance(self.method, AdversarialMethod):
             self._perturbed = WeightPerturbation(self.method, settings.awp)
-        self._check = strength_check(self.method)
+        self._check = strength_check(self.method, self.cost)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
         self._epoch, self._remarked = 0, False
-        cost = (self._perturbed or self.method).cost
-        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, cost, every_epoch=every_epoch)
+        self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._snapshot: tuple[int, dict[str, Any]] | None = None
@@ -112,6 +111,11 @@ class MethodRun:
     def thresholds(self) -> Thresholds | RunningThresholds | None:
         """The method's thresholds, if it has any."""
         return getattr(self.method, "thresholds", None)
+
+    @property
+    def cost(self) -> float:
+        """Of a step after the warm-up, in standard training steps, as :attr:`advmed.Method.cost`; with ``awp``."""
+        return (self._perturbed or self.method).cost
 
     @property
     def moves_weights(self) -> bool:
@@ -150,6 +154,7 @@ class MethodRun:
             "method": self.name,
             "epochs": epochs,
             "attacked_epochs": attacked,
+            "awp": self._perturbed.gamma if self._perturbed is not None and attacked else None,
             "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
             "thresholds_from": origin,
         }
@@ -289,10 +294,11 @@ class MethodRun:
         same = str(wanted) == state["settings"].get("steps")
         if same and steps is not None and wanted is not None and steps > wanted:  # raised in the earlier run
             self._set_steps(steps)
+        saved = {field.name: str(field.default) for field in dataclasses.fields(self.settings)} | state["settings"]
         changed = {
-            name: f"{name} {state['settings'].get(name)} -> {value}"
+            name: f"{name} {saved[name]} -> {value}"
             for name, value in vars(self.settings).items()
-            if str(value) != state["settings"].get(name)
+            if str(value) != saved[name]
         }
         kept = [changed.pop(name) for name in _KEPT if name in changed]
         lines = []
@@ -359,11 +365,16 @@ def differing_notes(notes: Mapping[str, Any], run: Mapping[str, Any]) -> list[st
     return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
 
 
-def strength_check(method: Method) -> StrengthCheck | None:
-    """Looks at the strength of a method's attack, if that is to find the largest loss with few steps."""
+def strength_check(method: Method, cost: float | None = None) -> StrengthCheck | None:
+    """Looks at the strength of a method's attack, if that is to find the largest loss with few steps.
+
+    Args:
+        method: of the training.
+        cost: of its steps, in standard ones; None: as the method has it.
+    """
     if not isinstance(method, AdversarialMethod) or not method.maximises or method.attack.steps >= _MOST_STEPS:
         return None
-    return StrengthCheck(method.cost, method.attack.norm, method.bounds, method.seed)
+    return StrengthCheck(method.cost if cost is None else cost, method.attack.norm, method.bounds, method.seed)
 
 
 def fingerprint(ids: Iterable[str]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class RunSettings(MethodSettings):
             the thresholds file was made; where there is none, "mean" (nnU-Net, classification) or "mean+2std" (YOLO,
             landmarks).
         awp: share of their own length by which the weights of a layer are moved uphill where an adversarial method
-            takes its gradient (adversarial weight perturbation; 0.005, say), in (0, 1): a training pass more for each
-            that the method learns from; None: they are not moved.
+            takes its gradient (adversarial weight perturbation; 0.005, say), in [0, 1): a training pass more for each
+            that the method learns from; 0: they are not moved.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
@@ -49,7 +49,7 @@ class RunSettings(MethodSettings):
     preset: Literal["fast", "paper"] = "fast"
     thresholds: str = "auto"
     rule: str | None = None
-    awp: float | None = None
+    awp: float = 0.0
     warmup_epochs: int | None = None
     backward: Literal["together", "sequential"] = "together"
     seed: int | None = None
@@ -60,7 +60,7 @@ class RunSettings(MethodSettings):
             raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
         if self.rule is not None:
             parse_rule(self.rule)
-        if self.awp is not None:
+        if self.awp != 0:
             check_share(self.awp)
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")

@@ -272,7 +272,13 @@ class RobustModule(LightningModule):
             ValueError: for a setting that cannot do without.
         """
         strategy = type(self.trainer.strategy)
-        if settings.awp is not None and is_adversarial(self.method_name) and strategy not in _SHARING:
+        moves = settings.awp and is_adversarial(self.method_name)
+        if moves and self.trainer.precision == "16-true":
+            raise ValueError(
+                "awp takes a second gradient in each step, which weights in float16 lose without a loss scale: train "
+                "with precision 16-mixed, bf16-mixed or 32"
+            )
+        if moves and strategy not in _SHARING:
             raise ValueError(
                 f"awp takes a second gradient in each step, at other weights, and {strategy.__name__} takes gradients "
                 f"in its own way: leave awp out, or train with the strategy ddp, or on one device"
