@@ -14,7 +14,7 @@ from advmed.methods import SAT
 from advmed.testing.objectives import Classification as Compared
 from advmed.testing.objectives import network as cnn
 
-__all__ = ["Affine", "Classifier", "Compared", "Logistic", "cnn", "trained", "xrays"]
+__all__ = ["Affine", "Classifier", "Compared", "Logistic", "Mean", "cnn", "trained", "xrays"]
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 
@@ -68,6 +68,19 @@ class Classifier:
         self.calls += 1
         logits = self.model(images)
         return F.cross_entropy(logits, self.labels, reduction="none")[:, None], logits.argmax(1) != self.labels
+
+
+class Mean(Compared):
+    """Its loss is the mean of its samples' first terms; K = 1."""
+
+    names = ("ce",)
+
+    def terms_of(self, logits: Tensor) -> Tensor:
+        return super().terms_of(logits)[:, :1]
+
+    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._logits("training", images)
+        return self.terms_of(logits).mean(), self.terms_of(logits), logits
 
 
 @cache

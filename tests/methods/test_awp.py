@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advmed import MethodRun, TrainingSettings, WeightPerturbation
 from advmed.methods import AMAT, AT, DPAAT, FAT, MART, METHODS, SAT, STD, TRADES, AdversarialMethod
 from advmed.methods.mart import mart_losses
-from helpers.models import Affine, Classifier, Compared, cnn
+from helpers.models import Affine, Classifier, Compared, Mean, cnn
 from helpers.tensors import assert_close, gradients, names, uniform
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -45,19 +45,6 @@ def by_hand(name: str, task: Any, images: Tensor, adversarial: Tensor) -> Tensor
         "DPAAT": other + 2 * distance,
         "MART": (boosted + 3 * divergence).mean(),
     }.get(name, other)
-
-
-class Mean(Compared):
-    """Its loss is the mean of its samples' first terms; K = 1."""
-
-    names = ("ce",)
-
-    def terms_of(self, logits: Tensor) -> Tensor:
-        return super().terms_of(logits)[:, :1]
-
-    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._logits("training", images)
-        return self.terms_of(logits).mean(), self.terms_of(logits), logits
 
 
 def task(**settings: Any) -> Compared:

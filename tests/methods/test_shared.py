@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advmed.attacks import PGD
 from advmed.attacks.problem import CleanPass, steepness
 from advmed.methods import AMAT, DPAAT, MART, SAT, Method
-from helpers.models import Affine, Classifier, Compared, cnn
+from helpers.models import Affine, Classifier, Mean, cnn
 from helpers.tensors import assert_close, gradients, names, uniform
 
 FAST: dict[str, Any] = {"steps": 3, "step_scale": 1.75, "schedule": "decreasing"}
@@ -25,19 +25,6 @@ METHODS: dict[str, Any] = {
     "MART": lambda **more: MART(0.7, **FAST, **more),
     "DPAAT": lambda **more: DPAAT(0.7, **FAST, **more),
 }
-
-
-class Mean(Compared):
-    """Its loss is the mean of its samples' first terms; K = 1."""
-
-    names = ("ce",)
-
-    def terms_of(self, logits: Tensor) -> Tensor:
-        return super().terms_of(logits)[:, :1]
-
-    def loss_and_predictions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._logits("training", images)
-        return self.terms_of(logits).mean(), self.terms_of(logits), logits
 
 
 def task(**settings: Any) -> Mean:

@@ -202,7 +202,9 @@ def _knows_its_loss_where_the_noise_is_known(make: MethodFactory) -> None:
         return
     step.loss.backward()
     expected = _gradients(objective)
-    loss = make().loss_of(objective, images, step.adversarial)  # type: ignore[attr-defined]
+    fresh = make()
+    assert isinstance(fresh, AdversarialMethod)
+    loss = fresh.loss_of(objective, images, step.adversarial)
     loss.backward()
     message = "loss_of has another loss than step: write one that is its"
     expect_close(loss.detach(), step.loss.detach(), message, rtol=1e-9, atol=0)
