@@ -23,7 +23,7 @@ from advmed.distributed import is_distributed
 from advmed.margins import MarginStore
 from advmed.methods.shared import CleanGradients, leaf_of
 from advmed.norms import check_norm
-from advmed.objective import Objective, training_pass
+from advmed.objective import Objective, PredictingObjective, predicting, training_pass
 from advmed.thresholds import RunningThresholds, Thresholds
 
 Backward = Callable[[Tensor], None]
@@ -435,6 +435,29 @@ class FixedRadiusMethod(AdversarialMethod):
     @classmethod
     def _eps(cls, settings: RadiusSettings) -> float:
         return required(cls.name, "eps, the radius of its noise", settings.eps)
+
+
+class ComparingMethod(FixedRadiusMethod):
+    """A method with one noise level whose loss joins the clean pass with the attacked one."""
+
+    @classmethod
+    def compares_predictions(cls, settings: MethodSettings) -> bool:
+        """Always."""
+        return True
+
+    def loss_of(
+        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
+    ) -> Tensor:
+        """See :meth:`AdversarialMethod.loss_of`."""
+        predictor = predicting(objective, self.name)
+        loss, _ = self._compared(predictor, predictor.loss_and_predictions(images), adversarial)
+        return gone_back(loss, backward)
+
+    @abstractmethod
+    def _compared(
+        self, predictor: PredictingObjective, passed: tuple[Tensor, Tensor, Any], adversarial: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts by name, of a clean pass (loss, terms, predictions) and the one on the noise."""
 
 
 class AdaptiveRadiusMethod(AdversarialMethod):

@@ -17,12 +17,11 @@ from advmed.distances import at_least_float32
 from advmed.methods.base import (
     AttackOptions,
     Backward,
-    FixedRadiusMethod,
+    ComparingMethod,
     MethodSettings,
     RadiusSettings,
     Step,
     check_optional,
-    gone_back,
     joined_step,
 )
 from advmed.methods.shared import predictions_first, repeatable
@@ -45,7 +44,7 @@ class MARTSettings(RadiusSettings):
         check_optional(self, "kl_weight", zero=True)
 
 
-class MART(FixedRadiusMethod):
+class MART(ComparingMethod):
     """L = BCE(f(x~), y) + lambda * KL(f(x) || f(x~)) * (1 - f_y(x)) with x~ = PGD(x, y, eps).
 
     MART (Y. Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR, eq.
@@ -89,11 +88,6 @@ class MART(FixedRadiusMethod):
         self.kl_weight = float(kl_weight)
 
     @classmethod
-    def compares_predictions(cls, settings: MethodSettings) -> bool:
-        """Always."""
-        return True
-
-    @classmethod
     def from_settings(
         cls, settings: Any, thresholds: Thresholds | RunningThresholds | None = None, **attack: Unpack[AttackOptions]
     ) -> Self:
@@ -115,14 +109,6 @@ class MART(FixedRadiusMethod):
         passed = passed or predictor.loss_and_predictions(images)
         loss, losses = self._compared(predictor, passed, attacked.images)
         return joined_step(loss, backward, losses, check_terms(passed[1], images), attacked)
-
-    def loss_of(
-        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
-    ) -> Tensor:
-        """See :meth:`AdversarialMethod.loss_of`."""
-        predictor = predicting(objective, self.name)
-        loss, _ = self._compared(predictor, predictor.loss_and_predictions(images), adversarial)
-        return gone_back(loss, backward)
 
     def _compared(
         self, predictor: PredictingObjective, passed: tuple[Tensor, Tensor, Any], adversarial: Tensor

@@ -11,12 +11,11 @@ from torch import Tensor
 from advmed.methods.base import (
     AttackOptions,
     Backward,
-    FixedRadiusMethod,
+    ComparingMethod,
     MethodSettings,
     RadiusSettings,
     Step,
     check_optional,
-    gone_back,
     joined_step,
 )
 from advmed.objective import Objective, PredictingObjective, check_terms, model_of, predicting
@@ -41,7 +40,7 @@ class TRADESSettings(RadiusSettings):
         check_optional(self, "beta")
 
 
-class TRADES(FixedRadiusMethod):
+class TRADES(ComparingMethod):
     """L = L(x) + beta * D(f(x), f(x~)), where x~ maximises D within the ball of radius eps.
 
     TRADES (H. Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy", arXiv
@@ -85,11 +84,6 @@ class TRADES(FixedRadiusMethod):
         self.beta = float(beta)
 
     @classmethod
-    def compares_predictions(cls, settings: MethodSettings) -> bool:
-        """Always."""
-        return True
-
-    @classmethod
     def from_settings(
         cls, settings: Any, thresholds: Thresholds | RunningThresholds | None = None, **attack: Unpack[AttackOptions]
     ) -> Self:
@@ -109,14 +103,6 @@ class TRADES(FixedRadiusMethod):
         attacked = self._attack(Distance(predictor, detached(passed[2])), images, self.eps)
         loss, losses = self._compared(predictor, passed, attacked.images)
         return joined_step(loss, backward, losses, check_terms(passed[1], images), attacked)
-
-    def loss_of(
-        self, objective: Objective, images: Tensor, adversarial: Tensor, backward: Backward | None = None
-    ) -> Tensor:
-        """See :meth:`AdversarialMethod.loss_of`."""
-        predictor = predicting(objective, self.name)
-        loss, _ = self._compared(predictor, predictor.loss_and_predictions(images), adversarial)
-        return gone_back(loss, backward)
 
     def _compared(
         self, predictor: PredictingObjective, passed: tuple[Tensor, Tensor, Any], adversarial: Tensor
