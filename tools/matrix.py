@@ -97,6 +97,21 @@ def uv() -> list[str]:
     return [str(own)]
 
 
+def located(version: str) -> str:
+    """An interpreter of a version that is on the machine, or the version, for uv to look for it.
+
+    A shim of pyenv (`python3.13` on the PATH) runs nothing until a version is chosen, and uv takes it for none.
+    """
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for found in (
+        shutil.which(f"python{version}"),
+        *sorted(root.glob(f"versions/{version}.*/bin/python"), reverse=True),
+    ):
+        if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
+            return str(found)
+    return version
+
+
 def make(cell: str, torch: list[str]) -> Path:
     """The environment of a cell; a finished one is kept until pyproject.toml changes. Returns its interpreter."""
     version, resolution = CELLS[cell]
@@ -107,7 +122,7 @@ def make(cell: str, torch: list[str]) -> Path:
         return interpreter
     print(f"{cell}: making the environment (Python {version}, {resolution} versions)", flush=True)
     if not interpreter.is_file():
-        subprocess.run([*uv(), "venv", "--quiet", "--python", version, folder], check=True)
+        subprocess.run([*uv(), "venv", "--quiet", "--python", located(version), folder], check=True)
     stamp.unlink(missing_ok=True)
     install = [*uv(), "pip", "install", "--quiet", "--python", interpreter]
     subprocess.run([*install, "--resolution", resolution, *torch, "-e", f".[{EXTRAS}]"], cwd=ROOT, check=True)
