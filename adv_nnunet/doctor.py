@@ -40,6 +40,12 @@ def examine(page: Page) -> None:
         page.add(TITLE, "nnUNetTrainerAMAT", f"found, {lines[-1]}")
         return
     page.add(TITLE, "nnUNetTrainerAMAT", "not found" if ended else f"another one is found first, of {lines[-1]}")
+    if ended == "KeyError: 'triton'":  # of PyTorch 2.4: an import that failed halfway, at which nnU-Net stumbles
+        page.broken.append(
+            f"nnUNetv2_train does not find our trainers ({ended}): Triton cannot be imported. What `python -c 'import "
+            f"triton'` says is missing, most likely setuptools, must be installed"
+        )
+        return
     page.broken.append(
         f"nnUNetv2_train does not find our trainers{'' if ended else ' first'}"
         f"{f' ({ended})' if ended else ''}: the start-up hook did not run, or a script overwrote {TRAINERS}. Install "

@@ -38,7 +38,7 @@ CELLS = {
 EXTRAS = "nnunet,yolo,classify,landmark,search"
 TOOLS = (
     *("pytest>=8.2", "pytest-xdist>=3.6", "hatchling>=1.27", "hatch-fancy-pypi-readme>=24.1", "editables>=0.5"),
-    "shtab>=1.7",
+    *("shtab>=1.7", "setuptools"),  # which the Triton of PyTorch 2.4 imports without asking for it
 )
 """What runs the tests, at its newest in every cell: it is not what is tested."""
 PEERS = ("torchattacks>=3.5.1",)

@@ -90,6 +90,7 @@ def test_the_home_folder_of_the_user_is_not_told(
             "advmed[yolo] cannot be imported: adv_yolo.evaluate: RuntimeError: no nms",
         ),
         ("recursive_find", "RuntimeError: not found", "nnUNetv2_train does not find our trainers (RuntimeError"),
+        ("recursive_find", "KeyError: 'triton'", "(KeyError: 'triton'): Triton cannot be imported"),
         ("recursive_find", lambda _: ["theirs"], "nnUNetv2_train does not find our trainers first"),
     ],
 )
