@@ -1584,8 +1584,9 @@ class LightningTrainingContract(OwnFolder):
     # Two processes
 
     @pytest.fixture(scope="class")
+    @classmethod
     def ranks(
-        self, host: LightningHost, tmp_path_factory: pytest.TempPathFactory
+        cls, host: LightningHost, tmp_path_factory: pytest.TempPathFactory
     ) -> tuple[Path, dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """The folder of the runs, their options, and what each process has found."""
         folder = tmp_path_factory.mktemp("processes")
