@@ -597,7 +597,9 @@ class LightningInputContract(OwnFolder):
         ("changes", "parts"),
         [
             ({"model__method__epz": 1}, ["unrecognized arguments: --model.method.epz 1"]),
-            ({"data__colour": 1}, ["'colour' is not accepted"]),
+            ({"data__colour": 1}, ["'colour' is not accepted", "fit --data.help", "lists what is"]),
+            ({"model__method": "AMAT"}, ["there is no file AMAT; single settings: --model.method.name AMAT"]),
+            ({"model__attack": 7}, ["--model.attack.steps 7"]),
             ({"data": "Pictures"}, ["Pictures"]),
             ({"data__batch_size": 0}, ["batch_size must be >= 1, got 0"]),
             ({"config": "none.yaml"}, ["none.yaml"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -118,7 +119,23 @@ class LightningCommand(ABC):
             if "--help-all" in argv:
                 argv = ["--help" if word == "--help-all" else word for word in argv]
                 sys.argv[1:] = argv  # LightningCLI warns where it is given others
-            self._lightning(argv)
+            try:
+                self._lightning(argv)
+            except argparse.ArgumentError as error:
+                if not (told := self._told(runner.message(error), argv[0])):
+                    raise
+                raise argparse.ArgumentError(None, told) from error
+
+    def _told(self, text: str, subcommand: str) -> str:
+        """What to do about a mistake of which jsonargparse says only that it is one; nothing for all others."""
+        if section := re.match(r"""Parser key "(model\.\w+)":\s+Unable to load config ['"](.*)['"]""", text):
+            key, value = section.groups()
+            first = "steps" if key == "model.attack" else "name"
+            return f"--{key} takes a YAML file, and there is no file {value}; single settings: --{key}.{first} {value}"
+        if option := re.match(r"""Parser key "data": Problem with given class_path '(.+)':\s+(Option .+)$""", text):
+            kind, wrong = option.groups()
+            return f"{wrong} by {kind}: {self.name} {subcommand} --data.help {kind} lists what is"
+        return ""
 
     @property
     def _page(self) -> str:
