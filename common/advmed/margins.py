@@ -49,6 +49,7 @@ class MarginStore:
         device: where the table lives; :meth:`to` moves it.
         additive: values move by steps of a given size, in both directions; see :meth:`merge`.
         averaged: a value is a moving average of what its sample's visits say; see :meth:`merge`.
+        estimated: a sample's first value is its own, and no step from the initial one; see :meth:`merge`.
 
     Raises:
         ValueError: if ``initial`` is not finite.
@@ -68,11 +69,12 @@ class MarginStore:
         device: torch.device | str = "cpu",
         additive: bool = False,
         averaged: bool = False,
+        estimated: bool = False,
     ) -> None:
         if not math.isfinite(initial):
             raise ValueError(f"the initial value of a margin must be finite, got {initial!r}")
         self.initial = float(initial)
-        self.additive, self.averaged = additive, averaged
+        self.additive, self.averaged, self.estimated = additive, averaged, estimated
         self._rows: dict[str, int] = {}
         # Row 0 stands for every id that was never set; ids begin at row 1.
         self._values = torch.full((1,), self.initial, device=device)
@@ -105,15 +107,15 @@ class MarginStore:
         return self._values[self._on_device(rows)]
 
     def met(self, ids: Sequence[str]) -> Tensor:
-        """How often each of the samples has been set, shape (B,), int64, on the store's device."""
+        """How often each of the samples has been given a value, shape (B,), int64, on the store's device."""
         rows = [self._rows.get(sample, 0) for sample in names_of_samples(ids)]
         return self._visits[self._on_device(rows)]
 
     def set(self, ids: Sequence[str], values: Tensor | Sequence[float]) -> None:
         """Writes the values of the samples, and counts a visit of each.
 
-        An id that occurs twice takes its last value (and two visits). A value that is not finite is not written: the
-        sample keeps what it has.
+        An id that occurs twice takes its last value (and two visits). A value that is not finite is not written, and
+        is no visit: the sample keeps what it has.
 
         Args:
             ids: B sample ids, strings; others are taken by their names (:func:`names_of_samples`).
@@ -127,15 +129,67 @@ class MarginStore:
             raise ValueError(f"expected one value for each of {len(ids)} ids, got shape {tuple(values.shape)}")
         if not len(ids):
             return
-        names = names_of_samples(ids)
-        self._register(names)
-        rows = [self._rows[name] for name in names]
+        rows = self._registered(ids)
         every = self._on_device(rows)
-        self._visits.index_add_(0, every, torch.ones_like(every))
         last = {row: position for position, row in enumerate(rows)}
+        self._count(every, values)
         if len(last) < len(rows):  # writing one row twice has no defined order on a device
             every, values = self._on_device(list(last)), values[self._on_device(list(last.values()))]
-        self._values[every] = torch.where(values.isfinite(), values, self._values[every])
+        self._write(every, values)
+
+    def visit(
+        self, ids: Sequence[str], values: Tensor, lowest: float = -math.inf, highest: float | None = None
+    ) -> None:
+        """Writes what the visits of a batch made of the values that the samples had; as :meth:`set`, but for repeats.
+
+        The visits of an id that occurs several times began with the same value. They count together as those of several
+        processes do: see :meth:`merge`.
+
+        Args:
+            ids: B sample ids, strings; others are taken by their names (:func:`names_of_samples`).
+            values: shape (B,).
+            lowest: what is below it is put there.
+            highest: what is above it is put there; None: no limit.
+
+        Example:
+            >>> margins = MarginStore(initial=0.5)
+            >>> margins.visit(["a", "b", "a"], torch.tensor([0.75, 0.5, 0.75]))  # a has grown twice by 0.25
+            >>> margins.get(["a", "b"])
+            tensor([1.0000, 0.5000])
+        """
+        values = values.detach().to(self.device, torch.float32)
+        if len(set(names_of_samples(ids))) == len(ids):
+            self.set(ids, values.clamp(lowest, highest))
+            return
+        rows = self._registered(ids)
+        every = self._on_device(rows)
+        places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        into, own = self._on_device([places[row] for row in rows]), self._on_device(list(places))
+        finite, start = values.isfinite(), self._values[every]
+        none = torch.zeros(len(places), device=self.device)
+        number = none.index_add(0, into, finite.float())
+        mean = none.index_add(0, into, values.where(finite, 0.0)) / number  # NaN where no visit counts
+        if not self.averaged:
+            shrunk = finite & (values >= 0) & (values < start) & (not self.additive)
+            shares = torch.where(shrunk, values / start, 1.0)
+            shrinkage = torch.ones_like(none).scatter_reduce(0, into, shares, "prod")
+            growth = none.index_add(0, into, (values - start).where(finite & ~shrunk, 0.0))
+            first = (self._visits[own] == 0) & self.estimated
+            mean = torch.where(first | (number == 0), mean, self._values[own] * shrinkage + growth)
+        self._count(every, values)
+        self._write(own, mean.clamp(lowest, highest))
+
+    def _registered(self, ids: Sequence[str]) -> list[int]:
+        """The rows of samples, new ones among them."""
+        names = names_of_samples(ids)
+        self._register(names)
+        return [self._rows[name] for name in names]
+
+    def _count(self, rows: Tensor, values: Tensor) -> None:
+        self._visits.index_add_(0, rows, values.isfinite().to(self._visits.dtype))
+
+    def _write(self, rows: Tensor, values: Tensor) -> None:
+        self._values[rows] = torch.where(values.isfinite(), values, self._values[rows])
 
     def _register(self, ids: Iterable[str]) -> None:
         for sample in ids:
@@ -252,8 +306,10 @@ class MarginStore:
 
         Each process tells what its visits changed since the last merge. For every sample, growth adds up (two
         processes that both enlarged a margin by delta enlarge it by 2 delta, as two visits would) and shrinkage
-        multiplies (so that no margin falls below zero), unless values are ``additive``. Of ``averaged`` values, each
-        process's counts as often as it has met the sample. A sample visited by one process takes that process's value.
+        multiplies (so that no margin falls below zero), unless values are ``additive``. Of ``averaged`` values, and of
+        the first ones of samples whose first is ``estimated``, each process's counts as often as it has met the sample.
+        A sample visited by one process takes that process's value. An id whose values were never finite is forgotten:
+        it is met for the first time again.
 
         Args:
             states: for tests and for hosts with an exchange of their own: the :meth:`changes` of all processes, in the
@@ -261,6 +317,7 @@ class MarginStore:
         """
         if states is None:
             if not is_distributed():
+                self._forget_unmet()
                 return
             states = gathered(self.changes())
         merged = zip(self._rows, self._merged[1:].tolist(), self._merged_visits[1:].tolist(), strict=False)
@@ -271,7 +328,7 @@ class MarginStore:
             for sample, value, visits in zip(state["ids"], state["values"], state["visits"], strict=True):
                 start = base.get(sample, (self.initial, 0))[0]
                 entry = table.setdefault(sample, [start, 0])
-                if self.averaged:
+                if self.averaged or (self.estimated and sample not in base):
                     total, met = since.get(sample, (0.0, 0))
                     since[sample] = total, met = total + value * visits, met + visits
                     entry[0], entry[1] = total / met, entry[1] + visits
@@ -281,6 +338,18 @@ class MarginStore:
                 entry[1] += visits
         values, visited = zip(*table.values(), strict=True) if table else ((), ())
         self.load_state_dict({"initial": self.initial, "ids": list(table), "values": values, "visits": visited})
+
+    def _forget_unmet(self) -> None:
+        visits = self.visits()
+        if bool((visits > 0).all()):
+            return
+        kept = [
+            (name, value, met)
+            for name, value, met in zip(self._rows, self.values().tolist(), visits.tolist(), strict=True)
+            if met
+        ]
+        ids, values, met = (list(column) for column in zip(*kept, strict=True)) if kept else ([], [], [])
+        self.load_state_dict({"initial": self.initial, "ids": ids, "values": values, "visits": met})
 
     def clamp(self, lowest: float, highest: float | None = None) -> None:
         """Puts every value between the two; for after :meth:`merge`, which knows no bounds and may have passed them."""

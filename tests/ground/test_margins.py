@@ -54,8 +54,8 @@ def test_random_updates_equal_a_dictionary(seed: int) -> None:
         new = rng.normal(size=len(ids)).astype(np.float32)
         new[rng.random(len(ids)) < 0.2] = rng.choice([np.nan, np.inf, -np.inf])
         store.set(ids, torch.from_numpy(new))
-        for i in ids:
-            visits[i] = visits.get(i, 0) + 1
+        for i, value in zip(ids, new.tolist(), strict=True):
+            visits[i] = visits.get(i, 0) + math.isfinite(value)
             values.setdefault(i, 0.5)
         for i, value in dict(zip(ids, new.tolist(), strict=True)).items():  # the last value of a duplicate
             if math.isfinite(value):
@@ -77,6 +77,44 @@ def test_how_often_a_sample_was_met() -> None:
     store = MarginStore(1.0)
     store.set(["a", "b", "a"], [1.0, 2.0, 3.0])
     assert store.met(["b", "unknown", "a", "a"]).tolist() == [1, 0, 2, 2]
+
+
+@pytest.mark.parametrize("kind", [{}, {"additive": True}, {"averaged": True}, {"estimated": True}])
+@pytest.mark.parametrize("seed", range(5))
+def test_visits_of_one_batch_count_as_those_of_several_processes(seed: int, kind: dict[str, bool]) -> None:
+    """An id that occurs several times in a batch: :meth:`MarginStore.merge`, a process for each of its rows."""
+    rng = np.random.default_rng(seed)
+    known = {f"{i}": float(value) for i, value in enumerate(rng.uniform(0.5, 2.0, size=4))}
+    ids = [f"{i}" for i in rng.integers(0, 8, size=20)]  # half of them not known
+    values = torch.tensor(rng.uniform(0.1, 4.0, size=20), dtype=torch.float32)
+    values[rng.random(20) < 0.2] = math.nan
+    stores = [MarginStore(0.5, **kind) for _ in range(21)]
+    for store in stores:
+        store.set(list(known), list(known.values()))
+        store.merge([store.changes()])
+    together, *apart = stores
+    together.visit(ids, values)
+    for store, sample, value in zip(apart, ids, values, strict=True):
+        store.visit([sample], value.reshape(1))
+    merged = apart[0]
+    order = values.nan_to_num(math.inf).argsort().tolist()  # for each id those that shrink it, then those that grow it
+    merged.merge([apart[row].changes() for row in order])
+    expected = content(merged)
+    together.merge([together.changes()])
+    found = content(together)
+    assert found.keys() == expected.keys()
+    for sample, (value, visits) in expected.items():
+        assert found[sample] == (pytest.approx(value, rel=1e-5), visits)
+
+
+def test_an_id_of_which_nothing_is_known_yet_is_new_in_the_next_epoch() -> None:
+    store = MarginStore(0.5)
+    store.visit(["a", "b", "b"], torch.tensor([math.nan, math.nan, 2.0]))
+    assert content(store) == {"a": (0.5, 0), "b": (2.0, 1)}
+    store.merge()
+    assert ("a" in store, content(store)) == (False, {"b": (2.0, 1)})
+    store.set(["a"], [3.0])
+    assert content(store) == {"b": (2.0, 1), "a": (3.0, 1)}
 
 
 def test_dtypes_and_gradients_of_the_values() -> None:

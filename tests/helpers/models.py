@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,3 +125,18 @@ def trained(kind: str, seed: int) -> nn.Module:
                 loss.backward()
                 optimiser.step()
     return model.eval().requires_grad_(False)
+
+
+class Cut(torch.autograd.Function):
+    """The identity, from whose gradient some rows come back as something else."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, rows: list[int], value: float) -> Tensor:
+        ctx.rows, ctx.value = rows, value
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gradient = gradients[0].clone()
+        gradient[ctx.rows] = ctx.value
+        return gradient, None, None

@@ -14,7 +14,7 @@ from advmed.methods import AMAT
 from advmed.methods.amat import expected_crossing
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.settings import TrainingSettings
-from helpers.models import Affine, Logistic
+from helpers.models import Affine, Cut, Logistic
 from helpers.tensors import ORDERS, QUICK, RANKS, comparing, names, uniform
 
 
@@ -460,3 +460,61 @@ def test_who_is_empty_is_said_of_every_sample() -> None:
         method.step(Halves(None), torch.zeros(2, 1, 2, 2), ["a", "b"])
     for preset in ("fast", "paper"):
         assert TrainingSettings(preset=preset).for_method("AMAT").empty_samples == "as_others"
+
+
+# Attacks that were lost
+
+
+@pytest.mark.parametrize("rule", [*RULES, "paper"])
+@pytest.mark.parametrize("start", ["delta", "estimate"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_an_attack_that_was_lost_moves_no_margin(rule: str, start: Any, value: float) -> None:
+    """Its loss is that of the clean image, far below the threshold: the sample would seem to bear any noise."""
+    given: dict[str, Any] = {**FAST, **RULES.get(rule, {}), "start": start, "start_max": 5.0, "margin_max": 40.0}
+    whole, part = AMAT(0.25, [1.0], **given), AMAT(0.25, [1.0], **given)
+    images, ids, lost = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1), names(4), [1, 2]
+
+    def broken(seen: Tensor) -> Tensor:
+        return Cut.apply(seen, lost, value).flatten(1).sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+    for _ in range(4):
+        whole.step(broken, images, ids)
+        part.step(lambda seen: seen.flatten(1).sum(1, keepdim=True), images[[0, 3]], [ids[0], ids[3]])
+        torch.testing.assert_close(whole.margins.get(ids)[[0, 3]], part.margins.values(), rtol=0, atol=0)
+    if value == 0 and given.get("refinement", "paper") not in ("secant", "balanced"):  # as algorithm 1 has it
+        assert (whole.margins.get(ids)[lost] >= 1.0).all()
+        return
+    assert whole.margins.get(ids)[lost].tolist() == [whole.margins.initial] * 2
+    assert whole.margins.met(ids).tolist() == [4, 0, 0, 4]
+    whole.merge()
+    # The gradient is there again: they begin as samples that are new.
+    whole.step(lambda seen: seen.flatten(1).sum(1, keepdim=True), images, ids)
+    new = AMAT(0.25, [1.0], **given)
+    new.step(lambda seen: seen.flatten(1).sum(1, keepdim=True), images[lost], [ids[row] for row in lost])
+    torch.testing.assert_close(whole.margins.get(ids)[lost], new.margins.values(), rtol=0, atol=0)
+
+
+def test_a_sample_that_is_twice_in_a_batch_has_made_two_visits() -> None:
+    """Once it bears its noise, once it does not."""
+    images = torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)  # the second is above the threshold
+    expected = {"balanced": 1.0, "paper": (1.0 + 0.25) * 1.0, "secant": (1.25 + 0.5) / 2}
+    for rule, value in expected.items():
+        method = AMAT(0.25, [1.5], refinement=rule, steps=2, step_scale=1.0, margin_min=0.0)  # type: ignore[arg-type]
+        method.margins.set(["a"], [1.0])
+        method.step(lambda seen: seen.flatten(1).sum(1, keepdim=True), images, ["a", "a"])
+        assert method.margins.get(["a"]).item() == pytest.approx(value), rule
+        assert method.margins.met(["a"]).item() == 3
+
+
+def test_line_9_asks_the_image_that_is_trained_on() -> None:
+    """Where it was not pulled back, whatever the loss was on the way."""
+
+    def hill(seen: Tensor) -> Tensor:
+        place = seen.flatten(1).sum(1, keepdim=True)
+        return place + 3 * torch.exp(-(((place - 0.5) / 0.05) ** 2))
+
+    method = AMAT(1.0, [2.0], train_on="crossing", steps=2, step_scale=1.0)
+    step = method.step(hill, torch.zeros(1, 1, 1, 1), ["a"])
+    assert step.adversarial is not None
+    assert step.adversarial.item() == pytest.approx(1.0)
+    assert method.margins.get(["a"]).item() == pytest.approx(2.0)

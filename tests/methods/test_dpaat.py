@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advmed.methods import AT, DPAAT
 from advmed.testing.objectives import Classification, network
-from helpers.models import Logistic
+from helpers.models import Cut, Logistic
 from helpers.tensors import QUICK, comparing, gradients, lengths, names, uniform
 
 # The sizes
@@ -65,8 +65,8 @@ class LinearTask:
                 mean = sum(pool) / len(pool)
                 gaps = [abs(increase - mean) for increase in increases]
                 assert min(gaps) > 1e-6 or not any(increases)  # rounding decides nothing
-                for i, size, increase in zip(samples, [sizes[i] for i in samples], increases, strict=True):
-                    sizes[i] = min(max(size - step if increase > mean else size + step, low), high)
+                for i, increase in zip(samples, increases, strict=True):  # a sample that is there twice moves twice
+                    sizes[i] = min(max(sizes[i] - step if increase > mean else sizes[i] + step, low), high)
                 history.append((sum(increase <= mean for increase in increases) / len(samples), list(sizes)))
         return history
 
@@ -153,8 +153,26 @@ def test_a_loss_that_is_not_finite_moves_no_size_and_spoils_no_mean(
     expected = torch.full((7,), 0.5)
     expected[healthy] = part.sizes.values()
     assert torch.equal(whole.sizes.values(), expected)
-    assert whole.sizes.visits().tolist() == [5] * 7
+    assert whole.sizes.visits().tolist() == [5 * (i in healthy) for i in range(7)]
     assert len(set(part.sizes.values().tolist())) > 1
+
+
+def test_an_attack_that_was_lost_moves_no_size_and_spoils_no_mean() -> None:
+    """The losses are finite, the gradients of two samples are not: their loss would seem not to rise at all."""
+    images, labels, healthy = uniform(7, 3, 8, 8), torch.arange(7) % 4, [0, 1, 3, 4, 6]
+    sound = Classification(network().double(), labels)
+
+    def cut(seen: Any) -> Any:
+        return sound(Cut.apply(seen, [2, 5], math.nan))
+
+    whole, part = (DPAAT(0.5, step_size=0.03, sync_weight=0, **QUICK) for _ in range(2))
+    for _ in range(5):
+        whole.step(cut, images, names(7))
+        part.step(Classification(sound.model, labels[healthy]), images[healthy], names(healthy))
+    expected = torch.full((7,), 0.5)
+    expected[healthy] = part.sizes.values()
+    assert torch.equal(whole.sizes.values(), expected)
+    assert whole.sizes.visits().tolist() == [5 * (i in healthy) for i in range(7)]
 
 
 def test_a_batch_without_a_finite_loss_moves_nothing() -> None:

@@ -210,6 +210,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             highest=margin_max,
             additive=refinement == "balanced",
             averaged=refinement == "secant",
+            estimated=start == "estimate",
             **attack,
         )
         if train_on == "crossing" and self.attack.steps == 1:
@@ -303,7 +304,9 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         points = [(reached, terms)]
         if pulled and attacked.seen is not None:  # what is known further out, where the image was pulled back
             points.append((attacked.seen[1].float().where(reached < attacked.norms, reached), attacked.seen[0]))
-        inside = torch.stack([(found < xi).all(1) for _, found in points]).all(0)  # line 9, with K terms eq. 2
+        inside = (terms < xi).all(1)  # line 9, with K terms eq. 2
+        if len(points) == 2:  # an image that was pulled back lies inside by intent: what is known further out decides
+            inside &= (points[1][1] < xi).all(1) | (reached >= attacked.norms)
         if self.refinement == "secant":
             expected = expected_crossing(clean_terms, points, xi)
             most = self._most(margin, self.margins.met(ids))
@@ -316,13 +319,17 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         if new is not None:  # the attack knows better than the first-order estimate, which can be far off
             expected = expected_crossing(clean_terms, points, xi)
             moved = torch.where(new, torch.minimum(expected, 2 * margin), moved)
-        moved = moved.where(~(terms.isnan() | clean_terms.isnan()).any(1), math.nan)  # a broken pass moves no margin
+        # A broken pass moves no margin, nor does an attack that was lost; none follows what no gradient leads to.
+        broken = (terms.isnan() | clean_terms.isnan()).any(1) | self._lost(attacked)
+        if self.refinement in TRACKING:
+            broken |= (attacked.norms == 0) & (margin > 0)
+        moved = moved.where(~broken, math.nan)
         moved = self._bounded(moved)
         grown = inside if self.refinement in ("paper", "crossing") else moved > margin
         if any(empty):  # nothing is learnt from them
             kept = [row for row, nothing in enumerate(empty) if not nothing]
             ids, moved, grown = [ids[row] for row in kept], moved[kept], grown[kept]
-        self.margins.set(ids, moved)
+        self.margins.visit(ids, moved, self.lowest, self.highest)
         if isinstance(self.thresholds, RunningThresholds):
             self.thresholds.update(clean_terms)
         logs = {

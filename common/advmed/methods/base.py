@@ -470,6 +470,7 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         highest: no level rises above it; None: no limit.
         additive: whether levels shrink by steps of a given size, too.
         averaged: whether a level is a moving average of what the visits of its sample say.
+        estimated: whether a sample's first visit sets its level anew.
         **attack: see :class:`AttackOptions`.
 
     Attributes:
@@ -487,12 +488,13 @@ class AdaptiveRadiusMethod(AdversarialMethod):
         highest: float | None = None,
         additive: bool = False,
         averaged: bool = False,
+        estimated: bool = False,
         **attack: Unpack[AttackOptions],
     ) -> None:
         super().__init__(**attack)
         self.growth, self.lowest, self.highest = growth, lowest, highest
         initial = self._bounded(torch.tensor(first)).item()
-        self.store = MarginStore(initial, additive=additive, averaged=averaged)
+        self.store = MarginStore(initial, additive=additive, averaged=averaged, estimated=estimated)
 
     def _levels(self, ids: Sequence[str], images: Tensor) -> Tensor:
         """The levels of a batch's samples, (B,), on the device of the images."""
@@ -501,6 +503,10 @@ class AdaptiveRadiusMethod(AdversarialMethod):
 
     def _bounded(self, levels: Tensor) -> Tensor:
         return levels.clamp(self.lowest, self.highest)
+
+    def _lost(self, attacked: AttackResult) -> Tensor:
+        """Samples whose attack came to nothing because no gradient was finite, (B,): it says nothing of their level."""
+        return attacked.nonfinite >= self.attack.steps
 
     def outlook(self, visits: float, eps: float | None) -> list[str]:
         """How far levels can get in a run, completing "N samples, each met about V times in this run: ...".

@@ -186,11 +186,13 @@ class DPAAT(AdaptiveRadiusMethod):
         clean_terms, terms = (check_terms(found, images).detach() for found in (clean_terms, terms))
         loss = gone_back(loss, backward)
 
-        increase = total(terms) - total(clean_terms)
+        increase = (total(terms) - total(clean_terms)).masked_fill(self._lost(attacked), math.nan)
         stable = increase <= self._mean(increase)
         moved = torch.where(stable, sizes + self.step_size, sizes - self.step_size)
-        moved = moved.where(increase.isfinite(), math.nan)  # a broken pass moves no size
-        self.store.set(ids, self._bounded(moved))
+        moved = moved.where(
+            increase.isfinite(), math.nan
+        )  # a broken pass moves no size, nor does an attack that was lost
+        self.store.visit(ids, moved, self.lowest, self.highest)
         logs |= {"loss_adversarial": adversarial.detach(), "expanded": stable.float().mean()}
         return Step(loss, logs, clean_terms, attacked.images)
 
