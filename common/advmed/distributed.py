@@ -45,6 +45,26 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def wanted_by_any(wanted: bool, model: torch.nn.Module | None, device: torch.device) -> bool:
+    """Whether one more pass of a model is made: because this process wants it, or because another does that waits.
+
+    With SyncBatchNorm each pass waits for the same pass of the other processes. Where only some of them made one more,
+    as a look at samples that only they have, all would wait forever. Other models make what their own process wants.
+
+    Args:
+        wanted: by this process.
+        model: whose pass it is; all processes ask at the same place.
+        device: where the processes exchange values.
+    """
+    if place()[1] == 1 or model is None:
+        return wanted
+    if not any(isinstance(layer, torch.nn.SyncBatchNorm) and layer.training for layer in model.modules()):
+        return wanted
+    asked = torch.tensor([float(wanted)], device=device)
+    torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+    return bool(asked)
+
+
 def from_first_rank(value: Any) -> Any:
     """The value that the first process has, in all of them."""
     if not is_distributed():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmed import ClassificationObjective, Thresholds, TrainingSettings
+from advmed import ClassificationObjective, Thresholds, TrainingSettings, ifgsm
 from advmed.methods import AMAT, AT, DPAAT, METHODS, SAT, STD, TRADES, AdaptiveRadiusMethod
 from advmed.testing.objectives import Classification
 from helpers.tensors import ORDERS, QUICK, assert_close, comparing, divergence, gradients, lengths, loss_by_hand, names
@@ -283,26 +283,70 @@ def test_settings_that_do_not_go_together(name: str, settings: dict[str, Any], m
 # What other processes wait for
 
 
+class Waiting(nn.Module):
+    """A network with a layer that makes processes wait for each other; PyTorch runs none on a CPU."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.layer, self.passes, self.slope = nn.Linear(16, 3), layer, 0, 1.0
+        self.to(dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return self.linear(images.flatten(1)) * self.slope  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Two processes, of which the other wants what is left in this list; whatever this one wants is put behind it."""
+    told: list[bool] = []
+
+    def exchange(asked: Tensor, op: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        wanted = told.pop(0)
+        told.append(bool(asked))
+        asked.fill_(max(float(asked), float(wanted)))
+
+    monkeypatch.setattr("advmed.distributed.place", lambda: (0, 2))
+    monkeypatch.setattr("torch.distributed.all_reduce", exchange)
+    return told
+
+
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_that_makes_unequal_passes_says_so(name: str, preset: Any) -> None:
-    """Of batches with samples that are new, that were met before, and of either kind."""
-    passes = 0
-
-    def count(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-
+def test_processes_that_wait_for_each_other_make_equal_passes(name: str, preset: Any, others: list[bool]) -> None:
+    """Of batches with samples that are new, that were met before, and of either kind; the other process is new to
+    all."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    model.register_forward_hook(count)
     images, labels = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
     settings = TrainingSettings(preset=preset, eps=0.5, delta=0.1, bounds=(0.0, 1.0)).for_method(name)
-    method = settings.make_method(name, Thresholds((2.0,), ("ce",)))
-    made = []
-    for ids in ("abcd", "abcd", "abef", "abcd"):
-        before = passes
-        method.step(ClassificationObjective(model, labels), images, list(ids))
-        made.append(passes - before)
-    assert method.even_passes == (len(set(made)) == 1)
-    assert method.even_passes == ((name, preset) != ("AMAT", "fast"))
+    made: dict[type, list[int]] = {}
+    for layer in (nn.SyncBatchNorm, nn.BatchNorm1d):
+        model = Waiting(layer(3), torch.float32)
+        method = settings.make_method(name, Thresholds((2.0,), ("ce",)))
+        others[:] = [True] * 4
+        made[layer] = []
+        for ids in ("abcd", "abcd", "abef", "abcd"):
+            before = model.passes
+            method.step(ClassificationObjective(model, labels), images, list(ids))
+            made[layer].append(model.passes - before)
+        looks = (name, preset) == ("AMAT", "fast")
+        if layer is nn.SyncBatchNorm and looks:
+            assert others == [True, False, True, False], "what this process wanted"
+        else:
+            assert others == [True] * 4, "nobody was asked"
+    assert len(set(made[nn.SyncBatchNorm])) == 1
+    assert len(set(made[nn.BatchNorm1d])) == (2 if looks else 1)
+    assert made[nn.SyncBatchNorm][0] == made[nn.BatchNorm1d][0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_that_another_process_repeats_is_repeated(training: bool, others: list[bool]) -> None:
+    """In float16, where a scale was too large for one of them; not in an evaluation, where nobody waits."""
+    model = Waiting(nn.SyncBatchNorm(3), torch.float16).train(training)
+    objective, images = ClassificationObjective(model, torch.arange(4) % 3), torch.rand(4, 1, 4, 4).half()
+    model.slope = 1e-3  # this process repeats nothing
+    others[:] = [True, True, False]
+    ifgsm(objective, images, 0.1, steps=2)
+    assert model.passes == 2 + 1 + 2 * training
+    assert others == ([False] * 3 if training else [True, True, False])

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from advmed.distributed import wanted_by_any
 from advmed.guard import preserved
 from advmed.norms import norm, per_sample, project, random_in_ball, steepest
 from advmed.objective import Objective, check_terms, model_of, ordinary
@@ -173,7 +174,7 @@ class Problem:
             terms, gradient, _ = found
             # No scale helps a network that overflows itself.
             over = ~(norm(gradient, math.inf) < math.inf) & terms.isfinite().all(1)
-            if not bool(over.any()):
+            if not wanted_by_any(bool(over.any()), model_of(self.objective), over.device):
                 break
             self._back_off(over)
             found = self._gradient(iterate)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from advmed.attacks.problem import AttackResult, CleanPass, steepness
+from advmed.distributed import wanted_by_any
 from advmed.margins import MarginStore, names_of_samples
 from advmed.methods.base import (
     AdaptiveRadiusMethod,
@@ -33,7 +34,7 @@ from advmed.methods.base import (
     check_positive,
 )
 from advmed.norms import per_sample
-from advmed.objective import Objective
+from advmed.objective import Objective, model_of
 from advmed.thresholds import RunningThresholds, Thresholds
 
 Rule = Literal["paper", "crossing", "secant", "balanced"]
@@ -259,11 +260,6 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         """E, one margin for each sample."""
         return self.store
 
-    @property
-    def even_passes(self) -> bool:
-        """See :meth:`Method.even_passes`: an estimate is one pass more for a batch with samples that are new."""
-        return self.begin_with != "estimate"
-
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
         """See :meth:`Method.step`.
 
@@ -280,7 +276,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             self.begin_with == "estimate" and not nothing and sample not in self.margins
             for sample, nothing in zip(ids, empty, strict=True)
         ]
-        new = torch.tensor(unmet, device=images.device) if any(unmet) else None
+        looks = self.begin_with == "estimate" and wanted_by_any(any(unmet), model_of(objective), images.device)
+        new = torch.tensor(unmet, device=images.device) if looks else None
         if any(empty):
             margin = margin.masked_fill(torch.tensor(empty, device=images.device), self.lowest)
         first: CleanPass | None

@@ -211,12 +211,6 @@ class Method(ABC):
         """Of a step, in standard training steps: a forward pass counts a third, as each half of a backward pass."""
         return 1.0
 
-    @property
-    def even_passes(self) -> bool:
-        """Whether every step makes as many passes, whatever its samples are. Where it does not, processes that wait
-        for each other in each pass (SyncBatchNorm) would wait forever."""
-        return True
-
     @classmethod
     def needs_thresholds(cls, objective: type) -> bool:
         """Whether it needs thresholds, with objectives of this class."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adv_classify import MedMNIST, Network, RobustClassifier
 from adv_classify.evaluate import load_model
-from advmed import DPAAT, MarginStore, MethodRun, Thresholds
+from advmed import DPAAT, MarginStore
 from advmed.integrations.lightning import RobustModule
 from advmed.integrations.lightning.module import folder_of
 from advmed.testing.lightning import LightningHost, Run, in_words, listening, runs, watched_by, watched_steps
@@ -380,32 +380,6 @@ def test_every_image_is_met_once_an_epoch_whatever_trains(tmp_path: Path) -> Non
     assert set(run.state()["advmed"]["method"]["margins"]["visits"]) == {2}
     assert run.state()["epoch"] == 2  # that of the statistics, and its network is the averaged one
     assert len(run.logged("adv/margin_q50")) == 2
-
-
-# Several processes
-
-
-@pytest.mark.parametrize(
-    ("layer", "processes", "method", "refused"),
-    [
-        (torch.nn.SyncBatchNorm, 2, "AMAT", True),
-        (torch.nn.SyncBatchNorm, 2, "SAT", False),
-        (torch.nn.SyncBatchNorm, 1, "AMAT", False),
-        (torch.nn.BatchNorm2d, 2, "AMAT", False),
-    ],
-)
-def test_layers_that_would_wait_forever_are_refused(layer: Any, processes: int, method: str, refused: bool) -> None:
-    """PyTorch has no such layer for a CPU, so the trainer's number of processes is made up."""
-    model = RobustClassifier(Network(name="test_efficientnet_gn"), num_classes=3)
-    model.layer = layer(4)
-    settings = model.resolved(model.settings, 64).for_method(method)
-    model.run = MethodRun(method, settings, Thresholds((1.0,), ("ce",)), epochs=1)
-    model._trainer = SimpleNamespace(world_size=processes)
-    if refused:
-        with pytest.raises(ValueError, match=r"SyncBatchNorm lets the 2 processes wait.*sync_batchnorm off"):
-            model._check_layers()
-    else:
-        model._check_layers()
 
 
 # Classes

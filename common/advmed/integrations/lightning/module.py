@@ -251,7 +251,6 @@ class RobustModule(LightningModule):
         thresholds = self._thresholds(state, len(ids))
         self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=epochs, steps_per_epoch=steps, say=say)
         self._check_optimizers()
-        self._check_layers()
         lines = [] if state is None else self.run.load_state_dict(state)
         for line in [*lines, *self.run.outlook(len(ids), len(ids), "images"), *self._looking_at_warmup()]:
             say(line)
@@ -318,17 +317,6 @@ class RobustModule(LightningModule):
             raise ValueError(
                 f"LBFGS evaluates the loss of a batch several times a step, and {self.method_name} would move the "
                 f"noise levels of its images each time: use another optimizer, or a method with one level for all"
-            )
-
-    def _check_layers(self) -> None:
-        """Raises ValueError for layers in which processes wait for each other, where they make unequal passes."""
-        waiting = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in self.modules())
-        if waiting and self.trainer.world_size > 1 and not self._running.method.even_passes:
-            raise ValueError(
-                f"SyncBatchNorm lets the {self.trainer.world_size} processes wait for each other in each pass, and "
-                f"{self.method_name} looks once more at a batch with images that it meets for the first time, which "
-                f"not every process has: the training would hang. Leave sync_batchnorm off, or set "
-                f"model.method.start: delta"
             )
 
     @classmethod
