@@ -58,6 +58,10 @@ AWP: Settings = {"awp": 0.005}
 """Adversarial weight perturbation."""
 
 
+AVERAGED: Settings = {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.99}
+"""Lightning's average of the weights, which its checkpoints then hold."""
+
+
 def ingredients(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
     """What may move a front, on Lightning's hosts: perturbed weights; 20 steps from scratch, at equal visits.
 
@@ -144,6 +148,13 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
             | {"rule": f"median+{spread}spread"}
             for spread in (2, 4)
         },
+        **{
+            f"AMAT wide on the sphere, {rule}, mean+4std": amat(4, **wide, train_on="sphere", refinement=rule)
+            for rule in ("balanced", "crossing", "paper")
+        },
+        "AMAT wide on the sphere, equal steps, mean+4std": amat(4, **wide, train_on="sphere", schedule="equal"),
+        **{f"SAT {eps:g}, equal steps": {"method": "SAT", "eps": eps, "schedule": "equal"} for eps in sat},
+        "AMAT wide on the sphere, mean+4std, averaged": amat(4, **wide, train_on="sphere", **AVERAGED),
         "AMAT wide on the sphere, 5 steps, mean+4std": amat(4, **wide, train_on="sphere", steps=5, step_scale=2.3),
         **{f"SAT {eps:g}, 5 steps": {"method": "SAT", "eps": eps, "steps": 5, "step_scale": 2.3} for eps in sat},
         "AMAT wide, 5 steps, mean+2std": amat(2, **wide, steps=5, step_scale=2.3),
@@ -151,8 +162,6 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
     }
 
 
-AVERAGED: Settings = {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.99}
-"""Lightning's average of the weights, which its checkpoints then hold."""
 SMOOTHED: Settings = {"model.label_smoothing": 0.1}
 """The training loss of a classifier; attacks climb the plain one."""
 
@@ -258,7 +267,7 @@ class Lightning(Host):
         elif name != "STD":
             chosen |= {"model.network.weights": self.checkpoint("STD"), "trainer.max_epochs": self.demo.EPOCHS // 4}
         for key, value in settings.items():
-            where = "attack" if key in ("steps", "step_scale", "norm") else "method"
+            where = "attack" if key in ("steps", "step_scale", "norm", "schedule") else "method"
             chosen[key if key.startswith(("model.", "trainer.")) else f"model.{where}.{key}"] = value
         return words + [str(word) for key, value in chosen.items() for word in (f"--{key}", value)]
 
@@ -315,6 +324,7 @@ class Classify(Lightning):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.1, 0.2, 0.4, 0.8], {"margin_min": 0.01, "margin_max": 4.0}),
         **{f"AMAT, margins to 0.8, mean+{std}std": amat(std, margin_min=0.01, margin_max=0.8) for std in (2, 4)},
+        "AMAT wide, first margins to 0.8, mean+4std": amat(4, margin_min=0.01, margin_max=4.0, eps=0.8),
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
         "SAT 0.4, averaged": {"method": "SAT", "eps": 0.4, **AVERAGED},
