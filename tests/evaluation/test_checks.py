@@ -376,7 +376,7 @@ def test_a_random_network_is_found_unless_its_passes_are_averaged(chest: SimpleN
         evaluations = [evaluate(loaded, attacks, (0.0, 0.2), bounds=(0.0, 1.0)) for attacks in (own, probes(STANDARD))]
         found = check(evaluations[0], "own", evaluations[1], ACCURACY)[-1]
         assert (found.name, found.verdict) == ("repeatable", verdict_)
-        assert (found.figures["share"] > 0.95) == (draws is None)
+        assert (found.figures["share"] > 0.8) == (draws is None)
         assert (found.figures["gap"] > 0.01) == (draws is None)
 
 

@@ -115,7 +115,7 @@ def test_no_window_system_and_no_pyplot_are_needed() -> None:
         "from helpers.reports import entries, DICE\n"
         "assert figures.curves(tabulate(entries(), [DICE], resample=False)).startswith(b'\\x89PNG')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "assert dict.__getitem__(matplotlib.rcParams, 'backend') == 'wxagg'\n"
+        "assert dict.__getitem__(matplotlib.rcParams, 'backend').lower() == 'wxagg'\n"
     )
     places = ":".join(path for path in sys.path if path)
     environment = {"PYTHONPATH": places, "PATH": "/usr/bin:/bin", "MPLBACKEND": "wxagg"}
