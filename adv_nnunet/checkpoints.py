@@ -21,6 +21,8 @@ import torch
 from adv_nnunet.settings import STATE
 from advmed.files import check_whole
 
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""Names of the host's files, in the order in which it looks for one to go on with."""
 TABLE = "margins.csv"
 """Name of the file with the ids, beside the checkpoint."""
 _IDS = "ids_sha256"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adv_nnunet import calibration as standard
 from adv_nnunet import host
-from adv_nnunet.checkpoints import TABLE, read_checkpoint, with_names, without_names
+from adv_nnunet.checkpoints import CHECKPOINTS, TABLE, read_checkpoint, with_names, without_names
 from adv_nnunet.data import check_cases
 from adv_nnunet.loader import (
     BACKGROUND,
@@ -357,6 +357,7 @@ class AdversarialTraining(_Host):
             steps_per_epoch=self.num_iterations_per_epoch,
             say=self.print_to_log_file,
             shown=lambda sample: not sample.endswith(BACKGROUND),
+            doubts=self._doubts,
             every_epoch=True,
         )
         if state is not None:
@@ -425,9 +426,16 @@ class AdversarialTraining(_Host):
         )
         samples = self._drawn_ids() if method_class(self.method_name).keeps_sizes else None
         if samples is not None:
-            what = f"samples ({self.settings.sample_id})"
-            for line in self.run.outlook(len(samples), self._samples_per_epoch(), what):
+            number, what = len(samples), f"samples ({self.settings.sample_id})"
+            if self.settings.sample_id == "part":  # of which a case may never show one
+                number, what = number // 2, "cases (whose patches with and without a structure have margins apart)"
+            for line in self.run.outlook(number, self._samples_per_epoch(), what):
                 self.print_to_log_file(line)
+
+    def _doubts(self) -> str | None:
+        """After a clean warm-up, against the network."""
+        dice = self._logged("mean_fg_dice")[-1:]
+        return f"a pseudo Dice of {dice[0]:.3f}" if dice and not dice[0] >= standard.POOR else None
 
     def _summary(self) -> str:
         """What the network is by now."""
@@ -704,10 +712,12 @@ class AdversarialTraining(_Host):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """The host's checkpoint, and our state in it; to be continued, the one that went furthest.
 
+        The host prefers the final one, then the latest, which it writes every 50 epochs, then the best.
+
         Raises:
             ValueError: if a training is to go on from a checkpoint that is not one of ours.
         """
-        if self._resuming and Path(filename_or_checkpoint).name == standard.CHECKPOINT:
+        if self._resuming and Path(filename_or_checkpoint).name in CHECKPOINTS:
             filename_or_checkpoint = self._furthest(Path(filename_or_checkpoint))
         state = read_checkpoint(filename_or_checkpoint).get(STATE)
         if state is not None and self.settings.epochs is None:  # whatever became of the standard training
@@ -723,15 +733,13 @@ class AdversarialTraining(_Host):
         if self._saved_state is not None:
             self._best_robust = self._saved_state["nnunet"]["best_robust"]
 
-    def _furthest(self, final: Path) -> str:
-        """The host prefers checkpoint_final, even where a training went on after it and was interrupted."""
-        epochs = {}
-        for path in (final, final.with_name("checkpoint_latest.pth"), final.with_name("checkpoint_best.pth")):
-            if path.is_file():
-                epochs[path] = read_checkpoint(path)["current_epoch"]
+    def _furthest(self, asked: Path) -> str:
+        """The host's choice, or, where a training went on after it and was interrupted, what was written then."""
+        paths = [asked, *(path for name in CHECKPOINTS if (path := asked.with_name(name)) != asked)]
+        epochs = {path: read_checkpoint(path)["current_epoch"] for path in paths if path.is_file()}
         chosen = max(epochs, key=lambda path: epochs[path])
-        if chosen != final:
-            self.print_to_log_file(f"{chosen.name} went further than {final.name}: the training is continued from it")
+        if chosen != asked:
+            self.print_to_log_file(f"{chosen.name} went further than {asked.name}: the training is continued from it")
         return str(chosen)
 
     def _thresholds_of(self, state: dict[str, Any]) -> Thresholds | RunningThresholds:

@@ -298,6 +298,7 @@ class AdversarialTraining(_Host):
                 epochs=self.epochs,
                 steps_per_epoch=len(self.train_loader),
                 say=_log,
+                doubts=self._doubts,
                 every_epoch=True,
             )
         if state is not None:
@@ -429,6 +430,11 @@ class AdversarialTraining(_Host):
                 f"WARNING: the network that the thresholds are of is poorly trained (mAP50 {found:.3f} on training "
                 f"images); they are too lenient, or too strict, by luck. Train it for longer"
             )
+
+    def _doubts(self) -> str | None:
+        """After a clean warm-up, against the network."""
+        found = (self.metrics or {}).get("metrics/mAP50(B)") if self.args.val else None  # zeros before the first
+        return None if found is None or found >= standard.MEDIOCRE else f"mAP50 {found:.3f} on validation images"
 
     def _check_images(self, state: dict[str, Any]) -> None:
         now = fingerprint(self._ids.values())

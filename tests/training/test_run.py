@@ -92,6 +92,22 @@ def test_the_warm_up_feeds_the_thresholds_and_nothing_else(objective: Any) -> No
     assert run.method.margins.visits().tolist() == [3] * 4
 
 
+def test_a_poor_network_after_the_warm_up_is_pointed_out(objective: Any) -> None:
+    for found in ("a Dice of 0.12", None):
+        run, said = MethodRun("AMAT", settings(), running(), epochs=20, doubts=lambda found=found: found), []
+        for number in range(4):
+            said += run.begin_epoch(number)
+            run.step(objective, IMAGES, IDS)
+            run.end_epoch()
+        warned = [line for line in said if "WARNING: after the clean warm-up the network has a Dice of 0.12." in line]
+        assert len(warned) == (found is not None) == len(said) - 1
+
+
+def test_each_process_remembers_its_part_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advmed.training.run.place", lambda: (1, 4))
+    assert running().statistics.memory == 4 / 4
+
+
 @pytest.mark.parametrize(
     ("name", "thresholds", "warmup_epochs", "epochs", "expected"),
     [

@@ -58,7 +58,7 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from advmed.attacks import PGD
 from advmed.cli.runner import report_line
 from advmed.integrations.lightning import RobustModule, SampleData
-from advmed.integrations.lightning.calibration import measure
+from advmed.integrations.lightning.calibration import Judgement, look, measure
 from advmed.methods import METHODS, AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.thresholds import DEFAULT_RULE, Thresholds
 
@@ -1090,19 +1090,32 @@ class LightningTrainingContract(OwnFolder):
 
     # Thresholds
 
-    def test_self_calibrated_thresholds(self, host: LightningHost, tmp_path: Path) -> None:
-        """By the host's rule, or the user's."""
-        run = host.fit(
-            tmp_path,
-            model__method__name="AMAT",
-            model__method__preset="paper",
-            model__method__delta=0.3,
-            model__method__rule="mean+1std",
-            trainer__max_epochs=3,
-        )
+    def test_self_calibrated_thresholds(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the host's rule, or the user's; how good the network is after the warm-up is looked at."""
+        judged = []
+
+        def poor(*told: Any, **how: Any) -> tuple[Any, Judgement]:
+            statistics, found = look(*told, **how)
+            judged.append(found)
+            return statistics, replace(found, mediocre=True)
+
+        monkeypatch.setattr("advmed.integrations.lightning.module.look", poor)
+        with pytest.warns(UserWarning, match="after the clean warm-up the network has") as warned:
+            run = host.fit(
+                tmp_path,
+                model__method__name="AMAT",
+                model__method__preset="paper",
+                model__method__delta=0.3,
+                model__method__rule="mean+1std",
+                trainer__max_epochs=3,
+            )
         terms = host.module.from_checkpoint(run.last).terms
         assert any("thresholds are self-calibrated" in line for line in host.said)
         assert any(line.startswith(f"Warm-up done. Thresholds: {terms[0]} < ") for line in host.said)
+        (found,) = judged
+        assert sum(f"the network has {found} on training images. " in str(warning.message) for warning in warned) == 1
         assert any(line.startswith(f"{host.counts['train']} images, each met about 2.0 times") for line in host.said)
         for value, visits in run.margins.values():
             assert visits == 2

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from advmed.clock import Pace
-from advmed.distributed import gathered, is_distributed
+from advmed.distributed import gathered, is_distributed, place
 from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
 from advmed.methods.base import Backward, Step
 from advmed.objective import Objective
@@ -57,6 +57,8 @@ class MethodRun:
         steps_per_epoch: batches of an epoch, for an estimate of the time left; None: not known.
         say: takes a line for the host's log.
         shown: whether the margin of a sample with that id counts in the quantiles of the log.
+        doubts: what is to be said, after a clean warm-up, against the network that thresholds are calibrated on (how
+            bad it still is by the host's own metric); None if nothing is.
         every_epoch: whether the time that is left is said at every epoch, in a log that has lines for each; otherwise
             at every tenth of the training.
 
@@ -89,12 +91,13 @@ class MethodRun:
         steps_per_epoch: int | None = None,
         say: Callable[[str], None] = lambda line: None,
         shown: Callable[[str], bool] = lambda sample: True,
+        doubts: Callable[[], str | None] = lambda: None,
         every_epoch: bool = False,
     ) -> None:
         self.name, self.settings, self.epochs = name, settings.for_method(name), epochs
         settings = self.settings
         self.method: Method = settings.make_method(name, thresholds)
-        self._say, self._shown = say, shown
+        self._say, self._shown, self._doubts = say, shown, doubts
         self._perturbed: WeightPerturbation | None = None
         if settings.awp and isinstance(self.method, AdversarialMethod):
             self._perturbed = WeightPerturbation(self.method, settings.awp)
@@ -185,6 +188,12 @@ class MethodRun:
         if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
             self.thresholds.begin()
             lines.append(f"Warm-up done. Thresholds: {self.thresholds}")
+            if (found := self._doubts()) is not None:
+                lines.append(
+                    f"WARNING: after the clean warm-up the network has {found}. Thresholds of a poorly trained network "
+                    f"are high, and let noise grow that a good one could not bear. Begin with a standard network, or "
+                    f"set a longer warm-up"
+                )
         return lines
 
     def step(self, objective: Objective, images: Tensor, ids: Sequence[str], backward: Backward | None = None) -> Step:
@@ -335,8 +344,8 @@ def saved_thresholds(
 def self_calibrated(
     names: Sequence[str], settings: TrainingSettings, samples_per_epoch: float, default_rule: str = DEFAULT_RULE
 ) -> RunningThresholds:
-    """Self-calibrated thresholds that remember about an epoch."""
-    return RunningThresholds(names, settings.rule or default_rule, memory=samples_per_epoch)
+    """Self-calibrated thresholds that remember about an epoch, of which each process sees its part."""
+    return RunningThresholds(names, settings.rule or default_rule, memory=samples_per_epoch / place()[1])
 
 
 def load_thresholds(settings: TrainingSettings, path: str, names: Sequence[str]) -> tuple[Thresholds, str]:

@@ -100,6 +100,9 @@ def test_self_calibrated_where_there_is_no_finished_standard_training(
     assert "Thresholds are self-calibrated: a clean warm-up first" in bench.log(trainer)
     assert trainer.run.warmup_epochs == 2  # a tenth
     assert "2 epoch(s) of clean warm-up" in bench.log(trainer)
+    for dice, said in ((0.4321, "a pseudo Dice of 0.432"), (0.6, None)):
+        trainer.logger.log("mean_fg_dice", dice, trainer.current_epoch)
+        assert trainer._doubts() == said
 
 
 def test_the_measured_mean_is_that_of_the_samples(

@@ -588,6 +588,17 @@ def test_a_longer_training_that_was_interrupted_is_continued_where_it_was(bench:
     assert "checkpoint_latest.pth went further than checkpoint_final.pth" in bench.log(again)
     again.on_train_start()
     assert again.method.margins.state_dict() == longer.run._snapshot[1]["margins"]
+    # Without a final one the host goes on from the latest, which it writes every 50 epochs, even where it is older.
+    folder = Path(longer.output_folder)
+    (folder / "checkpoint_final.pth").unlink()
+    newer = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
+    torch.save(newer, folder / "checkpoint_best.pth")
+    for older in (0, newer["current_epoch"]):
+        torch.save(newer | {"current_epoch": older}, folder / "checkpoint_latest.pth")
+        again = bench.make("AMAT", epochs=4, resume=longer, **given)
+        assert again.current_epoch == 3
+        chosen = again._furthest(folder / "checkpoint_latest.pth")
+        assert Path(chosen).name == ("checkpoint_latest.pth" if older else "checkpoint_best.pth")
     # A training anew loses the old checkpoints, or it would be continued from them.
     anew = bench.started("AMAT", epochs=1, overwrite=True, **given)
     assert not list(Path(anew.output_folder).glob("checkpoint_*"))

@@ -7,6 +7,7 @@ On plain images in evaluation mode losses are lower, and every sample would begi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,7 @@ def measure(
     Raises:
         ValueError: for a network that is clearly untrained by that metric.
     """
-    model = model.to(device).train()
-    statistics = TermStatistics(model.terms, keep=True)
-    found: list[dict[str, torch.Tensor]] = []
-    with preserved(model), torch.no_grad():
-        torch.manual_seed(seed)  # of dropout
-        for batch in watched(data.draws(split, LEAST, MOST, seed), "thresholds", "batches", shown=place()[0] == 0):
-            batch = model.transfer_batch_to_device(batch, device, 0)
-            objective, images, _ = model.objective(batch)
-            _, terms, predictions = objective.loss_and_predictions(images)
-            statistics.update(terms)
-            found.append({k: v.cpu() for k, v in model.evidence(objective, predictions, batch).items()})
-    judged = model.judge({name: torch.cat([part[name] for part in found]) for name in found[0]})
+    statistics, judged = look(model.to(device).train(), data, split, seed, device=device)
     if judged.untrained:
         raise ValueError(
             f"{path} is no trained network: on images of the split {split} it reaches {judged}. Thresholds of it "
@@ -108,6 +98,40 @@ def measure(
     notes = {"split": split, "measured": HOW if split == "train" else _PLAIN, "seed": seed}
     notes |= {"metric": judged.metric, "value": round(judged.value, 4), "beside": judged.beside}
     return statistics.thresholds(rule, source=str(path), source_sha256=sha256(Path(path)), notes=notes)
+
+
+def look(
+    model: Any,
+    data: SampleData,
+    split: str,
+    seed: int,
+    *,
+    device: torch.device,
+    most: int = MOST,
+    convert: Callable[[Any], Any] = lambda batch: batch,
+) -> tuple[TermStatistics, Judgement]:
+    """The losses of images as :func:`measure` meets them, and how good the network is on them.
+
+    Args:
+        model: in training mode, on the device.
+        data: the data.
+        split: of the data.
+        seed: of the order, the augmentation and the dropout.
+        device: where to measure.
+        most: images at most.
+        convert: what is made of a batch on the device, such as another precision.
+    """
+    statistics = TermStatistics(model.terms, keep=True)
+    found: list[dict[str, torch.Tensor]] = []
+    with preserved(model), torch.no_grad():
+        torch.manual_seed(seed)  # of dropout
+        for batch in watched(data.draws(split, LEAST, most, seed), "thresholds", "batches", shown=place()[0] == 0):
+            batch = convert(model.transfer_batch_to_device(batch, device, 0))
+            objective, images, _ = model.objective(batch)
+            _, terms, predictions = objective.loss_and_predictions(images)
+            statistics.update(terms)
+            found.append({k: v.cpu() for k, v in model.evidence(objective, predictions, batch).items()})
+    return statistics, model.judge({name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
 def quality(measured: Thresholds) -> str:

@@ -24,8 +24,9 @@ from torch import Tensor
 from advmed.attacks import PGD
 from advmed.distributed import gathered
 from advmed.files import write_whole
-from advmed.integrations.lightning.calibration import HOW, Judgement, measure, quality
+from advmed.integrations.lightning.calibration import HOW, LEAST, Judgement, look, measure, quality
 from advmed.integrations.lightning.callbacks import does_not_wait
+from advmed.integrations.lightning.data import SampleData
 from advmed.integrations.lightning.weights import read_tensors
 from advmed.margins import names_of_samples
 from advmed.methods import (
@@ -249,10 +250,19 @@ class RobustModule(LightningModule):
         self._check_monitors()
         self._planned = [_numbers(config.scheduler) for config in self.trainer.lr_scheduler_configs]
         thresholds = self._thresholds(state, len(ids))
-        self.run = MethodRun(self.method_name, self.settings, thresholds, epochs=epochs, steps_per_epoch=steps, say=say)
+        self.run = MethodRun(
+            self.method_name,
+            self.settings,
+            thresholds,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            say=say,
+            doubts=self._doubts,
+        )
         self._check_optimizers()
         lines = [] if state is None else self.run.load_state_dict(state)
-        for line in [*lines, *self.run.outlook(len(ids), len(ids), "images"), *self._looking_at_warmup()]:
+        visits = len(ids) * self._share_of_epoch(steps)
+        for line in [*lines, *self.run.outlook(len(ids), visits, "images"), *self._looking_at_warmup()]:
             say(line)
         # Lightning has logged the arguments of the module, of which some were left open until now.
         resolved = plain(asdict(self.settings))
@@ -295,6 +305,24 @@ class RobustModule(LightningModule):
         self.trainer.fit_loop.setup_data()  # does nothing where the optimizer has asked for it before
         count = self.trainer.num_training_batches
         return int(count) if math.isfinite(count) and count > 0 else None
+
+    def _share_of_epoch(self, steps: int | None) -> float:
+        """Of the batches that the data have (``limit_train_batches``)."""
+        try:
+            return 1.0 if steps is None else min(1.0, steps / len(self.trainer.train_dataloader))  # type: ignore[arg-type]
+        except TypeError:  # a stream has no length
+            return 1.0
+
+    def _doubts(self) -> str | None:
+        """After a clean warm-up, against the network."""
+        if not isinstance(self.data, SampleData):
+            return None
+        precision = self.trainer.precision_plugin
+        with precision.forward_context():
+            _, judged = look(
+                self, self.data, "train", 0, device=self.device, most=LEAST, convert=precision.convert_input
+            )
+        return f"{judged} on training images" if judged.mediocre else None
 
     def _epochs(self, steps: int | None) -> int:
         """Epochs that this training will have, the last of them perhaps not whole."""
