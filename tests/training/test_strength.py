@@ -112,18 +112,35 @@ def test_looking_costs_less_than_two_percent(preset: str) -> None:
             run.end_epoch()
         passes.append(objective.calls - before)
     if preset == "fast":
-        assert passes[0] - passes[1] == 24  # one look in 300 steps
+        assert passes[0] - passes[1] == 24  # one look in 300 steps, and the next after 256 more
         assert StrengthCheck(run.method.cost, 2.0, None).every == 256
         assert 24 * 2 / (300 * 3 * run.method.cost) < 0.02
     else:
         assert passes[0] == passes[1]
 
 
+def test_a_short_training_is_looked_at_and_one_that_is_often_resumed() -> None:
+    """After 64 steps, wherever it was stopped."""
+    state: Any = None
+    looks = []
+    for part in range(4):
+        run = MethodRun("SAT", TrainingSettings(eps=0.5), epochs=9)
+        if state is not None:
+            assert run.load_state_dict(state) == []
+        run.begin_epoch(part)
+        for _ in range(30):
+            run.step(Hidden(0.0), IMAGES, names(4))
+        looks.append(not math.isnan(run.end_epoch()["attack_share"]))
+        state = json.loads(json.dumps(run.state_dict()))
+    assert looks == [False, False, True, False]
+    assert state["unlooked"] == 4 * 30 - 64
+
+
 def hiding_run(said: list[str], **settings: Any) -> MethodRun:
     wanted = TrainingSettings(eps=1.0, delta=1.0, steps=1, step_scale=1.0, **settings)
     run = MethodRun("SAT", wanted, epochs=9, say=said.append)
     assert run._check is not None
-    run._check.every = 3  # in place of hundreds of steps
+    run._check.every, run._check.steps = 3, 0  # in place of hundreds of steps
     return run
 
 

@@ -288,6 +288,7 @@ class MethodRun:
             "thresholds": dict(vars(thresholds)) if isinstance(thresholds, Thresholds) else None,
             "warmup_epochs": self.warmup_epochs,
             "steps": self.method.attack.steps if isinstance(self.method, AdversarialMethod) else None,
+            "unlooked": None if self._check is None else self._check.steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -299,6 +300,8 @@ class MethodRun:
         self.warmup_epochs = int(state["warmup_epochs"])
         self.method.load_state_dict(state["method"])
         self._snapshot = None
+        if self._check is not None and state.get("unlooked") is not None:
+            self._check.steps = int(state["unlooked"])
         steps, wanted = state.get("steps"), self.settings.steps
         same = str(wanted) == state["settings"].get("steps")
         if same and steps is not None and wanted is not None and steps > wanted:  # raised in the earlier run

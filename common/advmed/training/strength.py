@@ -48,7 +48,8 @@ class Strength:
 
 
 class StrengthCheck:
-    """Looks at a batch once an epoch, or less often where epochs are so short that it would cost more than 2 %.
+    """Looks at a batch every so many steps that it costs less than 2 % of a long training; first after a quarter of
+    them, so that a short one is looked at, too.
 
     Args:
         cost: of a training step, in standard ones.
@@ -60,7 +61,7 @@ class StrengthCheck:
     def __init__(self, cost: float, norm: float, bounds: Bounds, seed: int = 0) -> None:
         self.norm, self.bounds, self.seed = norm, bounds, seed
         self.every = math.ceil(COST / (PRICE * cost))
-        self.steps = 0  # since the last look
+        self.steps = self.every - self.every // 4  # since the last look
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def due(self) -> bool:
