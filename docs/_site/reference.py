@@ -75,9 +75,11 @@ def _commands() -> Iterator[str]:
 
     yield "# Commands"
     yield ""
-    yield "Every command of ours with every option. Each answers `--help`, and `--debug` behind any of them shows the"
-    yield "whole traceback of an error. The exit status is 0, or 1 after an error, which is said in one line; 130 if"
-    yield "`advmed search` was interrupted. Settings of a training are [another page](settings.md)."
+    yield "Every command of ours with its options; of `fit`, the sections of a configuration: `fit --help-all`"
+    yield "prints what is in them, and what else Lightning has. Each answers `--help`, and `--debug` behind any of"
+    yield "them shows the whole traceback of an error. The exit status is 0; 1 after an error, which is said in one"
+    yield "line; 2, behind the usage, where `advmed`, `adv-nnunet` or an `init` does not know an option or misses"
+    yield "one; 130 if `advmed search` was interrupted. Settings of a training are [another page](settings.md)."
     yield ""
     completion = f"`{OPTION} SHELL` prints the completion of a shell ([how](installation.md))."
     yield from _section(
@@ -214,6 +216,19 @@ CORE = {
     "FATSettings": "FAT",
 }
 """The classes that the settings of every host are made of, and their headings."""
+NOTES = {
+    "RunSettings": "On Lightning, `seed` and `backward` are [others](#classification-modelmethod). FAT needs no "
+    "thresholds for classification, where it sees whether the class is wrong.",
+    "RadiusSettings": "AMAT has a use for `eps`, too: a margin's first estimate is `eps` at most, and its cap 8 `eps` "
+    "by default. And with every adversarial method, validation images are attacked at `eps`. The host's default is in "
+    "the tables of the hosts.",
+}
+"""What the tables of the classes leave out."""
+ELSEWHERE = {
+    "refinement": "what a visit makes of a margin (lines 10 to 12 of the paper's algorithm 1): "
+    "[the four rules](presets.md#margins)."
+}
+"""Settings whose docstring is too long for a cell, as another page has it in full."""
 
 
 def _settings() -> Iterator[str]:
@@ -247,6 +262,8 @@ def _settings() -> Iterator[str]:
     for name, heading in CORE.items():
         yield from (f"### {heading}", "")
         yield from _table(HEAD, _fields(kinds[name]))
+        if name in NOTES:
+            yield from (NOTES[name], "")
     yield from _section("nnU-Net", f"{_summary(NnUNet)} All of the above, and:")
     yield from _table(HEAD, _fields(NnUNet))
     names = ", ".join(f"`{ours}` for `{field}`" for ours, field in RENAMED.items())
@@ -306,7 +323,12 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
         if field.name not in texts:
             raise ValueError(f"the docstring of {kind.__name__} does not say what {field.name} is")
         default = field.default_factory() if callable(field.default_factory) else field.default
-        yield f"`{field.name}`", _words(hints[field.name]), _value(default), texts[field.name]
+        yield (
+            f"`{field.name}`",
+            _words(hints[field.name]),
+            _value(default),
+            ELSEWHERE.get(field.name, texts[field.name]),
+        )
 
 
 def _arguments(kind: type, without: Iterable[str] = ()) -> Iterator[tuple[str, str, str, str]]:

@@ -158,6 +158,9 @@ class LightningCommand(ABC):
             ]
         else:
             checkpoint = "" if subcommand == "fit" else " --ckpt_path CHECKPOINT"
+            seed = (
+                ["  --seed_everything   seed of weights and augmentation (default: 0)"] if subcommand == "fit" else []
+            )
             resume = "go on with the training of this checkpoint" if subcommand == "fit" else "the checkpoint; required"
             lines = [
                 f"usage: {self.name} {subcommand} [--config FILE]{checkpoint} [--SECTION.NAME VALUE ...]",
@@ -170,6 +173,7 @@ class LightningCommand(ABC):
                 "  --model.network     the network",
                 f"  --model.method      the training method and its sizes: {told}",
                 f"  --model.attack      the attack of the training: {told}",
+                *seed,
                 "  --trainer           epochs, devices, precision, loggers, ...: Lightning's Trainer",
                 "  --print_config      print the whole configuration with its defaults, and do nothing",
                 "  --help-all          print every option, as Lightning does (takes some seconds)",

@@ -64,6 +64,12 @@ class MethodOptions(EveryMethodSettings, RunSettings):
 
     Attributes:
         name: one of :data:`advmed.METHODS`, such as AMAT.
+        eps: None: classification 2/255 of every value (4/255 in Linf), landmarks 1 for 3 x 200 x 160 values, growing
+            with the square root of their number (2/255 in Linf).
+        delta: None: classification 0.5/255 of every value (1/255 in Linf), landmarks as eps (0.5/255 in Linf).
+        backward: "together"; "sequential" is refused, as Lightning back-propagates one loss a step.
+        seed: seed of random starts; None: 0. The network's weights and the augmentation have another,
+            ``seed_everything``, which is 0 if nothing is said.
 
     Raises:
         ValueError: a value out of its range, or a method that is none.
@@ -398,9 +404,10 @@ class RobustModule(LightningModule):
         run = self._running
         if not run.warmup_epochs:
             return []
+        package = self.command.replace("-", "_")
         return [
             f"WARNING: the {type(callback).__name__} of this Trainer also judges the {run.warmup_epochs} clean "
-            f"epoch(s) of the warm-up: use advmed.integrations.lightning.{kind.__name__} in its place"
+            f"epoch(s) of the warm-up: use {package}.{kind.__name__} in its place"
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning declares it elsewhere
             if (kind := does_not_wait(callback)) is not None
         ]
