@@ -1,4 +1,4 @@
-"""Merging across two real processes (gloo on the CPU), against one process that meets every sample."""
+"""Merging across three real processes (gloo on the CPU), against one process that meets every sample."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ pytestmark = [
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank ended with."""
     packages = SCRIPT.parents[1], Path(advmed.__file__).parents[1]  # advmed whether it is installed or not
-    return side_by_side(SCRIPT, tmp_path_factory.mktemp("gloo"), PYTHONPATH=os.pathsep.join(map(str, packages)))
+    return side_by_side(
+        SCRIPT, tmp_path_factory.mktemp("gloo"), world=WORLD, PYTHONPATH=os.pathsep.join(map(str, packages))
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["amat", "amat shared", "amat running", "amat secant", "statistics", "running", "running, fading", *DPAATS]
 )
 def test_all_ranks_end_equal(ranks: list[dict[str, Any]], name: str) -> None:
-    assert ranks[0][name] == ranks[1][name]
+    assert len(ranks) == WORLD
+    assert all(rank[name] == ranks[0][name] for rank in ranks)
 
 
 def test_amat_on_disjoint_samples_is_one_process_that_meets_all(ranks: list[dict[str, Any]]) -> None:
@@ -59,6 +62,25 @@ def test_amat_on_shared_samples_stays_in_its_bounds_and_counts_every_visit(ranks
             assert sum(margins["visits"]) == (epoch + 1) * WORLD * worker.BATCHES * 3
             for value, visits in zip(margins["values"], margins["visits"], strict=True):
                 assert lowest <= value <= min(0.9, 0.25 * (visits + 1) if kind == "shared" else 0.9) + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fixed", "secant"])
+def test_amat_on_shared_samples_is_what_each_process_makes_of_them_merged(
+    ranks: list[dict[str, Any]], kind: str
+) -> None:
+    """Their visits since the last merge, exchanged by hand."""
+    methods = [worker.method_of(kind) for _ in range(WORLD)]
+    for epoch in range(worker.EPOCHS):
+        for rank, method in enumerate(methods):
+            worker.train(method, rank, epoch, shared=True)
+        changes = [method.margins.changes() for method in methods]
+        for method in methods:
+            method.margins.merge(changes)
+            method.margins.clamp(method.lowest, method.highest)
+        found = ranks[0]["amat shared" if kind == "fixed" else "amat secant"][epoch]["margins"]
+        expected = methods[0].margins.state_dict()
+        assert (found["ids"], found["visits"]) == (expected["ids"], expected["visits"])
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", DPAATS)

@@ -126,15 +126,17 @@ def mistake_of(main: Callable[[list[str]], int], capsys: Any, *words: Any) -> st
     return message
 
 
-# Two processes
+# Several processes
 
 
-def side_by_side(script: Path, folder: Path, *arguments: Any, **environment: str) -> list[dict[str, Any]]:
-    """Runs a script in two processes, ``script FOLDER RANK ARGUMENTS``, and returns what each wrote (see meeting)."""
+def side_by_side(
+    script: Path, folder: Path, *arguments: Any, world: int = 2, **environment: str
+) -> list[dict[str, Any]]:
+    """Runs a script in processes, ``script FOLDER RANK ARGUMENTS``, and returns what each wrote (see meeting)."""
     # And what this process imports from; an empty part would be the working folder.
     path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": "2", **environment}
-    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": str(world), **environment}
+    logs = [folder / f"rank_{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
         command = [sys.executable, str(script), str(folder), str(rank), *map(str, arguments)]
@@ -146,16 +148,17 @@ def side_by_side(script: Path, folder: Path, *arguments: Any, **environment: str
     finally:
         for process in processes:
             process.kill()
-    assert statuses == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    assert statuses == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
 
 
 @contextmanager
 def meeting(folder: Path, rank: int) -> Iterator[dict[str, Any]]:
-    """In such a script: meets the other process over gloo; what is put into the dictionary is returned to the test."""
+    """In such a script: meets the others over gloo; what is put into the dictionary is returned to the test."""
     torch.set_num_threads(1)
     address, patience = f"file://{folder / 'meeting'}", datetime.timedelta(seconds=120)
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=patience)
+    world = int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
     found: dict[str, Any] = {}
     yield found
     (folder / f"rank_{rank}.json").write_text(json.dumps(found, default=float))

@@ -1,4 +1,4 @@
-"""Methods and statistics on one of two processes, started by tests/ground/test_distributed.py."""
+"""Methods and statistics on one of three processes, started by tests/ground/test_distributed.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from advmed.testing.objectives import Classification
 from advmed.thresholds import RunningThresholds, TermStatistics
 from helpers.hosts import meeting
 
-WORLD, EPOCHS, BATCHES = 2, 3, 4
+WORLD, EPOCHS, BATCHES = 3, 3, 4
 DPAATS: dict[str, dict[str, Any]] = {
     "dpaat": {"sync_weight": 2.0},
     "dpaat epoch": {"sync_weight": 2.0, "average": "epoch"},
