@@ -5,7 +5,8 @@
 One command for a machine with one GPU, from a checkout of this repository (installed or not) with the extras nnunet,
 yolo, classify and landmark. Nothing is downloaded; the data is that in examples/data. Each host trains under its own
 mixed precision, with its gradient scaler, by its own trainer: nnU-Net 2D and 3D, as it is and compiled, YOLOv8n, a
-classifier and a landmark U-Net; STD, SAT, AMAT and DPAAT with the default preset, on samples that were met before. Of
+classifier and a landmark U-Net; STD, SAT, AMAT and DPAAT with the default preset, on samples that were met before, and
+where time is left the other methods, and SAT with perturbed weights. Of
 each training there are:
 
 - the time of a step, synchronised, the median of a few after the first; also over that of STD's;
@@ -58,6 +59,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
+import yaml
 from timing import PeakMemory
 from torch import Tensor, nn
 
@@ -69,6 +71,8 @@ from advmed.training.run import MethodRun
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 METHODS = ("STD", "SAT", "AMAT", "DPAAT")
+OTHERS = ("SAT, awp", "AT", "FAT", "TRADES", "MART")
+"""What comes last where there is time: adversarial weight perturbation, and the other methods."""
 MORE = 2
 """Attack steps that are added to see what one of them launches."""
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel")
@@ -125,6 +129,7 @@ class Meter:
         self.plan += ["memory", *(["waits"] if self.cuda else []), "launches", "more", "passes"]
         self.found = Found()
         self._method: Any = None
+        self._moves = False
         self._seconds: list[float] = []
         self._held = ExitStack()
         self._losses: list[Any] = []
@@ -139,7 +144,7 @@ class Meter:
     def watch(self, run: MethodRun | None, scaler: Any) -> None:
         """Looks into the steps of a method, if there is one, and at the scaler, if it does anything."""
         if run is not None:
-            self._method, own = run.method, run.step
+            self._method, self._moves, own = run.method, run.moves_weights, run.step
 
             def step(objective: Objective, images: Tensor, ids: Sequence[str], backward: Any = None) -> Any:
                 if self.now == "passes":
@@ -229,6 +234,7 @@ class Meter:
                 found.attack_steps = method.attack.steps
                 shared = method.shared if method.learns_from_clean and method.clean_gradients is not None else 0
                 found.passes_ms = training * (2 if method.learns_from_clean else 1) + gradient * found.attack_steps
+                found.passes_ms += 2 * training if self._moves else 0.0
                 found.passes_ms -= {0: 0.0, 1: found.forward_ms or 0.0, 2: gradient}[shared]
         return found
 
@@ -283,6 +289,12 @@ class Meter:
             if repeat > 1:
                 seconds.append(clock(self.device) - start)
         return 1000 * statistics.median(seconds)
+
+
+def read(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's name, and its settings beside the defaults."""
+    name, _, awp = method.partition(", ")
+    return name, {"awp": 0.005} if awp else {}
 
 
 def clock(device: torch.device) -> float:
@@ -376,15 +388,16 @@ def nnunet(bench: Bench) -> Iterator[Case]:
     def make(method: str, configuration: str, compiled: bool, batches: Any) -> Any:
         """A trainer in the first epoch, as nnUNetv2_train makes it."""
         path = bench.work / "adversarial.yaml"
+        name, own = read(method)
         tag = f"{configuration}-{'compiled' if compiled else 'plain'}".replace("_", "-")
         path.write_text(
             f"thresholds: {thresholds}\ncheck_standard: false\ncheck_data: false\nstart_from: scratch\nseed: 0\n"
-            f"overwrite: true\ncompile: {str(compiled).lower()}\ntag: {tag}\n"
+            f"overwrite: true\ncompile: {str(compiled).lower()}\ntag: {tag}\n{yaml.safe_dump(own) if own else ''}"
         )
         os.environ["nnUNet_adversarial"] = str(path)
         content = json.loads((folder / f"{plans}.json").read_text()) | {"continue_training": False}
         description = json.loads((folder / "dataset.json").read_text())
-        kind = trainers.TRAINERS[method]
+        kind = trainers.TRAINERS[name]
         made: Any = kind(content, configuration, 0, description, bench.device)
         if batches is not None:
             made.get_dataloaders = lambda: (iter(()), iter(()))
@@ -416,7 +429,12 @@ def nnunet(bench: Bench) -> Iterator[Case]:
 
     plain = itertools.product((False,), ("2d", "3d_fullres"), METHODS)
     late = [(True, kind, method) for method in ("STD", "AMAT", "SAT", "DPAAT") for kind in ("2d", "3d_fullres")]
-    for compiled, configuration, method in (*plain, *late):  # compiling takes long: what matters most comes first
+    others = itertools.product((False,), ("2d",), OTHERS)
+    for compiled, configuration, method in (
+        *plain,
+        *late,
+        *others,
+    ):  # compiling takes long: what matters most comes first
         setting = f"nnU-Net {configuration}{', compiled' if compiled else ''}"
         yield Case(setting, method, bench.meter(2, compiled), partial(train, method, configuration, compiled))
 
@@ -523,8 +541,9 @@ def yolo(bench: Bench) -> Iterator[Case]:
         if method == "STD":
             trainer = DetectionTrainer(overrides=arguments | {"name": method})
         else:
-            own = {"thresholds": thresholds} if method == "AMAT" else {}
-            trainer = TRAINERS[method.lower()](overrides=arguments | {"name": method} | own)
+            kind, own = read(method)
+            own |= {"thresholds": thresholds} if kind in ("AMAT", "FAT") else {}
+            trainer = TRAINERS[kind.lower()](overrides=arguments | {"name": method} | own)
 
         def watch(host: Any) -> None:
             meter.watch(getattr(host, "run", None), host.scaler)
@@ -542,7 +561,7 @@ def yolo(bench: Bench) -> Iterator[Case]:
             return unwrap_model(trainer.model)
         raise RuntimeError(f"the training ended after {meter.found.steps} steps")
 
-    for method in METHODS:
+    for method in (*METHODS, *OTHERS):
         yield Case(f"YOLOv8n {size}, batch {batch}", method, bench.meter(2), partial(train, method))
 
 
@@ -557,7 +576,8 @@ def classify(bench: Bench) -> Iterator[Case]:
 
     def make(method: str) -> tuple[Any, Any]:
         data = fewer(MedMNIST(file, size=size, channels=3, batch_size=batch, workers=0), 4)
-        options = MethodOptions(name=method, thresholds=thresholds)
+        name, own = read(method)
+        options = MethodOptions(name=name, thresholds=thresholds, **own)
         network = Network(name="resnet18" if bench.cuda else "resnet10t")
         return RobustClassifier(network, options, num_classes=data.num_classes, channels=3), data
 
@@ -576,7 +596,8 @@ def landmark(bench: Bench) -> Iterator[Case]:
     def make(method: str) -> tuple[Any, Any]:
         table = LandmarkTable(root, spacing=1.0, size=size, channels=3, batch_size=batch, workers=0)
         data = fewer(table, 4)
-        options = MethodOptions(name=method, thresholds=thresholds)
+        name, more = read(method)
+        options = MethodOptions(name=name, thresholds=thresholds, **more)
         own: dict[str, Any] = {"encoder": "vgg19"} if bench.cuda else {"encoder": "resnet18"}
         if not bench.cuda:
             own["decoder_channels"] = (16, 8, 8, 8, 8)
@@ -638,8 +659,8 @@ def lightning(bench: Bench, setting: str, make: Callable[[str], tuple[Any, Any]]
             raise RuntimeError(f"the training ended after {meter.found.steps} steps")
         return model
 
-    for precision in ("16-mixed", "bf16-mixed"):
-        for method in METHODS:
+    for precision, methods in (("16-mixed", METHODS), ("bf16-mixed", METHODS), ("16-mixed", OTHERS)):
+        for method in methods:
             yield Case(f"{setting}, {precision}", method, bench.meter(4), partial(train, method, precision))
 
 
