@@ -21,7 +21,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"model__network__name": "resnet81"}, "timm has no model 'resnet81'; near names are resnet18"),
         ({"model__label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
         ({"data__file": "none.npz"}, "there is no file none.npz"),
-        ({"data__colour": 1}, "given class_path 'adv_classify.MedMNIST'"),
+        ({"data__colour": 1}, "is not accepted by adv_classify.MedMNIST: adv-classify fit --data.help"),
     ],
     "adv-landmark": [
         ({"model__network__encoder": "resnet81"}, "there is no encoder 'resnet81'; near names are"),
@@ -29,7 +29,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"model__landmark_names": "[a]"}, "landmark_names"),  # the data's
         ({"data__size": "[16,16]"}, "the radius of a landmark, 0.8 pixels, must be at least 1"),
         ({"data__root": "none"}, "there is no table none/landmarks.csv"),
-        ({"data__colour": 1}, "given class_path 'adv_landmark.LandmarkTable'"),
+        ({"data__colour": 1}, "is not accepted by adv_landmark.LandmarkTable: adv-landmark fit --data.help"),
         ({"data__origin": "edge"}, "edge"),
     ],
 }
