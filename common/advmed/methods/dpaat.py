@@ -189,9 +189,7 @@ class DPAAT(AdaptiveRadiusMethod):
         increase = (total(terms) - total(clean_terms)).masked_fill(self._lost(attacked), math.nan)
         stable = increase <= self._mean(increase)
         moved = torch.where(stable, sizes + self.step_size, sizes - self.step_size)
-        moved = moved.where(
-            increase.isfinite(), math.nan
-        )  # a broken pass moves no size, nor does an attack that was lost
+        moved = moved.where(increase.isfinite(), math.nan)  # neither a broken pass nor a lost attack moves a size
         self.store.visit(ids, moved, self.lowest, self.highest)
         logs |= {"loss_adversarial": adversarial.detach(), "expanded": stable.float().mean()}
         return Step(loss, logs, clean_terms, attacked.images)
