@@ -54,7 +54,8 @@ def linked(page: str) -> str:
 def listed(html: str) -> str:
     """Marks the tables of names, whose rows a phone shows as a list, and labels their cells with the heads of columns.
 
-    Such a table has a name (code) in the first cell of most rows, and four columns at most.
+    Such a table has four columns at most, and a name (code) in the first cell of most rows; or three or four, and words
+    in most cells of the others.
     """
     return re.sub(r"(?s)<table>(.*?)</table>", _listed, html)
 
@@ -62,12 +63,18 @@ def listed(html: str) -> str:
 _MOST_COLUMNS = 4
 
 
+def _is_prose(rows: str, columns: int) -> bool:
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"(?s)<td[^>]*>(.*?)</td>", rows)]
+    others = [cell for place, cell in enumerate(cells) if place % columns]
+    return columns > 2 and sum(len(re.findall("[a-z]{2,}", cell)) > 2 for cell in others) >= 0.5 * len(others)
+
+
 def _listed(found: re.Match[str]) -> str:
     head, rows = found[1].partition("</thead>")[::2]
     labels = re.findall(r"(?s)<th(?: [^>]*)?>(.*?)</th>", head)
     firsts = re.findall(r"(?s)<tr>\s*<td[^>]*>(.*?)</td>", rows)
     names = [first for first in firsts if re.match(r"(<(a|strong)[^>]*>)*<code>", first)]
-    if len(labels) > _MOST_COLUMNS or len(names) < 0.75 * len(firsts):
+    if len(labels) > _MOST_COLUMNS or not (len(names) >= 0.75 * len(firsts) or _is_prose(rows, len(labels))):
         return found[0]
 
     def cells(row: re.Match[str]) -> str:
