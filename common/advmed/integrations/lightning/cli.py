@@ -122,11 +122,11 @@ class LightningCommand(ABC):
             try:
                 self._lightning(argv)
             except argparse.ArgumentError as error:
-                if not (told := self._told(runner.message(error), argv[0])):
+                if not (told := self._told(runner.message(error), *argv[:1])):
                     raise
                 raise argparse.ArgumentError(None, told) from error
 
-    def _told(self, text: str, subcommand: str) -> str:
+    def _told(self, text: str, subcommand: str = "") -> str:
         """What to do about a mistake of which jsonargparse says only that it is one; nothing for all others."""
         if section := re.match(r"""Parser key "(model\.\w+)":\s+Unable to load config ['"](.*)['"]""", text):
             key, value = section.groups()
