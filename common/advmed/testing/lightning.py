@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ from advmed.integrations.lightning import RobustModule, SampleData
 from advmed.integrations.lightning.calibration import Judgement, look, measure
 from advmed.methods import METHODS, AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.thresholds import DEFAULT_RULE, Thresholds
+from advmed.training.run import fingerprint
 
 Options = Mapping[str, Any]
 """Options of the command by their names, with ``__`` for a dot; one that is None is left out."""
@@ -1133,10 +1135,14 @@ class LightningTrainingContract(OwnFolder):
     ) -> None:
         terms = host.module.from_checkpoint(host.standard.last).terms
         path = tmp_path / "own.json"
-        Thresholds((value,) * len(terms), terms).save(path)
+        seen = fingerprint(host.ids("train")) if value > 0 else {"count": 3, "sha256": "of others"}
+        Thresholds((value,) * len(terms), terms, notes={"images": seen}).save(path)
         given = {"model__method__name": "AMAT", "model__method__delta": 0.25, "model__method__thresholds": path}
         given |= {"model__attack__bounds": "null", "model__method__preset": "paper"}
-        run = host.fit(tmp_path, **given, trainer__max_epochs=2)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            run = host.fit(tmp_path, **given, trainer__max_epochs=2)
+        assert any("measured on other images" in str(w.message) for w in warned) == (value < 0)
         assert any("thresholds from the file" in line for line in host.said)
         assert run.margins == {i: (pytest.approx(0.75 if value > 0 else 0.25, rel=1e-5), 2) for i in host.ids("train")}
         line = f"# thresholds: {terms[0]} < {value:.6g}"

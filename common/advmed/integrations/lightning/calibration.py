@@ -21,6 +21,7 @@ from advmed.guard import preserved
 from advmed.integrations.lightning.data import SampleData
 from advmed.progress import watched
 from advmed.thresholds import TermStatistics, Thresholds
+from advmed.training.run import fingerprint
 
 FILE = "thresholds.json"
 """Name of the file beside the checkpoint that was measured."""
@@ -28,6 +29,8 @@ LEAST, MOST = 500, 10_000
 """Samples that are drawn: whole epochs until there are as many, and never more."""
 HOW = "images as the training draws them, augmented, in training mode"
 """In the notes of thresholds of the training samples."""
+IMAGES = "images"
+"""The note that tells the images from others, by their names."""
 _PLAIN = "images without augmentation, in training mode"
 
 
@@ -95,7 +98,8 @@ def measure(
             f"{path} is a mediocre network: on images of the split {split} it reaches {judged}. Its losses are high, "
             f"and so are thresholds made of them: margins will come out larger than those of a well-trained network"
         )
-    notes = {"split": split, "measured": HOW if split == "train" else _PLAIN, "seed": seed}
+    notes: dict[str, Any] = {"split": split, "measured": HOW if split == "train" else _PLAIN, "seed": seed}
+    notes[IMAGES] = fingerprint(data.splits[split].ids)
     notes |= {"metric": judged.metric, "value": round(judged.value, 4), "beside": judged.beside}
     return statistics.thresholds(rule, source=str(path), source_sha256=sha256(Path(path)), notes=notes)
 

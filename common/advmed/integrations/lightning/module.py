@@ -24,7 +24,7 @@ from torch import Tensor
 from advmed.attacks import PGD
 from advmed.distributed import gathered
 from advmed.files import write_whole
-from advmed.integrations.lightning.calibration import HOW, LEAST, Judgement, look, measure, quality
+from advmed.integrations.lightning.calibration import HOW, IMAGES, LEAST, Judgement, look, measure, quality
 from advmed.integrations.lightning.callbacks import does_not_wait
 from advmed.integrations.lightning.data import SampleData
 from advmed.integrations.lightning.weights import read_tensors
@@ -665,6 +665,13 @@ class RobustModule(LightningModule):
             say(
                 f"WARNING: the thresholds in {path} were not measured on {HOW}, which is what they are compared with: "
                 f"make them anew by {self.command} thresholds"
+            )
+            return taken
+        then, now = taken.notes.get(IMAGES), fingerprint(self._sample_ids())
+        if then is not None and then != now:
+            say(
+                f"WARNING: the thresholds in {path} were measured on other images than those of this training "
+                f"({then['count']} then, {now['count']} now): make them anew by {self.command} thresholds"
             )
         return taken
 
