@@ -130,6 +130,14 @@ USELESS, POOR = 0.1, 0.5
 """Mean Dice on training samples: below the first thresholds are refused, below the second doubted."""
 
 
+def default_rule(preset: str) -> str:
+    """Of thresholds where nothing says another: the paper's for nnU-Net, or what was measured to make a network robust.
+
+    By the mean, margins stay next to the standard network's (docs/results/margins.md).
+    """
+    return DEFAULT_RULE if preset == "paper" else "mean+2std"
+
+
 def doubts(found: Thresholds, origin: str, refuse: bool) -> str | None:
     """What is to be said against the network that thresholds were measured on; None if nothing is, or not known.
 
@@ -226,7 +234,7 @@ def measure(trainer: Any, checkpoint: Path, *, seed: int = 0) -> Thresholds:
     statistics = TermStatistics(terms.names, keep=True)
 
     training, _ = trainer.get_tr_and_val_datasets()
-    rule = settings.rule or DEFAULT_RULE
+    rule = settings.rule or default_rule(settings.preset)
     samples = settings.threshold_samples or min(10_000, max(500, len(trainer.sample_ids() or training.identifiers)))
     rank, ranks = place()
     dice: list[float] = []

@@ -411,11 +411,18 @@ class AdversarialTraining(_Host):
         self.print_to_log_file(
             f"Thresholds from the file {path} (found beside the standard training){found[1]}: {found[0]}"
         )
+        wanted = standard.default_rule(self.settings.preset)
+        if self.settings.rule is None and found[0].rule not in (None, wanted):
+            self.print_to_log_file(
+                f"That file has the rule {found[0].rule}, and keeps it. By default the preset "
+                f"{self.settings.preset} has {wanted}: 'rule: {wanted}' in the settings takes that"
+            )
         return found[0], None
 
     def _self_calibrated(self) -> RunningThresholds:
         assert self.terms is not None
-        return self_calibrated(self.terms.names, self.settings, self._samples_per_epoch())
+        rule = standard.default_rule(self.settings.preset)
+        return self_calibrated(self.terms.names, self.settings, self._samples_per_epoch(), rule)
 
     def _announce(self, resumed: bool) -> None:
         if resumed:

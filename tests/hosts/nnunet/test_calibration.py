@@ -46,7 +46,21 @@ def test_a_file_that_the_settings_name_beats_one_beside_the_standard_training(be
         assert trainer.method.thresholds.values == (value,)
         assert said in bench.log(trainer)
         assert ("rule" in settings) == ("by the rule" in bench.log(trainer))
+        other = "That file has the rule mean+1std, and keeps it. By default the preset"
+        assert (other in bench.log(trainer)) == (value == 0.6)
         assert trainer.run.warmup_epochs == 0
+
+
+@pytest.mark.parametrize(("preset", "rule"), [("fast", "mean+2std"), ("paper", "mean")])
+def test_the_rule_where_nothing_says_another(bench: Any, with_stock: Path, preset: str, rule: str) -> None:
+    """Of a measured network, which is found again, and of a clean warm-up."""
+    for measured in ("are measured on", "(found beside the standard training)"):
+        trainer = bench.started("AMAT", threshold_samples=12, preset=preset)
+        assert measured in bench.log(trainer)
+        assert trainer.method.thresholds.rule == rule
+        assert "By default the preset" not in bench.log(trainer)
+    shutil.rmtree(with_stock)
+    assert bench.started("AMAT", epochs=20, preset=preset).method.thresholds.rule == rule
 
 
 def test_made_from_the_finished_standard_training(bench: Any, with_stock: Path) -> None:

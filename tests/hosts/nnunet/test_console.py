@@ -199,7 +199,7 @@ def test_thresholds_from_the_stock_training(
     assert set(shell.results.rglob("*")) - before == {fold / "thresholds.json"}, "it left something else behind"
     assert os.environ["nnUNet_results"] == shell.environment["nnUNet_results"]
     found = Thresholds.load(fold / "thresholds.json")
-    assert (found.names, found.rule, found.n) == (("ce+dice",), "mean", 60)
+    assert (found.names, found.rule, found.n) == (("ce+dice",), "mean+2std", 60)
     assert found.values == found.mean
     assert found.source_sha256 == sha256(fold / "checkpoint_final.pth")
     assert f"ce+dice: threshold {found.values[0]:.4f} (mean;" in text
