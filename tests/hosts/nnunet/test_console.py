@@ -200,9 +200,9 @@ def test_thresholds_from_the_stock_training(
     assert os.environ["nnUNet_results"] == shell.environment["nnUNet_results"]
     found = Thresholds.load(fold / "thresholds.json")
     assert (found.names, found.rule, found.n) == (("ce+dice",), "mean+2std", 60)
-    assert found.values == found.mean
+    assert found.values == pytest.approx([found.mean[0] + 2 * found.std[0]])
     assert found.source_sha256 == sha256(fold / "checkpoint_final.pth")
-    assert f"ce+dice: threshold {found.values[0]:.4f} (mean;" in text
+    assert f"ce+dice: threshold {found.values[0]:.4f} (mean+2std;" in text
     assert f"Written to {fold / 'thresholds.json'}" in text
     assert "WARNING: this network is poorly trained" in text  # twenty iterations
 

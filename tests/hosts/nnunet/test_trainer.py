@@ -474,7 +474,8 @@ def test_what_a_run_says_of_its_noise_levels(bench: Any) -> None:
 
     trainer = bench.started("DPAAT", "3d_fullres", epochs=13, warmup_epochs=1, eps=None, step_size=1.0)
     assert trainer.method.eps_0 == pytest.approx(0.1 * math.sqrt(40 * 56 * 40), abs=1e-3)
-    assert "12 samples (part), each met about 4.0 times in this run: perturbation sizes begin at" in bench.log(trainer)
+    cases = "6 cases (whose patches with and without a structure have margins apart), each met about 8.0 times"
+    assert f"{cases} in this run: perturbation sizes begin at" in bench.log(trainer)
     assert "each met about" not in bench.log(bench.started("TRADES", "3d_fullres"))
 
 
