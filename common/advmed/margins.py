@@ -172,7 +172,8 @@ class MarginStore:
         if not self.averaged:
             shrunk = finite & (values >= 0) & (values < start) & (not self.additive)
             shares = torch.where(shrunk, values / start, 1.0)
-            shrinkage = torch.ones_like(none).scatter_reduce(0, into, shares, "prod")
+            # Their product, of which a GPU has no deterministic form; a share of 0 stays one.
+            shrinkage = none.double().index_add(0, into, shares.double().log()).exp().float()
             growth = none.index_add(0, into, (values - start).where(finite & ~shrunk, 0.0))
             first = (self._visits[own] == 0) & self.estimated
             mean = torch.where(first | (number == 0), mean, self._values[own] * shrinkage + growth)
