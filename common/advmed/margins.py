@@ -173,7 +173,7 @@ class MarginStore:
             shrunk = finite & (values >= 0) & (values < start) & (not self.additive)
             shares = torch.where(shrunk, values / start, 1.0)
             # Their product, of which a GPU has no deterministic form; a share of 0 stays one.
-            shrinkage = none.double().index_add(0, into, shares.double().log()).exp().float()
+            shrinkage = none.index_add(0, into, shares.log()).exp()
             growth = none.index_add(0, into, (values - start).where(finite & ~shrunk, 0.0))
             first = (self._visits[own] == 0) & self.estimated
             mean = torch.where(first | (number == 0), mean, self._values[own] * shrinkage + growth)
