@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import advmed.attacks.problem as problem_module
-from advmed.attacks import PGD, pgd
+from advmed.attacks import PGD, Margin, pgd
 from helpers.tensors import ORDERS, RANKS, classifying, lengths, seeded, uniform
 
 
@@ -21,6 +21,40 @@ def test_below_step_scale_one_the_sphere_is_out_of_reach(tiny: SimpleNamespace) 
     objective = tiny.Affine(uniform(1, 2, 3), torch.zeros(1, dtype=torch.float64))
     result = pgd(objective, uniform(3, 2, 3), 2.0, steps=10, step_scale=0.25, random_start=False)
     torch.testing.assert_close(result.norms, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def revised(terms: Tensor, norms: Tensor) -> Tensor:
+    """From 2: back to 0.5, as it was, further out, and none at all."""
+    torch.testing.assert_close(norms, torch.full((4,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(terms, 2.0 * 2**0.5 * torch.ones(4, 1, dtype=torch.float64))
+    return torch.tensor([0.5, 2.0, 3.0, 0.0])
+
+
+@pytest.mark.parametrize("final_pass", [True, False])
+def test_a_radius_is_revised_by_what_the_first_step_found(tiny: SimpleNamespace, final_pass: bool) -> None:
+    """Lengths of 1, 1/2 and 1/4 of a radius: for the first sample it is reached at once, the third comes to its own."""
+    objective = tiny.Affine(torch.ones(1, 1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    images, calls = torch.zeros(4, 1, 2, dtype=torch.float64), list[int]()
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return objective(x)
+
+    attack = PGD(3, 1.75, schedule="decreasing")
+    found = attack(counted, images, 2.0, revise=revised, final_pass=final_pass)
+    assert found.norms.tolist() == pytest.approx([0.5, 2.0, 3.0, 0.0])
+    assert found.radius is not None
+    assert found.radius.tolist() == [0.5, 2.0, 3.0, 0.0]
+    assert len(calls) == (4 if final_pass else 3)
+    plain = attack(objective, images, 2.0)
+    assert plain.radius is not None
+    assert plain.radius.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("attack", [PGD(3, 1.75, keep="best"), PGD(3, 1.75, restarts=2), PGD(3, 1.75, loss=Margin())])
+def test_a_radius_that_cannot_be_revised(attack: PGD) -> None:
+    with pytest.raises(ValueError, match="revised for the last iterate of one run on the host's loss only"):
+        attack(classifying(2), uniform(2, 3, 8, 8), 1.0, revise=lambda terms, norms: norms)
 
 
 # torchattacks and the loop

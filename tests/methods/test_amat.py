@@ -287,13 +287,14 @@ def test_a_cap_below_the_floor_is_refused() -> None:
     assert AMAT(0.25, [1.0], refinement="secant", margin_max=0.1, margin_min=0.05).lowest == 0.05
 
 
-def test_the_first_margin_is_the_first_order_estimate() -> None:
-    """Of an affine loss it is the crossing itself; nothing is known of a sample whose loss is above its threshold."""
+def test_the_first_margin_is_where_the_first_step_expects_the_threshold() -> None:
+    """Of an affine loss that is the crossing itself; a sample whose loss is above its threshold has the floor. It is
+    asked of the attack's own passes, and costs none."""
     slopes = uniform(2, 1, 4, seed=3)
     objective = Affine(slopes, torch.tensor([0.5, -0.25], dtype=torch.float64))
     images = torch.zeros(3, 1, 4, dtype=torch.float64)
-    steep = slopes.sum(0).norm()
-    for xi, expected in (([1.0, 0.25], 1.0 / steep), ([0.4, 9.0], 0.125 / 4), ([9.0, 9.0], 3.0)):
+    rises = slopes.flatten(1) @ slopes.sum(0).flatten() / slopes.sum(0).norm()  # of each term, with noise of norm 1
+    for xi, expected in (([1.0, 0.25], 0.5 / rises.max()), ([0.4, 9.0], 0.125 / 4), ([9.0, 9.0], 3.0)):
         method = AMAT(0.125, xi, start="estimate", refinement="secant", margin_max=3.0, **FAST)
         radius = (method.step(objective, images, names(3)).adversarial - images).flatten(1).norm(dim=1)
         torch.testing.assert_close(radius, torch.full_like(radius, float(expected)), rtol=1e-5, atol=0)
@@ -307,7 +308,43 @@ def test_the_first_margin_is_the_first_order_estimate() -> None:
         method.step(counted, images, [*names(2), "new"])
         first, calls = calls, 0
         method.step(counted, images, [*names(2), "new"])
-        assert (first, calls) == (1 + 2 + 2, 3 + 2)  # the estimate's pass is the attack's first
+        assert (first, calls) == (3 + 2, 3 + 2)
+
+
+@pytest.mark.parametrize("rule", ["secant", "balanced", "paper"])
+def test_a_first_visit_knows_what_its_first_step_has_seen(rule: Any) -> None:
+    """Of exp(r): the line from 1 to exp(2) gives the estimate, and the one from there to exp(2) the margin."""
+
+    def objective(images: Tensor) -> Tensor:  # rises by 2 with noise of norm 1
+        return (images.flatten(1).sum(1, keepdim=True) / 2).exp()
+
+    images, ids = torch.zeros(3, 1, 2, 2), ["met", "new", "sure"]
+    images[2] = 1.0  # exp(2) on the clean image: above the threshold
+    for steps, estimate in ((3, 2 * 3 / (math.exp(2) - 1)), (1, 2.0)):
+        attack: dict[str, Any] = FAST if steps == 3 else {"steps": 1, "step_scale": 1.0}
+        method = AMAT(0.125, [4.0], refinement=rule, start="estimate", start_max=2.0, margin_min=0.1, **attack)
+        method.margins.set(["met"], [0.75])
+        made = method.step(objective, images, ids).adversarial
+        assert made is not None
+        assert (made - images).flatten(1).norm(dim=1).tolist() == pytest.approx([0.75, estimate, 0.1], rel=1e-5)
+        low = math.exp(estimate)
+        known = estimate + (2 - estimate) * (4 - low) / (math.exp(2) - low) if steps == 3 else 6 / (math.exp(2) - 1)
+        assert known < math.log(4)
+        assert method.margins.get(["new", "sure"]).tolist() == pytest.approx([known, 0.1], rel=1e-5)
+
+
+def test_a_first_margin_is_twice_the_furthest_look_at_most() -> None:
+    """What hardly rises is expected to bear any noise."""
+    method = AMAT(0.125, [4.0], refinement="secant", start="estimate", start_max=2.0, margin_max=9.0, **FAST)
+    method.step(lambda images: images.flatten(1).sum(1, keepdim=True) * 0.01, torch.zeros(1, 1, 2, 2), ["flat"])
+    assert method.margins.get(["flat"]).item() == pytest.approx(4.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_noise_that_was_estimated_is_not_missed_in_half_precision() -> None:
+    """A first visit has less noise than its attack began with, and that is no matter of digits."""
+    method = AMAT(0.5, [0.5], refinement="secant", start="estimate", start_max=40.0, **FAST)
+    method.step(lambda images: images.flatten(1).sum(1, keepdim=True), torch.zeros(2, 1, 2, 2).bfloat16(), names(2))
 
 
 @pytest.mark.parametrize("norm", [2, math.inf])

@@ -108,10 +108,10 @@ ATTACK = ["terms"] * 4
         (STD, ["training", "backward"]),
         (lambda: SAT(0.7, **QUICK), [*ATTACK, "training", "backward", "training", "backward"]),
         (lambda: AT(0.7, **QUICK), [*ATTACK, "training", "backward"]),
-        (lambda: AMAT(0.7, [9, 9], **QUICK), [*ATTACK, "training", "backward", "training", "backward"]),
+        (lambda: AMAT(0.7, [9, 9], **QUICK), ["training", "backward", *ATTACK, "training", "backward"]),
         (
             lambda: AMAT(0.7, [9, 9], refinement="crossing", **QUICK),
-            [*ATTACK, "training", "backward", "training", "backward"],
+            ["training", "backward", *ATTACK, "training", "backward"],
         ),
         (lambda: TRADES(0.7, **QUICK), ["training", *["predictions"] * 4, "training", "backward"]),
         (lambda: DPAAT(0.7, **QUICK), [*ATTACK, "training", "training", "backward"]),
@@ -315,8 +315,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 @pytest.mark.parametrize("name", METHODS)
 def test_processes_that_wait_for_each_other_make_equal_passes(name: str, preset: Any, others: list[bool]) -> None:
-    """Of batches with samples that are new, that were met before, and of either kind; the other process is new to
-    all."""
+    """Of batches with samples that are new, that were met before, and of either kind: nobody needs to be asked."""
     torch.manual_seed(0)
     images, labels = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
     settings = TrainingSettings(preset=preset, eps=0.5, delta=0.1, bounds=(0.0, 1.0)).for_method(name)
@@ -330,14 +329,8 @@ def test_processes_that_wait_for_each_other_make_equal_passes(name: str, preset:
             before = model.passes
             method.step(ClassificationObjective(model, labels), images, list(ids))
             made[layer].append(model.passes - before)
-        looks = (name, preset) == ("AMAT", "fast")
-        if layer is nn.SyncBatchNorm and looks:
-            assert others == [True, False, True, False], "what this process wanted"
-        else:
-            assert others == [True] * 4, "nobody was asked"
-    assert len(set(made[nn.SyncBatchNorm])) == 1
-    assert len(set(made[nn.BatchNorm1d])) == (2 if looks else 1)
-    assert made[nn.SyncBatchNorm][0] == made[nn.BatchNorm1d][0]
+        assert others == [True] * 4, "nobody was asked"
+    assert len({count for counts in made.values() for count in counts}) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -434,7 +434,7 @@ def test_the_outlook(
 def test_the_outlook_of_margins_that_follow() -> None:
     run = MethodRun("AMAT", settings(preset="fast", eps=2.0), fixed(), epochs=3)
     assert run.outlook(8, 8) == [
-        "8 samples, each met about 3.0 times in this run: margins begin with a first-order estimate and follow what "
+        "8 samples, each met about 3.0 times in this run: margins begin with an estimate and follow what "
         "each sample bears (L2 norm, floor 0.125, cap 16)"
     ]
 

@@ -6,7 +6,7 @@ which evaluates with PGD-100 and I-FGSM-10, in L2 (section 3.4); its authors' pu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,12 @@ from torch import Tensor
 from advmed.attacks.base import GradientAttack
 from advmed.attacks.losses import AttackLoss, attack_by_loss
 from advmed.attacks.problem import AttackResult, Bounds, CleanPass, Problem, Worst, attacking, check_call
+from advmed.norms import per_sample
 from advmed.objective import Objective
 
+Revise = Callable[[Tensor, Tensor], Tensor]
+"""What the first step has found, its loss terms, (B, K), and the norms of its noise, (B,), to the radii to go on with,
+(B,)."""
 _LAST_OF_FIRST = 1 / 4
 """Length of the last decreasing step, in first ones."""
 
@@ -109,6 +113,7 @@ class PGD(GradientAttack):
         generator: torch.Generator | None = None,
         final_pass: bool = True,
         clean: CleanPass | None = None,
+        revise: Revise | None = None,
     ) -> AttackResult:
         """Attacks a batch.
 
@@ -127,10 +132,15 @@ class PGD(GradientAttack):
             final_pass: False leaves the loss terms of the last iterate to a caller who computes them anyway
                 (only with ``keep="last"`` and one run).
             clean: what a pass on ``images`` has told already; a run that starts there makes one pass less.
+            revise: is told by the pass that begins the second step what the first one has found, and says how far to
+                go on: for radii that depend on what the loss does. Noise beyond a radius is brought back to it.
 
         Raises:
-            ValueError: a radius that is negative or not finite, or as many thresholds as there are no terms.
+            ValueError: a radius that is negative or not finite, as many thresholds as there are no terms, or
+                ``revise`` for anything but the last iterate of one run on the host's loss.
         """
+        if revise is not None and (self.loss is not None or self.keep == "best" or self.restarts > 1):
+            raise ValueError("a radius can be revised for the last iterate of one run on the host's loss only")
         if self.loss is not None:
             return attack_by_loss(self, self.loss, objective, images, radius, bounds=bounds, generator=generator)
         with attacking(objective):
@@ -141,7 +151,8 @@ class PGD(GradientAttack):
             runs = Worst()
             for start in self.starts:
                 known = clean if start == 0 else None
-                iterate, terms, crossing, seen = self._climb(problem, start, limits, patience, final_pass, known)
+                climbed = self._climb(problem, start, limits, patience, final_pass, known, revise)
+                iterate, terms, crossing, seen = climbed
                 if terms is None:
                     return problem.result(iterate, None, crossing, seen)
                 runs.offer(terms, iterate, *([] if crossing is None else [crossing]))
@@ -155,6 +166,7 @@ class PGD(GradientAttack):
         patience: int | None,
         final_pass: bool,
         clean: CleanPass | None,
+        revise: Revise | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
         """One run: the iterate, its terms (None without the final pass), the crossing if there are limits, and what
         the last pass but the final one saw (without the final pass)."""
@@ -178,6 +190,9 @@ class PGD(GradientAttack):
                 best.offer(terms, iterate)
             if number == self.steps - 1 > 0 and not final_pass:
                 seen = terms, problem.length(iterate, noise)
+            if number == 1 and revise is not None:
+                problem.radius = per_sample(revise(terms, problem.length(iterate, noise)), problem.images)
+                iterate, noise = problem.inside(noise)
             iterate, noise = problem.inside(torch.addcmul(noise, problem.radius * length, direction, out=direction))
         if not final_pass and best is None and self.restarts == 1:
             return iterate, None, crossing, seen

@@ -46,6 +46,7 @@ class AttackResult:
         nonfinite: number of steps that a non-finite gradient cost the sample, (B,), int64.
         seen: the last noisy iterate that was looked at on the way: its terms, (B, K), and the norm of its noise, (B,);
             None where the attack keeps no such record, or made one step only.
+        radius: the bound of the noise at its end, (B,), which may have been revised; None where it is not told.
 
     Example:
         >>> import torch
@@ -62,6 +63,7 @@ class AttackResult:
     crossing: Tensor | None
     nonfinite: Tensor
     seen: tuple[Tensor, Tensor] | None = None
+    radius: Tensor | None = None
 
 
 class CleanPass(NamedTuple):
@@ -267,7 +269,7 @@ class Problem:
         iterate = torch.where(self.radius > 0, iterate, self.images)  # radius 0 gives the image back, bit for bit
         found = self.shown(iterate)
         norms = norm(found.to(self.images.dtype) - self.images, self.norm)
-        return AttackResult(found, terms, norms, crossing, self.nonfinite, seen)
+        return AttackResult(found, terms, norms, crossing, self.nonfinite, seen, self.radius.flatten())
 
 
 def steepness(objective: Objective, images: Tensor, p: float) -> tuple[CleanPass, Tensor]:

@@ -19,8 +19,7 @@ from typing import Any, ClassVar, Literal, Self, Unpack, get_args
 import torch
 from torch import Tensor
 
-from advmed.attacks.problem import AttackResult, CleanPass, steepness
-from advmed.distributed import wanted_by_any
+from advmed.attacks.problem import AttackResult
 from advmed.margins import MarginStore, names_of_samples
 from advmed.methods.base import (
     AdaptiveRadiusMethod,
@@ -34,7 +33,7 @@ from advmed.methods.base import (
     check_positive,
 )
 from advmed.norms import per_sample
-from advmed.objective import Objective, model_of
+from advmed.objective import Objective
 from advmed.thresholds import RunningThresholds, Thresholds
 
 Rule = Literal["paper", "crossing", "secant", "balanced"]
@@ -70,9 +69,9 @@ class AMATSettings(MethodSettings):
         train_on: where the adversarial image is. "sphere": where the attack ends. "crossing": on the way there, where
             the losses that the attack has seen put the threshold; never nearer to the clean image than delta, if
             the margin is that large.
-        start: a margin's first value. "delta", or "estimate": what the clean loss and its gradient say to first order,
-            (xi - L) / ||g||, eps at most (without one margin_max, or delta), for one pass more in every
-            batch that holds a sample for the first time.
+        start: a margin's first value. "delta", or "estimate": where a straight line from the clean loss to that after
+            the attack's first step meets the threshold, eps at most (without one margin_max, or delta); for no pass
+            more. An attack of a single step has eps.
         empty_samples: what is done with samples in whose truth there is nothing to find (slices without a structure,
             images without an object). "as_others": as algorithm 1 has it; as a rule they bear noise of any size.
             "floor": they are trained with the lowest margin, and have none of their own. (The authors' release, too,
@@ -129,8 +128,9 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             "balanced": up or down by delta.
         train_on: where the adversarial image is: "sphere", where the attack ends; "crossing", where the losses seen on
             the way put the threshold, which takes two steps or more.
-        start: a margin's first value: "delta", or "estimate": what the clean loss L and its gradient g say to first
-            order, (xi - L) / ||g||, for one pass more in every batch with a sample that is new.
+        start: a margin's first value: "delta", or "estimate": where a straight line from the clean loss to that after
+            the attack's first step, which goes as far as ``start_max`` lets it, meets the threshold. The attack goes on
+            within that. (With a single step there is no look on the way, and a sample that is new has ``start_max``.)
         empty_samples: what is done with samples whose truth is empty, as their objective says: "as_others", nothing;
             "floor", they are trained with the lowest margin and have none of their own.
         start_max: highest first value of a margin that begins with an estimate; None: margin_max, or delta without
@@ -272,26 +272,25 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         assert xi is not None
         mixed = MixedLoss(objective, backward, self.clean_gradients)
         empty = self._empty(objective, images)
-        unmet = [
-            self.begin_with == "estimate" and not nothing and sample not in self.margins
-            for sample, nothing in zip(ids, empty, strict=True)
-        ]
-        looks = self.begin_with == "estimate" and wanted_by_any(any(unmet), model_of(objective), images.device)
-        new = torch.tensor(unmet, device=images.device) if looks else None
         if any(empty):
             margin = margin.masked_fill(torch.tensor(empty, device=images.device), self.lowest)
-        first: CleanPass | None
-        if new is not None:
-            # Here, where it can be, and not beside the pass on the noise: half the memory.
-            mixed.clean_first(images, 0.5)
-            first, estimate = self._estimate(objective, images, xi)
-            margin = torch.where(new, estimate, margin)
-        else:
-            first = mixed.clean_first(images, 0.5)
-        limits = xi if self.refinement == "crossing" else None
-        attacked = self._attack(objective, images, margin, limits, clean=first)  # line 3
+        first = mixed.clean_first(images, 0.5)
         clean, clean_terms = mixed.clean(images, 0.5)  # lines 2, 5, 7
         self._check_number(clean_terms)
+        looked: list[tuple[Tensor, Tensor]] = []
+        new = self._unmet(ids, empty, images)
+        if new is not None:
+            margin = torch.where(new, self._furthest(clean_terms, xi), margin)
+
+        def estimated(terms: Tensor, norms: Tensor) -> Tensor:
+            assert new is not None
+            looked.append((norms.float(), terms))
+            return torch.where(new, self._estimate(clean_terms, *looked[0], xi), margin)
+
+        limits, revise = xi if self.refinement == "crossing" else None, None if new is None else estimated
+        attacked = self._attack(objective, images, margin, limits, clean=first, revise=revise)  # line 3
+        assert attacked.radius is not None
+        margin = attacked.radius.float()
         noisy, reached = attacked.images, attacked.norms.float()
         pulled = self.train_on == "crossing" and attacked.seen is not None
         if pulled:
@@ -313,9 +312,9 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         else:
             found = reached if attacked.crossing is None else attacked.crossing.float()
             moved = torch.where(inside, margin + self.delta, (found + margin) / 2)  # lines 10 and 12
-        if new is not None:  # the attack knows better than the first-order estimate, which can be far off
-            expected = expected_crossing(clean_terms, points, xi)
-            moved = torch.where(new, torch.minimum(expected, 2 * margin), moved)
+        if new is not None:  # the whole attack knows better than its first step
+            expected = expected_crossing(clean_terms, [*points, *looked], xi)
+            moved = torch.where(new, expected.clamp(max=2 * self.start_max), moved)
         # A broken pass moves no margin, nor does an attack that was lost; none follows what no gradient leads to.
         broken = (terms.isnan() | clean_terms.isnan()).any(1) | self._lost(attacked)
         if self.refinement in TRACKING:
@@ -352,13 +351,21 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             raise ValueError(f"the objective calls {len(found)} samples empty or not, of {len(images)}")
         return found
 
-    def _estimate(self, objective: Objective, images: Tensor, xi: Tensor) -> tuple[CleanPass, Tensor]:
-        """A clean pass, and the noise that takes every sample's loss to the threshold to first order, (B,)."""
-        clean, steep = steepness(objective, images, self.attack.norm)
-        self._check_number(clean.terms)
-        gap = xi - clean.terms
-        radius = torch.where((gap > 0).all(1), gap.sum(1) / steep, 0.0).float().clamp(max=self.start_max)
-        return clean, self._bounded(radius.nan_to_num(self.lowest))
+    def _unmet(self, ids: Sequence[str], empty: Sequence[bool], images: Tensor) -> Tensor | None:
+        """Which samples get an estimate for their first margin, (B,); None if none does."""
+        if self.begin_with != "estimate":
+            return None
+        unmet = [not nothing and sample not in self.margins for sample, nothing in zip(ids, empty, strict=True)]
+        return torch.tensor(unmet, device=images.device) if any(unmet) else None
+
+    def _furthest(self, clean_terms: Tensor, xi: Tensor) -> Tensor:
+        """How far the attack of a first visit may go, (B,)."""
+        return self._bounded(torch.where((clean_terms < xi).all(1), self.start_max, 0.0))
+
+    def _estimate(self, clean_terms: Tensor, norms: Tensor, terms: Tensor, xi: Tensor) -> Tensor:
+        """The noise at which a straight line through the clean loss and one at that noise meets the threshold, (B,)."""
+        radius = expected_crossing(clean_terms, [(norms, terms)], xi).float().clamp(max=self.start_max)
+        return self._bounded(radius.nan_to_num(self.lowest))
 
     def _most(self, margin: Tensor, visits: Tensor) -> Tensor:
         """How far a visit moves a margin at most, (B,): by half of itself at first, to be in time in a short training,
@@ -384,7 +391,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             return super().outlook(visits, eps)
         cap = "no cap" if self.highest is None else f"cap {self.highest:.4g}"
         return [
-            f"margins begin with a first-order estimate and follow what each sample bears (L{self.attack.norm:g} norm, "
+            f"margins begin with an estimate and follow what each sample bears (L{self.attack.norm:g} norm, "
             f"floor {self.lowest:.4g}, {cap})"
         ]
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from advmed.attacks.pgd import PGD
+from advmed.attacks.pgd import PGD, Revise
 from advmed.attacks.problem import AttackResult, Bounds, CleanPass, check_bounds, check_scale
 from advmed.clock import Clock
 from advmed.distributed import is_distributed
@@ -334,6 +334,7 @@ class AdversarialMethod(Method):
         thresholds: Tensor | Sequence[float] | None = None,
         patience: int | None = None,
         clean: CleanPass | None = None,
+        revise: Revise | None = None,
     ) -> AttackResult:
         """x~ = PGD(x, y, radius), without the terms of x~: the training pass on x~ computes them anyway."""
         generator = None
@@ -356,15 +357,17 @@ class AdversarialMethod(Method):
                 generator=generator,
                 final_pass=False,
                 clean=clean,
+                revise=revise,
             )
         if first and images.dtype in (torch.float16, torch.bfloat16):
-            self._compare(attacked.norms.float(), torch.as_tensor(radius, device=images.device).float(), images.dtype)
+            assert attacked.radius is not None
+            self._compare(attacked.norms.float(), attacked.radius.float(), images.dtype)
         return attacked
 
     @staticmethod
     def _compare(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
         """Warns where images in half precision cannot hold their noise."""
-        share = float(found.sum() / wanted.expand_as(found).sum())
+        share = float(found.sum() / wanted.sum())
         if share < _HELD:
             warnings.warn(
                 f"images in {str(dtype).removeprefix('torch.')} hold {share:.0%} of the noise that they are to be "
