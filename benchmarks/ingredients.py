@@ -1,7 +1,8 @@
-"""A curriculum, and a control, as callbacks for Lightning: measured by fronts.py, and no part of Advmed."""
+"""A curriculum, controls, and cheaper trainings, as callbacks for Lightning: measured by fronts.py, not in Advmed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
+
+from advmed import PGD, Step
+from advmed.norms import project, steepest
+from advmed.objective import training_pass
 
 
 class Growing(Callback):
@@ -94,3 +99,67 @@ class Dealt(Callback):
         images = batch["image"]
         chosen, self._left = self._left[: len(images)], self._left[len(images) :]
         pl_module.run.method.eps = chosen.to(images.device)
+
+
+class Halved(Callback):
+    """Clean and attacked half-batches: the method has the second half of every batch, the first is trained on as it is.
+
+    Two thirds of the loss are the method's, so that a third of it is of attacked images; a step costs half of a
+    standard one and half of one of the method.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Stands before the method's step."""
+        method = pl_module.run.method
+        step = method.step
+
+        def halved(objective: Any, images: Tensor, ids: Any, backward: Any = None) -> Any:
+            first, second = torch.arange(len(images)).tensor_split(2)
+            made = step(objective.take(second), images[second], [ids[row] for row in second.tolist()])
+            clean, _ = training_pass(objective.take(first), images[first])
+            return replace(made, loss=2 / 3 * made.loss + clean / 3, adversarial=None)
+
+        method.step = halved
+
+
+class Replayed(Callback):
+    """A fixed-level method that goes back through a batch once for two uses: the weights' gradients and the noise's.
+
+    Every batch is trained on several times in turn, at first clean, then with the noise that the pass before has
+    found, in steps of the attack's own lengths (A. Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019,
+    arXiv 1904.12843, but that noise begins anew with each batch, whose images are others). A step costs a standard one.
+
+    Args:
+        times: passes of each batch.
+    """
+
+    def __init__(self, times: int = 4) -> None:
+        self.times = times
+        self.kept: tuple[Any, Tensor, Any] | None = None
+        self.noise = torch.zeros(0)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the place of the method's step."""
+        method, number = pl_module.run.method, 0
+        lengths = PGD(self.times - 1, 1.75, schedule="decreasing").lengths
+
+        def replayed(objective: Any, images: Tensor, ids: Any, backward: Any = None) -> Step:
+            nonlocal number
+            turn, number = number % self.times, number + 1
+            if turn == 0 or self.kept is None:
+                self.kept, self.noise = (objective, images, ids), torch.zeros_like(images)
+            objective, images, ids = self.kept
+            leaf = (images + self.noise).detach().requires_grad_()
+
+            def further(gradient: Tensor) -> None:
+                if turn < self.times - 1:
+                    noise = self.noise + method.eps * lengths[turn] * steepest(gradient, 2)
+                    inside = project(noise, torch.full((len(images), 1, 1, 1), method.eps), 2)
+                    self.noise = (images + inside).clamp(0, 1) - images
+
+            leaf.register_hook(further)
+            method.steps_done += 1  # as if it had attacked: the host asks whether anything was
+            loss, terms = training_pass(objective, leaf)
+            return Step(loss, {}, terms, leaf.detach())
+
+        method.step = replayed
