@@ -450,6 +450,8 @@ class AdversarialTraining(_Host):
         told = f"{self.method_name}, {summary['attacked_epochs']} of {self.current_epoch} epoch(s) under attack"
         if summary["awp"]:
             told += f", awp {summary['awp']:g}"
+        if summary["ramp"]:
+            told += f", ramp {summary['ramp']:g}"
         if summary["thresholds"] is not None:
             told += f"; thresholds {summary['thresholds']}, {summary['thresholds_from']}"
             if isinstance(thresholds, Thresholds) and thresholds.source is not None:

@@ -938,6 +938,8 @@ def _sentence(summary: Mapping[str, Any]) -> str:
     text = f"{summary['method']}, {summary['attacked_epochs']} of {summary['epochs']} epochs under attack"
     if summary.get("awp"):
         text += f", awp {summary['awp']:g}"
+    if summary.get("ramp"):
+        text += f", ramp {summary['ramp']:g}"
     if summary["thresholds_from"] is None:
         return text
     return f"{text}; thresholds {summary['thresholds'] or 'to come'}, {summary['thresholds_from']}"

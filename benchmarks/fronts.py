@@ -82,9 +82,8 @@ def ingredients(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
 
 
 def growing(levels: Sequence[float], **length: Any) -> dict[str, Settings]:
-    """SAT whose level grows from 0, by a callback of ingredients.py."""
-    grows = {"trainer.callbacks+": "ingredients.Growing", **length}
-    return {f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, **grows} for eps in levels}
+    """SAT whose level grows from 0 in the first four fifths of its steps."""
+    return {f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, "ramp": 0.8, **length} for eps in levels}
 
 
 def shorter(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:

@@ -1,4 +1,4 @@
-"""A curriculum, controls, and cheaper trainings, as callbacks for Lightning: measured by fronts.py, not in Advmed."""
+"""Controls, and cheaper trainings, as callbacks for Lightning: measured by fronts.py, not in Advmed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,6 @@ from torch import Tensor
 from advmed import PGD, Step
 from advmed.norms import project, steepest
 from advmed.objective import training_pass
-
-
-class Growing(Callback):
-    """A fixed-level method whose level grows in a straight line, from 0 to its own.
-
-    A curriculum (Q.-Z. Cai et al., "Curriculum Adversarial Training", IJCAI 2018, arXiv 1805.04807, in its simplest
-    form), and what AMAT's margins do in the course of a training.
-
-    Args:
-        until: share of the steps after which it has its level.
-    """
-
-    def __init__(self, until: float = 0.8) -> None:
-        self.until = until
-        self.eps = 0.0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Notes the level."""
-        self.eps = float(pl_module.run.method.eps)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Gives the method the level of this step."""
-        share = (trainer.global_step + 1) / (self.until * trainer.estimated_stepping_batches)
-        pl_module.run.method.eps = self.eps * min(share, 1.0)
 
 
 class Noted(Callback):

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from advmed import AMAT
+from advmed import AMAT, SAT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -287,17 +288,48 @@ def test_runs_are_compared_in_the_seeds_that_both_have(fronts: ModuleType) -> No
     assert fronts.paired(True, curves, "SAT 1").splitlines()[2:] == ["| AMAT | 2 | -0.050 ± 0.050 | +0.000 ± 0.100 |"]
 
 
-def test_a_growing_level_is_reached_where_it_should_be() -> None:
-    from ingredients import Growing
+class Sums:
+    """Sums of values, scaled by a weight that learns; some of its images by their numbers."""
 
-    def stub(**values: Any) -> Any:
-        return type("Stub", (), values)
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
 
-    method = stub(eps=2.0)
-    module, trainer = stub(run=stub(method=method)), stub(global_step=0, estimated_stepping_batches=10)
-    callback, levels = Growing(until=0.5), []
-    callback.on_train_start(trainer, module)
-    for trainer.global_step in range(10):
-        callback.on_train_batch_start(trainer, module, {}, 0)
-        levels.append(method.eps)
-    assert levels == pytest.approx([0.4, 0.8, 1.2, 1.6, *[2.0] * 6])
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True) * self.weight
+
+    def take(self, rows: Tensor) -> Sums:
+        return self
+
+
+def steps_of(callback: Any, method: Any) -> Any:
+    """The method's step, as the callback has it."""
+    module = type("Module", (), {"run": type("Run", (), {"method": method})})
+    callback.on_train_start(None, module)
+    return method.step
+
+
+def test_half_of_a_batch_is_attacked() -> None:
+    from ingredients import Halved
+
+    step = steps_of(Halved(), SAT(1.0, steps=1, step_scale=1.0))
+    weight = torch.ones((), requires_grad=True)
+    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 2, 2) / 10
+    made = step(Sums(weight), images, ["a", "b", "c", "d"])
+    clean = [4 * k / 10 for k in range(4)]  # noise of norm 1 adds 2
+    whole = (sum(clean[2:]) / 2 + sum(value + 2 for value in clean[2:]) / 2) / 2
+    assert float(made.loss.detach()) == pytest.approx(2 / 3 * whole + sum(clean[:2]) / 2 / 3)
+
+
+def test_replays_learn_clean_and_then_under_the_noise_that_they_have_found() -> None:
+    from ingredients import Replayed
+
+    method = SAT(0.2)
+    step = steps_of(Replayed(times=3), method)
+    weight, losses = torch.ones((), requires_grad=True), []
+    for number in range(6):  # two batches; those that come in between wait in vain
+        made = step(Sums(weight), torch.full((1, 1, 2, 2), number / 10), ["a"])
+        made.loss.backward()
+        losses.append(float(made.loss.detach()))
+    assert losses == pytest.approx([0.0, 0.4, 0.4, 1.2, 1.6, 1.6])
+    assert float(weight.grad) == pytest.approx(sum(losses))
+    assert method.steps_done == 6

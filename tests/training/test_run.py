@@ -354,6 +354,64 @@ def test_a_run_sums_itself_up(objective: Any) -> None:
         assert found["thresholds_from"] == origin or found["thresholds_from"].startswith(origin)
 
 
+# A noise level that grows
+
+
+class Flat:
+    """One term, the sum of the image's values; of four pixels it rises by twice the norm of the noise."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True)
+
+
+def levels(run: MethodRun, epochs: range, steps: int) -> list[float]:
+    """Of the noise in every step, as it was made."""
+    found = []
+    for number in epochs:
+        run.begin_epoch(number)
+        for _ in range(steps):
+            step = run.step(Flat(), torch.zeros(1, 1, 2, 2), ["a"])
+            found.append(0.0 if step.adversarial is None else float(step.adversarial.norm()))
+        run.end_epoch()
+    return found
+
+
+@pytest.mark.parametrize("name", ["SAT", "AT"])
+def test_a_level_grows_in_a_straight_line(name: str) -> None:
+    """After the warm-up, in half of what is left; where the steps of an epoch are not known, epoch by epoch."""
+    given = settings(preset="fast", steps=None, step_scale=None, eps=2.0, ramp=0.5, warmup_epochs=1)
+    run = MethodRun(name, given, epochs=5, steps_per_epoch=2)
+    lines = [line for number in (0, 1) for line in run.begin_epoch(number)]
+    assert lines == ["The noise level grows from 0 to eps = 2, which it has by the end of epoch 3"]
+    assert levels(run, range(1), 2) == [0.0, 0.0]
+    assert levels(run, range(1, 5), 2) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
+    resumed = MethodRun(name, given, epochs=5, steps_per_epoch=2)
+    resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    assert levels(resumed, range(2, 4), 2) == pytest.approx([1.5, 2.0, 2.0, 2.0])
+    assert levels(MethodRun(name, given, epochs=5), range(1, 5), 2) == pytest.approx([1.0, 1.0, *[2.0] * 6])
+    again = MethodRun(name, given, epochs=5, steps_per_epoch=2)
+    assert levels(again, range(1, 2), 2) == levels(again, range(1, 2), 2), "an epoch that begins again"
+    assert (run.summary(1)["ramp"], run.summary(2)["ramp"]) == (None, 0.5)
+
+
+def test_a_level_that_does_not_grow() -> None:
+    plain = MethodRun("SAT", settings(eps=2.0), epochs=2, steps_per_epoch=2)
+    assert plain.begin_epoch(0) == []
+    assert levels(plain, range(2), 2) == pytest.approx([2.0] * 4)
+    assert plain.summary(1)["ramp"] is None
+    adaptive = MethodRun("AMAT", settings(ramp=0.5), fixed(-1.0), epochs=4, steps_per_epoch=2)
+    assert adaptive.begin_epoch(0) == []
+    assert adaptive.summary(2)["ramp"] is None
+    assert levels(adaptive, range(1), 1) == pytest.approx([0.5]), "its margins have their own course"
+    longer = MethodRun("SAT", settings(eps=2.0, ramp=1.0), epochs=2, steps_per_epoch=2)
+    assert levels(longer, range(1), 2) == pytest.approx([0.5, 1.0])
+    longer.set_epochs(4)  # of a training by the clock
+    assert levels(longer, range(1, 2), 2) == pytest.approx([0.75, 1.0])
+    for share in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"ramp must be a share in \[0, 1\]"):
+            settings(ramp=share)
+
+
 def test_notes_of_thresholds_are_compared_with_the_run(tmp_path: Path) -> None:
     """As they are in a file; what only one of them has says nothing."""
     notes = {"imgsz": 320, "classes": None, "sizes": (1, 2), "part": {"a": 1}, "quality": 0.5}

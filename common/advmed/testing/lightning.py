@@ -60,7 +60,7 @@ from advmed.attacks import PGD
 from advmed.cli.runner import report_line
 from advmed.integrations.lightning import RobustModule, SampleData
 from advmed.integrations.lightning.calibration import Judgement, look, measure
-from advmed.methods import METHODS, AdaptiveRadiusMethod, AdversarialMethod, method_class
+from advmed.methods import METHODS, SAT, AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.thresholds import DEFAULT_RULE, Thresholds
 from advmed.training.run import fingerprint
 
@@ -822,6 +822,22 @@ class LightningTrainingContract(OwnFolder):
         assert (fewer, more) == (3 * host.steps, 5 * host.steps)  # clean and attacked once more
         close(same, plain, atol=1e-7, rtol=1e-6)
         assert moved(plain, other) > 1e-4
+
+    def test_a_level_grows_with_the_training(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        levels: list[float] = []
+        step = SAT.step
+
+        def noted(self: SAT, *given: Any) -> Any:
+            levels.append(self.eps)
+            return step(self, *given)
+
+        monkeypatch.setattr(SAT, "step", noted)
+        given: dict[str, Any] = {"model__method__name": "SAT", "model__method__eps": 0.3, "model__method__ramp": 0.5}
+        host.fit(tmp_path, **given, model__validation_steps=0)
+        assert len(levels) == host.steps > 1
+        assert levels == pytest.approx([0.3 * min(1.0, 2 * (k + 1) / len(levels)) for k in range(len(levels))])
 
     def test_weights_are_not_moved_where_a_strategy_takes_gradients_otherwise(self, host: LightningHost) -> None:
         class Own(SingleDeviceStrategy):

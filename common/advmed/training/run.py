@@ -20,7 +20,7 @@ from torch import Tensor
 from advmed.clock import Pace
 from advmed.distributed import gathered, is_distributed, place
 from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
-from advmed.methods.base import Backward, Step
+from advmed.methods.base import Backward, FixedRadiusMethod, Step
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.settings import TrainingSettings
@@ -104,7 +104,9 @@ class MethodRun:
         self._check = strength_check(self.method, self.cost)
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
-        self._epoch, self._remarked = 0, False
+        self._eps = self.method.eps if settings.ramp and isinstance(self.method, FixedRadiusMethod) else None
+        self._epoch, self._steps, self._steps_per_epoch = 0, 0, steps_per_epoch
+        self._remarked = self._ramping = False
         self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -158,6 +160,7 @@ class MethodRun:
             "epochs": epochs,
             "attacked_epochs": attacked,
             "awp": self._perturbed.gamma if self._perturbed is not None and attacked else None,
+            "ramp": self.settings.ramp if self._eps is not None and attacked else None,
             "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
             "thresholds_from": origin,
         }
@@ -182,7 +185,14 @@ class MethodRun:
             self.method.begin_epoch()
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
-        self._epoch, self.warming_up = epoch, epoch < self.warmup_epochs
+        self._epoch, self._steps, self.warming_up = epoch, 0, epoch < self.warmup_epochs
+        if self._eps is not None and not self.warming_up and not self._ramping:
+            self._ramping = True
+            attacked = self.epochs - self.warmup_epochs
+            full = self.warmup_epochs + math.ceil(self.settings.ramp * attacked)
+            lines.append(
+                f"The noise level grows from 0 to eps = {self._eps:g}, which it has by the end of epoch {full}"
+            )
         if (left := self._pace.begin_epoch(epoch)) is not None:
             self._say(left)
         if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
@@ -201,6 +211,7 @@ class MethodRun:
         if (left := self._pace.step()) is not None:
             self._say(left)
         if not self.warming_up:
+            self._set_level()
             step = (self._perturbed or self.method).step(objective, images, ids, backward)
             if self._check is not None and step.adversarial is not None and self._check.due():
                 self._check.look(objective, images.detach(), step.adversarial)
@@ -212,6 +223,18 @@ class MethodRun:
             self._totals[key] = self._totals[key] + value if key in self._totals else value
             self._counts[key] = self._counts.get(key, 0) + 1
         return step
+
+    def _set_level(self) -> None:
+        """The noise level of the step that begins, where it grows with the training (``ramp``): a curriculum.
+
+        Q.-Z. Cai et al., "Curriculum Adversarial Training", IJCAI 2018, arXiv 1805.04807, in its simplest form.
+        """
+        if self._eps is None or not isinstance(self.method, FixedRadiusMethod):
+            return
+        self._steps += 1
+        of_epoch = min(1.0, self._steps / self._steps_per_epoch) if self._steps_per_epoch else 1.0
+        done = (self._epoch - self.warmup_epochs + of_epoch) / max(1, self.epochs - self.warmup_epochs)
+        self.method.eps = self._eps * min(1.0, done / self.settings.ramp)
 
     def end_epoch(self) -> dict[str, float]:
         """To be called after the last batch of every epoch, in all processes: makes their margins equal.

@@ -40,6 +40,8 @@ class RunSettings(MethodSettings):
         awp: share of their own length by which the weights of a layer are moved uphill where an adversarial method
             takes its gradient (adversarial weight perturbation; 0.005, say), in [0, 1): a training pass more for each
             that the method learns from; 0: they are not moved.
+        ramp: share of the epochs under attack in which the one noise level of SAT, AT, TRADES, MART or FAT grows in a
+            straight line from 0 to eps, step by step, in [0, 1]; 0: it is eps from the first step on.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
@@ -50,6 +52,7 @@ class RunSettings(MethodSettings):
     thresholds: str = "auto"
     rule: str | None = None
     awp: float = 0.0
+    ramp: float = 0.0
     warmup_epochs: int | None = None
     backward: Literal["together", "sequential"] = "together"
     seed: int | None = None
@@ -62,6 +65,8 @@ class RunSettings(MethodSettings):
             parse_rule(self.rule)
         if self.awp != 0:
             check_share(self.awp)
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp must be a share in [0, 1], got {self.ramp!r}")
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
 

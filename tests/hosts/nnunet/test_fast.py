@@ -142,6 +142,17 @@ def test_gradients_are_taken_at_moved_weights(bench: Any, given: dict[str, Any])
     assert max(float((other[name] - value).abs().max()) for name, value in plain.items()) > 1e-4
 
 
+def test_a_level_grows_with_the_training(bench: Any) -> None:
+    """By the iterations of an epoch, as the host has them."""
+    own = FAST | {"epochs": 2, "iterations_per_epoch": 2}
+    trainer = bench.ready("SAT", "3d_fullres", ramp=1.0, eps=2.0, warmup_epochs=0, **own)
+    levels = []
+    for batch in bench.batches(trainer, 3):
+        trainer.train_step(batch)
+        levels.append(trainer.run.method.eps)
+    assert levels == pytest.approx([0.5, 1.0, 1.0])  # of its first epoch, which is half of the training
+
+
 def test_the_best_epoch_is_that_of_the_robust_dice(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never one of the clean warm-up, whose Dice is the best here."""
     trainer = bench.make(

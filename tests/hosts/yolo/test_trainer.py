@@ -355,6 +355,15 @@ def test_gradients_are_taken_at_moved_weights(run: Any, own: dict[str, Any]) -> 
     assert max(float((other[name] - value).detach().abs().max()) for name, value in plain.items()) > 1e-3
 
 
+def test_a_level_grows_with_the_training(run: Any, said: list[str]) -> None:
+    levels: list[float] = []
+    given = {"eps": 2.0, "ramp": 1.0, "steps": 2, "epochs": 2, "val": False, "robust_batches": 0}
+    trainer = run("sat", on={"on_train_batch_end": lambda trainer: levels.append(trainer.run.method.eps)}, **given)
+    count = 2 * len(trainer.train_loader)
+    assert levels == pytest.approx([2.0 * (step + 1) / count for step in range(count)])
+    assert sum("The noise level grows from 0 to eps = 2, which it has by the end of epoch 2" in line for line in said)
+
+
 def test_no_gradient_is_shared_where_it_is_of_another_head_than_the_attacked_one(run: Any, said: list[str]) -> None:
     trainer = run("sat", model=TWO_HEADS, nms=False, eps=1.0, epochs=1, val=False)
     assert trainer.settings.share_gradient is False
