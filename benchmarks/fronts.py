@@ -377,7 +377,10 @@ class Classify(Lightning):
 
 class Yolo(Host):
     metric = "mAP50"
-    runs = runs([0.5, 1.0, 1.5, 2.0, 3.0], {"margin_min": 0.1, "margin_max": 16.0})
+    runs: ClassVar[dict[str, Settings]] = {
+        **runs([0.5, 1.0, 1.5, 2.0, 3.0], {"margin_min": 0.1, "margin_max": 16.0}),
+        **growing((1.0, 2.0, 3.0, 5.0)),
+    }
 
     def prepare(self) -> None:
         if not (self.work / "bccd").exists():
