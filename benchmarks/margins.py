@@ -121,6 +121,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "SAT 3.5, as long as with AWP": {"method": "SAT", "eps": 3.5, **FAST, "train_steps": AS_LONG},
     "AMAT secant, estimate, mean+2std, AWP": amat("secant", 2, **ESTIMATE, awp=AWP),
     "AMAT secant, estimate, mean+2std, as long as with AWP": amat("secant", 2, **ESTIMATE, train_steps=AS_LONG),
+    "SAT 3.5, a late decay": {"method": "SAT", "eps": 3.5, **FAST, "late": True},
+    "AMAT secant, estimate, mean+2std, a late decay": amat("secant", 2, **ESTIMATE, late=True),
+    **{f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, **FAST, "ramp": 0.8} for eps in (3.5, 5, 7)},
     **{
         f"AMAT paper, PGD-20, mean+{std:g}std": {
             **{"method": "AMAT", "std": std, "delta": 0.5, "refinement": "paper", "share_gradient": False},
@@ -178,15 +181,37 @@ def task(model: nn.Module, labels: Tensor) -> SegmentationObjective:
 
 
 def train(
-    model: nn.Module, method: Method | WeightPerturbation, images: Tensor, labels: Tensor, steps: int, rate: float
+    model: nn.Module,
+    method: Method | WeightPerturbation,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    rate: float,
+    *,
+    late: bool = False,
+    ramp: float = 0.0,
 ) -> tuple[float, nn.Module]:
-    """Trains as nnU-Net does; seconds of processor time, and the network of averaged weights."""
+    """Trains as nnU-Net does; seconds of processor time, and the network of averaged weights.
+
+    Args:
+        model: to be trained.
+        method: of the training.
+        images: all of them.
+        labels: theirs.
+        steps: batches.
+        rate: the learning rate.
+        late: whether it stays for three quarters of the steps and is a tenth then, in place of nnU-Net's decay.
+        ramp: share of the steps in which the level of SAT grows from 0.
+    """
+    eps = method.eps if isinstance(method, SAT) else None
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.SGD(model.parameters(), rate, 0.99, weight_decay=3e-5, nesterov=True)
     start = time.process_time()
     for number in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - number / steps) ** 0.9
+            group["lr"] = rate * ((0.1 if number >= 0.75 * steps else 1) if late else (1 - number / steps) ** 0.9)
+        if ramp and eps is not None and isinstance(method, SAT):
+            method.eps = eps * min(1.0, (number + 1) / (ramp * steps))
         chosen = torch.randint(len(images), (BATCH,))
         x, y = augmented(images[chosen], labels[chosen])
         optimizer.zero_grad()
@@ -255,7 +280,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         settings = dict(RUNS[name])
         kind, std, rate = settings.pop("method"), settings.pop("std", None), settings.pop("rate", FINE_RATE)
         threshold_rule, steps = settings.pop("threshold_rule", None), settings.pop("train_steps", STEPS)
-        awp = settings.pop("awp", None)
+        awp, late, ramp = settings.pop("awp", None), settings.pop("late", False), settings.pop("ramp", 0.0)
         torch.manual_seed(100 + seed)
         if kind == "AMAT":
             settings["thresholds"] = thresholds(model, images, labels).thresholds(threshold_rule or f"mean+{std:g}std")
@@ -265,7 +290,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         taken = method
         if awp is not None and isinstance(method, AdversarialMethod):
             taken = WeightPerturbation(method, awp)
-        whole, average = train(model, taken, images, labels, steps, rate)
+        whole, average = train(model, taken, images, labels, steps, rate, late=late, ramp=ramp)
         seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
     result["seconds"] = seconds
