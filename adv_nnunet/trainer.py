@@ -48,6 +48,7 @@ from advmed.evaluation.dice import dice_per_sample
 from advmed.files import replacing, write_whole
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, method_class
 from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.rate import LateDecay
 from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
@@ -197,6 +198,13 @@ class AdversarialTraining(_Host):
         self.terms = SampleTerms(self.loss, self.settings.terms, self.settings.absent_classes)
         check_terms(self.loss, self.label_manager, len(self.configuration_manager.patch_size), self.device)
         self._tell_about_the_host()
+
+    def configure_optimizers(self) -> Any:
+        """The host's, with another schedule where the settings have one."""
+        optimizer, schedule = super().configure_optimizers()
+        if self.settings.decay == "late":
+            schedule = LateDecay(optimizer, lambda: float(self.num_epochs))
+        return optimizer, schedule
 
     def _tell_about_the_host(self) -> None:
         """What is not as a user of the host expects it, or not as it was when this was written."""

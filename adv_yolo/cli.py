@@ -21,8 +21,8 @@ HELP = """
 
     1. method=amat|sat|at|fat|trades|dpaat to train, with arguments of its own (null: by the preset, or the image size):
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
-            preset=fast thresholds=auto rule=null awp=0.0 ramp=0.0 clean_epochs=null backward=together eps=null
-            tau=1 kl_weight=5.0 eps_min=null eps_max=null step_size=null sync_weight=1.0 average=batch beta=6.0
+            preset=fast thresholds=auto rule=null awp=0.0 ramp=0.0 decay=host clean_epochs=null backward=together
+            eps=null tau=1 kl_weight=5.0 eps_min=null eps_max=null step_size=null sync_weight=1.0 average=batch beta=6.0
             delta=null refinement=null train_on=null start=null empty_samples=as_others margin_min=null
             margin_max=null steps=null step_scale=null schedule=null share_gradient=null norm=2.0 random_start=0.0
             bounds=[0.0, 1.0] bn=clean robust_batches=4

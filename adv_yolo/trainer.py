@@ -59,6 +59,7 @@ from advmed.guard import frozen_statistics
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.objective import inspecting
 from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.training.rate import LateDecay, late_decay
 from advmed.training.run import (
     LOG_KEYS,
     MethodRun,
@@ -246,6 +247,13 @@ class AdversarialTraining(_Host):
         )
         for line in on_first_rank(self._copies):
             _log(f"WARNING: {line}")
+
+    def _setup_scheduler(self) -> None:
+        """The host's, with another schedule where the settings have one; it follows the host's warm-up."""
+        super()._setup_scheduler()
+        if self.settings.decay == "late":
+            self.lf = lambda epoch: late_decay(epoch / max(1, self.epochs))
+            self.scheduler = LateDecay(self.optimizer, lambda: float(self.epochs))
 
     def _copies(self) -> list[str]:
         """What is to be said of images that are there under two names."""

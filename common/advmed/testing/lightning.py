@@ -839,6 +839,27 @@ class LightningTrainingContract(OwnFolder):
         assert len(levels) == host.steps > 1
         assert levels == pytest.approx([0.3 * min(1.0, 2 * (k + 1) / len(levels)) for k in range(len(levels))])
 
+    def test_the_learning_rate_falls_late(
+        self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of our own optimizer; another one's is the user's."""
+        rates: list[float] = []
+        step = host.module.training_step
+
+        def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(host.module, "training_step", noted)
+        given: dict[str, Any] = {"model__method__name": "SAT", "model__method__decay": "late", "model__lr": 0.004}
+        host.fit(tmp_path, **given, model__validation_steps=0, trainer__max_epochs=2)
+        count = len(rates)
+        assert count == 2 * host.steps
+        assert rates == pytest.approx([0.004 if 4 * number < 3 * count else 0.0004 for number in range(count)])
+        assert rates[0] > rates[-1]
+        message = host.refused(**given, **SGD)
+        assert "decay 'late' is a schedule of the default optimizer" in message
+
     def test_weights_are_not_moved_where_a_strategy_takes_gradients_otherwise(self, host: LightningHost) -> None:
         class Own(SingleDeviceStrategy):
             pass

@@ -42,6 +42,8 @@ class RunSettings(MethodSettings):
             that the method learns from; 0: they are not moved.
         ramp: share of the epochs under attack in which the one noise level of SAT, AT, TRADES, MART or FAT grows in a
             straight line from 0 to eps, step by step, in [0, 1]; 0: it is eps from the first step on.
+        decay: of the learning rate: "host", as the host has it; "late": it stays at its first value for three quarters
+            of the training, and is a tenth of that from there on.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.
@@ -53,6 +55,7 @@ class RunSettings(MethodSettings):
     rule: str | None = None
     awp: float = 0.0
     ramp: float = 0.0
+    decay: Literal["host", "late"] = "host"
     warmup_epochs: int | None = None
     backward: Literal["together", "sequential"] = "together"
     seed: int | None = None
@@ -67,6 +70,8 @@ class RunSettings(MethodSettings):
             check_share(self.awp)
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must be a share in [0, 1], got {self.ramp!r}")
+        if self.decay not in ("host", "late"):
+            raise ValueError(f"decay must be 'host' or 'late', got {self.decay!r}")
         if self.warmup_epochs is not None and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
 

@@ -153,6 +153,17 @@ def test_a_level_grows_with_the_training(bench: Any) -> None:
     assert levels == pytest.approx([0.5, 1.0, 1.0])  # of its first epoch, which is half of the training
 
 
+def test_the_learning_rate_falls_late(bench: Any) -> None:
+    own = FAST | {"epochs": 4, "initial_lr": 0.02}
+    for decay, rates in (("late", [0.02, 0.02, 0.02, 0.002]), ("host", [0.02 * (1 - k / 4) ** 0.9 for k in range(4)])):
+        trainer = bench.ready("SAT", "3d_fullres", warmup_epochs=0, decay=decay, tag=decay, **own)
+        found = []
+        for epoch in range(4):
+            trainer.lr_scheduler.step(epoch)  # as the host does when an epoch begins
+            found.append(trainer.optimizer.param_groups[0]["lr"])
+        assert found == pytest.approx(rates)
+
+
 def test_the_best_epoch_is_that_of_the_robust_dice(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never one of the clean warm-up, whose Dice is the best here."""
     trainer = bench.make(

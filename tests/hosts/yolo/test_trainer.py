@@ -364,6 +364,16 @@ def test_a_level_grows_with_the_training(run: Any, said: list[str]) -> None:
     assert sum("The noise level grows from 0 to eps = 2, which it has by the end of epoch 2" in line for line in said)
 
 
+def test_the_learning_rate_falls_late(run: Any) -> None:
+    rates: list[float] = []
+    given = {"eps": 1.0, "steps": 1, "epochs": 4, "val": False, "robust_batches": 0, "optimizer": "SGD", "lr0": 0.02}
+    given |= {"decay": "late", "warmup_epochs": 0}
+    on = {"on_train_epoch_end": lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])}
+    trainer = run("sat", on=on, **given)
+    assert rates == pytest.approx([0.02, 0.02, 0.02, 0.002])
+    assert trainer.lf(3) == pytest.approx(0.1), "what the host's warm-up goes by"
+
+
 def test_no_gradient_is_shared_where_it_is_of_another_head_than_the_attacked_one(run: Any, said: list[str]) -> None:
     trainer = run("sat", model=TWO_HEADS, nms=False, eps=1.0, epochs=1, val=False)
     assert trainer.settings.share_gradient is False

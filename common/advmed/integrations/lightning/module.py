@@ -38,6 +38,7 @@ from advmed.methods import (
 )
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
+from advmed.training.rate import LateDecay
 from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
 from advmed.training.settings import RunSettings, TrainingSettings
 from advmed.versions import tell_if_newer
@@ -156,6 +157,7 @@ class RobustModule(LightningModule):
         self._schedule: tuple[torch.optim.lr_scheduler.CosineAnnealingLR, int] | None = (
             None  # of our own, and its steps
         )
+        self._late = False  # whether our own schedule is the late decay
         self._before_statistics: dict[str, Any] | None = None
         self._planned: list[dict[str, Any]] = []  # what schedules are made of, before a checkpoint brings others
 
@@ -212,11 +214,15 @@ class RobustModule(LightningModule):
         return self.objective(batch)[0]
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a cosine schedule; a configuration may name others."""
+        """AdamW with a cosine schedule, or with a late decay; a configuration may name others."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
             return optimizer
+        self._late = self.settings.decay == "late"
+        if self._late:
+            late = LateDecay(optimizer, lambda: float(steps))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": late, "interval": "step"}}
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
         self._schedule = schedule, schedule.T_max
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -254,6 +260,11 @@ class RobustModule(LightningModule):
         if state is not None:
             self._check_state(state, ids)
         self._check_monitors()
+        if self.settings.decay == "late" and not self._late:
+            raise ValueError(
+                "decay 'late' is a schedule of the default optimizer, and another optimizer or schedule was named: "
+                "leave out that, or decay"
+            )
         self._planned = [_numbers(config.scheduler) for config in self.trainer.lr_scheduler_configs]
         thresholds = self._thresholds(state, len(ids))
         self.run = MethodRun(

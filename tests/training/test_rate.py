@@ -1,0 +1,63 @@
+"""The learning rate that stays and falls late."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from advmed.training.rate import LateDecay
+from advmed.training.settings import TrainingSettings
+
+
+def optimizer() -> torch.optim.SGD:
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.5, 0.1)])
+
+
+def rates(of: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in of.param_groups]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_rate_stays_for_three_quarters_and_is_a_tenth_then(named: bool) -> None:
+    """For hosts that name the epoch, before or after its steps, and for those that do not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = optimizer()
+        schedule, found = LateDecay(own, lambda: 8.0), []
+        for epoch in range(8):
+            if named:
+                schedule.step(epoch)
+            found.append(rates(own))
+            own.step()
+            if not named:
+                schedule.step()
+    assert found == [pytest.approx([0.5, 0.1])] * 6 + [pytest.approx([0.05, 0.01])] * 2
+    assert schedule.get_last_lr() == pytest.approx([0.05, 0.01])
+
+
+def test_another_length_and_another_run_go_on() -> None:
+    own, length = optimizer(), [4.0]
+    schedule = LateDecay(own, lambda: length[0])
+    for _ in range(3):
+        own.step()
+        schedule.step()
+    assert rates(own) == pytest.approx([0.05, 0.01])
+    other = optimizer()
+    resumed = LateDecay(other, lambda: 40.0)
+    resumed.load_state_dict(schedule.state_dict())
+    other.step()
+    resumed.step()
+    assert (resumed.last_epoch, rates(other)) == (4, pytest.approx([0.5, 0.1])), "of a longer training"
+    length[0] = 40.0  # as a training by the clock has it
+    own.step()
+    schedule.step()
+    assert rates(own) == pytest.approx([0.5, 0.1])
+
+
+def test_other_words_are_refused() -> None:
+    wrong: Any = "cosine"
+    with pytest.raises(ValueError, match="decay must be 'host' or 'late', got 'cosine'"):
+        TrainingSettings(decay=wrong)
