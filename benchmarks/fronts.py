@@ -101,6 +101,10 @@ def shorter(sat: float, wide: Settings, epochs: int) -> dict[str, Settings]:
         made |= {
             f"SAT {sat:g}, 1.5 times in all{name}": {"method": "SAT", "eps": sat, **short},
             f"AMAT wide, 1.5 times in all{name}, mean+4std": amat(4, **wide, train_on="sphere", **short),
+            f"SAT {sat:g}, 1.5 times in all{name}, late": {"method": "SAT", "eps": sat, **short, "decay": "late"},
+            f"AMAT wide, 1.5 times in all{name}, late, mean+4std": amat(
+                4, **wide, train_on="sphere", **short, decay="late"
+            ),
         }
     return made
 
