@@ -425,6 +425,18 @@ def watched_steps(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> Step
     return found
 
 
+def noted_rates(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> list[float]:
+    """The learning rate of every step from here on."""
+    rates, step = list[float](), module.training_step
+
+    def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(self, batch, batch_idx)
+
+    patch.setattr(module, "training_step", noted)
+    return rates
+
+
 def counted_passes(patch: pytest.MonkeyPatch, module: type[RobustModule]) -> list[bool]:
     """An entry for every pass through a network in training mode that steps from here on make."""
     found: list[bool] = []
@@ -843,14 +855,7 @@ class LightningTrainingContract(OwnFolder):
         self, host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of our own optimizer; another one's is the user's."""
-        rates: list[float] = []
-        step = host.module.training_step
-
-        def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
-            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            return step(self, batch, batch_idx)
-
-        monkeypatch.setattr(host.module, "training_step", noted)
+        rates = noted_rates(monkeypatch, host.module)
         given: dict[str, Any] = {"model__method__name": "SAT", "model__method__decay": "late", "model__lr": 0.004}
         host.fit(tmp_path, **given, model__validation_steps=0, trainer__max_epochs=2)
         count = len(rates)

@@ -12,14 +12,22 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
-from torch import Tensor
 
 from adv_classify import MedMNIST, Network, RobustClassifier
 from adv_classify.evaluate import load_model
 from advmed import DPAAT, MarginStore
 from advmed.integrations.lightning import RobustModule
 from advmed.integrations.lightning.module import folder_of
-from advmed.testing.lightning import LightningHost, Run, in_words, listening, runs, watched_by, watched_steps
+from advmed.testing.lightning import (
+    LightningHost,
+    Run,
+    in_words,
+    listening,
+    noted_rates,
+    runs,
+    watched_by,
+    watched_steps,
+)
 from helpers.classify import Classify, Small, noise, write_npz
 from helpers.mistakes import told
 
@@ -217,14 +225,7 @@ def test_the_last_checkpoint_by_name(host: LightningHost, tmp_path: Path) -> Non
 def test_the_rate_of_a_longer_run_is_that_of_one_planned_so(
     host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[float] = []
-    step = host.module.training_step
-
-    def noted(self: RobustModule, batch: Any, batch_idx: int) -> Tensor:
-        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(host.module, "training_step", noted)
+    rates = noted_rates(monkeypatch, host.module)
     host.fit(tmp_path, trainer__max_epochs=4)
     planned = rates.copy()
     first = host.fit(tmp_path, trainer__max_epochs=2)
