@@ -50,7 +50,7 @@ from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, meth
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.rate import LateDecay
 from advmed.training.run import LOG_KEYS as RUN_KEYS
-from advmed.training.run import MethodRun, saved_thresholds, self_calibrated
+from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, self_calibrated
 from advmed.training.settings import settings_text
 from advmed.versions import tell_if_newer
 
@@ -199,9 +199,9 @@ class AdversarialTraining(_Host):
         check_terms(self.loss, self.label_manager, len(self.configuration_manager.patch_size), self.device)
         self._tell_about_the_host()
 
-    def configure_optimizers(self) -> Any:
-        """The host's, with another schedule where the settings have one."""
-        optimizer, schedule = super().configure_optimizers()
+    def configure_optimizers(self, *given: Any, **named: Any) -> Any:
+        """The host's, with another schedule where the settings have one; nnUNetTrainer_warmup tells it a stage."""
+        optimizer, schedule = super().configure_optimizers(*given, **named)
         if self.settings.decay == "late":
             schedule = LateDecay(optimizer, lambda: float(self.num_epochs))
         return optimizer, schedule
@@ -456,10 +456,7 @@ class AdversarialTraining(_Host):
         """What the network is by now."""
         summary, thresholds = self.run.summary(self.current_epoch), self.run.thresholds
         told = f"{self.method_name}, {summary['attacked_epochs']} of {self.current_epoch} epoch(s) under attack"
-        if summary["awp"]:
-            told += f", awp {summary['awp']:g}"
-        if summary["ramp"]:
-            told += f", ramp {summary['ramp']:g}"
+        told += ingredients_of(summary)
         if summary["thresholds"] is not None:
             told += f"; thresholds {summary['thresholds']}, {summary['thresholds_from']}"
             if isinstance(thresholds, Thresholds) and thresholds.source is not None:

@@ -65,6 +65,7 @@ from advmed.training.run import (
     MethodRun,
     differing_notes,
     fingerprint,
+    ingredients_of,
     load_thresholds,
     saved_thresholds,
     self_calibrated,
@@ -944,10 +945,7 @@ def widened(path: Path, columns: Iterable[str]) -> list[str]:
 def _sentence(summary: Mapping[str, Any]) -> str:
     """What a run is, for the log."""
     text = f"{summary['method']}, {summary['attacked_epochs']} of {summary['epochs']} epochs under attack"
-    if summary.get("awp"):
-        text += f", awp {summary['awp']:g}"
-    if summary.get("ramp"):
-        text += f", ramp {summary['ramp']:g}"
+    text += ingredients_of(summary)
     if summary["thresholds_from"] is None:
         return text
     return f"{text}; thresholds {summary['thresholds'] or 'to come'}, {summary['thresholds_from']}"

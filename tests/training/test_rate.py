@@ -51,6 +51,11 @@ def test_another_length_and_another_run_go_on() -> None:
     other.step()
     resumed.step()
     assert (resumed.last_epoch, rates(other)) == (4, pytest.approx([0.5, 0.1])), "of a longer training"
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer(), 40)
+    cosine.step()
+    resumed.load_state_dict(cosine.state_dict())  # where a resumed run has another decay than the checkpoint
+    resumed.step()
+    assert (resumed.last_epoch, rates(other)) == (2, pytest.approx([0.5, 0.1]))
     length[0] = 40.0  # as a training by the clock has it
     own.step()
     schedule.step()

@@ -20,6 +20,7 @@ from advmed.training.run import (
     LOG_KEYS,
     MethodRun,
     differing_notes,
+    ingredients_of,
     load_thresholds,
     saved_thresholds,
     self_calibrated,
@@ -392,6 +393,9 @@ def test_a_level_grows_in_a_straight_line(name: str) -> None:
     again = MethodRun(name, given, epochs=5, steps_per_epoch=2)
     assert levels(again, range(1, 2), 2) == levels(again, range(1, 2), 2), "an epoch that begins again"
     assert (run.summary(1)["ramp"], run.summary(2)["ramp"]) == (None, 0.5)
+    late = MethodRun(name, settings(ramp=0.5, decay="late", awp=0.01), epochs=5)
+    assert ingredients_of(late.summary(2)) == ", awp 0.01, ramp 0.5, decay late"
+    assert ingredients_of({"awp": None}) == "", "of an earlier release"
 
 
 def test_a_level_that_does_not_grow() -> None:
@@ -400,7 +404,9 @@ def test_a_level_that_does_not_grow() -> None:
     assert levels(plain, range(2), 2) == pytest.approx([2.0] * 4)
     assert plain.summary(1)["ramp"] is None
     adaptive = MethodRun("AMAT", settings(ramp=0.5), fixed(-1.0), epochs=4, steps_per_epoch=2)
-    assert adaptive.begin_epoch(0) == []
+    (line,) = adaptive.begin_epoch(0)
+    assert line.startswith("WARNING: ramp is of methods with one noise level for all samples, and changes nothing here")
+    assert MethodRun("STD", settings(ramp=0.5), epochs=4).begin_epoch(0) == []
     assert adaptive.summary(2)["ramp"] is None
     assert levels(adaptive, range(1), 1) == pytest.approx([0.5]), "its margins have their own course"
     longer = MethodRun("SAT", settings(eps=2.0, ramp=1.0), epochs=2, steps_per_epoch=2)

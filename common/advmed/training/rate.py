@@ -42,3 +42,9 @@ class LateDecay(LambdaLR):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._last_lr = rates
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where an earlier schedule was, which may have been another one."""
+        names = ("last_epoch", "_step_count", "_last_lr")
+        known: dict[str, Any] = {name: state_dict[name] for name in names if name in state_dict}
+        super().load_state_dict({**known, "lr_lambdas": [None] * len(self.lr_lambdas)})

@@ -161,6 +161,7 @@ class MethodRun:
             "attacked_epochs": attacked,
             "awp": self._perturbed.gamma if self._perturbed is not None and attacked else None,
             "ramp": self.settings.ramp if self._eps is not None and attacked else None,
+            "decay": self.settings.decay if self.settings.decay != "host" else None,
             "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
             "thresholds_from": origin,
         }
@@ -186,13 +187,9 @@ class MethodRun:
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
         self._epoch, self._steps, self.warming_up = epoch, 0, epoch < self.warmup_epochs
-        if self._eps is not None and not self.warming_up and not self._ramping:
+        if self.settings.ramp and not self.warming_up and not self._ramping:
             self._ramping = True
-            attacked = self.epochs - self.warmup_epochs
-            full = self.warmup_epochs + math.ceil(self.settings.ramp * attacked)
-            lines.append(
-                f"The noise level grows from 0 to eps = {self._eps:g}, which it has by the end of epoch {full}"
-            )
+            lines += self._of_ramp()
         if (left := self._pace.begin_epoch(epoch)) is not None:
             self._say(left)
         if epoch == self.warmup_epochs and isinstance(self.thresholds, RunningThresholds):
@@ -223,6 +220,18 @@ class MethodRun:
             self._totals[key] = self._totals[key] + value if key in self._totals else value
             self._counts[key] = self._counts.get(key, 0) + 1
         return step
+
+    def _of_ramp(self) -> list[str]:
+        """What is to be said where the attacks begin."""
+        if self._eps is None:
+            if not isinstance(self.method, AdversarialMethod):
+                return []
+            return [
+                f"WARNING: ramp is of methods with one noise level for all samples, and changes nothing here: the "
+                f"levels of {self.name} have a course of their own"
+            ]
+        full = self.warmup_epochs + math.ceil(self.settings.ramp * (self.epochs - self.warmup_epochs))
+        return [f"The noise level grows from 0 to eps = {self._eps:g}, which it has by the end of epoch {full}"]
 
     def _set_level(self) -> None:
         """The noise level of the step that begins, where it grows with the training (``ramp``): a curriculum.
@@ -345,6 +354,12 @@ class MethodRun:
                 f"taken over: {', '.join(kept)}"
             )
         return lines
+
+
+def ingredients_of(summary: Mapping[str, Any]) -> str:
+    """What a run had beside its method, by its summary: ", awp 0.005, ramp 0.8"; a summary of an earlier release has
+    fewer of them."""
+    return "".join(f", {name} {summary[name]}" for name in ("awp", "ramp", "decay") if summary.get(name))
 
 
 def saved_thresholds(

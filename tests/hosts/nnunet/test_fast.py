@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from adv_nnunet import calibration as standard
 from adv_nnunet.loader import PartLoader
@@ -162,6 +163,15 @@ def test_the_learning_rate_falls_late(bench: Any) -> None:
             trainer.lr_scheduler.step(epoch)  # as the host does when an epoch begins
             found.append(trainer.optimizer.param_groups[0]["lr"])
         assert found == pytest.approx(rates)
+
+
+def test_a_base_whose_optimizer_depends_on_a_stage(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnUNetTrainer_warmup's."""
+    own, stages = nnUNetTrainer.configure_optimizers, []
+    monkeypatch.setattr(nnUNetTrainer, "configure_optimizers", lambda self, stage="": stages.append(stage) or own(self))
+    trainer = bench.ready("SAT", "3d_fullres", warmup_epochs=0, **FAST | {"epochs": 2})
+    trainer.configure_optimizers("warmup_all")
+    assert stages[-1] == "warmup_all"
 
 
 def test_the_best_epoch_is_that_of_the_robust_dice(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

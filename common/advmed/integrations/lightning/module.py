@@ -157,7 +157,6 @@ class RobustModule(LightningModule):
         self._schedule: tuple[torch.optim.lr_scheduler.CosineAnnealingLR, int] | None = (
             None  # of our own, and its steps
         )
-        self._late = False  # whether our own schedule is the late decay
         self._before_statistics: dict[str, Any] | None = None
         self._planned: list[dict[str, Any]] = []  # what schedules are made of, before a checkpoint brings others
 
@@ -219,8 +218,7 @@ class RobustModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):  # max_epochs -1, which on_fit_start refuses in words
             return optimizer
-        self._late = self.settings.decay == "late"
-        if self._late:
+        if self.settings.decay == "late":
             late = LateDecay(optimizer, lambda: float(steps))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": late, "interval": "step"}}
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
@@ -260,12 +258,13 @@ class RobustModule(LightningModule):
         if state is not None:
             self._check_state(state, ids)
         self._check_monitors()
-        if self.settings.decay == "late" and not self._late:
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self.settings.decay == "late" and not any(isinstance(schedule, LateDecay) for schedule in schedules):
             raise ValueError(
                 "decay 'late' is a schedule of the default optimizer, and another optimizer or schedule was named: "
                 "leave out that, or decay"
             )
-        self._planned = [_numbers(config.scheduler) for config in self.trainer.lr_scheduler_configs]
+        self._planned = [_numbers(schedule) for schedule in schedules]
         thresholds = self._thresholds(state, len(ids))
         self.run = MethodRun(
             self.method_name,
