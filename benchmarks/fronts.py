@@ -384,6 +384,10 @@ class Yolo(Host):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.5, 1.0, 1.5, 2.0, 3.0], {"margin_min": 0.1, "margin_max": 16.0}),
         **growing((1.0, 2.0, 3.0, 5.0)),
+        "SAT 2, late": {"method": "SAT", "eps": 2.0, "decay": "late"},
+        "AMAT wide on the sphere, mean+4std, late": amat(
+            4, margin_min=0.1, margin_max=16.0, train_on="sphere", decay="late"
+        ),
     }
 
     def prepare(self) -> None:

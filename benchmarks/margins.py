@@ -123,6 +123,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "AMAT secant, estimate, mean+2std, as long as with AWP": amat("secant", 2, **ESTIMATE, train_steps=AS_LONG),
     "SAT 3.5, a late decay": {"method": "SAT", "eps": 3.5, **FAST, "late": True},
     "AMAT secant, estimate, mean+2std, a late decay": amat("secant", 2, **ESTIMATE, late=True),
+    **{
+        f"{name}, as short as the demo{decay}": {**run, "train_steps": 250, "rate": 0.03, "late": late}
+        for name, run in (
+            ("SAT 3.5", {"method": "SAT", "eps": 3.5, **FAST}),
+            ("AMAT secant, estimate, mean+2std", amat("secant", 2, **ESTIMATE)),
+        )
+        for decay, late in (("", False), (", a late decay", True))
+    },
     **{f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, **FAST, "ramp": 0.8} for eps in (3.5, 5, 7)},
     **{
         f"AMAT paper, PGD-20, mean+{std:g}std": {

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-from fronts import Classify, Settings, amat, controls, curve, growing, margins, run_all, said
+from fronts import SMOOTHED, Classify, Settings, amat, controls, curve, growing, margins, run_all, said
 from numpy.typing import NDArray
 
 from advmed.files import write_whole
@@ -73,6 +73,12 @@ def sweep(
     return fixed | adaptive | against
 
 
+def changed(runs: dict[str, Settings], names: Sequence[str]) -> dict[str, Settings]:
+    """These runs with a learning rate that falls late, and with smoothed labels."""
+    ways: dict[str, Settings] = {"late": {"decay": "late"}, "smoothed": SMOOTHED}
+    return {f"{name}, {way}": {**runs[name], **more} for name in names for way, more in ways.items()}
+
+
 class Pneumonia(Classify):
     """All of PneumoniaMNIST, 4,708 + 524 images, with the demo's network and augmentation."""
 
@@ -103,6 +109,7 @@ class Ham(Pneumonia):
         (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
         capped=(0, 1, 2),
     )
+    runs |= changed(runs, ("SAT 0.2", "AMAT0.8 mean+1std", "DPAAT 0.1"))
 
     @property
     def content(self) -> Settings:
