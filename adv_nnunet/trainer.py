@@ -200,9 +200,18 @@ class AdversarialTraining(_Host):
         self._tell_about_the_host()
 
     def configure_optimizers(self, *given: Any, **named: Any) -> Any:
-        """The host's, with another schedule where the settings have one; nnUNetTrainer_warmup tells it a stage."""
+        """The host's, with another schedule where the settings have one.
+
+        Raises:
+            ValueError: for such a setting beside a base whose rate warms up (nnUNetTrainer_warmup tells a stage).
+        """
         optimizer, schedule = super().configure_optimizers(*given, **named)
         if self.settings.decay == "late":
+            if given or named or getattr(self, "training_stage", None) is not None:
+                raise ValueError(
+                    f"'decay: late' would take the place of the warm-up that {type(self).__name__} has for its "
+                    f"learning rate: leave 'decay' at 'host', or take another base"
+                )
             schedule = LateDecay(optimizer, lambda: float(self.num_epochs))
         return optimizer, schedule
 

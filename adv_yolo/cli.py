@@ -23,9 +23,9 @@ HELP = """
         adv-yolo detect train data=data.yaml model=yolov8n.yaml imgsz=320 method=amat thresholds=std_best.pt
             preset=fast thresholds=auto rule=null awp=0.0 ramp=0.0 decay=host clean_epochs=null backward=together
             eps=null tau=1 kl_weight=5.0 eps_min=null eps_max=null step_size=null sync_weight=1.0 average=batch beta=6.0
-            delta=null refinement=null train_on=null start=null empty_samples=as_others margin_min=null
-            margin_max=null steps=null step_scale=null schedule=null share_gradient=null norm=2.0 random_start=0.0
-            bounds=[0.0, 1.0] bn=clean robust_batches=4
+            delta=null refinement=null train_on=null start=null margin_of=own empty_samples=as_others
+            margin_min=null margin_max=null steps=null step_scale=null schedule=null share_gradient=null norm=2.0
+            random_start=0.0 bounds=[0.0, 1.0] bn=clean robust_batches=4
 
     2. Thresholds for AMAT from a trained standard model; see adv-yolo thresholds --help:
         adv-yolo thresholds model=runs/detect/train/weights/best.pt data=data.yaml [rule=mean+2std] [out=FILE]

@@ -136,6 +136,7 @@ class AdversarialTraining(_Host):
     method_name: ClassVar[str]
     best_fitness: float | None
     args: Any
+    epochs: int
     wdir: Path
     last: Path
     best: Path
@@ -253,7 +254,7 @@ class AdversarialTraining(_Host):
         """The host's, with another schedule where the settings have one; it follows the host's warm-up."""
         super()._setup_scheduler()
         if self.settings.decay == "late":
-            self.lf = lambda epoch: late_decay(epoch / max(1, self.epochs))
+            self.lf = lambda epoch: late_decay(epoch, self.epochs)
             self.scheduler = LateDecay(self.optimizer, lambda: float(self.epochs))
 
     def _copies(self) -> list[str]:
@@ -294,6 +295,7 @@ class AdversarialTraining(_Host):
                 )
             # A run of an earlier release had no presets, and a best fitness of clean images: it goes on so.
             self.settings = settings_of({"preset": "paper", "robust_batches": 0, **state["arguments"]})
+            self._setup_scheduler()  # the host made it before these settings were known
         channels = int(self.data.get("channels", 3))
         settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
         self.settings = self._follow_head(settings.for_method(self.method_name))
@@ -465,6 +467,7 @@ class AdversarialTraining(_Host):
         """The host's callbacks, with ours at the beginning and the end of an epoch."""
         if self.run is not None and event == "on_train_epoch_start":
             self._robust = math.nan
+            self.run.steps_per_epoch = len(self.train_loader)  # more of them where a batch did not fit the memory
             for line in self.run.begin_epoch(self.epoch):
                 _log(line)
         if self.run is not None and event == "on_train_epoch_end":
@@ -480,7 +483,9 @@ class AdversarialTraining(_Host):
                     f"was not finite. A few are harmless; if they persist, train with amp=False."
                 )
         if self.run is not None and event == "on_fit_epoch_end" and self.args.time:  # the host has estimated them anew
-            self.run.set_epochs(from_first_rank(self.epochs) if self.run.warming_up else self.epochs)
+            # Each process for itself; what follows the length must not differ between them.
+            self.epochs = self.args.epochs = from_first_rank(self.epochs)
+            self.run.set_epochs(self.epochs)
         if event not in _LOGGED_AT:
             super().run_callbacks(event)
             return

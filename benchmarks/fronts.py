@@ -186,6 +186,12 @@ def runs(sat: list[float], wide: Settings) -> dict[str, Settings]:
             f"AMAT wide on the sphere, {rule}, mean+4std": amat(4, **wide, train_on="sphere", refinement=rule)
             for rule in ("balanced", "crossing", "paper")
         },
+        **{
+            f"AMAT wide on the sphere, any's margin, mean+{std}std": amat(
+                std, **wide, train_on="sphere", margin_of="any"
+            )
+            for std in (2, 4, 8)
+        },
         "AMAT wide on the sphere, equal steps, mean+4std": amat(4, **wide, train_on="sphere", schedule="equal"),
         **{f"SAT {eps:g}, equal steps": {"method": "SAT", "eps": eps, "schedule": "equal"} for eps in sat},
         "AMAT wide on the sphere, mean+4std, averaged": amat(4, **wide, train_on="sphere", **AVERAGED),

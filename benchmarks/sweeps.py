@@ -7,7 +7,7 @@
 --data: MedMNIST's npz file of PneumoniaMNIST, or a folder of HAM10000 with images and labels.csv. Per seed a standard
 network is trained; every run begins with its weights and makes as many passes (a forward pass and each half of a
 backward pass count alike) as the standard training did. What is finished is not done again. --write puts a figure, and
-the numbers behind it, into a folder.
+the numbers behind it, into a folder; rows whose numbers lie there stay, if their standard networks were the same.
 
 A method's front is the line through its dial's settings, from the standard network on. "At STD's clean - 1" is the
 highest worst-case metric on that line where the clean metric is at most a point below the standard network's; a method
@@ -76,7 +76,9 @@ def sweep(
 def changed(runs: dict[str, Settings], names: Sequence[str]) -> dict[str, Settings]:
     """These runs with a learning rate that falls late, and with smoothed labels."""
     ways: dict[str, Settings] = {"late": {"decay": "late"}, "smoothed": SMOOTHED}
-    return {f"{name}, {way}": {**runs[name], **more} for name in names for way, more in ways.items()}
+    return {f"{name}, {way}": {**runs[name], **more} for name in names for way, more in ways.items()} | {
+        f"{name}, any's margin": {**runs[name], "margin_of": "any"} for name in runs if name.startswith("AMAT0.8")
+    }
 
 
 class Pneumonia(Classify):
@@ -136,6 +138,33 @@ def found(kind: type[Pneumonia], work: Path, seeds: Sequence[int]) -> dict[str, 
         raise SystemExit(f"nothing has been attacked by {kind.attack} in {work}: leave out --table")
     packages = {name: version(name) for name in ("advmed", "torch", "timm", "lightning")}
     return {"metric": kind.metric, "attack": kind.attack, "levels": levels, "versions": packages, "runs": rows}
+
+
+def joined(kind: type[Pneumonia], earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before and what there is now, in the order of the runs.
+
+    Args:
+        kind: the data set.
+        earlier: the content of the file that --write has written.
+        result: of the work folder; it replaces what was measured before of the same run and seed.
+
+    Raises:
+        SystemExit: the metric, attack, levels or a standard network differ, so that rows cannot stand side by side.
+    """
+    for what in ("metric", "attack", "levels"):
+        if earlier[what] != result[what]:
+            raise SystemExit(f"the file there has {what} {earlier[what]}, these rows {result[what]}: move it away")
+    for seed, curve_now in result["runs"]["STD"]["curves"].items():
+        before = earlier["runs"]["STD"]["curves"].get(seed, curve_now)
+        if not np.allclose(before, curve_now, atol=1e-6):
+            raise SystemExit(f"the rows there began with another standard network of seed {seed}: move the file away")
+    rows: dict[str, Any] = {}
+    for name in ["STD", *kind.runs]:
+        both = [one["runs"][name] for one in (earlier, result) if name in one["runs"]]
+        if both:
+            values = {part: {k: v for row in both for k, v in row[part].items()} for part in ("curves", "margins")}
+            rows[name] = {part: dict(sorted(by_seed.items())) for part, by_seed in values.items()}
+    return {**result, "runs": rows}
 
 
 def levels_of(report: Path, kind: type[Pneumonia]) -> list[float]:
@@ -245,10 +274,14 @@ def main() -> None:
         kind.data = options.data.resolve()
         run_all(kind, work, options.seeds, options.jobs, options.only)
     result = found(kind, work, options.seeds)
-    print(tables(result))
     if options.write:
         options.write.mkdir(parents=True, exist_ok=True)
-        write_whole(options.write / f"fronts_{options.set}.json", json.dumps(result, indent=1) + "\n")
+        file = options.write / f"fronts_{options.set}.json"
+        if file.is_file():
+            result = joined(kind, json.loads(file.read_text()), result)
+        write_whole(file, json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+    if options.write:
         figure(result, options.write / f"fronts_{options.set}.png")
 
 

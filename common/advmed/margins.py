@@ -76,6 +76,7 @@ class MarginStore:
         self.initial = float(initial)
         self.additive, self.averaged, self.estimated = additive, averaged, estimated
         self._rows: dict[str, int] = {}
+        self._fresh: set[str] = set()  # registered since the last merge; whether a visit counted, the device knows
         # Row 0 stands for every id that was never set; ids begin at row 1.
         self._values = torch.full((1,), self.initial, device=device)
         self._visits = torch.zeros(1, dtype=torch.int64, device=device)
@@ -106,10 +107,39 @@ class MarginStore:
         rows = [self._rows.get(sample, 0) for sample in names_of_samples(ids)]
         return self._values[self._on_device(rows)]
 
+    def unmet(self, ids: Sequence[str]) -> Tensor | None:
+        """Which of the samples have never been given a value, (B,), bool, on the store's device; None where it is known
+        that all have, without waiting for the device."""
+        names = names_of_samples(ids)
+        if all(name in self._rows and name not in self._fresh for name in names):
+            return None
+        return self.met(names) == 0
+
     def met(self, ids: Sequence[str]) -> Tensor:
         """How often each of the samples has been given a value, shape (B,), int64, on the store's device."""
         rows = [self._rows.get(sample, 0) for sample in names_of_samples(ids)]
         return self._visits[self._on_device(rows)]
+
+    def draw(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        """So many of the values, drawn with replacement, shape (number,), float32, on the store's device.
+
+        Args:
+            number: of draws.
+            generator: of random numbers, on the CPU; None: the global one.
+
+        Raises:
+            ValueError: if no id has been set.
+
+        Example:
+            >>> margins = MarginStore()
+            >>> margins.set(["a", "b"], [2.0, 2.0])
+            >>> margins.draw(3)
+            tensor([2., 2., 2.])
+        """
+        if not self._rows:
+            raise ValueError("there are no margins to draw from")
+        rows = torch.randint(1, len(self) + 1, (number,), generator=generator)
+        return self._values[self._on_device(rows.tolist())]
 
     def set(self, ids: Sequence[str], values: Tensor | Sequence[float]) -> None:
         """Writes the values of the samples, and counts a visit of each.
@@ -194,7 +224,9 @@ class MarginStore:
 
     def _register(self, ids: Iterable[str]) -> None:
         for sample in ids:
-            self._rows.setdefault(sample, len(self._rows) + 1)
+            if sample not in self._rows:
+                self._rows[sample] = len(self._rows) + 1
+                self._fresh.add(sample)
         missing = len(self._rows) + 1 - len(self._values)
         if missing > 0:
             missing = max(missing, len(self._values))  # doubling keeps the cost of growth constant per sample
@@ -280,6 +312,7 @@ class MarginStore:
             raise ValueError("damaged margin state: a margin is not finite")
         self.initial = float(state["initial"])
         self._rows = rows
+        self._fresh = {sample for sample, met in zip(ids, visits[1:].tolist(), strict=True) if not met}
         self._values, self._visits = values.to(self.device), visits.to(self.device)
         self._merged, self._merged_visits = self._values.clone(), self._visits.clone()
 
@@ -343,6 +376,7 @@ class MarginStore:
     def _forget_unmet(self) -> None:
         visits = self.visits()
         if bool((visits > 0).all()):
+            self._fresh.clear()
             return
         kept = [
             (name, value, met)

@@ -79,6 +79,35 @@ def test_how_often_a_sample_was_met() -> None:
     assert store.met(["b", "unknown", "a", "a"]).tolist() == [1, 0, 2, 2]
 
 
+def test_who_has_not_been_met_is_known_without_looking_where_all_were() -> None:
+    """A value that was not written is no visit; whether one was, the table knows until the next merge says it."""
+    store = MarginStore(0.5)
+    assert store.unmet(["a"]).tolist() == [True]
+    store.set(["a", "b"], [math.nan, 2.0])
+    assert store.unmet(["a", "b", "c"]).tolist() == [True, False, True]
+    store.set(["a"], [1.0])
+    assert store.unmet(["a", "b"]).tolist() == [False, False]
+    store.merge()
+    assert store.unmet(["a", "b"]) is None
+    assert store.unmet(["b", "c"]).tolist() == [False, True]
+    other = MarginStore(0.5)
+    other.load_state_dict(store.state_dict())
+    assert other.unmet(["a", "b"]) is None
+
+
+def test_drawn_values_are_those_of_the_samples() -> None:
+    """Each as often as the others; the initial value is of none of them."""
+    store = MarginStore(9.0)
+    with pytest.raises(ValueError, match="there are no margins to draw from"):
+        store.draw(1)
+    store.set(["a", "b", "c"], [1.0, 2.0, 4.0])
+    found = store.draw(3000, torch.Generator().manual_seed(0))
+    assert torch.equal(found, store.draw(3000, torch.Generator().manual_seed(0)))
+    assert found.unique().tolist() == [1.0, 2.0, 4.0]
+    for value in (1.0, 2.0, 4.0):
+        assert int((found == value).sum()) == pytest.approx(1000, abs=100)
+
+
 @pytest.mark.parametrize("kind", [{}, {"additive": True}, {"averaged": True}, {"estimated": True}])
 @pytest.mark.parametrize("seed", range(5))
 def test_visits_of_one_batch_count_as_those_of_several_processes(seed: int, kind: dict[str, bool]) -> None:

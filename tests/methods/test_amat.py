@@ -333,6 +333,103 @@ def test_a_first_visit_knows_what_its_first_step_has_seen(rule: Any) -> None:
         assert method.margins.get(["new", "sure"]).tolist() == pytest.approx([known, 0.1], rel=1e-5)
 
 
+def test_a_first_visit_that_was_lost_is_still_to_come() -> None:
+    """Also within the same epoch, before the processes agree on their margins."""
+    broken = [True]
+
+    def objective(images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True) * (math.nan if broken[0] else 1.0)
+
+    method = AMAT(0.125, [1.0], refinement="secant", start="estimate", start_max=2.0, margin_max=9.0, **FAST)
+    method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+    assert method.margins.visits().tolist() == [0]
+    broken[0] = False
+    method.step(objective, torch.zeros(1, 1, 2, 2), ["a"])
+    assert method.margins.get(["a"]).item() == pytest.approx(0.5)  # a loss that rises by 2 with noise of norm 1
+
+
+# The margin of any sample
+
+
+ANY: dict[str, Any] = {"refinement": "secant", "start": "estimate", "start_max": 2.0, "margin_max": 9.0}
+
+
+def test_levels_are_drawn_from_all_margins_and_each_margin_follows_its_own_sample() -> None:
+    """Of losses that rise in straight lines, whatever the noise: a margin is where its own meets the threshold."""
+    slopes = torch.tensor([0.5, 1.0, 2.0, 4.0])
+
+    def objective(images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True) / 2 * slopes[: len(images), None]
+
+    method = AMAT(0.125, [1.0], margin_of="any", **ANY, **FAST)
+    images, ids = torch.zeros(4, 1, 2, 2), names(4)
+    first = method.step(objective, images, ids).adversarial
+    assert first is not None
+    own = torch.tensor([2.0, 1.0, 0.5, 0.25])
+    torch.testing.assert_close(first.flatten(1).norm(dim=1), own)  # new samples have their estimates
+    torch.testing.assert_close(method.margins.get(ids), own)
+    met: dict[int, set[float]] = {row: set() for row in range(4)}
+    for _ in range(60):
+        made = method.step(objective, images, ids).adversarial
+        assert made is not None
+        for row, level in enumerate(made.flatten(1).norm(dim=1).tolist()):
+            met[row].add(round(level, 3))
+        torch.testing.assert_close(method.margins.get(ids), own)
+    assert all(levels == {0.25, 0.5, 1.0, 2.0} for levels in met.values())
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+def test_margins_settle_near_the_closed_form_under_noise_of_any_size(terms: int) -> None:
+    """Of a convex loss, which straight lines misjudge more the further they go."""
+    objective, images, thresholds, closed = linear_task(32, (1, 4, 4), 2, terms)
+    method = AMAT(0.125, thresholds.tolist(), margin_of="any", **ANY, **FAST)
+    for _ in range(120):
+        method.step(objective, images, names(32))
+    share = method.margins.get(names(32)).double() / closed
+    assert share.min() > 0.65
+    assert share.max() < 1.4
+    assert 0.8 < share.median() < 1.2
+
+
+def test_draws_are_those_of_a_run_that_was_resumed() -> None:
+    objective, images, thresholds, _ = linear_task(8, (1, 4, 4), 2)
+    whole, ids = [AMAT(0.125, thresholds.tolist(), margin_of="any", seed=3, **ANY, **FAST) for _ in range(2)], names(8)
+    for _ in range(3):
+        whole[0].step(objective, images, ids)
+    whole[1].load_state_dict(whole[0].state_dict())
+    made = [method.step(objective, images, ids).adversarial for method in whole]
+    assert torch.equal(made[0], made[1])
+    levels = (made[0] - images).flatten(1).norm(dim=1)
+    assert not torch.allclose(levels.float(), whole[0].margins.get(ids), rtol=0.01)
+
+
+def test_empty_samples_keep_the_floor_where_levels_are_drawn() -> None:
+    def objective(images: Tensor) -> Tensor:
+        return images.flatten(1).sum(1, keepdim=True)
+
+    objective.empty = [False, True, False]  # type: ignore[attr-defined]
+    method = AMAT(0.125, [3.0], margin_of="any", empty_samples="floor", **ANY, **FAST)
+    for _ in range(3):
+        made = method.step(objective, torch.zeros(3, 1, 2, 2), names(3)).adversarial
+        assert made is not None
+        assert made[1].norm().item() == pytest.approx(method.lowest)
+    assert len(method.margins) == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"refinement": "paper"}, {"refinement": "balanced"}, {"refinement": "crossing"}, {"train_on": "crossing"}]
+)
+def test_rules_that_judge_a_margin_at_itself_do_not_go_with_others(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="margin_of 'any' takes refinement 'secant' and train_on 'sphere'"):
+        AMAT(0.125, [1.0], margin_of="any", **ANY | other, **FAST)
+    with pytest.raises(ValueError, match="margin_of must be 'own' or 'any', got 'all'"):
+        TrainingSettings(margin_of="all")  # type: ignore[arg-type]
+    method = TrainingSettings(margin_of="any", preset="fast", delta=0.125, eps=1.0).make_method(
+        "AMAT", Thresholds((1.0,), ("loss",))
+    )
+    assert method.drawn
+
+
 def test_a_first_margin_is_twice_the_furthest_look_at_most() -> None:
     """What hardly rises is expected to bear any noise."""
     method = AMAT(0.125, [4.0], refinement="secant", start="estimate", start_max=2.0, margin_max=9.0, **FAST)
@@ -484,6 +581,7 @@ def test_empty_samples_cost_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None
     for ids in (["a", "b"], ["a", "b"], ["a", "void"], ["void", "void"]):
         step = method.step(Halves([name == "void" for name in ids]), torch.zeros(2, 1, 2, 2), ids)
         assert math.isfinite(float(step.logs["expanded"]))
+        method.merge()  # as at the end of an epoch
     assert batches == [["a", "b"]]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from advmed.training.rate import LateDecay
+from advmed.training.rate import LateDecay, late_decay
 from advmed.training.settings import TrainingSettings
 
 
@@ -36,6 +36,12 @@ def test_the_rate_stays_for_three_quarters_and_is_a_tenth_then(named: bool) -> N
                 schedule.step()
     assert found == [pytest.approx([0.5, 0.1])] * 6 + [pytest.approx([0.05, 0.01])] * 2
     assert schedule.get_last_lr() == pytest.approx([0.05, 0.01])
+
+
+def test_the_last_step_of_a_short_training_falls_too() -> None:
+    """Where three quarters of it are no whole step; a single one is all there is."""
+    found = [[late_decay(step, length) for step in range(length)] for length in (1, 2, 3, 4, 5)]
+    assert found == [[1.0], [1.0, 0.1], [1.0, 1.0, 0.1], [1.0] * 3 + [0.1], [1.0] * 4 + [0.1]]
 
 
 def test_another_length_and_another_run_go_on() -> None:

@@ -383,7 +383,7 @@ def test_a_level_grows_in_a_straight_line(name: str) -> None:
     given = settings(preset="fast", steps=None, step_scale=None, eps=2.0, ramp=0.5, warmup_epochs=1)
     run = MethodRun(name, given, epochs=5, steps_per_epoch=2)
     lines = [line for number in (0, 1) for line in run.begin_epoch(number)]
-    assert lines == ["The noise level grows from 0 to eps = 2, which it has by the end of epoch 3"]
+    assert lines == ["The noise level grows from 0 to eps = 2, which it has by the end of epoch 3 of 5"]
     assert levels(run, range(1), 2) == [0.0, 0.0]
     assert levels(run, range(1, 5), 2) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
     resumed = MethodRun(name, given, epochs=5, steps_per_epoch=2)
@@ -392,9 +392,17 @@ def test_a_level_grows_in_a_straight_line(name: str) -> None:
     assert levels(MethodRun(name, given, epochs=5), range(1, 5), 2) == pytest.approx([1.0, 1.0, *[2.0] * 6])
     again = MethodRun(name, given, epochs=5, steps_per_epoch=2)
     assert levels(again, range(1, 2), 2) == levels(again, range(1, 2), 2), "an epoch that begins again"
+    within = MethodRun(name, given, epochs=5, steps_per_epoch=2)
+    within.begin_epoch(1, done=1)  # of a checkpoint that was written in the middle of it
+    within.step(Flat(), torch.zeros(1, 1, 2, 2), ["a"])
+    assert within.method.eps == pytest.approx(1.0)
+    within.steps_per_epoch = 4  # of a batch that did not fit the memory, and was halved
+    assert levels(within, range(2, 3), 4) == pytest.approx([1.25, 1.5, 1.75, 2.0])
     assert (run.summary(1)["ramp"], run.summary(2)["ramp"]) == (None, 0.5)
     late = MethodRun(name, settings(ramp=0.5, decay="late", awp=0.01), epochs=5)
     assert ingredients_of(late.summary(2)) == ", awp 0.01, ramp 0.5, decay late"
+    drawn = MethodRun("AMAT", settings(margin_of="any", refinement="secant"), fixed(-1.0), epochs=4)
+    assert ingredients_of(drawn.summary(2)) == ", margin_of any"
     assert ingredients_of({"awp": None}) == "", "of an earlier release"
 
 

@@ -79,6 +79,22 @@ def test_what_is_hidden_from_the_attack_is_found() -> None:
         assert (found.alignment > 0.99) if waves == 0 else (found.alignment < 0.1)
 
 
+class Rounded(Hidden):
+    """The plain loss with an offset, in as many digits as half precision has; what an attack adds may be a rounding."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        loss = super().__call__(images) + 1.0
+        return loss + (loss.detach().bfloat16().double() - loss.detach())
+
+
+def test_noise_that_hardly_matters_says_nothing_of_the_attack() -> None:
+    """As where a level grows from 0: the best of twenty roundings would stand beside one."""
+    for eps, told in ((1e-3, False), (0.05, False), (2.0, True)):
+        found = looked(Rounded(0.0), SAT(eps, steps=1, step_scale=1.0))
+        assert (found is not None) == told, eps
+    assert found.share == pytest.approx(1.0, abs=0.05)
+
+
 def test_looking_leaves_no_trace() -> None:
     """In weights, gradients, statistics, random state; nor in what the training does afterwards."""
     objective = Classifier(cnn(normalise=True, dropout=0.3).double(), torch.tensor([0, 1, 2, 3]))

@@ -72,6 +72,10 @@ class AMATSettings(MethodSettings):
         start: a margin's first value. "delta", or "estimate": where a straight line from the clean loss to that after
             the attack's first step meets the threshold, eps at most (without one margin_max, or delta); for no pass
             more. An attack of a single step has eps.
+        margin_of: whose margin a sample is trained with. "own": its own, as algorithm 1 has it. "any": one that is
+            drawn from the margins of all samples, for each visit anew, while its own goes on following what it bears.
+            So levels are as large as AMAT finds them, and grow as they do, but no sample is spared. Takes the
+            refinement "secant", which judges a margin by any noise, and train_on "sphere".
         empty_samples: what is done with samples in whose truth there is nothing to find (slices without a structure,
             images without an object). "as_others": as algorithm 1 has it; as a rule they bear noise of any size.
             "floor": they are trained with the lowest margin, and have none of their own. (The authors' release, too,
@@ -85,6 +89,7 @@ class AMATSettings(MethodSettings):
     refinement: Literal["paper", "crossing", "secant", "balanced"] | None = None
     train_on: Literal["sphere", "crossing"] | None = None
     start: Literal["delta", "estimate"] | None = None
+    margin_of: Literal["own", "any"] = "own"
     empty_samples: Literal["floor", "as_others"] = "as_others"
     margin_min: float | None = None
     margin_max: float | None = None
@@ -99,6 +104,7 @@ class AMATSettings(MethodSettings):
             ("refinement", get_args(Rule)),
             ("train_on", ("sphere", "crossing")),
             ("start", ("delta", "estimate")),
+            ("margin_of", ("own", "any")),
             ("empty_samples", ("floor", "as_others")),
         ):
             value = getattr(self, name)
@@ -131,6 +137,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         start: a margin's first value: "delta", or "estimate": where a straight line from the clean loss to that after
             the attack's first step, which goes as far as ``start_max`` lets it, meets the threshold. The attack goes on
             within that. (With a single step there is no look on the way, and a sample that is new has ``start_max``.)
+        margin_of: whose margin a sample is trained with: "own", or that of "any" sample, drawn anew for each visit; the
+            latter with refinement "secant" and train_on "sphere".
         empty_samples: what is done with samples whose truth is empty, as their objective says: "as_others", nothing;
             "floor", they are trained with the lowest margin and have none of their own.
         start_max: highest first value of a margin that begins with an estimate; None: margin_max, or delta without
@@ -142,8 +150,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         **attack: of the training, by its names in :class:`AttackOptions`.
 
     Raises:
-        ValueError: a number or a word out of its range, bounds of the margins that exclude each other or delta, or
-            ``train_on="crossing"`` with an attack of one step.
+        ValueError: a number or a word out of its range, bounds of the margins that exclude each other or delta,
+            ``train_on="crossing"`` with an attack of one step, or ``margin_of="any"`` with what it does not go with.
 
     Example:
         >>> import torch
@@ -180,6 +188,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         refinement: Rule = "paper",
         train_on: Literal["sphere", "crossing"] = "sphere",
         start: Literal["delta", "estimate"] = "delta",
+        margin_of: Literal["own", "any"] = "own",
         empty_samples: Literal["floor", "as_others"] = "as_others",
         start_max: float | None = None,
         margin_min: float | None = AMATSettings.margin_min,
@@ -190,13 +199,19 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             refinement=refinement,
             train_on=train_on,
             start=start,
+            margin_of=margin_of,
             empty_samples=empty_samples,
             margin_min=margin_min,
             margin_max=margin_max,
         )
         self.delta = check_positive("delta", delta)
         self.refinement, self.train_on, self.begin_with = refinement, train_on, start
-        self.empty_samples = empty_samples
+        self.drawn, self.empty_samples = margin_of == "any", empty_samples
+        if self.drawn and (refinement, train_on) != ("secant", "sphere"):
+            raise ValueError(
+                "margin_of 'any' takes refinement 'secant' and train_on 'sphere': other rules judge a margin by the "
+                "loss at that very margin"
+            )
         self.start_max = check_positive("start_max", start_max or margin_max or self.delta)
         floor = self.delta * (_FLOOR_OF_DELTA if start == "estimate" else 1.0) if refinement in TRACKING else 0.0
         if margin_min is None and margin_max is not None and margin_max < floor:
@@ -248,6 +263,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             refinement=refinement,
             train_on=own.train_on or "sphere",
             start=own.start or "delta",
+            margin_of=own.margin_of,
             empty_samples=own.empty_samples,
             start_max=max(eps, own.delta) if eps else None,
             margin_min=own.margin_min,
@@ -279,18 +295,23 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         self._check_number(clean_terms)
         looked: list[tuple[Tensor, Tensor]] = []
         new = self._unmet(ids, empty, images)
+        level = self._drawn(margin, empty) if self.drawn else margin
         if new is not None:
-            margin = torch.where(new, self._furthest(clean_terms, xi), margin)
+            level = torch.where(new, self._furthest(clean_terms, xi), level)
 
         def estimated(terms: Tensor, norms: Tensor) -> Tensor:
             assert new is not None
             looked.append((norms.float(), terms))
-            return torch.where(new, self._estimate(clean_terms, *looked[0], xi), margin)
+            return torch.where(new, self._estimate(clean_terms, *looked[0], xi), level)
 
         limits, revise = xi if self.refinement == "crossing" else None, None if new is None else estimated
-        attacked = self._attack(objective, images, margin, limits, clean=first, revise=revise)  # line 3
+        attacked = self._attack(objective, images, level, limits, clean=first, revise=revise)  # line 3
         assert attacked.radius is not None
-        margin = attacked.radius.float()
+        level = attacked.radius.float()
+        if not self.drawn:
+            margin = level
+        elif new is not None:
+            margin = torch.where(new, level, margin)
         noisy, reached = attacked.images, attacked.norms.float()
         pulled = self.train_on == "crossing" and attacked.seen is not None
         if pulled:
@@ -305,6 +326,8 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
             inside &= (points[1][1] < xi).all(1) | (reached >= attacked.norms)
         if self.refinement == "secant":
             expected = expected_crossing(clean_terms, points, xi)
+            if self.drawn:  # a line through little noise tells too much of a convex loss further out
+                expected = torch.minimum(expected, torch.maximum(margin, 2 * level))
             most = self._most(margin, self.margins.met(ids))
             moved = margin + torch.clamp((expected - margin) / 2, -most, most)
         elif self.refinement == "balanced":
@@ -318,7 +341,7 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         # A broken pass moves no margin, nor does an attack that was lost; none follows what no gradient leads to.
         broken = (terms.isnan() | clean_terms.isnan()).any(1) | self._lost(attacked)
         if self.refinement in TRACKING:
-            broken |= (attacked.norms == 0) & (margin > 0)
+            broken |= (attacked.norms == 0) & (level + margin > 0)
         moved = moved.where(~broken, math.nan)
         moved = self._bounded(moved)
         grown = inside if self.refinement in ("paper", "crossing") else moved > margin
@@ -355,8 +378,20 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         """Which samples get an estimate for their first margin, (B,); None if none does."""
         if self.begin_with != "estimate":
             return None
-        unmet = [not nothing and sample not in self.margins for sample, nothing in zip(ids, empty, strict=True)]
-        return torch.tensor(unmet, device=images.device) if any(unmet) else None
+        rows = [row for row, nothing in enumerate(empty) if not nothing]
+        unmet = self.margins.unmet([ids[row] for row in rows])
+        if unmet is None or len(rows) == len(empty):
+            return unmet
+        return torch.zeros(len(empty), dtype=torch.bool, device=images.device).index_copy(
+            0, torch.tensor(rows, device=images.device), unmet
+        )
+
+    def _drawn(self, margin: Tensor, empty: Sequence[bool]) -> Tensor:
+        """The noise levels of a batch, (B,), drawn from the margins of all samples; empty ones keep theirs."""
+        if not len(self.margins):
+            return margin
+        drawn = self.margins.draw(len(margin), self._generator(1))
+        return torch.where(torch.tensor(empty, device=margin.device), margin, drawn) if any(empty) else drawn
 
     def _furthest(self, clean_terms: Tensor, xi: Tensor) -> Tensor:
         """How far the attack of a first visit may go, (B,)."""

@@ -337,11 +337,7 @@ class AdversarialMethod(Method):
         revise: Revise | None = None,
     ) -> AttackResult:
         """x~ = PGD(x, y, radius), without the terms of x~: the training pass on x~ computes them anyway."""
-        generator = None
-        if self.attack.random_start:
-            # A seed for each step and process: a resumed run needs to know only how many steps were made.
-            rank = torch.distributed.get_rank() if is_distributed() else 0
-            generator = torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done)) & (2**63 - 1))
+        generator = self._generator() if self.attack.random_start else None
         self.steps_done += 1
         first, self._looked = not self._looked, True
         if first:  # it waits for the device, so not in every step
@@ -363,6 +359,12 @@ class AdversarialMethod(Method):
             assert attacked.radius is not None
             self._compare(attacked.norms.float(), attacked.radius.float(), images.dtype)
         return attacked
+
+    def _generator(self, *use: int) -> torch.Generator:
+        """Of this step and process, and of a use beside the random start: a resumed run needs to know only how many
+        steps were made."""
+        rank = torch.distributed.get_rank() if is_distributed() else 0
+        return torch.Generator().manual_seed(hash((self.seed, rank, self.steps_done, *use)) & (2**63 - 1))
 
     @staticmethod
     def _compare(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""A learning rate that stays, and falls late: what adversarial training was measured to like (docs/results/margins.md).
+"""A learning rate that stays, and falls late, as adversarial training was measured to like (docs/results/training.md).
 
 L. Rice, E. Wong and Z. Kolter, "Overfitting in adversarially robust deep learning", ICML 2020, arXiv 2002.11569, train
 so, with a second drop later on.
@@ -16,9 +16,21 @@ _STAYS, _LAST = 0.75, 0.1
 """The share of a training in which the rate stays, and what is left of it then."""
 
 
-def late_decay(done: float) -> float:
-    """What is left of the first learning rate when this share of the training is done."""
-    return 1.0 if done < _STAYS else _LAST
+def late_decay(step: float, length: float) -> float:
+    """What is left of the first learning rate at a step of the schedule, counted from 0.
+
+    Args:
+        step: of the schedule, which may count batches or epochs.
+        length: of the training, in the same steps. Its last one falls, however few there are; a single one does not.
+
+    Example:
+        >>> from advmed.training.rate import late_decay
+        >>> [late_decay(epoch, 8) for epoch in range(8)]
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1]
+        >>> [late_decay(epoch, 3) for epoch in range(3)]
+        [1.0, 1.0, 0.1]
+    """
+    return 1.0 if length <= 1 or step < min(_STAYS * length, length - 1) else _LAST
 
 
 class LateDecay(LambdaLR):
@@ -30,7 +42,7 @@ class LateDecay(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, length: Callable[[], float]) -> None:
-        super().__init__(optimizer, lambda step: late_decay(step / max(1.0, length())))
+        super().__init__(optimizer, lambda step: late_decay(step, length()))
 
     def step(self, epoch: Any = None) -> None:
         """The next step, or the one that is named."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from advmed.clock import Pace
 from advmed.distributed import gathered, is_distributed, place
-from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
+from advmed.methods import AMAT, STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
 from advmed.methods.base import Backward, FixedRadiusMethod, Step
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
@@ -67,6 +67,7 @@ class MethodRun:
         settings: what was left open in them is chosen by the preset.
         warmup_epochs: epochs of standard training at the beginning.
         warming_up: whether the present epoch is one of them.
+        steps_per_epoch: batches of an epoch, None where that is not known; a host may find out that there are others.
 
     Raises:
         ValueError: for settings that the method cannot work with, or a warm-up that leaves no adversarial epoch.
@@ -105,7 +106,8 @@ class MethodRun:
         self.warmup_epochs = _warmup(self.method, settings, thresholds, epochs)
         self.warming_up = self.warmup_epochs > 0
         self._eps = self.method.eps if settings.ramp and isinstance(self.method, FixedRadiusMethod) else None
-        self._epoch, self._steps, self._steps_per_epoch = 0, 0, steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
+        self._epoch, self._steps = 0, 0
         self._remarked = self._ramping = False
         self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
@@ -162,11 +164,12 @@ class MethodRun:
             "awp": self._perturbed.gamma if self._perturbed is not None and attacked else None,
             "ramp": self.settings.ramp if self._eps is not None and attacked else None,
             "decay": self.settings.decay if self.settings.decay != "host" else None,
+            "margin_of": self.settings.margin_of if isinstance(self.method, AMAT) and self.method.drawn else None,
             "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
             "thresholds_from": origin,
         }
 
-    def begin_epoch(self, epoch: int) -> list[str]:
+    def begin_epoch(self, epoch: int, done: int = 0) -> list[str]:
         """To be called before the first batch of every epoch.
 
         An epoch that begins a second time (the host ran out of memory, or went back to a checkpoint) begins with the
@@ -174,6 +177,7 @@ class MethodRun:
 
         Args:
             epoch: counted from 0.
+            done: its batches that an earlier run has made, where this one goes on in the middle of the epoch.
 
         Returns:
             Lines for the host's log.
@@ -186,7 +190,7 @@ class MethodRun:
             self.method.begin_epoch()
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
         self._totals, self._counts = {}, {}
-        self._epoch, self._steps, self.warming_up = epoch, 0, epoch < self.warmup_epochs
+        self._epoch, self._steps, self.warming_up = epoch, done, epoch < self.warmup_epochs
         if self.settings.ramp and not self.warming_up and not self._ramping:
             self._ramping = True
             lines += self._of_ramp()
@@ -231,7 +235,10 @@ class MethodRun:
                 f"levels of {self.name} have a course of their own"
             ]
         full = self.warmup_epochs + math.ceil(self.settings.ramp * (self.epochs - self.warmup_epochs))
-        return [f"The noise level grows from 0 to eps = {self._eps:g}, which it has by the end of epoch {full}"]
+        return [
+            f"The noise level grows from 0 to eps = {self._eps:g}, which it has by the end of epoch {full} of "
+            f"{self.epochs}"
+        ]
 
     def _set_level(self) -> None:
         """The noise level of the step that begins, where it grows with the training (``ramp``): a curriculum.
@@ -241,7 +248,7 @@ class MethodRun:
         if self._eps is None or not isinstance(self.method, FixedRadiusMethod):
             return
         self._steps += 1
-        of_epoch = min(1.0, self._steps / self._steps_per_epoch) if self._steps_per_epoch else 1.0
+        of_epoch = min(1.0, self._steps / self.steps_per_epoch) if self.steps_per_epoch else 1.0
         done = (self._epoch - self.warmup_epochs + of_epoch) / max(1, self.epochs - self.warmup_epochs)
         self.method.eps = self._eps * min(1.0, done / self.settings.ramp)
 
@@ -359,7 +366,7 @@ class MethodRun:
 def ingredients_of(summary: Mapping[str, Any]) -> str:
     """What a run had beside its method, by its summary: ", awp 0.005, ramp 0.8"; a summary of an earlier release has
     fewer of them."""
-    return "".join(f", {name} {summary[name]}" for name in ("awp", "ramp", "decay") if summary.get(name))
+    return "".join(f", {name} {summary[name]}" for name in ("awp", "ramp", "decay", "margin_of") if summary.get(name))
 
 
 def saved_thresholds(

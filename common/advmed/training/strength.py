@@ -26,6 +26,9 @@ COST = (2 * (LONG.steps + 2) + 2) / 3
 PRICE = 0.018
 """What looking may add to the time of a training by this count: less than 2 % as measured, where a gradient of the
 images costs somewhat more than two thirds of a standard step."""
+HARDLY = 0.02
+"""Below this share of its clean loss, what the long attack adds to a sample's loss says nothing of the short one: in
+half precision it may be a rounding. A noise level that grows (``ramp``) begins there."""
 WEAK = 1 / 3
 """Below this share of what the long attack adds to the loss, the training's is too weak. (Three steps
 that are pulled back to the crossing were seen to add 0.6 of it, with gradients in line: few steps, and no
@@ -92,11 +95,12 @@ class StrengthCheck:
         base = total(clean.terms)
         cosine = torch.cosine_similarity(clean.gradient.flatten(1).double(), beside.gradient.flatten(1).double(), dim=1)
         rows = torch.stack([own - base, total(found.terms) - base, cosine, torch.ones_like(cosine)]).double()
-        rows = rows[:, rows.isfinite().all(0)]
+        told = rows.isfinite().all(0) & (rows[1] > HARDLY * base.abs().to(rows.dtype))
+        rows = rows[:, told]
         self._sums = self._sums.to(rows.device) + rows.sum(1)
 
     def drain(self, gather: Sequence[list[float]] | None = None) -> Strength | None:
-        """What was found since the last call, in all processes; None if there was no look."""
+        """What was found since the last call, in all processes; None if no look told anything."""
         own, longer, cosine, count = (sum(column) for column in zip(*(gather or [self.sums()]), strict=True))
         self._sums = torch.zeros(4, dtype=torch.float64)
         if not count:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from adv_classify import MedMNIST, Network, RobustClassifier
 from adv_classify.evaluate import load_model
-from advmed import DPAAT, MarginStore
+from advmed import DPAAT, MarginStore, MethodRun
 from advmed.integrations.lightning import RobustModule
 from advmed.integrations.lightning.module import folder_of
 from advmed.testing.lightning import (
@@ -234,6 +234,50 @@ def test_the_rate_of_a_longer_run_is_that_of_one_planned_so(
         host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last)])
     assert rates == pytest.approx(planned[2 * host.steps :], rel=1e-4)
     assert f"the learning rate goes on as in a training of {4 * host.steps} steps" in "\n".join(said)
+
+
+@pytest.mark.slow
+def test_the_rate_after_a_late_decay_is_the_cosines(
+    host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that goes from value to value would begin with what the other one has left."""
+    rates = noted_rates(monkeypatch, host.module)
+    host.fit(tmp_path, trainer__max_epochs=4)
+    planned = rates.copy()
+    first = host.fit(tmp_path, trainer__max_epochs=4, trainer__max_steps=2 * host.steps, model__method__decay="late")
+    rates.clear()
+    with listening() as said:
+        host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last)])
+    assert rates == pytest.approx(planned[2 * host.steps :], rel=1e-4)
+    assert "the learning rate goes on as in a training of" in "\n".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"ramp": 1.0}, {"warmup_epochs": 1}], ids=str)
+def test_a_run_that_goes_on_within_an_epoch(
+    host: LightningHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """Lightning does not begin that epoch again; levels and the clean warm-up go on where they were."""
+    seen: list[tuple[float, bool]] = []
+    step = MethodRun.step
+
+    def noted(run: Any, *words: Any) -> Any:
+        made = step(run, *words)
+        seen.append((run.method.eps, run.warming_up))
+        return made
+
+    monkeypatch.setattr(MethodRun, "step", noted)
+    keeping = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}}
+    words: dict[str, Any] = {f"model__method__{name}": value for name, value in given.items()}
+    words |= {"model__method__name": "SAT", "model__method__eps": 1.0, "trainer__max_epochs": 2}
+    first = host.fit(tmp_path / "first", trainer__callbacks=[keeping], **words)
+    whole, number = seen.copy(), host.steps + 1  # steps that are done
+    (middle,) = first.last.parent.glob(f"*step={number}.ckpt")
+    seen.clear()
+    host.fit(tmp_path / "second", ckpt_path=middle, **words)
+    assert host.steps > 1
+    assert len(set(whole)) > 1
+    assert seen == whole[number:]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,9 @@ def test_a_base_whose_optimizer_depends_on_a_stage(bench: Any, monkeypatch: pyte
     trainer = bench.ready("SAT", "3d_fullres", warmup_epochs=0, **FAST | {"epochs": 2})
     trainer.configure_optimizers("warmup_all")
     assert stages[-1] == "warmup_all"
+    trainer.settings = replace(trainer.settings, decay="late")
+    with pytest.raises(ValueError, match=r"'decay: late' would take the place of the warm-up that .* has"):
+        trainer.configure_optimizers("warmup_all")
 
 
 def test_the_best_epoch_is_that_of_the_robust_dice(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

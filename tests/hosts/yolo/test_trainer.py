@@ -981,6 +981,18 @@ def test_a_resumed_run_continues_as_it_began_where_its_data_set_moved_and_not_wh
         assert (method.highest, method.average) == (2.0, "epoch")
 
 
+def test_a_resumed_run_keeps_its_late_decay(broken: Any) -> None:
+    """The host makes its schedule before the checkpoint's settings are known."""
+    last = broken("sat", eps=0.5, steps=1, decay="late", lr0=0.02, optimizer="SGD", warmup_epochs=0)
+    rates: list[float] = []
+    trainer = TRAINERS["sat"](overrides={"model": str(last), "resume": str(last), "decay": "host"})
+    trainer.add_callback("on_train_epoch_end", lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    assert trainer.settings.decay == "late"
+    assert rates == pytest.approx([0.02, 0.002])  # epochs 3 and 4
+    assert [trainer.lf(epoch) for epoch in range(4)] == pytest.approx([1, 1, 1, 0.1])
+
+
 def test_a_run_of_an_earlier_release_goes_on_without_what_it_did_not_know(broken: Any) -> None:
     last = broken("sat", eps=0.5, steps=2)
     checkpoint = torch.load(last, weights_only=False)

@@ -158,6 +158,7 @@ class RobustModule(LightningModule):
             None  # of our own, and its steps
         )
         self._before_statistics: dict[str, Any] | None = None
+        self._begun: int | None = None  # the epoch that the run has been told of
         self._planned: list[dict[str, Any]] = []  # what schedules are made of, before a checkpoint brings others
 
     @abstractmethod
@@ -438,15 +439,17 @@ class RobustModule(LightningModule):
                     )
             return
         schedule, steps = self._schedule
-        if schedule.T_max == steps:
-            return
-        say(
-            f"the learning rate goes on as in a training of {steps} steps; the checkpoint's was one of {schedule.T_max}"
-        )
-        schedule.T_max = steps
         share = (1 + math.cos(math.pi * min(1.0, schedule.last_epoch / steps))) / 2
-        for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-            group["lr"] = base * share
+        groups = schedule.optimizer.param_groups
+        wanted = [base * share for base in schedule.base_lrs]
+        there = [math.isclose(group["lr"], rate, rel_tol=1e-3) for group, rate in zip(groups, wanted, strict=True)]
+        if schedule.T_max == steps and all(there):  # it is not where another schedule (decay 'late') has left it
+            return
+        before = f"one of {schedule.T_max}" if schedule.T_max != steps else "at another rate"
+        say(f"the learning rate goes on as in a training of {steps} steps; the checkpoint's was {before}")
+        schedule.T_max = steps
+        for group, rate in zip(groups, wanted, strict=True):
+            group["lr"] = rate
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def on_train_epoch_start(self) -> None:
@@ -454,12 +457,19 @@ class RobustModule(LightningModule):
         if any(self.current_epoch > callback.swa_end for callback in self._averaging()):
             self._before_statistics = copy.deepcopy(self._running.method.state_dict())
             return
-        for line in self._running.begin_epoch(self.current_epoch):
+        self._begin_epoch(0)
+
+    def _begin_epoch(self, done: int) -> None:
+        """For the run, with so many of its batches behind it."""
+        self._begun = self.current_epoch
+        for line in self._running.begin_epoch(self.current_epoch, done):
             say(line)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The method's loss."""
         run = self._running
+        if self._begun != self.current_epoch and self._before_statistics is None:
+            self._begin_epoch(batch_idx)  # from a checkpoint within an epoch, which Lightning does not begin again
         objective, images, ids = self.objective(batch)
         if batch_idx == 0:
             self._check_images(images)
