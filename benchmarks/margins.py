@@ -124,6 +124,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "SAT 3.5, a late decay": {"method": "SAT", "eps": 3.5, **FAST, "late": True},
     "AMAT secant, estimate, mean+2std, a late decay": amat("secant", 2, **ESTIMATE, late=True),
     **{
+        f"AMAT secant, estimate, any's margin, mean+{std:g}std": amat("secant", std, **ESTIMATE, margin_of="any")
+        for std in (1, 2, 4)
+    },
+    **{
         f"{name}, as short as the demo{decay}": {**run, "train_steps": 250, "rate": 0.03, "late": late}
         for name, run in (
             ("SAT 3.5", {"method": "SAT", "eps": 3.5, **FAST}),

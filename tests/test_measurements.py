@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -130,7 +131,7 @@ def result() -> dict[str, Any]:
         name: {"curves": {str(k): row for k, row in enumerate(rows)}, "margins": {"0": []}}
         for name, rows in curves.items()
     }
-    return {"metric": "accuracy", "attack": "apgd50", "levels": [0, 0.4, 0.8], "versions": {}, "runs": runs}
+    return {"metric": "accuracy", "attack": "apgd50", "levels": [0, 0.4, 0.8], "points": [0.4, 0.7, 0.9], "runs": runs}
 
 
 def test_tables_say_means_and_fronts(sweeps: ModuleType, result: dict[str, Any]) -> None:
@@ -141,6 +142,49 @@ def test_tables_say_means_and_fronts(sweeps: ModuleType, result: dict[str, Any])
     # of the seed that it has; no further than its line goes; less SAT's of that seed
     assert "| AT | 0.400 (+0.000) | 0.600 (+0.000) | 0.600 (-0.050) |" in lines
     assert not [line for line in lines if line.startswith("| TRADES")]
+    # the other way round: half of the way to SAT 0.4, half of the way on, and further than any goes
+    assert "| SAT | 0.935 ± 0.010 | 0.910 ± 0.010 | not reached |" in lines
+    assert "| AT | 0.945 (+0.000) | not reached | not reached |" in lines
+
+
+def test_rows_that_were_measured_before_stay_where_they_began_with_the_same(
+    sweeps: ModuleType, result: dict[str, Any]
+) -> None:
+    class Kind(sweeps.Pneumonia):  # type: ignore[misc, name-defined]
+        runs = dict.fromkeys(("SAT 0.4", "SAT 0.8", "AT 0.4", "SAT dealt AMAT's levels"), None)
+
+    def cut(*names: str, **seeds: list[float]) -> dict[str, Any]:
+        rows = {
+            name: {
+                "curves": seeds or result["runs"][name]["curves"],
+                "margins": {},
+                "measured": "today",
+                "versions": {},
+            }
+            for name in names
+        }
+        return {**result, "runs": {"STD": result["runs"]["STD"], **rows}}
+
+    new = [0.5, 0.5, 0.5, 0.5]
+    joined = sweeps.joined(Kind, result, cut("AT 0.4", **{"1": new}))
+    assert list(joined["runs"]) == ["STD", "SAT 0.4", "SAT 0.8", "AT 0.4", "SAT dealt AMAT's levels"]
+    assert joined["runs"]["AT 0.4"]["curves"] == {"0": [0.94, 0.7, 0.5, 0.6], "1": new}
+    assert (joined["runs"]["AT 0.4"]["measured"], joined["runs"]["SAT 0.4"]["measured"]) == ("today", None)
+    with pytest.raises(SystemExit, match="has attack pgd20, these rows apgd50"):
+        sweeps.joined(Kind, {**result, "attack": "pgd20"}, cut())
+    other = cut()
+    other["runs"] = {"STD": {"curves": {"1": [0.5, 0.3, 0.1, 0.2]}, "margins": {}}}
+    with pytest.raises(SystemExit, match="another standard network of seed 1"):
+        sweeps.joined(Kind, result, other)
+    with pytest.raises(SystemExit, match="rows that are no runs any more"):
+        sweeps.joined(Kind, {**result, "runs": {**result["runs"], "AT 0.05": result["runs"]["AT 0.4"]}}, cut())
+
+
+def test_the_page_of_fronts_has_the_tables_of_its_numbers(sweeps: ModuleType) -> None:
+    docs = BENCHMARKS.parent / "docs" / "results"
+    page = (docs / "fronts.md").read_text(encoding="utf-8").splitlines()
+    lines = sweeps.tables(json.loads((docs / "fronts_ham10000.json").read_text())).splitlines()
+    assert [line for line in lines if line and line not in page] == []
 
 
 def test_the_figure_shows_every_front(sweeps: ModuleType, result: dict[str, Any], tmp_path: Path) -> None:
