@@ -1,7 +1,7 @@
 """AMAT's rules, thresholds and bounds beside SAT's levels on the demos' data, by the installed commands; with seeds.
 
     python benchmarks/fronts.py landmark|yolo|classify [--seeds 0 1 2] [--jobs 2] [--only REGEX] [--work build/fronts]
-    python benchmarks/fronts.py landmark --table [--attack apgd50]
+    python benchmarks/fronts.py landmark --table [--attack apgd50] [--metric 'SDR 2 mm']
 
 Per seed a standard network is trained as the host's demo has it; every run begins with its weights, for a quarter of
 its epochs, and is attacked by PGD-20, or as --attack says. What is finished is not done again, unless its command has
@@ -595,10 +595,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
     parser.add_argument("--attack", default="pgd20", help="of the evaluation, default: pgd20")
     parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--metric", help="of the table, another one of the reports than the host's first")
     parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="print differences to it, seed by seed")
     options = parser.parse_args()
     kind, work = HOSTS[options.host], options.work.resolve() / options.host
-    kind.attack = options.attack
+    kind.attack, kind.metric = options.attack, options.metric or kind.metric
     if not options.table:
         run_all(kind, work, options.seeds, options.jobs, options.only)
     print(table(kind, work, options.seeds))
