@@ -89,7 +89,7 @@ class RobustClassifier(RobustModule):
     packages = ("lightning", "timm")
     objective_class = ClassificationObjective
     sections: ClassVar = {"network": Network, "method": MethodOptions, "attack": ClassifierAttack}
-    better: ClassVar = {"accuracy": "max", "mAP": "max"}
+    better: ClassVar = {"accuracy": "max", "balanced_accuracy": "max", "mAP": "max"}
 
     class_weight: Tensor | None
 
@@ -195,7 +195,7 @@ class RobustClassifier(RobustModule):
     def judge(self, evidence: Mapping[str, Tensor]) -> Judgement:
         """By balanced accuracy, of which a network that does not look at the image has 1 / classes."""
         label, right = evidence["label"], evidence["right"]
-        value = float(torch.stack([right[label == k].mean() for k in label.unique()]).mean())
+        value = float(balanced(right, label))
         chance = 1 / self.num_classes
         least, good = (chance + share * (1 - chance) for share in (_UNTRAINED, _MEDIOCRE))
         return Judgement("balanced accuracy", value, f"by chance {chance:.3g}", value < least, value < good)
@@ -237,9 +237,14 @@ class RobustClassifier(RobustModule):
         return {"label": batch["label"]}
 
     def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Accuracy and mAP."""
-        accuracy = (scores.argmax(1) == truth["label"]).float().mean()
-        return {"accuracy": accuracy, "mAP": mean_average_precision(scores, truth["label"])}
+        """Accuracy, plain and balanced, and mAP."""
+        label = truth["label"]
+        right = (scores.argmax(1) == label).float()
+        return {
+            "accuracy": right.mean(),
+            "balanced_accuracy": balanced(right, label),
+            "mAP": mean_average_precision(scores, label),
+        }
 
     def attacked_objective(self, batch: dict[str, Any]) -> ClassificationObjective:
         """The cross-entropy alone, without what the training loss weighs and smooths."""
@@ -296,6 +301,11 @@ def check_images(found: Mapping[str, Any], size: Sequence[int] | None, bits: int
             f"{path} was trained on images of {depth} bits, and those of the data are read as of {bits}: if they are "
             f"the same images, set bits of the data to {depth}"
         )
+
+
+def balanced(right: Tensor, label: Tensor) -> Tensor:
+    """The mean over the classes that occur of the share of their images that are right, (N,) and (N,)."""
+    return torch.stack([right[label == k].mean() for k in label.unique()]).mean()
 
 
 def mean_average_precision(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from torch import Tensor, nn
 
 from adv_classify.data import MedMNIST
@@ -147,7 +147,11 @@ class Classify(LightningHost):
     def scores(self, model: Any, batch: dict[str, Any]) -> dict[str, float]:
         label, logits = found_by(model, batch)
         probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        return {"accuracy": np.mean(logits.argmax(1) == label), "mAP": mean_average_precision(label, probability)}
+        return {
+            "accuracy": np.mean(logits.argmax(1) == label),
+            "balanced_accuracy": float(balanced_accuracy_score(label, logits.argmax(1))),
+            "mAP": mean_average_precision(label, probability),
+        }
 
     def terms(self, model: Any, batch: dict[str, Any]) -> np.ndarray:
         label, logits = found_by(model, batch)

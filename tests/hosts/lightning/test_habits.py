@@ -20,7 +20,7 @@ from advmed.training.run import LOG_KEYS
 from helpers.hosts import ROOT, as_on_a_terminal
 
 NAMES: dict[str, set[str]] = {
-    "adv-classify": {"accuracy", "mAP"},
+    "adv-classify": {"accuracy", "balanced_accuracy", "mAP"},
     "adv-landmark": {"MRE"},
 }
 """Of the metrics, clean and robust."""
