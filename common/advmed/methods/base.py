@@ -474,9 +474,11 @@ class AdaptiveRadiusMethod(AdversarialMethod):
 
     Attributes:
         store: the :class:`MarginStore` with the levels.
+        drawn: whether a sample is trained with the level of any sample.
     """
 
     keeps_sizes: ClassVar[bool] = True
+    drawn: bool = False
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from advmed.clock import Pace
 from advmed.distributed import gathered, is_distributed, place
-from advmed.methods import AMAT, STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
+from advmed.methods import STD, AdaptiveRadiusMethod, AdversarialMethod, Method, WeightPerturbation
 from advmed.methods.base import Backward, FixedRadiusMethod, Step
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
@@ -164,7 +164,9 @@ class MethodRun:
             "awp": self._perturbed.gamma if self._perturbed is not None and attacked else None,
             "ramp": self.settings.ramp if self._eps is not None and attacked else None,
             "decay": self.settings.decay if self.settings.decay != "host" else None,
-            "margin_of": self.settings.margin_of if isinstance(self.method, AMAT) and self.method.drawn else None,
+            "margin_of": self.settings.margin_of
+            if isinstance(self.method, AdaptiveRadiusMethod) and self.method.drawn
+            else None,
             "thresholds": None if thresholds is None or attacked == 0 else str(thresholds),
             "thresholds_from": origin,
         }
