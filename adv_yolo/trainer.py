@@ -168,6 +168,7 @@ class AdversarialTraining(_Host):
         self._epoch_values: dict[str, float] = {}
         self._knows_classes = False
         self._robust = math.nan
+        self._in_epoch = False
         if cfg is DEFAULT_CFG and "epochs" not in host and not host.get("resume") and not host.get("time"):
             self._shorten(host)
         super().__init__(cfg, host, _callbacks)
@@ -466,7 +467,7 @@ class AdversarialTraining(_Host):
     def run_callbacks(self, event: str) -> None:
         """The host's callbacks, with ours at the beginning and the end of an epoch."""
         if self.run is not None and event == "on_train_epoch_start":
-            self._robust = math.nan
+            self._robust, self._in_epoch = math.nan, True
             self.run.steps_per_epoch = len(self.train_loader)  # more of them where a batch did not fit the memory
             for line in self.run.begin_epoch(self.epoch):
                 _log(line)
@@ -482,10 +483,13 @@ class AdversarialTraining(_Host):
                     f"WARNING: {int(self._epoch_values['nonfinite'])} attack step(s) were skipped because a gradient "
                     f"was not finite. A few are harmless; if they persist, train with amp=False."
                 )
-        if self.run is not None and event == "on_fit_epoch_end" and self.args.time:  # the host has estimated them anew
-            # Each process for itself; what follows the length must not differ between them.
-            self.epochs = self.args.epochs = from_first_rank(self.epochs)
-            self.run.set_epochs(self.epochs)
+        # The host has estimated them anew, each process for itself; what follows the length must not differ between
+        # them. After the training it calls this again, in the processes that have the best checkpoint at hand.
+        if self.run is not None and event == "on_fit_epoch_end" and self._in_epoch:
+            self._in_epoch = False
+            if self.args.time:
+                self.epochs = self.args.epochs = from_first_rank(self.epochs)
+                self.run.set_epochs(self.epochs)
         if event not in _LOGGED_AT:
             super().run_callbacks(event)
             return

@@ -1264,6 +1264,29 @@ def test_a_time_is_shared_among_clean_and_attacked_epochs(run: Any, own: dict[st
     assert set(trainer.run.method.margins.visits().tolist()) == {6 - clean}
 
 
+def test_a_length_by_the_clock_is_the_first_processes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every epoch, and not after the last evaluation, which not all processes need to make."""
+    asked: list[int] = []
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, int):
+            return value
+        asked.append(value)
+        return 9
+
+    monkeypatch.setattr("adv_yolo.trainer.from_first_rank", first)
+    seen: list[tuple[int, int]] = []
+
+    def look(trainer: Any) -> None:
+        seen.append((trainer.epochs, trainer.run.epochs))
+        trainer.stop = len(seen) == 2
+
+    trainer = run("sat", on={"on_fit_epoch_end": look}, time=1.0, eps=1.0, steps=1, robust_batches=0)
+    assert seen == [(9, 9)] * 3, "two epochs, and the evaluation of the best one"
+    assert len(asked) == 2
+    assert trainer.args.epochs == 9
+
+
 @pytest.mark.parametrize(
     ("own", "wanted"),
     [({}, 3), ({"preset": "paper"}, 100), ({"epochs": 7}, 7), ({"single_cls": True}, 100), ({"time": 1.0}, 100)],

@@ -267,6 +267,7 @@ class RobustModule(LightningModule):
             )
         self._planned = [_numbers(schedule) for schedule in schedules]
         thresholds = self._thresholds(state, len(ids))
+        self._begun = None  # of another fit of this module
         self.run = MethodRun(
             self.method_name,
             self.settings,
