@@ -50,7 +50,7 @@ from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, meth
 from advmed.thresholds import RunningThresholds, Thresholds
 from advmed.training.rate import LateDecay
 from advmed.training.run import LOG_KEYS as RUN_KEYS
-from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, self_calibrated
+from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, self_calibrated, without_use
 from advmed.training.settings import settings_text
 from advmed.versions import tell_if_newer
 
@@ -137,6 +137,7 @@ class AdversarialTraining(_Host):
                 f"alone; a cascade takes its first stage from a 3d_lowres training of the same trainer, so train both "
                 f"of its stages with the stock one."
             )
+        self._unused = without_use(self.method_name, settings)
         settings = settings.resolved(host.channels(self), self.configuration_manager.patch_size)
         self.settings = settings.for_method(self.method_name)
         if self.settings.sample_id == "slice" and len(self.configuration_manager.patch_size) != 2:
@@ -218,6 +219,8 @@ class AdversarialTraining(_Host):
     def _tell_about_the_host(self) -> None:
         """What is not as a user of the host expects it, or not as it was when this was written."""
         tell_if_newer(host.PACKAGES, lambda line: self.print_to_log_file(f"WARNING: {line}"))
+        for line in self._unused:
+            self.print_to_log_file(line)
         if self._host_compiles() != self._do_i_compile():
             self.print_to_log_file(
                 f"{self.method_name} is trained without torch.compile, where nnU-Net compiles by default, because its "

@@ -69,6 +69,7 @@ from advmed.training.run import (
     load_thresholds,
     saved_thresholds,
     self_calibrated,
+    without_use,
 )
 from advmed.versions import tell_if_newer
 
@@ -298,6 +299,8 @@ class AdversarialTraining(_Host):
             self.settings = settings_of({"preset": "paper", "robust_batches": 0, **state["arguments"]})
             self._setup_scheduler()  # the host made it before these settings were known
         channels = int(self.data.get("channels", 3))
+        for line in without_use(self.method_name, self.settings) if state is None else ():  # else filled in long ago
+            _log(line)
         settings = self.settings.resolved(channels, int(self.args.imgsz), int(self.args.seed))
         self.settings = self._follow_head(settings.for_method(self.method_name))
         visits = len(self.train_loader.dataset)  # an image that a list names twice is met twice in an epoch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from advmed.methods import DPAAT, METHODS, method_class
 from advmed.thresholds import Thresholds
+from advmed.training.run import without_use
 from advmed.training.settings import TrainingSettings, make_settings, read_settings, settings_text
 
 BAD = [-0.5, math.nan, math.inf, -math.inf]
@@ -43,6 +44,35 @@ def test_a_method_gets_its_settings(
     assert attack | {"bounds": method.bounds, "seed": method.seed} == ATTACK
     # TRADES never starts on the image.
     assert method.attack.random_start == (0.01 if name == "TRADES" and not random_start else random_start)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "unused"),
+    [
+        ("SAT", {"eps": 0.5, "steps": 3, "delta": 0.25, "margin_of": "any"}, ["delta", "margin_of"]),
+        ("SAT", {"awp": 0.01, "ramp": 0.5, "decay": "late", "seed": 3, "preset": "paper"}, []),
+        ("SAT", {"beta": 6.0, "eps_max": None}, []),  # the defaults
+        ("SAT", {"rule": "mean", "thresholds": "file.json"}, ["rule", "thresholds"]),
+        ("FAT", {"rule": "mean", "tau": 2, "beta": 2.0}, ["beta"]),
+        ("AMAT", {"eps": 0.5, "rule": "mean", "delta": 0.25, "tau": 2, "sync_weight": 2.0}, ["tau", "sync_weight"]),
+        ("STD", {"eps": 0.5, "steps": 3, "awp": 0.01, "ramp": 0.5}, ["awp", "ramp"]),  # validation attacks by eps
+    ],
+)
+def test_what_is_set_for_another_method_is_named(name: str, given: dict[str, Any], unused: list[str]) -> None:
+    settings = TrainingSettings(**given)
+    assert sorted(settings.without_use(name)) == sorted(unused)
+    lines = without_use(name, settings)
+    assert [line.partition(":")[0] for line in lines] == [f"Set, and without any effect on {name}"] * bool(unused)
+    assert all(setting in line for line in lines for setting in unused)
+
+
+def test_what_the_host_chose_by_itself_was_not_set() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Hosts(TrainingSettings):
+        margin_min: float | None = 0.125
+
+    assert Hosts().without_use("SAT") == []
+    assert Hosts(margin_min=0.25).without_use("SAT") == ["margin_min"]
 
 
 def test_every_method_is_known_by_its_name() -> None:

@@ -424,6 +424,17 @@ def differing_notes(notes: Mapping[str, Any], run: Mapping[str, Any]) -> list[st
     return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
 
 
+def without_use(name: str, settings: TrainingSettings) -> list[str]:
+    """A line for the host's log, before the training: what was set, and means nothing to the method.
+
+    Args:
+        name: of the method.
+        settings: as they were given, before anything that was left open in them is chosen.
+    """
+    unused = settings.without_use(name)
+    return [f"Set, and without any effect on {name}: {', '.join(unused)}"] if unused else []
+
+
 def strength_check(method: Method, cost: float | None = None) -> StrengthCheck | None:
     """Looks at the strength of a method's attack, if that is to find the largest loss with few steps.
 

@@ -16,9 +16,16 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 
-from advmed.methods import AttackSettings, EveryMethodSettings, Method, MethodSettings, method_class
+from advmed.methods import (
+    AttackSettings,
+    EveryMethodSettings,
+    Method,
+    MethodSettings,
+    RadiusSettings,
+    method_class,
+)
 from advmed.methods.awp import check_share
-from advmed.methods.base import AttackOptions
+from advmed.methods.base import AdversarialMethod, AttackOptions, ThresholdMethod
 from advmed.thresholds import RunningThresholds, Thresholds, parse_rule
 
 S = TypeVar("S", bound="TrainingSettings")
@@ -89,7 +96,8 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
     """What a training needs to know, on every host: the settings of the run, of all methods, and of their attack.
 
     They are described one by one, with values, defaults and units, on the page of settings (docs/settings.md). Those
-    that concern another method than the one that is trained mean nothing; what is None is chosen by ``preset``.
+    that concern another method than the one that is trained mean nothing, and the host's log names those that were
+    set; what is None is chosen by ``preset``.
 
     Raises:
         ValueError: a value out of its range.
@@ -119,6 +127,37 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
         """
         chosen = method_class(name).presets[self.preset]
         return replace(self, **{key: value for key, value in chosen.items() if getattr(self, key) is None})
+
+    def without_use(self, name: str) -> list[str]:
+        """Of the settings that were given another value than their default, those that mean nothing to a method.
+
+        One file serves all trainers, so that they are no error; to be said before the training begins, as a number that
+        was given to the wrong method would have been obeyed in silence otherwise.
+
+        Args:
+            name: of the method.
+
+        Raises:
+            ValueError: if the method is unknown.
+
+        Example:
+            >>> from advmed import TrainingSettings
+            >>> TrainingSettings(eps=2.0, steps=10, beta=3.0).without_use("SAT")
+            ['beta']
+        """
+        kind = method_class(name)
+        # eps is of all, and of the attack on validation images, which standard training has, too.
+        own = {field.name for field in (*fields(kind.settings), *fields(RadiusSettings))}
+        others = {field.name for field in fields(EveryMethodSettings)}
+        if not issubclass(kind, AdversarialMethod):
+            others |= {"awp", "ramp"}
+        if not issubclass(kind, ThresholdMethod):
+            others |= {"thresholds", "rule"}
+        return [
+            field.name
+            for field in fields(self)
+            if field.name in others - own and getattr(self, field.name) != field.default
+        ]
 
     def attack_options(self) -> AttackOptions:
         """The arguments of a method for its attack, those that are known."""

@@ -231,7 +231,8 @@ def test_the_rate_of_a_longer_run_is_that_of_one_planned_so(
     first = host.fit(tmp_path, trainer__max_epochs=2)
     rates.clear()
     with listening() as said:
-        host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last)])
+        host.main(["fit", *host.words(tmp_path, trainer__max_epochs=4, ckpt_path=first.last, model__method__tau=3)])
+    assert [line.rpartition(": ")[2] for line in said if "without any effect" in line] == ["tau"]
     assert rates == pytest.approx(planned[2 * host.steps :], rel=1e-4)
     assert f"the learning rate goes on as in a training of {4 * host.steps} steps" in "\n".join(said)
 

@@ -147,7 +147,8 @@ def test_gradients_are_taken_at_moved_weights(bench: Any, given: dict[str, Any])
 def test_a_level_grows_with_the_training(bench: Any) -> None:
     """By the iterations of an epoch, as the host has them."""
     own = FAST | {"epochs": 2, "iterations_per_epoch": 2}
-    trainer = bench.ready("SAT", "3d_fullres", ramp=1.0, eps=2.0, warmup_epochs=0, **own)
+    trainer = bench.ready("SAT", "3d_fullres", ramp=1.0, eps=2.0, delta=0.5, warmup_epochs=0, **own)
+    assert bench.log(trainer).count("Set, and without any effect on SAT: delta \n") == 1
     levels = []
     for batch in bench.batches(trainer, 3):
         trainer.train_step(batch)

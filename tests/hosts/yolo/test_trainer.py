@@ -358,7 +358,9 @@ def test_gradients_are_taken_at_moved_weights(run: Any, own: dict[str, Any]) -> 
 def test_a_level_grows_with_the_training(run: Any, said: list[str]) -> None:
     levels: list[float] = []
     given = {"eps": 2.0, "ramp": 1.0, "steps": 2, "epochs": 2, "val": False, "robust_batches": 0}
+    given |= {"delta": 0.5}
     trainer = run("sat", on={"on_train_batch_end": lambda trainer: levels.append(trainer.run.method.eps)}, **given)
+    assert [line.rpartition(": ")[2] for line in said if "Set, and without any effect on SAT" in line] == ["delta"]
     count = 2 * len(trainer.train_loader)
     assert levels == pytest.approx([2.0 * (step + 1) / count for step in range(count)])
     assert sum("The noise level grows from 0 to eps = 2, which it has by the end of epoch 2" in line for line in said)
@@ -981,13 +983,14 @@ def test_a_resumed_run_continues_as_it_began_where_its_data_set_moved_and_not_wh
         assert (method.highest, method.average) == (2.0, "epoch")
 
 
-def test_a_resumed_run_keeps_its_late_decay(broken: Any) -> None:
+def test_a_resumed_run_keeps_its_late_decay(broken: Any, said: list[str]) -> None:
     """The host makes its schedule before the checkpoint's settings are known."""
     last = broken("sat", eps=0.5, steps=1, decay="late", lr0=0.02, optimizer="SGD", warmup_epochs=0)
     rates: list[float] = []
     trainer = TRAINERS["sat"](overrides={"model": str(last), "resume": str(last), "decay": "host"})
     trainer.add_callback("on_train_epoch_end", lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     trainer.train()
+    assert not any("without any effect" in line for line in said), "delta was filled in by the first run"
     assert trainer.settings.decay == "late"
     assert rates == pytest.approx([0.02, 0.002])  # epochs 3 and 4
     assert [trainer.lf(epoch) for epoch in range(4)] == pytest.approx([1, 1, 1, 0.1])

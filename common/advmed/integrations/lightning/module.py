@@ -39,7 +39,14 @@ from advmed.methods import (
 from advmed.objective import Objective
 from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
 from advmed.training.rate import LateDecay
-from advmed.training.run import MethodRun, fingerprint, load_thresholds, saved_thresholds, self_calibrated
+from advmed.training.run import (
+    MethodRun,
+    fingerprint,
+    load_thresholds,
+    saved_thresholds,
+    self_calibrated,
+    without_use,
+)
 from advmed.training.settings import RunSettings, TrainingSettings
 from advmed.versions import tell_if_newer
 
@@ -144,6 +151,7 @@ class RobustModule(LightningModule):
         method_class(method.name, self.objective_class)
         self.validation_steps = validation_steps_of(method.name, validation_steps)
         self.method_name, self.settings = method.name, method.with_attack(attack)
+        self._given = self.settings
         self.terms, self.default_rule = tuple(terms), default_rule
         if self.settings.backward != "together":
             raise ValueError(
@@ -252,6 +260,8 @@ class RobustModule(LightningModule):
         """Sets the method up: whatever is wrong with the settings is said before the first step."""
         values = self.data.dataset("train")[0]["image"].numel()
         self.settings = self._sharing(self.resolved(self.settings, values).for_method(self.method_name))
+        for line in without_use(self.method_name, self._given):
+            say(line)
         ids = self._sample_ids()
         steps = self._steps_per_epoch()
         epochs = self._epochs(steps)
