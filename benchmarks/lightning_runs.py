@@ -156,11 +156,16 @@ class Runs(ABC):
         command = ["fit", "--config", str(self.configuration(network, method, seed))]
         if done.exists():
             return
-        checkpoint = self.checkpoint(network, method, seed)
-        if checkpoint.exists():
+        checkpoint, start = self.checkpoint(network, method, seed), time.monotonic()
+        if resumed := checkpoint.exists():
             command += ["--ckpt_path", str(checkpoint)]
         self.command(f"train_{network}_{method}_{seed}", command)
-        done.touch()
+        done.write_text("" if resumed else f"{time.monotonic() - start:.0f}")
+
+    def seconds(self, network: str, method: str, seed: int) -> float | None:
+        """That a training took; None where it was interrupted, or is of before they were noted."""
+        text = (self.work / "logs" / f"{network}_{method}_{seed}.done").read_text()
+        return float(text) if text else None
 
     def evaluate(self, network: str, method: str, seed: int) -> None:
         log = f"evaluate_{network}_{method}_{seed}"

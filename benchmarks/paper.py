@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,13 @@ import hippocampus
 import landmark
 import torch
 
+from advmed.evaluation.auc import auc_robust
+
 PAPER = Path(__file__).resolve().parents[1] / "tests" / "data"
 """The paper's tables as data."""
 ATTACKS = ("pgd100", "ifgsm10")
+SEED = 0
+"""Of every training."""
 Curves = dict[str, dict[str, list[float]]]
 """Method, attack, the metric at the paper's levels, the first of which is 0."""
 
@@ -48,6 +54,7 @@ class Found:
         samples: validation samples under attack.
         steps: of the attack in training; the authors' release has 20.
         seconds: by method, for the tables of seconds.
+        hours: of the training of each row by itself; None where it was interrupted.
         per: what the seconds are of.
         notes: sentences for the caption.
     """
@@ -58,6 +65,7 @@ class Found:
     samples: int
     steps: int
     seconds: dict[str, float]
+    hours: dict[str, float | None] = field(default_factory=dict)
     per: str = "epoch"
     notes: tuple[str, ...] = ()
 
@@ -214,7 +222,7 @@ def segmentation(options: Options, table: Table) -> Found:
         lengths = f"{standard['iterations_per_epoch']} (standard) and {adversarial['iterations_per_epoch']}"
         notes += (f"epochs have {lengths} iterations, so that their seconds, validation included, are divided by them",)
         notes += together([work / "settings" / f"{ours}.jobs" for ours in names.values()])
-        return Found({}, 1.0, visits, 0, steps, seconds, "iteration", notes)
+        return Found({}, 1.0, visits, 0, steps, seconds, per="iteration", notes=notes)
     if table.of == "clean":  # of the standard network alone, whose part the tables of all methods go on with
         if not options.show:
             bench.train_all()
@@ -224,7 +232,11 @@ def segmentation(options: Options, table: Table) -> Found:
         if not options.show:
             bench.run()
         report = json.loads((work / "report" / "report.json").read_text())
-    return Found(curves_in(report, table, names), 1.0, visits, samples_in(report), steps, {}, notes=notes)
+    hours: dict[str, float | None] = {}
+    for name, ours in names.items():
+        log = bench.log(ours)
+        hours[name] = epoch_seconds(log) * len(log["epoch_end_timestamps"]) / 3600
+    return Found(curves_in(report, table, names), 1.0, visits, samples_in(report), steps, {}, hours, notes=notes)
 
 
 def epoch_seconds(log: dict[str, list[float]]) -> float:
@@ -259,7 +271,7 @@ def detection(options: Options, table: Table) -> Found:
     bccd.PRESETS["paper's table"] = replace(preset, runs=runs)
     work = options.work / table.dataset / ("deltas" if table.deltas else "methods")
     network = "yolov5s" if options.scale == "paper" else "yolov5n"
-    bench = bccd.Benchmark("paper's table", options.data, work, f"{network}.yaml", options.device, options.jobs, 0)
+    bench = bccd.Benchmark("paper's table", options.data, work, f"{network}.yaml", options.device, options.jobs, SEED)
     steps = int(dict(word.split("=", 1) for word in preset.adversarial).get("steps", PAPER_STEPS))
     built = f"{network} as Ultralytics builds it today (the paper: YOLO v5s 6.1), images of {preset.imgsz} (320)"
     notes: tuple[str, ...] = (built,)
@@ -274,7 +286,11 @@ def detection(options: Options, table: Table) -> Found:
     if not options.show:
         bench.run()
     report = json.loads((work / "report_paper's table" / "report.json").read_text())
-    return Found(curves_in(report, table, names), scale, scale, samples_in(report), steps, {}, notes=notes)
+    hours: dict[str, float | None] = {}
+    for name, ours in names.items():
+        log = bench.folder(ours) / "results.csv"
+        hours[name] = bccd.epoch_seconds(log) * (len(log.read_text().splitlines()) - 1) / 3600
+    return Found(curves_in(report, table, names), scale, scale, samples_in(report), steps, {}, hours, notes=notes)
 
 
 def landmarks(options: Options, table: Table) -> Found:
@@ -296,20 +312,23 @@ def landmarks(options: Options, table: Table) -> Found:
     encoder = preset.network["encoder"]
     only = [] if table.deltas else list(names.values())
     device = "cpu" if options.device == "cpu" else "gpu"
-    bench = Chosen(work, [encoder], [0], only, device, options.jobs, preset, options.data, options.spacing)
+    bench = Chosen(work, [encoder], [SEED], only, device, options.jobs, preset, options.data, options.spacing)
     if not options.show:
         bench.run()
     curves: Curves = {}
+    hours: dict[str, float | None] = {}
     for name, ours in names.items():
-        model = bench.results(encoder, ours, 0, "L2")[table.metric]
+        model = bench.results(encoder, ours, SEED, "L2")[table.metric]
         curves[name] = {attack: model["attacks"][attack]["values"] for attack in ATTACKS}
+        seconds = bench.seconds(encoder, ours, SEED)
+        hours[name] = None if seconds is None else seconds / 3600
     report = json.loads(
-        (work / "reports" / f"{encoder}_{next(iter(names.values()))}_0" / "L2" / "report.json").read_text()
+        (work / "reports" / f"{encoder}_{next(iter(names.values()))}_{SEED}" / "L2" / "report.json").read_text()
     )
     notes: tuple[str, ...] = (f"encoder {encoder} (the paper's: VGG19), {preset.epochs} epochs (500)",)
     if preset.data["channels"] == 1:
         notes += ("one channel for the paper's three",)
-    return Found(curves, preset.scale, preset.scale, samples_in(report), preset.steps, {}, notes=notes)
+    return Found(curves, preset.scale, preset.scale, samples_in(report), preset.steps, {}, hours, notes=notes)
 
 
 def curves_in(report: dict[str, Any], table: Table, names: dict[str, str]) -> Curves:
@@ -341,9 +360,36 @@ TABLES = {
 }
 
 
+def sums_of(table: Table, curves: Curves) -> dict[str, dict[str, tuple[float, float]]]:
+    """By method and attack: the mean over the levels above 0 ("Avg." of the paper), and AUC_robust.
+
+    Where less is better, values are divided by the largest of the paper's table, so that ours and theirs are alike. A
+    curve with a number that the scan has lost has none.
+    """
+    levels, higher = levels_of(table), table.metric != "MRE"
+    known = [v for rows in published(table).values() for curve in rows.values() for v in curve if v == v]
+    return {
+        method: {
+            attack: (
+                statistics.mean(curve[1:]),
+                auc_robust(levels, curve, higher_is_better=higher, scale=None if higher else max(known)),
+            )
+            for attack, curve in by_attack.items()
+            if all(value == value for value in curve)
+        }
+        for method, by_attack in curves.items()
+    }
+
+
+def beside(own: Sequence[float], theirs: Sequence[float]) -> list[str]:
+    """Cells: ours and, in brackets, the paper's, where it has one."""
+    pairs = zip_longest(own, theirs[: len(own)], fillvalue=math.nan)
+    return [f"{ours:.3f}" + (f" ({other:.3f})" if other == other else "") for ours, other in pairs]
+
+
 def caption(table: Table, found: Found, scale: str) -> str:
     """How the numbers came about, and what about it is not the paper's."""
-    parts = [f"scale {scale}", "one seed"]
+    parts = [f"scale {scale}", f"one seed ({SEED})"]
     if found.samples:
         parts.append(f"{found.samples} validation samples")
     if table.of == "levels":
@@ -366,17 +412,19 @@ def page(name: str, table: Table, found: Found, scale: str) -> str:
             lines.append(f"| {method} | {value:.3g} | {value / found.seconds['STD']:.2f} ({times:.2f}) |")
         return "\n".join(lines) + "\n"
     attacks: Iterable[str] = ("pgd100",) if table.deltas else ATTACKS
+    sums, known = [sums_of(table, curves) if table.of == "levels" else {} for curves in (found.curves, theirs)]
     for attack in attacks:
         shown = levels[:1] if table.of == "clean" else levels
         what = table.metric if table.of == "clean" else f"{table.metric}, {attack}"
         heads = [what, "clean", *(f"{level:g}" for level in shown[1:])]
+        heads += [] if table.of == "clean" else ["Avg.", "AUC_robust", "hours"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for method, curves in found.curves.items():
-            known = theirs.get(method, {}).get(attack, [float("nan")] * len(levels))
-            cells = [
-                f"{own:.3f}" + (f" ({other:.3f})" if other == other else "")
-                for own, other in zip(curves[attack][: len(shown)], known, strict=False)
-            ]
+            cells = beside(curves[attack][: len(shown)], theirs.get(method, {}).get(attack, ()))
+            if table.of != "clean":
+                cells += beside(sums[method][attack], known.get(method, {}).get(attack, ()))
+                hours = found.hours.get(method)
+                cells.append("" if hours is None else f"{hours:.2f}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines.append("")
         if table.of == "clean":
@@ -423,6 +471,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / f"{given.table}.md").write_text(text)
     record = {"table": given.table, "scale": given.scale, "levels": levels_of(table), "paper": published(table)}
+    record |= {"seed": SEED, "hours": found.hours}
+    if table.of == "levels":
+        record |= {"avg_and_auc_robust": sums_of(table, found.curves), "papers": sums_of(table, published(table))}
     record |= {"curves": found.curves, "level_scale": found.scale, "delta_scale": found.delta_scale}
     record |= {"samples": found.samples, "steps": found.steps, "notes": found.notes}
     record |= {"seconds": found.seconds, "seconds_of": found.per if found.seconds else None}

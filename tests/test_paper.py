@@ -64,9 +64,39 @@ def test_the_numbers_over_delta_are_the_papers(paper: Any) -> None:
 
 def test_a_cell_is_ours_and_the_papers_in_brackets(paper: Any) -> None:
     curves = {"AMAT": {attack: [0.5, 0.4, 0.3, 0.2] for attack in paper.ATTACKS}}
-    text = paper.page("table2", paper.TABLES["table2"], found(paper, curves, scale=0.4), "cpu")
+    text = paper.page("table2", paper.TABLES["table2"], found(paper, curves, scale=0.4, hours={"AMAT": 1.25}), "cpu")
     assert "17 validation samples" in text
-    assert "| AMAT | 0.500 (0.784) | 0.400 (0.752) | 0.300 (0.675) | 0.200 (0.558) |" in text
+    assert "one seed (0)" in text
+    cells = "| AMAT | 0.500 (0.784) | 0.400 (0.752) | 0.300 (0.675) | 0.200 (0.558) | 0.300 (0.662) |"
+    area = (2 * 0.45 + 4 * 0.35 + 4 * 0.25) / 10
+    assert f"{cells} {(0.5 * area) ** 0.5:.3f} (" in text
+    assert text.splitlines()[6].endswith(") | 1.25 |")
+    assert "| 0.50 |" not in text
+    unknown = paper.page("table2", paper.TABLES["table2"], found(paper, curves, hours={"AMAT": None}), "cpu")
+    assert unknown.splitlines()[6].endswith(") |  |")
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table6", "table7"])
+def test_averages_are_the_papers(paper: Any, name: str) -> None:
+    table = paper.TABLES[name]
+    sums = paper.sums_of(table, paper.published(table))
+    looked = 0
+    for row in paper.rows("results_tables_1_to_7.csv"):
+        if (row["dataset"], row["level"]) == (table.dataset, "avg") and row["attack"] in sums.get(row["method"], {}):
+            assert sums[row["method"]][row["attack"]][0] == pytest.approx(float(row["value"]), rel=2e-3, abs=2e-4)
+            looked += 1
+    assert looked >= (2 if name == "table3" else 8), "of table 3 the scan has lost most"
+
+
+@pytest.mark.parametrize("name", ["table8", "table9", "table10", "table11", "table12"])
+def test_areas_are_the_papers(paper: Any, name: str) -> None:
+    table = paper.TABLES[name]
+    sums = paper.sums_of(table, paper.published(table))
+    rows = [row for row in paper.rows("auc_robust_appendix_a.csv") if row["dataset"] == table.dataset]
+    assert len(rows) > 3
+    for row in rows:
+        found = sums[f"delta {float(row['delta']):g}"]["pgd100"][1]
+        assert found == pytest.approx(float(row["auc_robust"]), rel=2e-3)
 
 
 def test_the_caption_tells_levels_and_deltas_apart(paper: Any) -> None:
@@ -218,7 +248,8 @@ def test_table_4_needs_no_other_table_before_it(paper: Any, pretending: list[Any
     assert given.curves["STD"]["pgd100"][0] == 0.5
     assert pretending[0].called == ["preprocess", "train_STD", "evaluate_STD"]
     assert paper.FINE_TUNED not in given.notes
-    paper.segmentation(options, paper.TABLES["table2"])
+    both = paper.segmentation(options, paper.TABLES["table2"])
+    assert (both.hours["STD"], both.hours["AMAT"]) == (500 / 3600, 1000 / 3600)
     assert "train_STD" not in pretending[1].called
     assert "evaluate_all" in pretending[1].called
 
