@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,19 +122,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "SAT 3.5, as long as with AWP": {"method": "SAT", "eps": 3.5, **FAST, "train_steps": AS_LONG},
     "AMAT secant, estimate, mean+2std, AWP": amat("secant", 2, **ESTIMATE, awp=AWP),
     "AMAT secant, estimate, mean+2std, as long as with AWP": amat("secant", 2, **ESTIMATE, train_steps=AS_LONG),
-    "SAT 3.5, a late decay": {"method": "SAT", "eps": 3.5, **FAST, "late": True},
-    "AMAT secant, estimate, mean+2std, a late decay": amat("secant", 2, **ESTIMATE, late=True),
+    **{
+        f"{name}, {decay}": {**run, "decay": kind}
+        for name, run in (
+            ("SAT 3.5", {"method": "SAT", "eps": 3.5, **FAST}),
+            ("AMAT secant, estimate, mean+2std", amat("secant", 2, **ESTIMATE)),
+        )
+        for decay, kind in (("a late decay", "step"), ("a late line", "line"))
+    },
     **{
         f"AMAT secant, estimate, any's margin, mean+{std:g}std": amat("secant", std, **ESTIMATE, margin_of="any")
         for std in (1, 2, 4)
     },
     **{
-        f"{name}, as short as the demo{decay}": {**run, "train_steps": 250, "rate": 0.03, "late": late}
+        f"{name}, as short as the demo{decay}": {**run, "train_steps": 250, "rate": 0.03, "decay": kind}
         for name, run in (
             ("SAT 3.5", {"method": "SAT", "eps": 3.5, **FAST}),
             ("AMAT secant, estimate, mean+2std", amat("secant", 2, **ESTIMATE)),
         )
-        for decay, late in (("", False), (", a late decay", True))
+        for decay, kind in (("", "host"), (", a late decay", "step"), (", a late line", "line"))
     },
     **{f"SAT {eps:g}, growing": {"method": "SAT", "eps": eps, **FAST, "ramp": 0.8} for eps in (3.5, 5, 7)},
     **{
@@ -144,6 +151,14 @@ RUNS: dict[str, dict[str, Any]] = {
         for std in (1, 2)
     },
 }
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "host": lambda done: (1 - done) ** 0.9,
+    "step": lambda done: 1.0 if done < 0.75 else 0.1,
+    "line": lambda done: min(1.0, 4 * (1 - done)),
+}
+"""What is left of the learning rate after that share of the steps."""
 
 
 def load(folder: Path, cases: list[str]) -> tuple[Tensor, Tensor]:
@@ -200,7 +215,7 @@ def train(
     steps: int,
     rate: float,
     *,
-    late: bool = False,
+    decay: str = "host",
     ramp: float = 0.0,
 ) -> tuple[float, nn.Module]:
     """Trains as nnU-Net does; seconds of processor time, and the network of averaged weights.
@@ -212,7 +227,8 @@ def train(
         labels: theirs.
         steps: batches.
         rate: the learning rate.
-        late: whether it stays for three quarters of the steps and is a tenth then, in place of nnU-Net's decay.
+        decay: how it falls: "host", as nnU-Net's; or it stays for three quarters of the steps, and is a tenth from
+            there on ("step"), or falls from there to 0 in a straight line ("line").
         ramp: share of the steps in which the level of SAT grows from 0.
     """
     eps = method.eps if isinstance(method, SAT) else None
@@ -221,7 +237,7 @@ def train(
     start = time.process_time()
     for number in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * ((0.1 if number >= 0.75 * steps else 1) if late else (1 - number / steps) ** 0.9)
+            group["lr"] = rate * DECAYS[decay](number / steps)
         if ramp and eps is not None and isinstance(method, SAT):
             method.eps = eps * min(1.0, (number + 1) / (ramp * steps))
         chosen = torch.randint(len(images), (BATCH,))
@@ -292,7 +308,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         settings = dict(RUNS[name])
         kind, std, rate = settings.pop("method"), settings.pop("std", None), settings.pop("rate", FINE_RATE)
         threshold_rule, steps = settings.pop("threshold_rule", None), settings.pop("train_steps", STEPS)
-        awp, late, ramp = settings.pop("awp", None), settings.pop("late", False), settings.pop("ramp", 0.0)
+        awp, decay, ramp = settings.pop("awp", None), settings.pop("decay", "host"), settings.pop("ramp", 0.0)
         torch.manual_seed(100 + seed)
         if kind == "AMAT":
             settings["thresholds"] = thresholds(model, images, labels).thresholds(threshold_rule or f"mean+{std:g}std")
@@ -302,7 +318,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         taken = method
         if awp is not None and isinstance(method, AdversarialMethod):
             taken = WeightPerturbation(method, awp)
-        whole, average = train(model, taken, images, labels, steps, rate, late=late, ramp=ramp)
+        whole, average = train(model, taken, images, labels, steps, rate, decay=decay, ramp=ramp)
         seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
     result["seconds"] = seconds
