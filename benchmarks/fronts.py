@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -24,8 +25,9 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -461,8 +463,32 @@ def call(words: list[str], log: Path, needs: Sequence[str] = ()) -> str:
         sys.exit(f"{' '.join(words)}\nfailed; its log: {log}")
     name = uuid.uuid4().hex
     seconds = round(time.monotonic() - start, 1)
-    done.write_text(json.dumps({"command": words, "needs": list(needs), "id": name, "seconds": seconds}))
+    what = {"command": words, "needs": list(needs), "id": name, "seconds": seconds, "code": code_of()}
+    done.write_text(json.dumps(what))
     return name
+
+
+@cache
+def code_of() -> str:
+    """Tells the product's code from another: a hash of its source, 12 hex digits."""
+    names = ("advmed", "adv_classify", "adv_landmark", "adv_yolo")
+    places = [Path(str(spec.origin)).parent for name in names if (spec := importlib.util.find_spec(name))]
+    files = [file for place in places for file in sorted(place.rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def codes(work: Path, found: Mapping[str, Mapping[int, Any]]) -> str:
+    """A line that says which code trained which rows; a row whose seeds are of several stands under each."""
+    rows: dict[str, list[str]] = {}
+    for name, by_seed in found.items():
+        for seed in by_seed:
+            done = noted(work / str(seed) / "logs" / f"{slug(name)}.train.done") or {}
+            of_code = rows.setdefault(str(done.get("code", "not noted")), [])
+            if name not in of_code:
+                of_code.append(name)
+    if len(rows) == 1:
+        return f"Trained by one version of the code: {next(iter(rows))}"
+    return "\n".join(f"Trained by code {code}: {', '.join(names)}" for code, names in rows.items())
 
 
 def finished(words: Sequence[str], log: Path, needs: Sequence[str]) -> str:
@@ -604,6 +630,8 @@ def main() -> None:
         run_all(kind, work, options.seeds, options.jobs, options.only)
     print(table(kind, work, options.seeds))
     curves = measured(kind, work, options.seeds)
+    if curves:
+        print("\n" + codes(work, curves))
     if unknown := [name for name in options.beside if name not in curves]:
         parser.error(f"--beside: no run is called {unknown[0]!r}; there are {', '.join(curves)}")
     for name in options.beside:

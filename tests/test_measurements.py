@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -237,6 +238,21 @@ def test_what_is_finished_is_done_again_when_its_command_or_what_it_needs_has_ch
     log.with_suffix(".done").write_text("12.5")  # as an older version of it, which did not know its command
     fronts.call(words, log)
     assert runs() == 4
+
+
+def test_a_table_says_which_code_trained_its_rows(fronts: ModuleType, tmp_path: Path) -> None:
+    assert re.fullmatch("[0-9a-f]{12}", fronts.code_of())
+    for seed, name in ((0, "STD"), (1, "STD"), (0, "SAT 2")):
+        logs = tmp_path / str(seed) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        fronts.call(["python", "-c", ""], logs / f"{fronts.slug(name)}.train.log")
+    rows = {"STD": {0: [], 1: []}, "SAT 2": {0: []}}
+    assert fronts.codes(tmp_path, rows) == f"Trained by one version of the code: {fronts.code_of()}"
+    done = tmp_path / "1" / "logs" / "STD.train.done"
+    done.write_text(json.dumps({**json.loads(done.read_text()), "code": "another"}))
+    said = f"Trained by code {fronts.code_of()}: STD, SAT 2\nTrained by code another: STD"
+    assert fronts.codes(tmp_path, rows) == said
+    assert "not noted: SAT 9" in fronts.codes(tmp_path, {**rows, "SAT 9": {0: []}}), "of before it was noted"
 
 
 def test_a_training_that_was_done_anew_is_followed_by_those_that_begin_with_it(
