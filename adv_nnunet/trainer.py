@@ -155,6 +155,7 @@ class AdversarialTraining(_Host):
         self.terms: SampleTerms | None = None
         self._saved_state: dict[str, Any] | None = None
         self._standard: Path | None = None  # whose weights training starts with
+        self._iteration = 0
         self._ended = False
         self._best_robust = -math.inf
         self._robust_counts: list[Any] = []
@@ -552,11 +553,15 @@ class AdversarialTraining(_Host):
     def on_train_epoch_start(self) -> None:
         """Ends the warm-up when it is over."""
         super().on_train_epoch_start()
+        self._iteration = 0
         for line in self.run.begin_epoch(self.current_epoch):
             self.print_to_log_file(line)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's training step with the method's loss."""
+        if isinstance(self.lr_scheduler, LateDecay):
+            self.lr_scheduler.within(self.current_epoch + self._iteration / self.num_iterations_per_epoch)
+            self._iteration += 1
         if self._steps_as_its_base:
             return dict(super().train_step(batch))
         images, target = self.to_device(batch)

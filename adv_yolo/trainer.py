@@ -170,6 +170,7 @@ class AdversarialTraining(_Host):
         self._knows_classes = False
         self._robust = math.nan
         self._in_epoch = False
+        self._batch = 0
         if cfg is DEFAULT_CFG and "epochs" not in host and not host.get("resume") and not host.get("time"):
             self._shorten(host)
         super().__init__(cfg, host, _callbacks)
@@ -472,8 +473,14 @@ class AdversarialTraining(_Host):
         if self.run is not None and event == "on_train_epoch_start":
             self._robust, self._in_epoch = math.nan, True
             self.run.steps_per_epoch = len(self.train_loader)  # more of them where a batch did not fit the memory
+            self._batch = 0
             for line in self.run.begin_epoch(self.epoch):
                 _log(line)
+        if event == "on_train_batch_start" and isinstance(
+            self.scheduler, LateDecay
+        ):  # the host's warm-up goes before it
+            self.scheduler.within(self.epoch + self._batch / len(self.train_loader))
+            self._batch += 1
         if self.run is not None and event == "on_train_epoch_end":
             self._epoch_values = self.run.end_epoch()
             if isinstance(self.run.method, AdaptiveRadiusMethod) and not self.run.warming_up:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, name: str = "dice
     return results
 
 
-def run(name: str, seed: int, data: Path, work: Path) -> None:
+def run(name: str, seed: int, data: Path, work: Path, attacks: Sequence[str]) -> None:
     torch.set_num_threads(1)
     fold = json.loads((data / "splits_final.json").read_text())[0]
     images, labels = load(data, fold["train"][:100])
@@ -322,7 +322,7 @@ def run(name: str, seed: int, data: Path, work: Path) -> None:
         seconds = whole / steps
     val_images, val_labels = load(data, fold["val"][:10])
     result["seconds"] = seconds
-    for attack in ATTACKS:
+    for attack in attacks:
         result[attack] = evaluate(model, val_images[::2], val_labels[::2], attack)
     torch.save(model.state_dict(), work / f"{re.sub(r'[^a-z0-9.]+', '_', name.lower())}_{seed}.pt")
     if average is not None and name in AVERAGED:
@@ -378,14 +378,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
     parser.add_argument("--table", action="store_true", help="print what there is")
     parser.add_argument("--stronger", action="store_true", help="print what APGD-50 found")
+    parser.add_argument(
+        "--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="dice: PGD-40; apgd: APGD-50"
+    )
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.run:
-        run(options.run[0], int(options.run[1]), options.data, options.work)
+        run(options.run[0], int(options.run[1]), options.data, options.work, options.attacks)
         return
     if not options.table:
-        words = [sys.executable, __file__, "--data", str(options.data), "--work", str(options.work), "--run"]
+        words = [sys.executable, __file__, "--data", str(options.data), "--work", str(options.work)]
+        words += ["--attacks", *options.attacks, "--run"]
         done = {(found["name"], found["seed"]) for found in finished(options.work)}
         for names in (["STD"], [name for name in RUNS if re.search(options.only, name)]):
             waiting = [(n, s) for s in options.seeds for n in names if (n, s) not in done]

@@ -50,7 +50,7 @@ class RunSettings(MethodSettings):
         ramp: share of the epochs under attack in which the one noise level of SAT, AT, TRADES, MART or FAT grows in a
             straight line from 0 to eps, step by step, in [0, 1]; 0: it is eps from the first step on.
         decay: of the learning rate: "host", as the host has it; "late": it stays at its first value for three quarters
-            of the training, and is a tenth of that from there on.
+            of the training, and falls from there to a hundredth in a straight line.
         warmup_epochs: epochs of standard training first; None: only as many as self-calibration needs.
         backward: "together" back-propagates the clean and the adversarial part in one go, "sequential" one after the
             other, at the peak memory of a standard step.

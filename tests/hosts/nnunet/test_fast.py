@@ -156,15 +156,26 @@ def test_a_level_grows_with_the_training(bench: Any) -> None:
     assert levels == pytest.approx([0.5, 1.0, 1.0])  # of its first epoch, which is half of the training
 
 
-def test_the_learning_rate_falls_late(bench: Any) -> None:
-    own = FAST | {"epochs": 4, "initial_lr": 0.02}
-    for decay, rates in (("late", [0.02, 0.02, 0.02, 0.002]), ("host", [0.02 * (1 - k / 4) ** 0.9 for k in range(4)])):
-        trainer = bench.ready("SAT", "3d_fullres", warmup_epochs=0, decay=decay, tag=decay, **own)
-        found = []
-        for epoch in range(4):
-            trainer.lr_scheduler.step(epoch)  # as the host does when an epoch begins
+@pytest.mark.parametrize("kind", ["SAT", "STD"])
+@pytest.mark.parametrize(
+    ("decay", "rates"),
+    [
+        ("late", [0.02] * 7 + [0.01]),  # it falls within the last of four epochs, iteration by iteration
+        ("host", [0.02 * (1 - k // 2 / 4) ** 0.9 for k in range(8)]),
+    ],
+)
+def test_the_learning_rate_falls_late(bench: Any, kind: str, decay: str, rates: list[float]) -> None:
+    own = FAST | {"epochs": 4, "iterations_per_epoch": 2, "initial_lr": 0.02, "steps": 1, "warmup_epochs": 0}
+    trainer = bench.started(kind, "3d_fullres", decay=decay, **own)
+    (batch,) = bench.batches(trainer, 1)
+    found = []
+    for epoch in range(4):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        for _ in range(2):
+            trainer.train_step(batch)
             found.append(trainer.optimizer.param_groups[0]["lr"])
-        assert found == pytest.approx(rates)
+    assert found == pytest.approx(rates)
 
 
 def test_a_base_whose_optimizer_depends_on_a_stage(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,10 +370,12 @@ def test_the_learning_rate_falls_late(run: Any) -> None:
     rates: list[float] = []
     given = {"eps": 1.0, "steps": 1, "epochs": 4, "val": False, "robust_batches": 0, "optimizer": "SGD", "lr0": 0.02}
     given |= {"decay": "late", "warmup_epochs": 0}
-    on = {"on_train_epoch_end": lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])}
+    on = {"on_train_batch_end": lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])}
     trainer = run("sat", on=on, **given)
-    assert rates == pytest.approx([0.02, 0.02, 0.02, 0.002])
-    assert trainer.lf(3) == pytest.approx(0.1), "what the host's warm-up goes by"
+    count = len(trainer.train_loader)
+    assert count > 1
+    assert rates == pytest.approx([0.02] * 3 * count + [0.02 * (1 - batch / count) for batch in range(count)])
+    assert trainer.lf(3.5) == pytest.approx(0.5), "what the host's warm-up goes by"
 
 
 def test_no_gradient_is_shared_where_it_is_of_another_head_than_the_attacked_one(run: Any, said: list[str]) -> None:
@@ -988,12 +990,13 @@ def test_a_resumed_run_keeps_its_late_decay(broken: Any, said: list[str]) -> Non
     last = broken("sat", eps=0.5, steps=1, decay="late", lr0=0.02, optimizer="SGD", warmup_epochs=0)
     rates: list[float] = []
     trainer = TRAINERS["sat"](overrides={"model": str(last), "resume": str(last), "decay": "host"})
-    trainer.add_callback("on_train_epoch_end", lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.add_callback("on_train_batch_start", lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     trainer.train()
     assert not any("without any effect" in line for line in said), "delta was filled in by the first run"
     assert trainer.settings.decay == "late"
-    assert rates == pytest.approx([0.02, 0.002])  # epochs 3 and 4
-    assert [trainer.lf(epoch) for epoch in range(4)] == pytest.approx([1, 1, 1, 0.1])
+    count = len(trainer.train_loader)  # of epochs 3 and 4
+    assert rates == pytest.approx([0.02] * count + [0.02 * (1 - batch / count) for batch in range(count)])
+    assert trainer.lf(3.5) == pytest.approx(0.5)
 
 
 def test_a_run_of_an_earlier_release_goes_on_without_what_it_did_not_know(broken: Any) -> None:
