@@ -139,7 +139,18 @@ def decays(sat: float, wide: Settings, demo: Any, weight_decay: float) -> dict[s
         adamw = {**rate, "lr_scheduler": "MultiStepLR", "lr_scheduler.milestones": f"[{epoch}]"}
         made[f"SAT {sat:g}, {name}"] = {"method": "SAT", "eps": sat, **adamw}
         made[f"AMAT wide on the sphere, mean+4std, {name}"] = amat(4, **wide, train_on="sphere", **adamw)
-    return made
+    return made | late(sat, wide)
+
+
+def late(sat: float, wide: Settings) -> dict[str, Settings]:
+    """The product's own: it stays for three quarters, and falls from there in a line."""
+    return {
+        f"SAT {sat:g}, late": {"method": "SAT", "eps": sat, "decay": "late"},
+        "AMAT wide on the sphere, mean+4std, late": amat(4, **wide, train_on="sphere", decay="late"),
+        "AMAT wide on the sphere, any's margin, mean+4std, late": amat(
+            4, **wide, train_on="sphere", margin_of="any", decay="late"
+        ),
+    }
 
 
 def controls(learnt: str, longer: Settings, **length: Any) -> dict[str, Settings]:
@@ -392,10 +403,7 @@ class Yolo(Host):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.5, 1.0, 1.5, 2.0, 3.0], {"margin_min": 0.1, "margin_max": 16.0}),
         **growing((1.0, 2.0, 3.0, 5.0)),
-        "SAT 2, late": {"method": "SAT", "eps": 2.0, "decay": "late"},
-        "AMAT wide on the sphere, mean+4std, late": amat(
-            4, margin_min=0.1, margin_max=16.0, train_on="sphere", decay="late"
-        ),
+        **late(2.0, {"margin_min": 0.1, "margin_max": 16.0}),
     }
 
     def prepare(self) -> None:
