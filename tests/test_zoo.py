@@ -57,6 +57,13 @@ def test_the_files_are_those_of_the_card(network: Network) -> None:
     assert extra == {*network.files, CARD}
 
 
+def task_of(network: Network) -> str:
+    """What docs/zoo.md says of a network's task."""
+    sections = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8").split("\n## ")
+    (section,) = (section for section in sections if f"| `{network.name}` |" in section)
+    return section
+
+
 @pytest.mark.parametrize("network", NETWORKS, ids=named)
 def test_the_card_is_that_of_the_report(network: Network) -> None:
     report = json.loads((network.folder.parent / "report.json").read_text())
@@ -70,6 +77,10 @@ def test_the_card_is_that_of_the_report(network: Network) -> None:
     text = (network.folder / CARD).read_text()
     assert all(f"{value:.3f}" in text.split("---\n", 2)[2] for value in network.values)
     assert all(command in text for command in (*network.predict, *network.training))
+    (name,) = (name for name in report["configuration"]["models"] if name.startswith(network.folder.name))
+    attacked = json.loads(report["configuration"]["models"][name])["checkpoint"]
+    said = "attacked before they were packed" in task_of(network)
+    assert (attacked in network.files.values()) is not said, "another file was attacked than lies here"
 
 
 @pytest.mark.slow
