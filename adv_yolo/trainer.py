@@ -476,9 +476,8 @@ class AdversarialTraining(_Host):
             self._batch = 0
             for line in self.run.begin_epoch(self.epoch):
                 _log(line)
-        if event == "on_train_batch_start" and isinstance(
-            self.scheduler, LateDecay
-        ):  # the host's warm-up goes before it
+        # The host sets the rates of its warm-up after this, so that these do not touch them.
+        if event == "on_train_batch_start" and isinstance(self.scheduler, LateDecay):
             self.scheduler.within(self.epoch + self._batch / len(self.train_loader))
             self._batch += 1
         if self.run is not None and event == "on_train_epoch_end":

@@ -131,8 +131,8 @@ class TrainingSettings(AttackSettings, EveryMethodSettings, RunSettings):
     def without_use(self, name: str) -> list[str]:
         """Of the settings that were given another value than their default, those that mean nothing to a method.
 
-        One file serves all trainers, so that they are no error; to be said before the training begins, as a number that
-        was given to the wrong method would have been obeyed in silence otherwise.
+        One file serves all trainers, so that they are no error; but a number that was given to the wrong method would
+        be ignored in silence, if nobody said so before the training begins.
 
         Args:
             name: of the method.
