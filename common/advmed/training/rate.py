@@ -2,8 +2,7 @@
 
 A constant rate and a cooldown in a straight line: A. Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond
 Fixed Training Durations", 2024, arXiv 2405.18392. (L. Rice et al. 2020, "Overfitting in adversarially robust deep
-learning", arXiv 2002.11569, have a rate that drops to a tenth at once, which a short training with much momentum does
-not settle in.)
+learning", arXiv 2002.11569, have a rate that drops to a tenth at once, which cost clean Dice in very short trainings.)
 """
 
 from __future__ import annotations
