@@ -857,10 +857,10 @@ class LightningTrainingContract(OwnFolder):
         """Of our own optimizer; another one's is the user's."""
         rates = noted_rates(monkeypatch, host.module)
         given: dict[str, Any] = {"model__method__name": "SAT", "model__method__decay": "late", "model__lr": 0.004}
-        host.fit(tmp_path, **given, model__validation_steps=0, trainer__max_epochs=2)
+        host.fit(tmp_path, **given, model__validation_steps=0, trainer__max_epochs=3)
         count = len(rates)
-        assert count == 2 * host.steps
-        assert rates == pytest.approx([0.004 if 4 * number < 3 * count else 0.0004 for number in range(count)])
+        assert count == 3 * host.steps
+        assert rates == pytest.approx([0.004 * min(1, 4 * (1 - number / count)) for number in range(count)])
         assert rates[0] > rates[-1]
         message = host.refused(**given, **SGD)
         assert "decay 'late' is a schedule of the default optimizer" in message
