@@ -45,6 +45,9 @@ class ClassifierAttack(AttackSettings):
 # Defaults, per value of an image: a noise that no eye sees. In L2 the norm grows with the square root of the number of
 # values; 4/255 in every value is the level most work on Linf begins with, and 1/255 of it AMAT's step.
 _EPS_PER_VALUE, _DELTA_PER_VALUE = 2 / 255, 0.5 / 255
+_CAP_OF_EPS = 2.0
+"""Of AMAT's margins: of an image that noise has made another class of, cross-entropy says little about how much more it
+bears, so that margins run to their cap wherever it is (docs/results/fronts.md)."""
 _LINF_EPS, _LINF_DELTA = 4 / 255, 1 / 255
 _UNTRAINED, _MEDIOCRE = 0.1, 0.5
 """Of the way from chance to all classes right: with less, a network counts as untrained, or as mediocre."""
@@ -205,11 +208,12 @@ class RobustClassifier(RobustModule):
         """See :meth:`RobustModule.resolved`."""
         size = 1.0 if settings.norm == math.inf else math.sqrt(values)
         eps, delta = (_LINF_EPS, _LINF_DELTA) if settings.norm == math.inf else (_EPS_PER_VALUE, _DELTA_PER_VALUE)
-        return replace(
+        settings = replace(
             settings,
             eps=round(eps * size, 4) if settings.eps is None else settings.eps,
             delta=round(delta * size, 5) if settings.delta is None else settings.delta,
         )
+        return replace(settings, margin_max=settings.for_method("AMAT").cap(settings.eps, _CAP_OF_EPS))
 
     @staticmethod
     def made_of(values: Mapping[str, Any]) -> str | None:

@@ -47,7 +47,7 @@ from advmed.distributed import from_first_rank, gathered, patient
 from advmed.evaluation.dice import dice_per_sample
 from advmed.files import replacing, write_whole
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, Method, method_class
-from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.thresholds import BOUNDARY, RunningThresholds, Thresholds, at_boundary
 from advmed.training.rate import LateDecay
 from advmed.training.run import LOG_KEYS as RUN_KEYS
 from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, self_calibrated, without_use
@@ -392,6 +392,8 @@ class AdversarialTraining(_Host):
         """From a file, from a finished standard training, or by self-calibration; and says which."""
         assert self.terms is not None
         settings = self.settings
+        if settings.rule == BOUNDARY:
+            return at_boundary(SegmentationObjective)
         if settings.thresholds != "auto":
             path = Path(settings.thresholds)
             found, changed = standard.load_named(self, path)

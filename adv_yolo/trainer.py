@@ -58,7 +58,7 @@ from advmed.files import write_whole
 from advmed.guard import frozen_statistics
 from advmed.methods import AdaptiveRadiusMethod, AdversarialMethod, method_class
 from advmed.objective import inspecting
-from advmed.thresholds import RunningThresholds, Thresholds
+from advmed.thresholds import BOUNDARY, RunningThresholds, Thresholds, at_boundary
 from advmed.training.rate import LateDecay, late_decay
 from advmed.training.run import (
     LOG_KEYS,
@@ -355,6 +355,8 @@ class AdversarialTraining(_Host):
         running = partial(self_calibrated, names, settings, len(self.train_loader.dataset), RULE)
         if state is not None:
             return saved_thresholds(state, names, running)
+        if settings.rule == BOUNDARY:
+            return at_boundary(DetectionObjective)
         path = settings.thresholds
         if path == "auto":
             measured, found = self._measured_on_itself()

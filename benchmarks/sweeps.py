@@ -35,6 +35,7 @@ from advmed.files import write_whole
 from advmed.methods import METHODS
 from advmed.methods.base import AttackOptions
 from advmed.report.front import attainable
+from advmed.thresholds import Thresholds
 
 DIALS = ("SAT", "AT", "TRADES", "AMAT", "AMAT0.8", "DPAAT")
 XRAYS: Settings = {"classes": ["normal", "pneumonia"], "flip": 0, "rotate": 10, "zoom": 0.1}
@@ -54,6 +55,10 @@ def equal_passes(method: str, epochs: int) -> Settings:
     return {"trainer.max_epochs": whole, "trainer.limit_train_batches": min(epochs / cost / whole, 1.0)}
 
 
+EVEN = "log2.json"
+"""A file of thresholds: the cross-entropy at which a sample's class is as probable as all others together."""
+
+
 def sweep(
     epochs: int, eps: Sequence[float], stds: Sequence[float], sizes: Sequence[float], capped: Sequence[float] = ()
 ) -> dict[str, Settings]:
@@ -68,6 +73,9 @@ def sweep(
         f"AMAT0.8 mean+{std:g}std": amat(std, eps=0.5, margin_max=0.8, **equal_passes("AMAT", epochs)) for std in capped
     }
     adaptive |= {f"DPAAT {size:g}": {"method": "DPAAT", "eps": size, **equal_passes("DPAAT", epochs)} for size in sizes}
+    for cap in (0.8, 1.0, 4.0):
+        bounded: Settings = {"method": "AMAT", "eps": 0.5, "margin_max": cap}
+        adaptive[f"AMAT{cap:g} at log 2"] = {**bounded, "thresholds": EVEN, **equal_passes("AMAT", epochs)}
     learnt = f"AMAT0.8 mean+{capped[0]:g}std" if capped else f"AMAT mean+{stds[-2]:g}std"
     against = growing(eps, **equal_passes("SAT", epochs))
     against |= controls(learnt, equal_passes("STD", epochs), **equal_passes("SAT", epochs))
@@ -87,10 +95,17 @@ class Pneumonia(Classify):
 
     data: ClassVar[Path | None] = None
     metric = "balanced accuracy"  # three of four images have pneumonia
-    runs = sweep(Classify.demo.EPOCHS, (0.2, 0.4, 0.8, 1.2), (1, 2, 4, 8), (0.1, 0.2, 0.4, 0.8))
+    runs = sweep(Classify.demo.EPOCHS, (0.2, 0.4, 0.8, 1.2), (0, 1, 2, 4), (0.1, 0.2, 0.4, 0.8), capped=(1, 0, 2, 4))
     attack = "apgd50"
     curves = (0.4, 0.5, 0.6)
     """Means under attack at which methods are compared by their clean metric."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        Thresholds((math.log(2),), ("ce",), source="log 2").save(self.work / EVEN)
+
+    def train(self, name: str) -> list[str]:
+        return [str(self.work / word) if word == EVEN else word for word in super().train(name)]
 
     @property
     def content(self) -> Settings:

@@ -323,7 +323,7 @@ class Pneumonia(Task):
         return {
             "STD": {},
             "SAT": start | {"model.method.eps": 0.8},
-            "AMAT": start | {"model.method.eps": 0.5, "model.method.rule": "mean+4std"},
+            "AMAT": start | {"model.method.eps": 0.5, "model.method.rule": "boundary"},
             "DPAAT": start | {"model.method.eps": 0.4},
         }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +38,8 @@ class ClassificationObjective:
     """
 
     names = ("ce",)
+    boundary: ClassVar[tuple[float, ...]] = (math.log(2),)
+    """The terms at which the right class is as probable as all others together."""
 
     def __init__(
         self, model: nn.Module, labels: Tensor, *, weight: Tensor | None = None, label_smoothing: float = 0.0

@@ -24,6 +24,8 @@ from advmed.files import write_whole
 
 FORMAT = "advmed.thresholds/1"
 DEFAULT_RULE = "mean"
+BOUNDARY = "boundary"
+"""The rule that needs no network: see :func:`at_boundary`."""
 _RULE = re.compile(r"(mean|median)(?:\+(\d+(?:\.\d+)?)(std|spread))?")
 _SPREADS = {"mean": "std", "median": "spread"}
 _NORMAL = 1.482602218505602
@@ -43,6 +45,45 @@ def parse_rule(rule: str) -> tuple[str, float]:
             f"'median+<number>spread', got {rule!r}"
         )
     return match[1], float(match[2] or 0)
+
+
+def at_boundary(objective: type) -> Thresholds:
+    """Thresholds at the losses beyond which a network may no longer recognise a sample, for the rule ``boundary``.
+
+    So a margin is the way to the decision boundary, as in MMA training (G. W. Ding et al. 2020, arXiv 1812.02637), and
+    no standard network has to be measured. The cross-entropy of a classifier is there log 2: the right class is then as
+    probable as all others together, so that below it no other is taken (of two classes, above it always).
+
+    Args:
+        objective: the class of the objectives of a training.
+
+    Raises:
+        ValueError: if its terms have no such place.
+
+    Example:
+        >>> from advmed import ClassificationObjective
+        >>> print(at_boundary(ClassificationObjective))
+        ce < 0.693147
+    """
+    values = getattr(objective, "boundary", None)
+    if values is None:
+        raise ValueError(
+            f"the rule {BOUNDARY!r} is for classifiers, whose cross-entropy says where an image is no longer "
+            f"recognised: choose 'mean', 'mean+2std' or 'median+2spread'"
+        )
+    return Thresholds(values, objective.names, rule=BOUNDARY)  # type: ignore[attr-defined]  # as "boundary" has
+
+
+def beyond_boundary(thresholds: Thresholds, objective: type) -> str | None:
+    """What is to be said of thresholds above those of :func:`at_boundary`; None: nothing."""
+    limits = getattr(objective, "boundary", None)
+    if limits is None or not any(value > limit for value, limit in zip(thresholds.values, limits, strict=True)):
+        return None
+    bounds = ", ".join(f"{name} < {limit:.6g}" for name, limit in zip(thresholds.names, limits, strict=True))
+    return (
+        f"these thresholds lie beyond {bounds}, so that an image counts as bearing noise by which it may be taken for "
+        f"another class. If clean accuracy suffers, a lower rule is one remedy, the rule {BOUNDARY!r} another"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +171,9 @@ class Thresholds:
         Raises:
             ValueError: for an unknown rule, or if what it is made of is not known.
         """
-        if rule is None or (self.rule is not None and parse_rule(rule) == parse_rule(self.rule)):
+        if rule is None or rule == self.rule:
+            return self
+        if self.rule not in (None, BOUNDARY) and parse_rule(rule) == parse_rule(self.rule):
             return self
         name, factor = parse_rule(rule)
         middle, spread = getattr(self, name), getattr(self, _SPREADS[name])

@@ -220,8 +220,8 @@ NOTES = {
     "RunSettings": "On Lightning, `seed` and `backward` are [others](#classification-modelmethod). FAT needs no "
     "thresholds for classification, where it sees whether the class is wrong.",
     "RadiusSettings": "AMAT has a use for `eps`, too: a margin's first estimate is `eps` at most, and its cap 8 `eps` "
-    "by default. And with every adversarial method, validation images are attacked at `eps`. The host's default is in "
-    "the tables of the hosts.",
+    "by default (classification: 2 `eps`). And with every adversarial method, validation images are attacked at "
+    "`eps`. The host's default is in the tables of the hosts.",
 }
 """What the tables of the classes leave out."""
 ELSEWHERE = {

@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import median_abs_deviation
+from torch.nn import functional
 
+from advmed.classification import ClassificationObjective
 from advmed.files import sha256
-from advmed.thresholds import FORMAT, RunningThresholds, TermStatistics, Thresholds, parse_rule
+from advmed.thresholds import (
+    FORMAT,
+    RunningThresholds,
+    TermStatistics,
+    Thresholds,
+    at_boundary,
+    beyond_boundary,
+    parse_rule,
+)
 
 NAMES = ("ce", "dice", "box")
 
@@ -210,6 +220,39 @@ def test_another_rule_for_the_same_statistics() -> None:
         by_hand.by_rule("mean", "the file x")
     with pytest.raises(ValueError, match=r"hold no median and spread that .* make the thresholds anew"):
         made.by_rule("median")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_below_the_boundary_an_image_is_recognised(classes: int) -> None:
+    """Of two classes, above it never."""
+    logits = torch.randn(10_000, classes, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(10_000) % classes
+    (limit,) = at_boundary(ClassificationObjective).values
+    terms = ClassificationObjective(torch.nn.Identity(), labels)(logits).squeeze(1)
+    right, below = logits.argmax(1) == labels, terms < limit
+    assert right[below].all()
+    assert 0.01 < below.double().mean() < 0.6
+    assert classes > 2 or torch.equal(right, below)
+    assert limit == pytest.approx(functional.cross_entropy(torch.zeros(1, 2), torch.tensor([1])).item())
+
+
+def test_thresholds_beyond_the_boundary_are_told() -> None:
+    """Of an objective that has one."""
+    line = beyond_boundary(Thresholds((0.8,), ("ce",)), ClassificationObjective)
+    assert line is not None
+    assert line.startswith("these thresholds lie beyond ce < 0.693147, ")
+    assert beyond_boundary(at_boundary(ClassificationObjective), ClassificationObjective) is None
+    assert beyond_boundary(Thresholds((0.8,), ("ce",)), torch.nn.Identity) is None
+
+
+def test_the_rule_of_the_boundary() -> None:
+    made = at_boundary(ClassificationObjective)
+    assert (made.names, made.rule, made.source) == (("ce",), "boundary", None)
+    assert made.by_rule("boundary") is made
+    with pytest.raises(ValueError, match="hold no mean and std"):
+        made.by_rule("mean")
+    with pytest.raises(ValueError, match=r"the rule 'boundary' is for classifiers, .* choose 'mean'"):
+        at_boundary(torch.nn.Identity)
 
 
 # Records and files

@@ -125,6 +125,7 @@ NUMBERS = ("eps", "eps_min", "eps_max", "step_size", "sync_weight")
         ({"sync_weight": None}, "sync_weight must be a number, got None"),
         ({"beta": "big"}, "beta must be a number, got 'big'"),
         ({"step_size": True}, "step_size must be a number or null, got True"),
+        ({"rule": "boundary", "thresholds": "t.json"}, "the rule 'boundary' is about no network's losses: .*t.json$"),
         ({"eps_mim": 1}, "unknown setting 'eps_mim', did you mean 'eps_min'\\?"),
         ({"backward": "apart"}, "backward must be 'together' or 'sequential', got 'apart'"),
     ],

@@ -45,7 +45,7 @@ _MANY_AT_FLOOR, _MANY_AT_CAP = 0.5, 0.25
 """Shares of the margins on a bound that are worth a warning."""
 _NEAR = 1e-4
 """How near to a bound a margin rests on it, relatively: margins are kept in single precision."""
-_CAP_OF_EPS, _FLOOR_OF_DELTA = 8.0, 0.25
+CAP_OF_EPS, _FLOOR_OF_DELTA = 8.0, 0.25
 """Bounds of a margin that follows its sample: its cap in noise levels of interest, and, where it begins with an
 estimate, its floor in delta. Tighter ones, 4 and 1, were measured to hold the margins of whole data sets
 (docs/results/margins.md)."""
@@ -82,7 +82,7 @@ class AMATSettings(MethodSettings):
             keeps theirs at delta.)
         margin_min: lowest margin, >= 0; None: for "secant" and "balanced" a quarter of delta where margins begin with
             an estimate and delta where they do not, else none.
-        margin_max: highest margin, > 0; None: 8 eps for "secant" and "balanced", else none.
+        margin_max: highest margin, > 0; None: 8 eps (classification 2 eps) for "secant" and "balanced", else none.
     """
 
     delta: float | None = None
@@ -110,6 +110,15 @@ class AMATSettings(MethodSettings):
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+    def cap(self, eps: float | None, times: float = CAP_OF_EPS) -> float | None:
+        """The highest margin: margin_max or, of margins that follow their samples, so many times eps; None: none.
+
+        The rule must have been chosen (:meth:`advmed.TrainingSettings.for_method`).
+        """
+        if self.margin_max is not None or self.refinement not in TRACKING or not eps:
+            return self.margin_max
+        return max(times * eps, self.delta or 0.0, self.margin_min or 0.0)
 
 
 class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
@@ -253,21 +262,18 @@ class AMAT(ThresholdMethod, AdaptiveRadiusMethod):
         own: AMATSettings = settings
         if own.delta is None or thresholds is None:
             raise ValueError("AMAT needs delta and thresholds")
-        refinement, highest = own.refinement or "paper", own.margin_max
         eps = getattr(settings, "eps", None)
-        if highest is None and refinement in TRACKING and eps:
-            highest = max(_CAP_OF_EPS * eps, own.delta, own.margin_min or 0.0)
         return cls(
             own.delta,
             thresholds,
-            refinement=refinement,
+            refinement=own.refinement or "paper",
             train_on=own.train_on or "sphere",
             start=own.start or "delta",
             margin_of=own.margin_of,
             empty_samples=own.empty_samples,
             start_max=max(eps, own.delta) if eps else None,
             margin_min=own.margin_min,
-            margin_max=highest,
+            margin_max=own.cap(eps),
             **attack,
         )
 

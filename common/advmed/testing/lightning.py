@@ -1186,6 +1186,8 @@ class LightningTrainingContract(OwnFolder):
             run = host.fit(tmp_path, **given, trainer__max_epochs=2)
         assert any("measured on other images" in str(w.message) for w in warned) == (value < 0)
         assert any("thresholds from the file" in line for line in host.said)
+        told = sum(line.startswith("these thresholds lie beyond ") for line in host.said)
+        assert told == (value > 0 and hasattr(host.module.objective_class, "boundary"))
         assert run.margins == {i: (pytest.approx(0.75 if value > 0 else 0.25, rel=1e-5), 2) for i in host.ids("train")}
         line = f"# thresholds: {terms[0]} < {value:.6g}"
         assert line in (run.folder / "adversarial.yaml").read_text()
@@ -1308,6 +1310,21 @@ class LightningTrainingContract(OwnFolder):
         other = host.fit(tmp_path, model__network__weights=host.adaptive.last, **given)
         assert any("which this training begins with: it was trained by AMAT" in line for line in host.said)
         assert other.state()["advmed"]["warmup_epochs"] == 1
+
+    def test_thresholds_at_the_decision_boundary(self, host: LightningHost, tmp_path: Path) -> None:
+        """Of a classifier they are known without a network and without a warm-up; others refuse them."""
+        given = {"model__method__name": "AMAT", "model__method__rule": "boundary"}
+        if not hasattr(host.module.objective_class, "boundary"):
+            assert "the rule 'boundary' is for classifiers" in host.refused(**given)
+            return
+        run = host.fit(tmp_path, **given, trainer__max_epochs=2)
+        assert sum("thresholds at the decision boundary" in line for line in host.said) == 1
+        state = run.state()["advmed"]
+        assert (state["warmup_epochs"], state["thresholds"]["rule"]) == (0, "boundary")
+        assert state["thresholds"]["values"] == pytest.approx(host.module.objective_class.boundary)
+        assert {visits for _, visits in run.margins.values()} == {2}
+        again = host.fit(tmp_path, **given, trainer__max_epochs=3, ckpt_path=run.last)
+        assert {visits for _, visits in again.margins.values()} == {3}
 
     def test_thresholds_that_do_not_fit_are_refused(self, host: LightningHost, tmp_path: Path) -> None:
         terms = host.module.from_checkpoint(host.standard.last).terms

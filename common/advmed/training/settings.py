@@ -26,7 +26,7 @@ from advmed.methods import (
 )
 from advmed.methods.awp import check_share
 from advmed.methods.base import AdversarialMethod, AttackOptions, ThresholdMethod
-from advmed.thresholds import RunningThresholds, Thresholds, parse_rule
+from advmed.thresholds import BOUNDARY, RunningThresholds, Thresholds, parse_rule
 
 S = TypeVar("S", bound="TrainingSettings")
 PRESETS = ("fast", "paper")
@@ -41,9 +41,10 @@ class RunSettings(MethodSettings):
             cost of standard training, or "paper", the method as published.
         thresholds: "auto", or the path of a thresholds file (AMAT, FAT).
         rule: how thresholds are made of the losses of the standard network: "mean" or "mean+2std" (its standard
-            deviation), "median" or "median+2spread" (its median absolute deviation, for losses with outliers); None: as
-            the thresholds file was made; where there is none, "mean" (nnU-Net, classification) or "mean+2std" (YOLO,
-            landmarks).
+            deviation), "median" or "median+2spread" (its median absolute deviation, for losses with outliers); of
+            classifiers "boundary", too, the cross-entropy at which the right class is as probable as all others
+            together, log 2, for which no network is measured; None: as the thresholds file was made; where there is
+            none, "mean" (nnU-Net, classification) or "mean+2std" (YOLO, landmarks).
         awp: share of their own length by which the weights of a layer are moved uphill where an adversarial method
             takes its gradient (adversarial weight perturbation; 0.005, say), in [0, 1): a training pass more for each
             that the method learns from; 0: they are not moved.
@@ -71,7 +72,12 @@ class RunSettings(MethodSettings):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {self.preset!r}")
-        if self.rule is not None:
+        if self.rule == BOUNDARY:
+            if self.thresholds != "auto":
+                raise ValueError(
+                    f"the rule {BOUNDARY!r} is about no network's losses: leave out thresholds, {self.thresholds}"
+                )
+        elif self.rule is not None:
             parse_rule(self.rule)
         if self.awp != 0:
             check_share(self.awp)

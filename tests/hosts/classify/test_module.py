@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import default_collate
 from adv_classify.data import ImageFolder, MedMNIST
 from adv_classify.evaluate import load_model
 from adv_classify.module import Network, RobustClassifier, check_images
+from advmed import TrainingSettings
 from advmed.testing.lightning import runs
 from advmed.thresholds import Thresholds
 from helpers.classify import Classify, write_folders, write_npz, write_uneven
@@ -45,6 +47,22 @@ def test_standard_training_is_the_plain_loop(
     changes = {"data__file": path, "model__label_smoothing": smoothing}
     changes["model__class_weights"] = "balanced" if weighted else "none"
     check_plain_loop(host, tmp_path, monkeypatch, host.read(file=path), "", model, loss, **changes)
+
+
+def test_margins_are_twice_eps_at_most() -> None:
+    """Where they follow their samples; the paper's have no cap."""
+    settings = TrainingSettings(eps=0.5)
+    for given, cap in (
+        ({}, 1.0),
+        ({"eps": None}, 2 * 0.2196),
+        ({"margin_max": 0.8}, 0.8),
+        ({"delta": 3.0}, 3.0),
+        ({"refinement": "balanced"}, 1.0),
+        ({"refinement": "paper"}, None),
+        ({"preset": "paper"}, None),
+        ({"eps": 0.0}, None),
+    ):
+        assert RobustClassifier.resolved(replace(settings, **given), 28 * 28).margin_max == cap, given
 
 
 def test_balanced_weights_keep_the_scale_of_the_loss() -> None:

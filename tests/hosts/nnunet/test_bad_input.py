@@ -50,6 +50,7 @@ def test_no_variables_of_nnunet(bench: Any, world: Any, monkeypatch: pytest.Monk
         ("AMAT", {"start_from": "standard"}, "'start_from: standard' found no checkpoint.*stock trainer first"),
         ("AMAT", {"start_from": "nowhere.pth"}, r"there is no nowhere\.pth\. Name a checkpoint file"),
         ("AMAT", {"thresholds": "mine.json"}, r"there is no thresholds file .*mine\.json"),
+        ("AMAT", {"rule": "boundary"}, "^the rule 'boundary' is for classifiers"),
         ("AMAT", {"thresholds": ("box",)}, r"\['box'\].*\['ce\+dice'\]\. Make thresholds of this model's own"),
         ("AMAT", {"thresholds": ("ce", "dice")}, r"K = 2 loss terms \['ce', 'dice'\], the model's .* K = 1 terms"),
         ("DPAAT", {"eps_min": 3.0}, r"settings.yaml: perturbation sizes .* got eps_min 3, eps 2, eps_max 4$"),

@@ -799,6 +799,13 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_thresholds_at_a_decision_boundary_are_refused(make: Any, data: Any, tmp_path: Path) -> None:
+    trainer = make("amat", tmp_path, source=data, epochs=1, val=False, rule="boundary")
+    trainer.add_callback("on_train_epoch_start", lambda _: pytest.fail("an epoch began"))
+    with pytest.raises(ValueError, match="the rule 'boundary' is for classifiers"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("change", "message"), DIFFERENT, ids=str)
 def test_a_thresholds_file_of_another_training_is_refused(
     make: Any,

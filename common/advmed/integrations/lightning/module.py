@@ -37,7 +37,7 @@ from advmed.methods import (
     method_class,
 )
 from advmed.objective import Objective
-from advmed.thresholds import DEFAULT_RULE, RunningThresholds, Thresholds
+from advmed.thresholds import BOUNDARY, DEFAULT_RULE, RunningThresholds, Thresholds, at_boundary, beyond_boundary
 from advmed.training.rate import LateDecay
 from advmed.training.run import (
     MethodRun,
@@ -277,6 +277,8 @@ class RobustModule(LightningModule):
             )
         self._planned = [_numbers(schedule) for schedule in schedules]
         thresholds = self._thresholds(state, len(ids))
+        if isinstance(thresholds, Thresholds) and (line := beyond_boundary(thresholds, self.objective_class)):
+            say(line)
         self._begun = None  # of another fit of this module
         self.run = MethodRun(
             self.method_name,
@@ -678,6 +680,10 @@ class RobustModule(LightningModule):
         running = partial(self_calibrated, self.terms, self.settings, samples, self.default_rule)
         if state is not None:
             return saved_thresholds(state, self.terms, running)
+        if self.settings.rule == BOUNDARY:
+            fixed = at_boundary(self.objective_class)
+            say(f"thresholds at the decision boundary, of no network's losses: {fixed}")
+            return fixed
         path, measured = self.settings.thresholds, None
         if path == "auto":
             if self.begins_with is not None and (measured := self._of_the_beginning(self.begins_with)) is not None:
