@@ -380,6 +380,7 @@ class Classify(Lightning):
     runs: ClassVar[dict[str, Settings]] = {
         **runs([0.1, 0.2, 0.4, 0.8], {"margin_min": 0.01, "margin_max": 4.0}),
         **{f"AMAT, margins to 0.8, mean+{std}std": amat(std, margin_min=0.01, margin_max=0.8) for std in (2, 4)},
+        "AMAT at the boundary": {"method": "AMAT", "rule": "boundary"},
         "AMAT wide, first margins to 0.8, mean+4std": amat(4, margin_min=0.01, margin_max=4.0, eps=0.8),
         **{f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8)},
         **{f"DPAAT 0.4, rate {lr:g}": {"method": "DPAAT", "eps": 0.4, "model.lr": lr} for lr in (3e-4, 1e-3)},
