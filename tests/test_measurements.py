@@ -181,10 +181,11 @@ def test_rows_that_were_measured_before_stay_where_they_began_with_the_same(
         sweeps.joined(Kind, {**result, "runs": {**result["runs"], "AT 0.05": result["runs"]["AT 0.4"]}}, cut())
 
 
-def test_the_page_of_fronts_has_the_tables_of_its_numbers(sweeps: ModuleType) -> None:
+@pytest.mark.parametrize("data", ["ham10000", "pneumonia"])
+def test_the_page_of_fronts_has_the_tables_of_its_numbers(sweeps: ModuleType, data: str) -> None:
     docs = BENCHMARKS.parent / "docs" / "results"
     page = (docs / "fronts.md").read_text(encoding="utf-8").splitlines()
-    lines = sweeps.tables(json.loads((docs / "fronts_ham10000.json").read_text())).splitlines()
+    lines = sweeps.tables(json.loads((docs / f"fronts_{data}.json").read_text())).splitlines()
     assert [line for line in lines if line and line not in page] == []
 
 
