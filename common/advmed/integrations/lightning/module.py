@@ -277,8 +277,8 @@ class RobustModule(LightningModule):
             )
         self._planned = [_numbers(schedule) for schedule in schedules]
         thresholds = self._thresholds(state, len(ids))
-        if isinstance(thresholds, Thresholds) and (line := beyond_boundary(thresholds, self.objective_class)):
-            say(line)
+        if isinstance(thresholds, Thresholds) and (told := beyond_boundary(thresholds, self.objective_class)):
+            say(told)
         self._begun = None  # of another fit of this module
         self.run = MethodRun(
             self.method_name,
