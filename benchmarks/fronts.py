@@ -277,6 +277,7 @@ class Lightning(Host):
 
     demo: Any
     tool = ""
+    device = "cpu"
     only: ClassVar[tuple[str, ...]] = ()
     """Words of the evaluation that leave out what is not looked at."""
 
@@ -335,7 +336,7 @@ class Lightning(Host):
             "--examples",
             "1",
             "--device",
-            "cpu",
+            self.device,
             "--levels",
             levels,
         ]

@@ -2,9 +2,11 @@
 
     python benchmarks/sweeps.py pneumonia --data FILE [--seeds 0 1 2] [--attack apgd50] [--jobs 2] [--only REGEX]
     python benchmarks/sweeps.py ham10000 --data FOLDER
+    python benchmarks/sweeps.py lesions --data FOLDER --device cuda --jobs 14
     python benchmarks/sweeps.py pneumonia --table [--write docs/results]
 
---data: MedMNIST's npz file of PneumoniaMNIST, or a folder of HAM10000 with images and labels.csv. Per seed a standard
+--data: MedMNIST's npz file of PneumoniaMNIST, or a folder of HAM10000 with images and labels.csv; "lesions" is the same
+at twice the size, with ResNet-18, for a GPU. Per seed a standard
 network is trained; every run begins with its weights and makes as many passes (a forward pass and each half of a
 backward pass count alike) as the standard training did. What is finished is not done again. --write puts a figure, and
 the numbers behind it, into a folder; rows whose numbers lie there stay, if their standard networks were the same.
@@ -79,6 +81,16 @@ def sweep(
     return fixed | adaptive | against
 
 
+def dials(epochs: int) -> dict[str, Settings]:
+    """The dials of SAT, AMAT and DPAAT by sizes for twice the side of an image, and TRADES once."""
+    found: dict[str, Settings] = {f"SAT {eps:g}": {"method": "SAT", "eps": eps} for eps in (0.4, 0.8, 1.6)}
+    found |= {"TRADES 0.8": {"method": "TRADES", "eps": 0.8}}
+    found |= {f"AMAT1.6 mean+{std}std": amat(std, eps=1.0, margin_max=1.6) for std in (0, 1)}
+    found |= {"AMAT2 at the boundary": {"method": "AMAT", "rule": "boundary", "eps": 1.0, "margin_max": 2.0}}
+    found |= {f"DPAAT {eps:g}": {"method": "DPAAT", "eps": eps} for eps in (0.2, 0.8)}
+    return {name: {**run, **equal_passes(str(run["method"]), epochs)} for name, run in found.items()}
+
+
 def changed(runs: dict[str, Settings], names: Sequence[str]) -> dict[str, Settings]:
     """These runs with a learning rate that falls late, and with smoothed labels."""
     ways: dict[str, Settings] = {"late": {"decay": "late"}, "smoothed": SMOOTHED}
@@ -91,6 +103,7 @@ class Pneumonia(Classify):
     """All of PneumoniaMNIST, 4,708 + 524 images, with the demo's network and augmentation."""
 
     data: ClassVar[Path | None] = None
+    workers = 0
     metric = "balanced accuracy"  # three of four images have pneumonia
     runs = sweep(Classify.demo.EPOCHS, (0.2, 0.4, 0.8, 1.2), (0, 1, 2, 4), (0.1, 0.2, 0.4, 0.8), capped=(1, 0, 2, 4))
     attack = "apgd50"
@@ -99,10 +112,15 @@ class Pneumonia(Classify):
 
     @property
     def content(self) -> Settings:
-        return super().content | {"data": self.reader("MedMNIST", file=str(self.data), **XRAYS)}
+        content = super().content
+        content["trainer"] = content["trainer"] | {"accelerator": "cpu" if self.device == "cpu" else "gpu"}
+        return content | {"data": self.reader("MedMNIST", file=str(self.data), **XRAYS)}
 
     def reader(self, name: str, **own: Any) -> Settings:
-        return {"class_path": f"adv_classify.data.{name}", "init_args": {**own, "batch_size": 64, "workers": 0}}
+        return {
+            "class_path": f"adv_classify.data.{name}",
+            "init_args": {**own, "batch_size": 64, "workers": self.workers},
+        }
 
 
 class Ham(Pneumonia):
@@ -129,7 +147,27 @@ class Ham(Pneumonia):
         return content | {"model": model, "data": self.reader("ImageTable", root=str(self.data), **LESIONS)}
 
 
-SETS: dict[str, type[Pneumonia]] = {"pneumonia": Pneumonia, "ham10000": Ham}
+class Lesions(Pneumonia):
+    """The same subset of HAM10000 at 72 x 96 pixels, with ResNet-18; levels, sizes and caps are twice as large."""
+
+    curves = (0.25, 0.3, 0.35)
+    network, levels = "resnet18", (0.4, 0.8, 1.6)
+    runs: ClassVar[dict[str, Settings]] = dials(Classify.demo.EPOCHS)
+
+    @property
+    def content(self) -> Settings:
+        content = super().content
+        model = {**content["model"], "network": {"name": self.network}, "lr": 1e-3, "class_weights": "balanced"}
+        data = self.reader("ImageTable", root=str(self.data), **{**LESIONS, "size": [72, 96]})
+        return content | {"model": model, "data": data}
+
+    def evaluate(self, name: str) -> list[str]:
+        words = super().evaluate(name)
+        words[words.index("--levels") + 1] = json.dumps([0, *self.levels])
+        return words
+
+
+SETS: dict[str, type[Pneumonia]] = {"pneumonia": Pneumonia, "ham10000": Ham, "lesions": Lesions}
 
 
 def found(kind: type[Pneumonia], work: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -288,13 +326,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/sweeps"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, which all jobs share; default: cpu")
+    parser.add_argument("--workers", type=int, default=0, help="that load the images of a job, default: none")
     parser.add_argument("--only", default="", help="a regular expression; runs whose name it matches")
     parser.add_argument("--attack", default="apgd50", help="of the evaluation, default: apgd50")
     parser.add_argument("--table", action="store_true", help="print what there is")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="for the figure and the numbers behind it")
     options = parser.parse_args()
     kind, work = SETS[options.set], options.work.resolve() / options.set
-    kind.attack = options.attack
+    kind.attack, kind.device, kind.workers = options.attack, options.device, options.workers
     if not options.table:
         if options.data is None:
             parser.error("--data is needed, the file or folder of the data")
