@@ -54,6 +54,7 @@ from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, sel
 from advmed.training.settings import settings_text
 from advmed.versions import tell_if_newer
 
+_REMEDY = "Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
 _OF_VALIDATION = ("adv_robust_dice", "adv_ema_robust_dice")
 LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), *_OF_VALIDATION)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
@@ -611,8 +612,10 @@ class AdversarialTraining(_Host):
         if not np.isfinite(losses).any():
             raise FloatingPointError(
                 f"the training loss was not finite in any step of epoch {self.current_epoch}. The checkpoints on disk "
-                f"are of earlier epochs. Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
+                f"are of earlier epochs. {_REMEDY}"
             )
+        if self.grad_scaler is not None:
+            self.run.check_scale(self.grad_scaler.get_scale(), _REMEDY)
         values = {f"adv_{key}": value for key, value in self.run.end_epoch().items()}
         _open_log(self.logger, self.current_epoch, values)
         for key in host.logged(self.logger):

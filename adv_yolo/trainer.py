@@ -483,6 +483,8 @@ class AdversarialTraining(_Host):
             self.scheduler.within(self.epoch + self._batch / len(self.train_loader))
             self._batch += 1
         if self.run is not None and event == "on_train_epoch_end":
+            if self.scaler.is_enabled():
+                self.run.check_scale(self.scaler.get_scale(), "Train with amp=False, or a smaller lr0.")
             self._epoch_values = self.run.end_epoch()
             if isinstance(self.run.method, AdaptiveRadiusMethod) and not self.run.warming_up:
                 _log(

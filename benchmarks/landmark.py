@@ -76,7 +76,7 @@ PRESETS = {
         4,
         3e-3,
     ),
-    "full": Preset({"encoder": "vgg19"}, {"size": [200, 160], "channels": 3, "batch_size": 8}, 1.0, 500, 20, 1e-3),
+    "full": Preset({"encoder": "vgg19_bn"}, {"size": [200, 160], "channels": 3, "batch_size": 8}, 1.0, 500, 20, 1e-3),
     # Whether everything runs, in a minute: a network of an epoch has no thresholds to give; AMAT makes its own.
     "smoke": Preset(
         {"encoder": "tu-test_resnet", "decoder_channels": [16, 16, 8, 8, 8]},

@@ -83,7 +83,7 @@ def sweep(
 
 def dials(epochs: int) -> dict[str, Settings]:
     """The dials of SAT, AMAT and DPAAT by sizes for twice the side of an image, and TRADES once."""
-    found: dict[str, Settings] = {f"SAT {eps:g}": {"method": "SAT", "eps": eps} for eps in (0.4, 0.8, 1.6)}
+    found: dict[str, Settings] = {f"SAT {eps:g}": {"method": "SAT", "eps": eps} for eps in (0.1, 0.2, 0.4, 0.8, 1.6)}
     found |= {"TRADES 0.8": {"method": "TRADES", "eps": 0.8}}
     found |= {f"AMAT1.6 mean+{std}std": amat(std, eps=1.0, margin_max=1.6) for std in (0, 1)}
     found |= {"AMAT2 at the boundary": {"method": "AMAT", "rule": "boundary", "eps": 1.0, "margin_max": 2.0}}

@@ -15,7 +15,7 @@ from steps import LightningDemo
 
 # --- what one may want to change -------------------------------------------------------------------------------------
 
-ENCODER = "tu-test_resnet"  # the smallest ResNet of timm; vgg19 is the paper's
+ENCODER = "tu-test_resnet"  # the smallest ResNet of timm; vgg19 is the paper's, with BatchNorm by default
 EPOCHS = 60
 # The other two start from the standard network, and take a quarter of its epochs.
 FROM_STANDARD = {"model.network.weights": "{STD}", "trainer.max_epochs": EPOCHS // 4}

@@ -181,7 +181,17 @@ def test_rows_that_were_measured_before_stay_where_they_began_with_the_same(
         sweeps.joined(Kind, {**result, "runs": {**result["runs"], "AT 0.05": result["runs"]["AT 0.4"]}}, cut())
 
 
-@pytest.mark.parametrize("data", ["ham10000", "pneumonia"])
+def test_the_page_of_a_gpu_has_the_table_of_its_numbers() -> None:
+    import gpu
+
+    docs = BENCHMARKS.parent / "docs" / "results"
+    page = (docs / "gpu.md").read_text(encoding="utf-8").splitlines()
+    lines = gpu.table(json.loads((docs / "gpu_h200.json").read_text())["records"])
+    assert len(lines) > 40
+    assert [line for line in lines if line not in page] == []
+
+
+@pytest.mark.parametrize("data", ["ham10000", "pneumonia", "lesions"])
 def test_the_page_of_fronts_has_the_tables_of_its_numbers(sweeps: ModuleType, data: str) -> None:
     docs = BENCHMARKS.parent / "docs" / "results"
     page = (docs / "fronts.md").read_text(encoding="utf-8").splitlines()

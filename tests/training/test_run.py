@@ -66,6 +66,40 @@ def epoch(run: MethodRun, number: int, objective: Any, steps: int = 2) -> dict[s
     return run.end_epoch()
 
 
+# Numbers that are none
+
+
+def test_losses_that_are_never_finite_stop_a_training(objective: Any) -> None:
+    """One that is suffices; an epoch without steps says nothing."""
+    run = MethodRun("SAT", settings(), epochs=3)
+    run.begin_epoch(0)
+    run.check_losses("Do this.")
+    for number, bad in enumerate((1, 2)):
+        run.begin_epoch(number)
+        for step in range(2):
+            run.step(objective if step >= bad else lambda images: objective(images) * math.nan, IMAGES, IDS)
+        if bad == 1:
+            run.check_losses("Do this.")
+    with pytest.raises(FloatingPointError, match=r"not finite in any step of epoch 2: .* Do this\."):
+        run.check_losses("Do this.")
+
+
+def test_a_loss_scale_that_falls_is_told_once_and_stops_a_training_when_nothing_is_left() -> None:
+    said: list[str] = []
+    run = MethodRun("SAT", settings(), epochs=9, say=said.append)
+    run.begin_epoch(4)
+    for scale in (2.0**16, 1.0):
+        run.check_scale(scale, "Do this.")
+    assert not said
+    for scale in (0.5, 0.25, 2.0**-24):
+        run.check_scale(scale, "Do this.")
+    (line,) = said
+    assert line.startswith("WARNING: gradients overflow float16")
+    assert line.endswith("fallen to 0.5. Do this.")
+    with pytest.raises(FloatingPointError, match=r"in every step.* 3e-08 in epoch 5, .* Do this\."):
+        run.check_scale(2.0**-25, "Do this.")
+
+
 # The warm-up
 
 

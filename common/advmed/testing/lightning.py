@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -908,6 +909,43 @@ class LightningTrainingContract(OwnFolder):
         assert set(scales) == {1024.0}
         assert moved(start, shared) > 1e-3
         close(learnt_by_gradients(shared), learnt_by_gradients(other), atol=0.1 * moved(start, shared), rtol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("scale", "weight", "told"),
+        [
+            (2.0**10, 1.0, None),
+            (
+                0.5,
+                1.0,
+                r"gradients overflow float16, and steps are skipped: its loss scale has fallen to 0\.5",
+            ),
+            (
+                2.0**-25,
+                1.0,
+                r"the gradients overflow float16 in every step: its loss scale has fallen to 3e-08 in epoch 1",
+            ),
+            (2.0**10, math.nan, r"the training loss was not finite in any step of epoch 1: .* lower lr, or train with"),
+        ],
+    )
+    def test_a_training_in_float16_that_learns_nothing_says_so(
+        self, host: LightningHost, scale: float, weight: float, told: str | None
+    ) -> None:
+        """Its scaler skips steps and says nothing: a network beyond float16 stays as it is."""
+        model = host.module.from_checkpoint(host.standard.last).train()
+        model.method_name = "SAT"
+        model.settings = replace(model.settings, eps=0.3, steps=1)
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        trainer = Trainer(plugins=[plugin], max_epochs=2, limit_train_batches=1, limit_val_batches=0, **QUIET)
+        with torch.no_grad():
+            next(model.parameters()).mul_(weight)
+        stops = told is not None and not told.startswith("gradients overflow")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(FloatingPointError, match=told) if stops else nullcontext():
+                trainer.fit(model, datamodule=host.read())
+        lines = [str(one.message) for one in caught if "overflow float16" in str(one.message)]
+        assert len(lines) == (told is not None and not stops), lines  # once, not in every epoch
+        assert all(re.match(str(told), line) for line in lines)
 
     def test_no_gradient_is_shared_where_a_strategy_takes_them_otherwise(
         self, host: LightningHost, monkeypatch: pytest.MonkeyPatch

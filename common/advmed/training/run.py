@@ -42,6 +42,8 @@ LOG_KEYS = (
 """What an epoch is summed up in; a method has some of them."""
 _KEPT = ("thresholds", "rule", "warmup_epochs")
 """Settings that are those of a run's beginning, also where it is resumed with others."""
+_LOW_SCALE, _NO_SCALE = 1.0, 2.0**-24
+"""Of a loss in float16: hosts begin with 2 to the 16th; by the second, no gradient is left to be scaled."""
 _MOST_STEPS = 20
 """Of the attack that others are compared with; as many as the papers have."""
 
@@ -112,6 +114,8 @@ class MethodRun:
         self._pace = Pace(epochs, self.warmup_epochs, steps_per_epoch, self.cost, every_epoch=every_epoch)
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._finite: Tensor | None = None
+        self._scale_told = False
         self._snapshot: tuple[int, dict[str, Any]] | None = None
 
     @property
@@ -191,7 +195,7 @@ class MethodRun:
         else:
             self.method.begin_epoch()
             self._snapshot = epoch, copy.deepcopy(self.method.state_dict())
-        self._totals, self._counts = {}, {}
+        self._totals, self._counts, self._finite = {}, {}, None
         self._epoch, self._steps, self.warming_up = epoch, done, epoch < self.warmup_epochs
         if self.settings.ramp and not self.warming_up and not self._ramping:
             self._ramping = True
@@ -225,7 +229,51 @@ class MethodRun:
         for key, value in step.logs.items():  # sums on the device: nobody waits for it
             self._totals[key] = self._totals[key] + value if key in self._totals else value
             self._counts[key] = self._counts.get(key, 0) + 1
+        finite = step.loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite | finite
         return step
+
+    def check_losses(self, remedy: str) -> None:
+        """To be called before :meth:`end_epoch`, in all processes, where the host does not look at losses itself.
+
+        Args:
+            remedy: what the user can do, in the host's words.
+
+        Raises:
+            FloatingPointError: no loss of the epoch was finite, in any process.
+        """
+        if self._finite is None:
+            return
+        if not any(gathered(bool(self._finite))):
+            raise FloatingPointError(
+                f"the training loss was not finite in any step of epoch {self._epoch + 1}: the network learns nothing. "
+                f"The last checkpoint may have such weights. {remedy}"
+            )
+
+    def check_scale(self, scale: float, remedy: str) -> None:
+        """To be called at the end of an epoch by a host that trains in float16.
+
+        Its scaler makes no step whose gradients are not finite, halves the scale, and says nothing: a network whose
+        activations are beyond float16 stays as it is for the whole training.
+
+        Args:
+            scale: what losses are multiplied by now, against underflow; 1 without a scaler.
+            remedy: what the user can do, in the host's words.
+
+        Raises:
+            FloatingPointError: so many steps were skipped that no gradient is left to be scaled.
+        """
+        if scale < _NO_SCALE:
+            raise FloatingPointError(
+                f"the gradients overflow float16 in every step: its loss scale has fallen to {scale:.1g} in epoch "
+                f"{self._epoch + 1}, and the network learns nothing. {remedy}"
+            )
+        if scale < _LOW_SCALE and not self._scale_told:
+            self._scale_told = True
+            self._say(
+                f"WARNING: gradients overflow float16, and steps are skipped: its loss scale has fallen to {scale:.2g}"
+                f". {remedy}"
+            )
 
     def _of_ramp(self) -> list[str]:
         """What is to be said where the attacks begin."""

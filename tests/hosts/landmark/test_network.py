@@ -57,7 +57,7 @@ def test_the_network_is_the_stock_one_on_images_that_are_continued(
     assert size == (1, 1) or images.grad[..., -1, :].abs().max() > 0  # of the continued edge, too
 
 
-def test_the_vgg19_of_the_paper_is_what_is_taken_if_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vgg19_with_batch_norm_is_what_is_taken_if_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stride is that of the encoder."""
     stock, asked = smp.Unet, dict[str, Any]()
 
@@ -71,7 +71,7 @@ def test_the_vgg19_of_the_paper_is_what_is_taken_if_nothing_else_is_said(monkeyp
     monkeypatch.setattr("adv_landmark.network.smp.Unet", unet)
     assert make_network(Network(), 19, 1).stride == 16
     wanted = {"in_channels": 1, "classes": 57, "decoder_channels": (256, 128, 64, 32, 16), "encoder_weights": None}
-    assert asked == {"encoder": "vgg19", **wanted}
+    assert asked == {"encoder": "vgg19_bn", **wanted}
 
 
 # Weights

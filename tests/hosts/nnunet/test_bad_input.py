@@ -165,6 +165,21 @@ def test_a_loss_that_is_never_finite_stops_the_training(bench: Any) -> None:
         trainer.on_train_epoch_end([{"loss": np.float32("nan")}, {"loss": np.float32("inf")}])
 
 
+def test_a_loss_scale_that_has_fallen_to_nothing_stops_the_training(bench: Any) -> None:
+    """Its scaler skips every step, and the losses are finite."""
+    trainer = bench.ready("SAT")
+    batch = bench.batches(trainer, 1)[0]
+    batch["ids"] = ["a", "b", "c", "d"]
+    outputs = [trainer.train_step(batch)]
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    trainer.grad_scaler.scale(torch.ones(()))
+    trainer.on_train_epoch_end(outputs)
+    assert "its loss scale has fallen to 0.5. Check the images, lower 'initial_lr'" in bench.log(trainer)
+    trainer.grad_scaler.update(2.0**-30)
+    with pytest.raises(FloatingPointError, match=r"in every step: its loss scale has fallen to 9e-10"):
+        trainer.on_train_epoch_end(outputs)
+
+
 def relabelled(trainer: Any, changed: str, value: int) -> None:
     """Puts a value into the sixth slice of a case's segmentation."""
     for dataset in trainer.get_tr_and_val_datasets():

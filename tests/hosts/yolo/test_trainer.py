@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1339,6 +1340,22 @@ def test_the_classes_of_a_data_set_that_the_host_finds_are_known_where_it_is_her
     monkeypatch.setattr(downloads, "safe_download", lambda *_, **__: pytest.fail("a download"))
     assert epochs_of(str(path), named, False) == wanted
     assert sum(f"knows the classes of data={named} cannot be told" in line for line in said) == ("https" in named)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0**-25])
+def test_a_loss_scale_that_has_fallen_is_told(run: Any, said: list[str], scale: float) -> None:
+    """The host's scaler skips steps and says nothing."""
+
+    def low(trainer: Any) -> None:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    words = "its loss scale has fallen to"
+    stops = pytest.raises(FloatingPointError, match=f"{words} 3e-08 in epoch 1, .* Train with amp=False")
+    with nullcontext() if scale == 0.5 else stops:
+        run("sat", "own", {"on_train_start": low}, eps=0.5, steps=1, epochs=2)
+    told = [line for line in said if words in line]
+    assert len(told) == (scale == 0.5)
+    assert all(line.startswith("WARNING") and f"{words} 0.5. Train with amp=False" in line for line in told)
 
 
 def test_attack_steps_lost_to_bad_gradients_are_counted_and_warned_of(

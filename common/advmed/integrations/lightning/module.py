@@ -59,6 +59,7 @@ VALIDATION_STEPS = 5
 """Of the attack on validation images, for an adversarial method whose user does not say."""
 ROBUST = "val/robust_"
 """What the names of metrics of attacked validation images begin with."""
+_REMEDY = "Check the images, lower lr, or train with trainer.precision bf16-mixed or 32-true."
 _SHARING = (SingleDeviceStrategy, DDPStrategy)
 """The strategies, and no subclasses, with whole weights whose gradients one backward pass per step collects."""
 
@@ -535,6 +536,9 @@ class RobustModule(LightningModule):
             self._before_statistics = None
             return
         run = self._running
+        run.check_losses(_REMEDY)
+        if (scale := self._loss_scale()) is not None:
+            run.check_scale(float(scale), _REMEDY)
         values = run.end_epoch()
         known = {f"adv/{key}": value for key, value in values.items() if value == value}
         self.log_dict(known, sync_dist=True)
