@@ -27,7 +27,7 @@ TYPED: dict[str, tuple[Any, ...]] = {
     ),
     "landmark": (
         *(NETWORK, {"L2"}, "import segmentation_models_pytorch"),
-        'smp.Unet("vgg19_bn", encoder_weights=None, in_channels=3, classes=3 * 19)',
+        'smp.Unet(\n    "vgg19_bn",\n    encoder_weights=None,\n    in_channels=3,\n    classes=3 * 19,\n)',
         'smp.Unet("tu-test_resnet", encoder_weights=None, in_channels=1, classes=12, decoder_channels=(16,16,8,8,8))',
         ("2, 1, 32, 64", "(2, 12, 32, 64)"),
     ),
