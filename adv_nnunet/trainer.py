@@ -54,7 +54,7 @@ from advmed.training.run import MethodRun, ingredients_of, saved_thresholds, sel
 from advmed.training.settings import settings_text
 from advmed.versions import tell_if_newer
 
-_REMEDY = "Check the images, lower 'initial_lr', or set 'attack_precision: float32'."
+_REMEDY = "Check the images, or lower 'initial_lr'."
 _OF_VALIDATION = ("adv_robust_dice", "adv_ema_robust_dice")
 LOG_KEYS = (*(f"adv_{key}" for key in RUN_KEYS), *_OF_VALIDATION)
 """What we add to nnU-Net's log, one value per epoch; NaN where a method has no such value."""
@@ -612,7 +612,7 @@ class AdversarialTraining(_Host):
         if not np.isfinite(losses).any():
             raise FloatingPointError(
                 f"the training loss was not finite in any step of epoch {self.current_epoch}. The checkpoints on disk "
-                f"are of earlier epochs. {_REMEDY}"
+                f"are of earlier epochs. {_REMEDY} Where only attacks overflow: set 'attack_precision: float32'."
             )
         if self.grad_scaler is not None:
             self.run.check_scale(self.grad_scaler.get_scale(), _REMEDY)

@@ -40,7 +40,7 @@ from advmed.report.front import attainable
 
 DIALS = ("SAT", "AT", "TRADES", "AMAT", "AMAT0.8", "DPAAT")
 XRAYS: Settings = {"classes": ["normal", "pneumonia"], "flip": 0, "rotate": 10, "zoom": 0.1}
-LESIONS: Settings = {"size": [36, 48], "rotate": 180, "zoom": 0.2, "color": 0.1}
+LESIONS: Settings = {"rotate": 180, "zoom": 0.2, "color": 0.1}
 """What the readers are told."""
 LOSSES = (0.5, 1.0, 2.0)
 """Points of the clean metric that a network may lose in the table of fronts."""
@@ -131,6 +131,7 @@ class Ham(Pneumonia):
     """
 
     curves = (0.25, 0.3, 0.35)
+    size: ClassVar[list[int]] = [36, 48]
     runs = sweep(
         Classify.demo.EPOCHS,
         (0.05, 0.1, 0.2, 0.4, 0.8, 1.2),
@@ -144,26 +145,26 @@ class Ham(Pneumonia):
     def content(self) -> Settings:
         content = super().content
         model = content["model"] | {"class_weights": "balanced"}
-        return content | {"model": model, "data": self.reader("ImageTable", root=str(self.data), **LESIONS)}
+        return content | {
+            "model": model,
+            "data": self.reader("ImageTable", root=str(self.data), size=self.size, **LESIONS),
+        }
 
 
-class Lesions(Pneumonia):
+class Lesions(Ham):
     """The same subset of HAM10000 at 72 x 96 pixels, with ResNet-18; levels, sizes and caps are twice as large."""
 
-    curves = (0.25, 0.3, 0.35)
-    network, levels = "resnet18", (0.4, 0.8, 1.6)
+    size: ClassVar[list[int]] = [72, 96]
     runs: ClassVar[dict[str, Settings]] = dials(Classify.demo.EPOCHS)
 
     @property
     def content(self) -> Settings:
         content = super().content
-        model = {**content["model"], "network": {"name": self.network}, "lr": 1e-3, "class_weights": "balanced"}
-        data = self.reader("ImageTable", root=str(self.data), **{**LESIONS, "size": [72, 96]})
-        return content | {"model": model, "data": data}
+        return content | {"model": content["model"] | {"network": {"name": "resnet18"}, "lr": 1e-3}}
 
     def evaluate(self, name: str) -> list[str]:
         words = super().evaluate(name)
-        words[words.index("--levels") + 1] = json.dumps([0, *self.levels])
+        words[words.index("--levels") + 1] = json.dumps([0, 0.4, 0.8, 1.6])
         return words
 
 

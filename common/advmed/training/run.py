@@ -242,9 +242,8 @@ class MethodRun:
         Raises:
             FloatingPointError: no loss of the epoch was finite, in any process.
         """
-        if self._finite is None:
-            return
-        if not any(gathered(bool(self._finite))):
+        found = gathered(None if self._finite is None else bool(self._finite))  # one may have had no batch
+        if False in found and True not in found:
             raise FloatingPointError(
                 f"the training loss was not finite in any step of epoch {self._epoch + 1}: the network learns nothing. "
                 f"The last checkpoint may have such weights. {remedy}"
