@@ -43,6 +43,17 @@ class Command:
         return json.dumps([list(self.arguments), self.depends_on])
 
 
+def executable(name: str) -> Path:
+    """A console command of the installed environment."""
+    path = Path(sysconfig.get_path("scripts")) / name
+    if not path.exists():
+        sys.exit(
+            f"\nexpected the command {name} in {path.parent}, found none; "
+            "call this script by its make target, which installs it"
+        )
+    return path
+
+
 class Steps:
     """Runs steps once: one that is finished is skipped when it is called again, unless what it depends on changed.
 
@@ -150,15 +161,10 @@ class Steps:
     def _start(self, command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
         if command.output is not None and command.output.exists():
             shutil.rmtree(command.output)
-        executable = Path(sysconfig.get_path("scripts")) / command.arguments[0]
-        if not executable.exists():
-            sys.exit(
-                f"\nexpected the command {command.arguments[0]} in {executable.parent}, found none; "
-                "call this script by its make target, which installs it"
-            )
+        words = [str(executable(command.arguments[0])), *command.arguments[1:]]
         with self._log(command).open("w") as out:
             return subprocess.Popen(
-                [str(executable), *command.arguments[1:]],
+                words,
                 env=self.environment | dict(variables) | dict(command.variables),
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -126,6 +126,14 @@ class Processes:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks; every process has come here before it returns."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
 
 def device_of_rank(name: str) -> str:
     """``cuda`` as the GPU of this process under torchrun; any other device as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,24 @@ def test_the_work_is_shared_and_the_report_is_that_of_one_process(
     # What is finished is loaded by its owner, to be compared, and measured by nobody.
     assert [found["again"]["loaded"] for found in ranks] == [found["shared"]["loaded"] for found in ranks]
     assert [found["again"]["measured"] for found in ranks] == [0, 0]
+
+
+def pictures(page: Path) -> list[str]:
+    """The pictures of samples on a page, in their order."""
+    return re.findall(r'src="(data:image/[^"]+)"', page.read_text())
+
+
+@pytest.mark.slow
+def test_pictures_are_shared_and_in_the_order_of_one_process(
+    folder: Path, ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    assert len(alone["drawn"]) == 4
+    assert [found["shared"]["drawn"] for found in ranks] == [alone["drawn"][::2], alone["drawn"][1::2]]
+    shared = pictures(folder / "shared" / "report.html")
+    assert shared == pictures(folder / "alone" / "report.html")
+    # Where one process fails at its pictures, none waits for it, and the page is one without any.
+    assert [found["undrawn"]["exists"] for found in ranks] == [True, True]
+    assert len(pictures(folder / "undrawn" / "report.html")) == len(shared) - 4 * 4
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from advmed.cli.evaluate import compare
 from advmed.distributed import Processes
 from advmed.evaluation.loop import EvaluationBatch, LoadedBatch
 from advmed.evaluation.subjects import Subject
+from advmed.report import Example, View
 from helpers.evaluations import leave_out_curves, mean_of
 from helpers.hosts import listening
 
@@ -53,11 +55,25 @@ def subject(folder: Path, name: str, loaded: list[str], measured: list[str] | No
     return Subject(name, checkpoint, batches, subset=lambda number: batches[: number // 2])
 
 
-def run(folder: Path, report: str) -> dict[str, Any]:
-    """A comparison of two models; what this process loaded, said and warned of."""
+def picture(id_: str) -> Example:
+    """A sample as the report shows it: its image and what is seen under noise."""
+    image = torch.rand(4, 5, generator=torch.Generator().manual_seed(ord(id_[0]) + ord(id_[1]))).numpy()
+    return Example(id_, image, None, [View("one", "", 0, image), View("one", "pgd3", 0.5, image[::-1])])
+
+
+def run(folder: Path, report: str, *, undrawn: bool = False) -> dict[str, Any]:
+    """A comparison of two models; what this process loaded, drew, said and warned of."""
     loaded: list[str] = []
+    drawn: list[str] = []
     measured: list[str] = []
     said: list[str] = []
+
+    def examples(attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str]) -> list[Example]:
+        if undrawn:
+            raise RuntimeError("no font for this")
+        drawn.extend(ids)
+        return [picture(id_) for id_ in ids]
+
     with listening(logging.getLogger("advmed.evaluation.loop")) as warned:
         page = compare(
             folder / report,
@@ -65,7 +81,7 @@ def run(folder: Path, report: str) -> dict[str, Any]:
             ATTACKS,
             LEVELS,
             [SHARE, LOSS],
-            examples=lambda attack, levels, ids: [],
+            examples=examples,
             fingerprint={},
             checks=4,
             bounds=(0.0, 1.0),
@@ -74,7 +90,7 @@ def run(folder: Path, report: str) -> dict[str, Any]:
             title="Shared",
             level_unit="L2 norm of the noise",
         )
-    found = {"loaded": loaded, "measured": len(measured), "said": said, "warned": warned}
+    found = {"loaded": loaded, "drawn": drawn, "measured": len(measured), "said": said, "warned": warned}
     return {**found, "page": str(page), "exists": page.exists()}
 
 
@@ -90,6 +106,7 @@ def main(folder: Path) -> None:
         (folder / "shared" / "other" / "parts" / "batch_00003.npz").unlink()
     processes.wait()
     found["mended"] = run(folder, "shared")
+    found["undrawn"] = run(folder, "undrawn", undrawn=processes.rank == 1)
     found["team"] = {"rank": processes.rank, "size": processes.size}
     (folder / f"rank_{processes.rank}.json").write_text(json.dumps(found))
     processes.wait()

@@ -318,18 +318,19 @@ def compare(
         processes=processes,
     )
     page = folder / "report.html"
+    samples = entries[0].evaluation.ids
+    failures = count_failures(entries, metrics)
+    ids = failures.first_and_last(shown) if failures else []
+    ids = ids or [str(id_) for id_ in spread(samples, shown)]
+    pictures = _made(examples, pictured(attacks), levels[1:], ids, processes) if shown else []
     if processes.rank == 0:
-        samples = entries[0].evaluation.ids
-        failures = count_failures(entries, metrics)
-        ids = failures.first_and_last(shown) if failures else []
-        ids = ids or [str(id_) for id_ in spread(samples, shown)]
         page = write_report(
             folder,
             entries,
             metrics,
             title=title,
             level_unit=level_unit,
-            examples=_made(examples, pictured(attacks), levels[1:], ids) if shown else [],
+            examples=pictures,
             class_names=class_names,
             settings=settings,
             groups=None if groups is None else [groups(id_) for id_ in samples],
@@ -345,14 +346,26 @@ def compare(
 
 
 def _made(
-    examples: Examples, attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str]
+    examples: Examples, attack: tuple[str, Any], levels: Sequence[float], ids: Sequence[str], processes: Processes
 ) -> Sequence[Example]:
-    """The pictures, sample by sample; none where they cannot be made: what was measured is worth more than they are."""
+    """The pictures, sample by sample, shared by the processes.
+
+    None where they cannot be made: what was measured is worth more than they are.
+    """
+    own = ids[processes.rank :: processes.size]
+    mine: dict[str, Sequence[Example]] | None
     try:
-        return [example for id_ in watched(ids, "pictures", "samples") for example in examples(attack, levels, [id_])]
+        shown = watched(own, "pictures", "samples", shown=processes.rank == 0)
+        mine = {id_: examples(attack, levels, [id_]) for id_ in shown}
     except Exception as error:  # whatever a host's pictures raise
         logger.warning("the report has no pictures of samples: %s: %s", type(error).__name__, error, exc_info=True)
-        return []
+        mine = None
+    made: dict[str, Sequence[Example]] = {}
+    for theirs in processes.gathered(mine):
+        if theirs is None:
+            return []
+        made.update(theirs)
+    return [example for id_ in ids for example in made[id_]]
 
 
 def refuse_other_report(
