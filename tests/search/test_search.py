@@ -398,6 +398,30 @@ def test_two_processes_share_a_study(toy: Toy, storage: str) -> None:
     assert all(": training\n" in out for out in outs)
 
 
+@pytest.mark.parametrize("storage", ["runs/search.log", "sqlite:///search.db"])
+def test_a_trial_that_two_processes_were_given_is_of_the_one_that_has_the_folder(
+    toy: Toy, told: Told, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    monkeypatch.setattr(claims, "lock", lambda path, wait=0.0: lock(path))
+    path = toy(space={"delta": [1, 2]}, storage=storage)
+    other = trials_of(path)
+    both = other.take()
+    assert both is not None
+    claim = other.claim(both, FOLDER / "delta_1")
+    given, take = [both], Trials.take
+    monkeypatch.setattr(Trials, "take", lambda trials: given.pop() if given else take(trials))
+    assert "delta_1: stopped, another process was given it at the same moment\n" in told(path)
+    assert calls() == ["train delta_2 new", "evaluate delta_2"]
+    assert states(path) == {"delta_1": "RUNNING", "delta_2": "COMPLETE"}
+    # A process that has left its trial to others, and works in the folder all the same, is a failure.
+    assert other.abandon(both)
+    out = told(path, status=1)
+    assert f"delta_1 failed: another process works in {FOLDER / 'delta_1'}: wait for it" in out
+    claim.close()
+    assert "delta_1: " in told(path, "--retry-failed")
+    assert list(states(path).values()) == ["COMPLETE"] * 2
+
+
 def test_a_silent_machine_loses_its_trial(toy: Toy, told: Told) -> None:
     path = toy(space={"delta": [1, 2]}, patience=1)
     trials = trials_of(path)  # of another machine, which runs a trial

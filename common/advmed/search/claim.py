@@ -55,6 +55,10 @@ class Lost(Exception):
     """The trial is no longer this process's."""
 
 
+class Busy(RuntimeError):
+    """Another process works in the folder of the trial."""
+
+
 class Claim:
     """A trial is being run by this process: its folder is locked, and signs of life go to the storage.
 
@@ -68,7 +72,7 @@ class Claim:
         patience: see :class:`Plan`.
 
     Raises:
-        RuntimeError: if another process works in the folder.
+        Busy: if another process works in the folder.
     """
 
     def __init__(self, folder: Path, tell: Callable[[Mapping[str, Any]], None], patience: float) -> None:
@@ -78,7 +82,7 @@ class Claim:
         try:
             self._file = lock(folder / LOCK_FILE, wait=5)
             if self._file is None:
-                raise RuntimeError(f"another process works in {folder}: wait for it, or end it, and use --retry-failed")
+                raise Busy(f"another process works in {folder}: wait for it, or end it, and use --retry-failed")
         except OSError:  # the signs of life must do
             self._file = None
         self._patience, self._tell, self._over = patience, tell, threading.Event()

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from advmed.search.claim import Claim, Lost
+from advmed.search.claim import Busy, Claim, Lost
 from advmed.search.curve import Curve, differences, refuse
 from advmed.search.plan import Plan, Range, Setting, Value, is_number, name_of
 
@@ -309,14 +309,21 @@ class Trials:
     def claim(self, trial: Trial, folder: Path) -> Claim:
         """Makes this process the owner of a trial that it has taken.
 
+        Optuna looks whether a trial waits and then takes it, and SQLite has no lock for both: two processes may be
+        given the same one. It is of the one that got the folder, whose sign of life it then has.
+
         Raises:
-            RuntimeError: if another process works in the folder.
-            Lost: if the trial was ended by another process.
+            Busy: if another process works in the folder, at an earlier trial of this setting.
+            Lost: if another process has ended the trial, or was given it at the same moment.
         """
         try:
             return Claim(folder, lambda life: self._attribute(trial.key, "life", dict(life)), self._plan.patience)
         except self.ended as error:
             raise Lost("another process has taken it over") from error
+        except Busy as error:
+            if any(one.key == trial.key and "life" in one.attributes for one in self.all()):
+                raise Lost("another process was given it at the same moment") from error
+            raise
 
     def _withdraw(self, number: int, key: int) -> None:
         self._attribute(key, "withdrawn", True)
