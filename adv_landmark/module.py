@@ -247,6 +247,17 @@ class RobustLandmarks(RobustModule):
         """See :meth:`errors`."""
         return self.errors(self(images), batch)
 
+    def truth(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The places of the landmarks, in the data's unit."""
+        size = batch["image"].shape[:1:-1]
+        return {"place": batch["points"] * self._step_of(size, batch)[:, None]}
+
+    def evidence_of(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """An error says little by itself; of one image there is no mean place to compare it with."""
+        if len(scores) < 2:
+            return None
+        return {"error": scores, "place": truth["place"].where(~scores.isnan()[..., None], math.nan)}
+
     def metrics(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """MRE and, in mm, SDR."""
         found = scores[~scores.isnan()]
@@ -262,9 +273,13 @@ class RobustLandmarks(RobustModule):
 
     def _step(self, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """A pixel's width and height in the data's unit, (B, 2)."""
-        size = torch.tensor((maps.shape[-1], maps.shape[-2]), device=maps.device)
-        step: Tensor = batch["file_size"] / size * (batch["spacing"] if self.unit == "mm" else 1)
-        return step
+        return self._step_of(maps.shape[:1:-1], batch)
+
+    def _step_of(self, size: Sequence[int], batch: Mapping[str, Any]) -> Tensor:
+        """The same of images of this width and height."""
+        of_file: Tensor = batch["file_size"]
+        step: Tensor = of_file / torch.tensor(size, device=of_file.device)
+        return step * (batch["spacing"] if self.unit == "mm" else 1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Ids, points in pixels of the files (B, L, 2), and confidences (B, L)."""

@@ -1171,6 +1171,35 @@ class LightningTrainingContract(OwnFolder):
         found = [next(iter(row.values())) for row in run.table("predictions.csv")]
         assert list(dict.fromkeys(found)) == host.ids("test")
 
+    @pytest.mark.parametrize(("method", "remedy"), [("STD", "the learning rate"), ("SAT", "Lower eps")])
+    @pytest.mark.parametrize("poor", [True, False])
+    def test_a_training_that_has_taught_nothing_says_so_at_its_end(
+        self,
+        host: LightningHost,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        recwarn: pytest.WarningsRecorder,
+        method: str,
+        remedy: str,
+        poor: bool,
+    ) -> None:
+        """By the last validation, of all of its images."""
+        judge, judged = host.module.judge, []
+
+        def judging(self: Any, evidence: Any) -> Judgement:
+            judged.append(replace(judge(self, evidence), untrained=poor))
+            assert {len(value) for value in evidence.values()} == {host.counts["val"]}
+            return judged[-1]
+
+        monkeypatch.setattr(host.module, "judge", judging)
+        host.fit(tmp_path, model__method__name=method, model__lr=1e-12, trainer__max_epochs=2)
+        ends = [str(warning.message) for warning in recwarn if "this training ends with" in str(warning.message)]
+        assert len(ends) == poor
+        assert judged
+        for text in ends:
+            assert text.startswith(f"this training ends with {judged[-1]} on the validation images: ")
+            assert remedy in text
+
     # Thresholds
 
     def test_self_calibrated_thresholds(

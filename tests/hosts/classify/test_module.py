@@ -139,6 +139,9 @@ def test_a_network_is_judged_by_its_balanced_accuracy() -> None:
     logits = torch.tensor([[0.1, 0.9, 0.0, 0.0], [0.5, 0.2, 0.1, 0.0]])
     batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.tensor([1, 2]), "id": ["a", "b"]}
     assert model.evidence(model.objective(batch)[0], logits, batch)["right"].tolist() == [1.0, 0.0]
+    found = model.evidence_of(logits.softmax(1), model.truth(batch))
+    assert found["right"].tolist() == [1.0, 0.0]
+    assert found["label"].tolist() == [1, 2]
 
 
 # Checkpoints and predictions

@@ -238,6 +238,13 @@ def test_a_network_is_judged_beside_one_that_does_not_look() -> None:
     assert found["place"][0, 0].tolist() == [3.0, 2.0]  # 48 pixels are 96 of the file
     assert found["place"][0, 1].isnan().all()
     assert found["error"].isnan().tolist() == [[False, True]]
+    truth = model.truth(batch)
+    assert truth["place"].tolist() == [[[3.0, 2.0], [-9.0, 2.0]]]
+    assert model.evidence_of(found["error"], truth) is None  # one image has no mean place but its own
+    both = model.evidence_of(found["error"].repeat(2, 1), {"place": truth["place"].repeat(2, 1, 1)})
+    assert both is not None
+    assert both["error"].shape == (2, 2)
+    assert both["place"].isnan().any(2).tolist() == [[False, True]] * 2
 
 
 @pytest.mark.parametrize("origin", ["centre", "corner"])

@@ -163,6 +163,7 @@ class RobustModule(LightningModule):
         self._state: dict[str, Any] | None = None
         self._scored: list[dict[str, Tensor]] = []
         self._scored_ids: list[str] = []
+        self._judged: Judgement | None = None  # by the last validation
         self._schedule: tuple[torch.optim.lr_scheduler.CosineAnnealingLR, int] | None = (
             None  # of our own, and its steps
         )
@@ -217,6 +218,10 @@ class RobustModule(LightningModule):
     @abstractmethod
     def judge(self, evidence: Mapping[str, Tensor]) -> Judgement:
         """How good it is, by the evidence of all batches."""
+
+    def evidence_of(self, scores: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The same of all validation images, from what their metrics are made of; None: nothing is said of them."""
+        return None
 
     def attacked_objective(self, batch: Any) -> Objective:
         """What validation images are attacked by."""
@@ -551,7 +556,7 @@ class RobustModule(LightningModule):
             run.method.store.to_csv(folder / MARGINS)
 
     def on_train_end(self) -> None:
-        """Refuses to call a training done that has ended before its first attack.
+        """Refuses to call a training done that has ended before its first attack; tells of one that has taught nothing.
 
         Raises:
             RuntimeError: in that case; its last checkpoint can be resumed.
@@ -562,6 +567,18 @@ class RobustModule(LightningModule):
             raise RuntimeError(
                 f"this training ended within its clean warm-up of {run.warmup_epochs} epoch(s): nothing was attacked, "
                 f"and there is no best checkpoint. Go on from the last one, or lower warmup_epochs"
+            )
+        if self._judged is not None and self._judged.untrained:
+            noise = isinstance(method, AdversarialMethod)
+            say(
+                f"WARNING: this training ends with {self._judged} on the validation images: the network is hardly "
+                f"better than one that does not look at them. "
+                + (
+                    "Lower eps, as its noise leaves nothing to learn, or take a method that sees clean images, too; "
+                    if noise
+                    else "Look at the labels, the learning rate and the number of epochs; "
+                )
+                + "a best checkpoint may be of an epoch before that"
             )
 
     # Validation and test
@@ -607,6 +624,8 @@ class RobustModule(LightningModule):
             if kind in scores:
                 found = self.metrics(scores[kind], scores)
                 self.log_dict({f"{split}/{prefix}{name}": value for name, value in found.items()}, prog_bar=True)
+        if split == "val" and "clean" in scores and (evidence := self.evidence_of(scores["clean"], scores)) is not None:
+            self._judged = self.judge(evidence)
 
     def _all_scores(self) -> dict[str, Tensor]:
         """What was kept, of all batches and processes, and forgets it; empty if there was nothing.
