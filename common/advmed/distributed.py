@@ -128,11 +128,7 @@ class Processes:
 
     def gathered(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks; every process has come here before it returns."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else gathered(value)
 
 
 def device_of_rank(name: str) -> str:
