@@ -1192,10 +1192,11 @@ class LightningTrainingContract(OwnFolder):
             return judged[-1]
 
         monkeypatch.setattr(host.module, "judge", judging)
-        host.fit(tmp_path, model__method__name=method, model__lr=1e-12, trainer__max_epochs=2)
+        often = {"trainer__max_epochs": 2, "trainer__num_sanity_val_steps": 2}
+        host.fit(tmp_path, model__method__name=method, model__lr=1e-12, **often)
+        assert len(judged) == 2, "not before the first batch"
         ends = [str(warning.message) for warning in recwarn if "this training ends with" in str(warning.message)]
         assert len(ends) == poor
-        assert judged
         for text in ends:
             assert text.startswith(f"this training ends with {judged[-1]} on the validation images: ")
             assert remedy in text

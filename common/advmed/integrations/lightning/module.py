@@ -624,7 +624,9 @@ class RobustModule(LightningModule):
             if kind in scores:
                 found = self.metrics(scores[kind], scores)
                 self.log_dict({f"{split}/{prefix}{name}": value for name, value in found.items()}, prog_bar=True)
-        if split == "val" and "clean" in scores and (evidence := self.evidence_of(scores["clean"], scores)) is not None:
+        if split == "test" or "clean" not in scores or self.trainer.sanity_checking:  # before the first batch
+            return
+        if (evidence := self.evidence_of(scores["clean"], scores)) is not None:
             self._judged = self.judge(evidence)
 
     def _all_scores(self) -> dict[str, Tensor]:
